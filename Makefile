@@ -1,0 +1,43 @@
+# `make test` and `make demo` need only Python and make: each sets up .venv first, and again when its inputs change.
+# An existing environment is used as it is with `make test VENV=path`; ARGS is passed on to pytest or to the demo.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS :=
+STAMP := .venv/.installed
+READY := $(if $(filter .venv,$(VENV)),$(STAMP))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch goes first and alone, so that pip takes exactly that build of it.
+$(STAMP): setup.py constraints.txt
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install -c constraints.txt -e ".[dev,peft,bnb]"
+	touch $@
+
+demo: $(READY) ## Train, write as FP8, load and generate with a small model
+	$(BIN)/deepseek-moe demo $(ARGS)
+
+test: lint ## Check the style and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## Check the style
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(READY) ## Rewrite the files in the house style
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+wheel: $(READY) ## Build the wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+
+clean: ## Remove what was built, and caches
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

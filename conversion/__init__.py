@@ -1,0 +1,1 @@
+"""Conversion between the checkpoint formats of the family; no converter is here yet."""

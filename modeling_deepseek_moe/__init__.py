@@ -1,0 +1,55 @@
+"""DeepSeek MoE models for transformers. Importing this package registers them; nothing else has a side effect.
+
+``AutoModelForCausalLM.from_pretrained`` then loads DeepSeek-V2, V2-Lite, V3, R1, Moonlight and Kimi-K2 checkpoints
+as they were released.
+"""
+
+from modeling_deepseek_moe import registration
+from modeling_deepseek_moe._version import __version__
+from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader, write_checkpoint
+from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.modeling import (
+    DeepseekMoeForCausalLM,
+    DeepseekMoeModel,
+    DeepseekMoePreTrainedModel,
+    DeepseekV2ForCausalLM,
+    DeepseekV2ForSequenceClassification,
+    DeepseekV2ForTokenClassification,
+    DeepseekV2Model,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+    DeepseekV3Model,
+    KimiK2ForCausalLM,
+    KimiK2ForSequenceClassification,
+    KimiK2ForTokenClassification,
+    KimiK2Model,
+)
+
+registration.register()
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointReader",
+    "DeepseekMoeConfig",
+    "DeepseekMoeForCausalLM",
+    "DeepseekMoeModel",
+    "DeepseekMoePreTrainedModel",
+    "DeepseekV2Config",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV2ForSequenceClassification",
+    "DeepseekV2ForTokenClassification",
+    "DeepseekV2Model",
+    "DeepseekV3Config",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "KimiK2Config",
+    "KimiK2ForCausalLM",
+    "KimiK2ForSequenceClassification",
+    "KimiK2ForTokenClassification",
+    "KimiK2Model",
+    "__version__",
+    "write_checkpoint",
+]

@@ -1,0 +1,224 @@
+"""Multi-head latent attention: latents are cached, and each call takes the cheaper of two equal forms.
+
+DeepSeek-V2 report, section 2.1; V3 report, 2.1.1. Expanded: k = [W_UK c; k_pe], v = W_UV c for every cached token.
+Absorbed: q̃ = W_UKᵀ q_nope meets the latents themselves, o = W_UV (p · c), and nothing is expanded.
+
+Legend: B batch, H heads, q query length, kv cached length, r ``kv_lora_rank``, n / p / v the nope, rope and value
+head dims. Caches hold c_kv ``[B, 1, kv, r]`` as keys and k_pe ``[B, 1, kv, p]`` as values.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_deepseek_moe.fp8 import Fp8Linear
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.rope import apply_rotary
+
+ABSORBED, EXPANDED = "absorbed", "expanded"
+WORKSPACE_SCORES = 1 << 24  # attention scores (B·H·q·kv) computed at a time beside a long cache
+
+
+def choose_mla_path(config, query_length: int, kv_length: int) -> str:
+    """The form that costs fewer multiply-adds for ``query_length`` new tokens over ``kv_length`` tokens in all."""
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    nope, value = config.qk_nope_head_dim, config.v_head_dim
+    pairs = query_length * kv_length
+    absorbed = pairs * (2 * rank + rope) + query_length * rank * (nope + value)
+    expanded = pairs * (nope + rope + value) + kv_length * rank * (nope + value)
+    return ABSORBED if absorbed < expanded else EXPANDED
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q kᵀ · scale + mask) v with the softmax in fp32; returns ``[B, q, H, v]`` and the probabilities."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class DeepseekAttention(nn.Module):
+    """Latent attention of one layer, with the parameter names of the release."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.scaling = config.softmax_scale
+        self.kv_dims = (config.kv_lora_rank, config.qk_rope_head_dim)
+        self.query_dims = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+        self.up_dims = (config.qk_nope_head_dim, config.v_head_dim)
+
+        bias, hidden = config.attention_bias, config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, self.num_heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekRMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, sum(self.kv_dims), bias=bias)
+        self.kv_a_layernorm = DeepseekRMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.num_heads * sum(self.up_dims), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        mla_path: str = EXPANDED,
+        past_length: int | None = 0,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: ``[B, q, hidden_size]``.
+            position_embeddings: cosine and sine tables ``[B, q, p/2]``.
+            attention_mask: what the mask function of the attention implementation in use made, over the keys in use.
+            mla_path: ``"absorbed"`` or ``"expanded"``.
+            past_length: tokens cached before this call, or ``None`` when only the graph at run time will know
+                (a static cache under ``torch.compile``): then the whole cache is attended to, under the mask.
+
+        Returns:
+            ``[B, q, hidden_size]`` and the probabilities ``[B, H, q, kv]`` where the implementation gives them.
+        """
+        batch, length = hidden_states.shape[:-1]
+        q_nope, q_pe = self._queries(hidden_states, position_embeddings)
+        c_kv, k_pe = new = self._latents(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            c_kv, k_pe = past_key_values.update(c_kv, k_pe, self.layer_idx)
+            if past_length is not None:
+                used = past_length + length
+                c_kv, k_pe = c_kv[:, :, :used], k_pe[:, :, :used]
+        if c_kv.dtype != q_nope.dtype:  # a cache kept in another dtype
+            c_kv, k_pe = c_kv.to(q_nope.dtype), k_pe.to(q_nope.dtype)
+
+        if mla_path == ABSORBED:
+            output, weights = self._absorbed(q_nope, q_pe, c_kv, k_pe, attention_mask, output_attentions)
+        elif past_length and not output_attentions:
+            output, weights = self._expanded_in_chunks(q_nope, q_pe, c_kv, k_pe, attention_mask), None
+        else:
+            c_kv, k_pe = (c_kv, k_pe) if past_length != 0 else new
+            key, value = self._expand(c_kv, k_pe)
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            output, weights = attention(
+                self,
+                torch.cat((q_nope, q_pe), dim=-1),
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _queries(self, hidden_states, position_embeddings):
+        """``q_nope [B, H, q, n]`` and rotated ``q_pe [B, H, q, p]``."""
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, sum(self.query_dims))).transpose(1, 2)
+        q_nope, q_pe = query.split(self.query_dims, dim=-1)
+        return q_nope, apply_rotary(q_pe, *position_embeddings, self.config.rope_interleave)
+
+    def _latents(self, hidden_states, position_embeddings):
+        """Normed ``c_kv [B, 1, q, r]`` and rotated ``k_pe [B, 1, q, p]``: what the cache keeps."""
+        c_kv, k_pe = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split(self.kv_dims, dim=-1)
+        return self.kv_a_layernorm(c_kv), apply_rotary(k_pe, *position_embeddings, self.config.rope_interleave)
+
+    def _expand(self, c_kv, k_pe):
+        """``key [B, H, kv, n+p]`` and ``value [B, H, kv, v]``."""
+        up = self.kv_b_proj(c_kv.squeeze(1)).unflatten(-1, (-1, sum(self.up_dims))).transpose(1, 2)
+        k_nope, value = up.split(self.up_dims, dim=-1)
+        return torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1), value
+
+    def _up_projections(self, dtype: torch.dtype):
+        """``W_UK [H, n, r]`` and ``W_UV [H, v, r]``."""
+        module = self.kv_b_proj
+        if type(module) is Fp8Linear and not hasattr(module, "_hf_hook"):
+            weight = module.dequantized(dtype)
+        elif type(module) is nn.Linear and not hasattr(module, "_hf_hook"):
+            weight = module.weight.to(dtype)
+        else:
+            # An adapter, another quantiser or an offloading hook wraps the weight: read it through the module.
+            unit = torch.eye(self.config.kv_lora_rank, dtype=dtype, device=self.kv_a_layernorm.weight.device)
+            weight = module(unit).T
+        return weight.view(-1, sum(self.up_dims), weight.shape[-1]).split(self.up_dims, dim=1)
+
+    def _absorbed(self, q_nope, q_pe, c_kv, k_pe, mask, output_attentions):
+        w_uk, w_uv = self._up_projections(q_nope.dtype)
+        batch, heads, length, _ = q_nope.shape
+        kv_length = c_kv.shape[2]
+        step = max(1, WORKSPACE_SCORES // (batch * heads * kv_length)) if not output_attentions else length
+        parts, weights = [], None
+        for start in range(0, length, step):
+            rows = slice(start, min(start + step, length))
+            q_latent = torch.matmul(q_nope[:, :, rows], w_uk)
+            # heads become rows of one matrix: keys are the same for all of them
+            scores = torch.matmul(q_latent.flatten(1, 2), c_kv.squeeze(1).transpose(1, 2))
+            scores = scores + torch.matmul(q_pe[:, :, rows].flatten(1, 2), k_pe.squeeze(1).transpose(1, 2))
+            scores = scores.view(batch, heads, -1, kv_length) * self.scaling
+            scores = _masked(scores, mask, rows, slice(0, kv_length), length, kv_length)
+            weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q_nope.dtype)
+            weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
+            o_latent = torch.matmul(weights.flatten(1, 2), c_kv.squeeze(1)).view(*q_latent.shape)
+            parts.append(torch.matmul(o_latent, w_uv.transpose(1, 2)))
+        return torch.cat(parts, dim=2).transpose(1, 2), weights if output_attentions else None
+
+    def _expanded_in_chunks(self, q_nope, q_pe, c_kv, k_pe, mask):
+        """Expanded attention over a past cache, its keys a chunk at a time, merged by log-sum-exp."""
+        query = torch.cat((q_nope, q_pe), dim=-1)
+        batch, heads, length, _ = query.shape
+        kv_length = c_kv.shape[2]
+        chunk = min(kv_length, max(length, 1024))
+        step = max(1, WORKSPACE_SCORES // (batch * heads * chunk))
+        value_dim = self.up_dims[1]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        total = query.new_zeros((batch, heads, length, value_dim), dtype=wide)
+        norm = query.new_zeros((batch, heads, length, 1), dtype=wide)
+        peak = query.new_full((batch, heads, length, 1), torch.finfo(wide).min, dtype=wide)
+        for key_start in range(0, kv_length, chunk):
+            keys = slice(key_start, min(key_start + chunk, kv_length))
+            key, value = self._expand(c_kv[:, :, keys], k_pe[:, :, keys])
+            for start in range(0, length, step):
+                rows = slice(start, min(start + step, length))
+                scores = torch.matmul(query[:, :, rows], key.transpose(2, 3)).to(wide) * self.scaling
+                scores = _masked(scores, mask, rows, keys, length, kv_length)
+                old_peak = peak[:, :, rows]
+                new_peak = torch.maximum(old_peak, scores.amax(-1, keepdim=True))
+                weights = torch.exp(scores - new_peak)
+                weights = torch.where(scores > torch.finfo(wide).min / 2, weights, 0)
+                decay = torch.exp(old_peak - new_peak)
+                norm[:, :, rows] = norm[:, :, rows] * decay + weights.sum(-1, keepdim=True)
+                total[:, :, rows] = total[:, :, rows] * decay + torch.matmul(weights.to(value.dtype), value)
+                peak[:, :, rows] = new_peak
+        # a row that may see nothing (padding) yields zeros
+        return (total / norm.clamp_min(torch.finfo(wide).tiny)).to(query.dtype).transpose(1, 2)
+
+
+def _masked(scores, mask, rows: slice, keys: slice, query_length: int, kv_length: int):
+    """Apply a dense mask (boolean: True attends; float: added; None: causal) to ``scores [B, H, rows, keys]``."""
+    if mask is None:
+        if query_length == 1:
+            return scores
+        offset = kv_length - query_length
+        row_ids = torch.arange(rows.start, rows.stop, device=scores.device)[:, None] + offset
+        allowed = torch.arange(keys.start, keys.stop, device=scores.device)[None, :] <= row_ids
+        return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    part = mask[:, :, rows if mask.shape[2] > 1 else slice(None), keys]
+    if part.dtype == torch.bool:
+        return scores.masked_fill(~part, torch.finfo(scores.dtype).min)
+    return scores + part

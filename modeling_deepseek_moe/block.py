@@ -1,0 +1,25 @@
+"""One decoder layer: latent attention, then a dense SwiGLU or a mixture of experts, pre-normed with residuals."""
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from modeling_deepseek_moe.attention import DeepseekAttention
+from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
+from modeling_deepseek_moe.moe.layer import DeepseekMoE
+
+
+class DeepseekDecoderLayer(GradientCheckpointingLayer):
+    """``h += attention(norm(h)); h += mlp(norm(h))``; returns ``[B, q, hidden_size]``."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.self_attn = DeepseekAttention(config, layer_idx)
+        is_moe = config.is_moe_layer(layer_idx)
+        self.mlp = DeepseekMoE(config) if is_moe else DeepseekMLP(config, config.intermediate_size)
+        self.input_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

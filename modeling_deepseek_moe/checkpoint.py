@@ -1,0 +1,353 @@
+"""Reading and writing checkpoint folders: headers, lazy mapped tensors, atomic streamed shards.
+
+A checkpoint folder holds safetensors shards and, when there is more than one, an index
+``model.safetensors.index.json``. `CheckpointReader` checks every header (file size, dtype, shape, offsets)
+before a byte of it is used and hands out tensors that are views into the memory-mapped file. `write_checkpoint`
+streams tensors to disk one at a time, under temporary names that are renamed once everything is written.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from tqdm.auto import tqdm
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that cannot be trusted: the message names file, tensor, what was found and what was wanted.
+
+    A `RuntimeError` too, since that is what transformers raises for shapes that do not fit.
+    """
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its header describes it. ``start`` and ``end`` are byte offsets into ``file``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from its header alone.
+
+    Raises:
+        CheckpointError: the file is absent, truncated, or its header contradicts itself.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            header_bytes = int.from_bytes(head, "little")
+            if len(head) < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file}: truncated or not safetensors: found {size} bytes, wanted at least {8 + header_bytes} "
+                    "for the header it announces"
+                )
+            text = stream.read(header_bytes)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: found no such file, wanted a safetensors shard") from None
+    try:
+        header = json.loads(text)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: found a header that is not a JSON object ({error})") from None
+
+    tensors, data_start = {}, 8 + header_bytes
+    for name, entry in entries.items():
+        tensors[name] = _parse_entry(file, name, entry, data_start)
+    end = data_start
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
+        if info.start != end:
+            raise CheckpointError(f"{file}: tensor {info.name}: found data at byte {info.start}, wanted {end}")
+        end = info.end
+    if end != size:
+        problem = "truncated" if size < end else "trailing bytes"
+        raise CheckpointError(f"{file}: {problem}: found {size} bytes, wanted {end} as its header describes")
+    return tensors
+
+
+def _parse_entry(file: Path, name: str, entry: dict, data_start: int) -> TensorInfo:
+    try:
+        dtype_name, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file}: tensor {name}: found {entry!r}, wanted dtype, shape, data_offsets") from None
+    if dtype_name not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name}: found dtype {dtype_name}, wanted one of {', '.join(DTYPES)}")
+    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+        raise CheckpointError(f"{file}: tensor {name}: found {entry!r}, wanted non-negative integers")
+    wanted = math.prod(shape) * DTYPES[dtype_name].itemsize
+    if end - begin != wanted:
+        raise CheckpointError(
+            f"{file}: tensor {name}: found {end - begin} bytes, wanted {wanted} for {dtype_name} {list(shape)}"
+        )
+    return TensorInfo(name, DTYPES[dtype_name], shape, file, data_start + begin, data_start + end)
+
+
+def resolve_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The shard files of a folder and the index's weight map (``None`` for a single file).
+
+    Raises:
+        CheckpointError: nothing to load, a malformed index, or an index naming a path outside the folder.
+    """
+    index_file = folder / INDEX_NAME
+    if not index_file.is_file():
+        if (folder / WEIGHTS_NAME).is_file():
+            return [folder / WEIGHTS_NAME], None
+        raise CheckpointError(f"{folder}: found neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+    try:
+        weight_map = json.loads(index_file.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_file}: found no usable weight_map ({error!r})") from None
+    for name in names:
+        path = PurePosixPath(str(name).replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            raise CheckpointError(f"{index_file}: found shard path {name!r}, wanted a path inside {folder}")
+    return [folder / name for name in names], weight_map
+
+
+class CheckpointReader(Mapping[str, TensorInfo]):
+    """The tensors of a checkpoint, by name. Opening reads headers only; `tensor` maps a file when it is first needed.
+
+    The mapping is private and copy-on-write: views cost no memory until they are read, and writing to one never
+    reaches the file. A view keeps its file mapped, so a reader may be dropped while its tensors live on.
+    """
+
+    def __init__(self, files: Iterable[str | os.PathLike]):
+        self.files = [Path(file) for file in files]
+        self._tensors: dict[str, TensorInfo] = {}
+        self._maps: dict[Path, torch.Tensor] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in self._tensors:
+                    raise CheckpointError(
+                        f"{file}: tensor {name}: found again, it is also in {self._tensors[name].file}"
+                    )
+                self._tensors[name] = info
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> "CheckpointReader":
+        """Open a checkpoint folder, checking its index against the shards' headers."""
+        folder = Path(folder)
+        files, weight_map = resolve_shards(folder)
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(
+                    f"{folder / INDEX_NAME}: names shard {file.name}, found no such file in {folder}"
+                )
+        reader = cls(files)
+        for name, shard in (weight_map or {}).items():
+            info = reader.get(name)
+            if info is None or info.file != folder / shard:
+                found = "absent" if info is None else f"in {info.file.name}"
+                raise CheckpointError(f"{folder / INDEX_NAME}: tensor {name}: found {found}, wanted in {shard}")
+        return reader
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of one tensor in its mapped file (a copy only if the file stores it misaligned for its dtype)."""
+        info = self._tensors[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if info.file not in self._maps:
+            with info.file.open("rb") as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[info.file] = torch.frombuffer(mapped, dtype=torch.uint8)
+        data = self._maps[info.file][info.start : info.end]
+        if info.start % info.dtype.itemsize:
+            data = data.clone()
+        return data.view(info.dtype).view(info.shape)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor to be written: what its header will say, and how to produce it when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> "TensorPlan":
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def parse_size(size: int | str) -> int:
+    """``"5GB"`` → 5·10⁹, ``"1GiB"`` → 2³⁰; an integer is bytes already."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B\s*", size.upper())
+    if match is None:
+        raise ValueError(f"size {size!r} is not a number of bytes such as '500MB', '5GB' or '2GiB'")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+
+
+def plan_shards(plans: Iterable[TensorPlan], max_shard_size: int) -> dict[str, list[TensorPlan]]:
+    """Split tensors, in their order, into files of at most ``max_shard_size`` bytes (a larger tensor stands alone)."""
+    shards: list[list[TensorPlan]] = [[]]
+    room = max_shard_size
+    for plan in plans:
+        if shards[-1] and plan.nbytes > room:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(plan)
+        room -= plan.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS_NAME: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_checkpoint(
+    folder: str | os.PathLike,
+    plans: Iterable[TensorPlan],
+    *,
+    max_shard_size: int | str = "5GB",
+    texts: Mapping[str, str] | None = None,
+    show_progress: bool = True,
+) -> None:
+    """Write a checkpoint folder: shards, index and small text files, all or nothing.
+
+    Everything goes to temporary names beside the final ones, is flushed to the disk, and is renamed at the end; a
+    failure removes the temporary files and leaves what the folder held before. One tensor is in flight at a time.
+
+    Args:
+        plans: the tensors in the order in which they fill the shards.
+        max_shard_size: bytes, or text such as ``"5GB"``.
+        texts: other files of the folder by name, e.g. ``config.json``.
+
+    Raises:
+        OSError: the disk is full (checked first, and again by every write); the message names the file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(plans, parse_size(max_shard_size))
+    texts = dict(texts or {})
+    total = sum(plan.nbytes for shard in shards.values() for plan in shard)
+    if len(shards) > 1:
+        weight_map = {plan.name: file for file, shard in shards.items() for plan in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        texts[INDEX_NAME] = json.dumps(index, indent=2) + "\n"
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise OSError(errno.ENOSPC, f"{folder}: found {free} bytes free, wanted {total} to write the checkpoint")
+
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (*shards, *texts)}
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not show_progress) as bar:
+            for name, shard in shards.items():
+                _write_shard(temporary[name], name, shard, bar)
+        for name, text in texts.items():
+            with temporary[name].open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+    except BaseException:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
+    for name, path in temporary.items():
+        path.replace(folder / name)
+    _remove_stale(folder, keep=temporary)
+
+
+def _write_shard(path: Path, name: str, plans: list[TensorPlan], bar: tqdm) -> None:
+    # Widest dtype first, as the safetensors library does: every tensor then lies aligned for its own dtype.
+    plans = sorted(plans, key=lambda plan: -plan.dtype.itemsize)
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for plan in plans:
+        header[plan.name] = {
+            "dtype": DTYPE_NAMES[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [offset, offset + plan.nbytes],
+        }
+        offset += plan.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for plan in plans:
+                tensor = plan.produce()
+                if tensor.dtype != plan.dtype or tuple(tensor.shape) != plan.shape:
+                    raise CheckpointError(
+                        f"{name}: tensor {plan.name}: found {tensor.dtype} {list(tensor.shape)}, "
+                        f"wanted {plan.dtype} {list(plan.shape)}"
+                    )
+                data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+                stream.write(memoryview(data))
+                bar.update(plan.nbytes)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path.parent / name}: {error.strerror} while writing {8 + len(text) + offset} bytes"
+        ) from error
+
+
+def _remove_stale(folder: Path, keep: Iterable[str]) -> None:
+    """Remove shards and index of an earlier save that this one replaced."""
+    keep = set(keep)
+    for path in folder.iterdir():
+        is_weights = path.name in (WEIGHTS_NAME, INDEX_NAME) or re.fullmatch(
+            r"model-\d{5}-of-\d{5,6}\.safetensors", path.name
+        )
+        if is_weights and path.name not in keep:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()

@@ -1,0 +1,253 @@
+"""One configuration for the DeepSeek MoE family, read from the fields that the releases carry.
+
+`DeepseekV2Config`, `DeepseekV3Config` and `KimiK2Config` differ only in ``model_type`` and defaults. Every field
+that changes the computation is honoured or refused by name; unknown fields are kept and saved again. On disk the
+release's spelling is used: ``rope_theta`` + ``rope_scaling``, ``num_nextn_predict_layers``, ``quant_method: fp8``.
+"""
+
+import math
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+# The name under which this package registers its own loader of `quant_method: fp8` with transformers, in memory
+# only: the quantizer that transformers uses for other models' "fp8" stays as it is.
+FP8_METHOD = "deepseek_moe_fp8"
+SCORING_FUNCS = ("sigmoid", "softmax")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+
+
+@strict
+class DeepseekMoeConfig(PreTrainedConfig):
+    """Architecture of a DeepSeek MoE model. Field names and meanings are the releases'.
+
+    ``q_lora_rank=None`` means no query compression; ``n_group=None`` means one group. A layer ``i`` is a
+    mixture of experts when ``i >= first_k_dense_replace`` and ``i % moe_layer_freq == 0``. ``rope_interleave``
+    says that rotary pairs lie next to each other, as in every release.
+
+    Raises:
+        ValueError: an unknown ``scoring_func``, ``topk_method`` or ``hidden_act``, or counts that do not divide.
+    """
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_local_experts": "n_routed_experts",
+        "num_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    }
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan: ClassVar[dict[str, Any] | None] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 61
+    num_nextn_predict_layers: int = 0
+    num_attention_heads: int = 128
+    num_key_value_heads: int | None = None
+    n_shared_experts: int | None = 1
+    n_routed_experts: int | None = 256
+    num_experts_per_tok: int | None = 8
+    moe_layer_freq: int = 1
+    first_k_dense_replace: int = 3
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    n_group: int | None = None
+    topk_group: int | None = None
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | int = 1.0
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    rope_parameters: dict | None = None
+    rope_interleave: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    output_router_logits: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        # transformers recognises a latent-attention config, and sizes rotary tables, by these two.
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.head_dim = self.qk_rope_head_dim
+        kwargs.pop("qk_head_dim", None)
+        kwargs.pop("head_dim", None)
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
+            kwargs["quantization_config"] = {**quantization, "quant_method": FP8_METHOD}
+        if isinstance(kwargs.get("rope_scaling"), dict):
+            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])  # the base class writes into it
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Called after every construction, by the base class."""
+        _one_of("scoring_func", self.scoring_func, SCORING_FUNCS)
+        _one_of("topk_method", self.topk_method, TOPK_METHODS)
+        _one_of("hidden_act", self.hidden_act, ACT2FN)
+        for name in ("moe_layer_freq", "num_hidden_layers", "hidden_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, supported in (("pretraining_tp", 1), ("ep_size", 1), ("mlp_bias", False)):
+            if getattr(self, name, None) not in (None, supported):
+                raise ValueError(f"{name}={getattr(self, name)} is not supported, only {supported}")
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must equal num_attention_heads="
+                f"{self.num_attention_heads}: latent attention expands keys and values for every head"
+            )
+        if not self.n_routed_experts:
+            return
+        experts, groups = self.n_routed_experts, self.n_group or 1
+        if self.num_experts_per_tok is None or not 1 <= self.num_experts_per_tok <= experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be in [1, n_routed_experts={experts}]"
+            )
+        if experts % groups:
+            raise ValueError(f"n_routed_experts={experts} is not divisible by n_group={groups}")
+        if groups > 1 and self.topk_method != "greedy":
+            kept = self.topk_group or 0
+            if not 1 <= kept <= groups:
+                raise ValueError(f"topk_group={self.topk_group} must be in [1, n_group={groups}]")
+            if kept * (experts // groups) < self.num_experts_per_tok:
+                raise ValueError(
+                    f"topk_group={kept} groups of {experts // groups} experts hold fewer than "
+                    f"num_experts_per_tok={self.num_experts_per_tok}"
+                )
+            if self.topk_method == "noaux_tc" and experts // groups < 2:
+                raise ValueError(f"noaux_tc scores a group by its two best experts; n_group={groups} leaves fewer")
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether layer ``layer_idx`` (MTP layers count on from ``num_hidden_layers``) routes to experts."""
+        return bool(
+            self.n_routed_experts and layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
+        )
+
+    @property
+    def softmax_scale(self) -> float:
+        """Attention scale ``(d_nope + d_rope)^-½ · mscale²``, mscale = 0.1·mscale_all_dim·ln(factor) + 1 (YaRN)."""
+        scale = self.qk_head_dim**-0.5
+        rope = self.rope_parameters
+        if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim") and rope["factor"] > 1:
+            scale *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0) ** 2
+        return scale
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        rope = output.pop("rope_parameters", None)
+        if rope is not None:
+            output["rope_theta"] = rope.pop("rope_theta", self.default_theta)
+            kind = rope.pop("rope_type", "default")
+            rope.pop("type", None)
+            output["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+        for derived in ("qk_head_dim", "head_dim"):
+            output.pop(derived, None)
+        quantization = output.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == FP8_METHOD:
+            output["quantization_config"] = {**quantization, "quant_method": "fp8"}
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # Every architecture field is written, changed or not: other engines' defaults are not this package's.
+        output, complete = super().to_diff_dict(), self.to_dict()
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        names = [field.name for field in fields(self) if field.name not in inherited]
+        output.update({name: complete[name] for name in (*names, "rope_theta", "rope_scaling") if name in complete})
+        if "quantization_config" in complete:
+            output["quantization_config"] = complete["quantization_config"]
+        return output
+
+
+@strict
+class DeepseekV2Config(DeepseekMoeConfig):
+    """DeepSeek-V2 and V2-Lite: softmax scores, greedy or group-limited top-k."""
+
+    model_type = "deepseek_v2"
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    n_shared_experts: int | None = 2
+    n_routed_experts: int | None = 64
+    num_experts_per_tok: int | None = 6
+    first_k_dense_replace: int = 0
+    scoring_func: str = "softmax"
+    topk_method: str = "greedy"
+    norm_topk_prob: bool = False
+    q_lora_rank: int | None = 1536
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+
+@strict
+class DeepseekV3Config(DeepseekMoeConfig):
+    """DeepSeek-V3, R1, Moonlight: sigmoid scores, bias-corrected group-limited top-k, MTP."""
+
+    model_type = "deepseek_v3"
+    num_nextn_predict_layers: int = 1
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    routed_scaling_factor: float | int = 2.5
+    q_lora_rank: int | None = 1536
+
+
+@strict
+class KimiK2Config(DeepseekV3Config):
+    """Kimi-K2: DeepSeek-V3's architecture under another ``model_type``."""
+
+    model_type = "kimi_k2"
+    vocab_size: int = 163840
+    num_nextn_predict_layers: int = 0
+    num_attention_heads: int = 64
+    n_routed_experts: int | None = 384
+    first_k_dense_replace: int = 1
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    routed_scaling_factor: float | int = 2.827
+
+
+def _one_of(name: str, value: Any, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not supported, wanted one of {', '.join(map(str, allowed))}")

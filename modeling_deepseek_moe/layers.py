@@ -1,0 +1,60 @@
+"""The small layers: RMSNorm, SwiGLU, and the rule that some tensors keep their dtype."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class KeepsDtype(nn.Module):
+    """A module some of whose tensors move between devices but are never cast by ``.to(dtype)`` and its kin.
+
+    FP8 codes lose their meaning when cast, and scales and router biases lose bits that matter.
+    """
+
+    dtype_kept: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in self.dtype_kept}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            applied = getattr(self, name)
+            if tensor is None or applied.dtype == tensor.dtype:
+                continue
+            restored = tensor.detach().to(applied.device)
+            if name in self._parameters:
+                restored = nn.Parameter(restored, requires_grad=tensor.requires_grad)
+            setattr(self, name, restored)
+        return self
+
+
+class DeepseekRMSNorm(nn.Module):
+    """``w · x / sqrt(mean(x²) + eps)`` over the last dimension, in fp32 whatever the input's dtype."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_float = x.float()
+        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(x.dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class DeepseekMLP(nn.Module):
+    """SwiGLU: ``down(act(gate(x)) · up(x))``. Dense layers and shared experts."""
+
+    def __init__(self, config, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

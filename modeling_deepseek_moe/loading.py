@@ -1,0 +1,277 @@
+"""Loading a release: every tensor checked against the config by its header, then handed over lazily.
+
+What reaches the model are views into the mapped files, or tensors put together one at a time when transformers
+asks for them: expert stacks, and dequantised weights where the caller wants those.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader, TensorInfo
+from modeling_deepseek_moe.moe.experts import DeepseekExperts, MappedExperts
+from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.weights import (
+    EXPERT_KEY,
+    LAYER_KEY,
+    SCALE_SUFFIX,
+    LazyStack,
+    LazyTensor,
+    TensorSpec,
+    release_tensors,
+    stack_sources,
+)
+
+logger = logging.get_logger(__name__)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Release:
+    """A checkpoint seen through a config: canonical names (``model.…``), FP8 weights paired with their scales."""
+
+    def __init__(self, reader: CheckpointReader, config):
+        self.reader, self.config = reader, config
+        # a headless model is saved without the prefix
+        self.is_bare = not any(name.startswith("model.") for name in reader)
+        self.infos = {self.canonical(name): info for name, info in reader.items()}
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None and not isinstance(quantization, Mapping):
+            quantization = quantization.to_dict()
+        self.is_fp8 = bool(quantization) and quantization.get("quant_method") in ("fp8", "deepseek_moe_fp8")
+        self.block = tuple((quantization or {}).get("weight_block_size") or block_fp8.BLOCK)
+
+    def canonical(self, name: str) -> str:
+        return (
+            f"model.{name}" if self.is_bare and name.partition(".")[0] in ("layers", "embed_tokens", "norm") else name
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.reader.tensor(self.infos[name].name)
+
+    def is_quantized(self, name: str) -> bool:
+        return name in self.infos and self.infos[name].dtype == block_fp8.FP8_DTYPE
+
+    def dequantized(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return block_fp8.dequantize(self.tensor(name), self.tensor(name + SCALE_SUFFIX), dtype, self.block)
+
+    @property
+    def has_mtp(self) -> bool:
+        first = f"model.layers.{self.config.num_hidden_layers}."
+        return any(name.startswith(first) for name in self.infos)
+
+    def check(self, needs_head: bool, ignore_mismatched_sizes: bool = False) -> None:
+        """Compare names, shapes and dtypes with the config, and look at every scale's values.
+
+        Raises:
+            CheckpointError: for the first disagreement, naming file, tensor, what was found and what was wanted.
+        """
+        expected = release_tensors(self.config)
+        if self.is_bare or not needs_head:
+            expected.pop("lm_head.weight", None)
+        self._check_layers(expected)
+        for name, spec in expected.items():
+            info = self.infos.get(name)
+            if info is None:
+                raise CheckpointError(
+                    f"{self.where(name)}: tensor {name}: found no such tensor, wanted {list(spec.shape)} by the config"
+                )
+            if info.shape != spec.shape and not ignore_mismatched_sizes:
+                self._fail(info, f"shape {list(info.shape)}", f"{list(spec.shape)} by the config")
+            if info.dtype == block_fp8.FP8_DTYPE:
+                self._check_quantized(info, spec)
+            elif info.dtype not in FLOATS:
+                wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
+                self._fail(info, f"dtype {info.dtype}", wanted)
+
+    def where(self, name: str) -> str:
+        """The file that holds the tensor's neighbours, to look in for what is missing."""
+        stem = name.rpartition(".")[0]
+        while stem:
+            for other, info in self.infos.items():
+                if other.startswith(stem + "."):
+                    return str(info.file)
+            stem = stem.rpartition(".")[0]
+        return str(self.reader.files[0].parent)
+
+    def _check_layers(self, expected: dict[str, TensorSpec]) -> None:
+        layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+        for name, info in self.infos.items():
+            weight = name.removesuffix(SCALE_SUFFIX)
+            if name in expected or (weight in expected and weight != name):
+                if weight != name and not self.is_quantized(weight):
+                    self._fail(
+                        info,
+                        f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}",
+                        "FP8 codes beside it",
+                    )
+                continue
+            layer = LAYER_KEY.match(name)
+            if layer and int(layer[1]) >= layers:
+                self._fail(
+                    info,
+                    f"layer {layer[1]}",
+                    f"{layers} layers (num_hidden_layers={self.config.num_hidden_layers}, "
+                    f"num_nextn_predict_layers={self.config.num_nextn_predict_layers})",
+                )
+            expert = EXPERT_KEY.match(name)
+            if expert and int(expert[2]) >= (self.config.n_routed_experts or 0):
+                self._fail(info, f"expert {expert[2]}", f"n_routed_experts={self.config.n_routed_experts}")
+
+    def _check_quantized(self, info: TensorInfo, spec: TensorSpec) -> None:
+        if not (self.is_fp8 and spec.quantized):
+            reason = (
+                "a floating-point tensor" if self.is_fp8 else "no FP8 without quantization_config (quant_method fp8)"
+            )
+            self._fail(info, f"dtype {info.dtype}", reason)
+        scale = self.infos.get(self.canonical(info.name) + SCALE_SUFFIX)
+        wanted = block_fp8.scale_shape(info.shape, self.block)
+        if scale is None:
+            self._fail(info, f"FP8 codes without {info.name}{SCALE_SUFFIX}", f"fp32 scales {list(wanted)}")
+        if scale.dtype != torch.float32:
+            self._fail(scale, f"dtype {scale.dtype}", "torch.float32")
+        if scale.shape != wanted:
+            self._fail(
+                scale, f"shape {list(scale.shape)}", f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
+            )
+        values = self.reader.tensor(scale.name)
+        bad = ~torch.isfinite(values) | (values < 0)
+        if bad.any():
+            row, col = bad.nonzero()[0].tolist()
+            self._fail(scale, f"{values[row, col].item()} at [{row}, {col}]", "finite, non-negative scales")
+
+    def _fail(self, info: TensorInfo, found: str, wanted: str) -> None:
+        raise CheckpointError(f"{info.file}: tensor {info.name}: found {found}, wanted {wanted}")
+
+
+def prepare(model: PreTrainedModel, release: Release, ignore_mismatched_sizes: bool = False) -> None:
+    """Check a release against a model about to be filled, and drop MTP layers that the release does not have.
+
+    Derived checkpoints often lost the MTP module while their config still announces it.
+    """
+    config, base = model.config, model.base_model
+    if config.num_nextn_predict_layers and not release.has_mtp:
+        logger.warning(
+            f"{release.reader.files[0].parent}: the config announces {config.num_nextn_predict_layers} MTP layer(s), "
+            "the checkpoint has none: the model is loaded without."
+        )
+        del base.layers[config.num_hidden_layers :]
+        config.num_nextn_predict_layers = 0
+        release.config.num_nextn_predict_layers = 0
+    needs_head = hasattr(model, "lm_head") and not config.tie_word_embeddings
+    release.check(needs_head, ignore_mismatched_sizes)
+
+
+def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch.Tensor | LazyStack | LazyTensor]:
+    """The release under the model's parameter names, in the model's structure: plain, FP8-resident or mapped.
+
+    Where the model has an FP8 parameter the codes go as they are; where it has a floating-point one they are
+    dequantised to that parameter's dtype.
+    """
+    prefix = "" if model.base_model is not model else "model."
+    targets = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    mapped = {prefix + name for name, module in model.named_modules() if isinstance(module, MappedExperts)}
+    state = {}
+    for name, info in release.infos.items():
+        expert = EXPERT_KEY.match(name)
+        if expert and (expert[1] in mapped or f"{expert[1]}.gate_up_proj" in targets):
+            continue
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if weight != name and weight in targets and name not in targets:
+            continue  # consumed by the dequantisation of its weight
+        target = targets.get(name)
+        if target is not None and release.is_quantized(name) and target.dtype != block_fp8.FP8_DTYPE:
+            state[name] = LazyTensor(
+                lambda name=name, dtype=target.dtype: release.dequantized(name, dtype), info.shape, target.dtype
+            )
+        else:
+            state[name] = release.tensor(name)
+    for name, target in targets.items():
+        if ".mlp.experts." in name:
+            state[name] = _stack(release, name, target)
+    return {name.removeprefix(prefix) if prefix else name: tensor for name, tensor in state.items()}
+
+
+def _stack(release: Release, name: str, target: torch.Tensor) -> LazyStack:
+    def part(source: str):
+        if release.is_quantized(source) and target.dtype != block_fp8.FP8_DTYPE:
+            return lambda: release.dequantized(source, target.dtype)
+        return lambda: release.tensor(source)
+
+    sources = stack_sources(name, target.shape[0])
+    shapes = [release.infos[source].shape for source in sources[0]]
+    shape = (len(sources), sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return LazyStack([[part(source) for source in expert] for expert in sources], shape, target.dtype)
+
+
+def accept_release_keys(module: DeepseekExperts, state_dict: dict, prefix: str, *_) -> None:
+    """A `load_state_dict` pre-hook: experts stored one by one, as saved, are copied into the stacks.
+
+    `Trainer` resumes with ``load_state_dict`` on the saved files. Shards may each hold some of the experts.
+    """
+    for stack, parameter in module.named_parameters(recurse=False):
+        sources = stack_sources(prefix + stack, module.num_experts)
+        present = [name for names in sources for name in names if name in state_dict]
+        if not present:
+            continue
+        for names, expert in zip(sources, parameter.detach().unbind(0), strict=True):
+            for name, rows in zip(names, expert.chunk(len(names)), strict=True):
+                if name in state_dict:
+                    rows.copy_(state_dict.pop(name))
+        if len(present) == len(sources) * len(sources[0]):
+            state_dict[prefix + stack] = parameter.detach()
+
+
+class ReleaseLoadingMixin:
+    """`from_pretrained` for release checkpoints. Mixed into the models before `PreTrainedModel`."""
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # transformers has no public hook between resolving the files and reading them; this is where it reads them.
+        quantizer = load_config.hf_quantizer
+        if quantizer is not None and getattr(quantizer.quantization_config, "quant_method", None) == "fp8":
+            raise ValueError(
+                "FineGrainedFP8Config applies to FP8 checkpoints here. To quantise a bf16 model, save it with "
+                "save_pretrained(folder, quantize='fp8') and load that folder."
+            )
+        if state_dict is None and checkpoint_files:
+            release = getattr(quantizer, "release", None)
+            if release is None:
+                not_safe = [file for file in checkpoint_files if not str(file).endswith(".safetensors")]
+                if not_safe:
+                    raise CheckpointError(f"{not_safe[0]}: found a pickle checkpoint, wanted safetensors")
+                release = Release(CheckpointReader(checkpoint_files), model.config)
+                prepare(model, release, load_config.ignore_mismatched_sizes)
+            state_dict = lazy_state_dict(model, release)
+            _remember_bias_dtypes(model, release)
+        result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        # Saving falls back on the registered conversions, not on those that this load happened to need: none.
+        model._weight_conversions = None
+        return result
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; a local folder's index and headers are checked before anything else."""
+        path = pretrained_model_name_or_path
+        subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
+        if path is not None and variant is None and kwargs.get("gguf_file") is None:
+            _check_folder(path, subfolder)
+        return super().from_pretrained(path, *args, **kwargs)
+
+
+def _check_folder(path, subfolder: str) -> None:
+    from pathlib import Path
+
+    folder = Path(path) / subfolder
+    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        CheckpointReader.open(folder)
+
+
+def _remember_bias_dtypes(model: PreTrainedModel, release: Release) -> None:
+    """Router biases are held in fp32; one that was released narrower is written back so while it still fits."""
+    prefix = "" if model.base_model is not model else "model."
+    for name, module in model.named_modules():
+        info = release.infos.get(f"{prefix}{name}.e_score_correction_bias")
+        if info is not None:
+            module.bias_release_dtype = info.dtype

@@ -1,0 +1,75 @@
+"""Attention masks: causal, padded, packed. Packed sequences stay apart with a cache as without one."""
+
+import copy
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import is_torchdynamo_compiling
+
+DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def build_mask(
+    config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    past_key_values: Cache | None,
+    past_length: int | None,
+    position_ids: torch.Tensor,
+    *,
+    maybe_packed: bool,
+    dense: bool,
+) -> torch.Tensor | BlockMask | None:
+    """The mask of one forward pass, over the keys in use.
+
+    Args:
+        past_length: tokens cached before, ``None`` when unknown (a static cache under ``torch.compile``).
+        maybe_packed: the caller gave ``position_ids``; where they restart, a new sequence begins.
+        dense: the latent path needs a dense mask whatever ``attn_implementation`` says.
+
+    Returns:
+        What `transformers.masking_utils` makes for the attention implementation (``None``: plain causal), with the
+        unused end of a static cache cut off.
+    """
+    if dense and config._attn_implementation not in DENSE_IMPLEMENTATIONS:
+        config = copy.copy(config)
+        config._attn_implementation = "sdpa"
+    # Nothing is cached: the keys are the new tokens, and the mask need not know the cache's size.
+    cache = None if past_length == 0 else past_key_values
+    length = inputs_embeds.shape[1]
+    packing = None
+    # transformers itself keeps packed sequences apart when there is neither a cache nor a mask
+    if maybe_packed and (cache is not None or attention_mask is not None):
+        packing = _same_sequence(inputs_embeds.shape[0], length, cache, position_ids)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and past_length is not None:
+        attention_mask = attention_mask[:, : past_length + length]
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        position_ids=position_ids,
+        and_mask_function=packing,
+    )
+    if isinstance(mask, torch.Tensor) and past_length is not None:
+        mask = mask[..., : past_length + length]
+    return mask
+
+
+def _same_sequence(batch: int, length: int, cache: Cache | None, position_ids: torch.Tensor):
+    """A token at index i with position p began its sequence at i - p: it may attend no further back than that.
+
+    This holds for packed rows, left padding and plain rows alike, and needs no memory of how a cache was filled.
+    """
+    offset = cache.get_query_offset() if cache is not None else 0
+    index = torch.arange(length, device=position_ids.device) + offset
+    start = (index - position_ids).expand(batch, -1)
+    if not is_torchdynamo_compiling() and not bool((start > 0).any()):
+        return None
+
+    def keep(batch_idx, head_idx, q_idx, kv_idx):
+        return kv_idx >= start[batch_idx, q_idx - offset]
+
+    return keep

@@ -1,0 +1,308 @@
+"""The models: embedding, decoder layers, norm, heads. A token's path from ``input_ids`` to logits reads top-down.
+
+`DeepseekMoeModel` and its heads are the one implementation; the classes at the end only bind it to the names and
+configs of the releases.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
+from modeling_deepseek_moe.block import DeepseekDecoderLayer
+from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
+from modeling_deepseek_moe.masks import build_mask
+from modeling_deepseek_moe.moe.experts import DeepseekExperts, MappedExperts
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.mtp import DeepseekMtpLayer
+from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
+from modeling_deepseek_moe.saving import ReleaseSavingMixin
+
+
+class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, PreTrainedModel):
+    """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""
+
+    config_class = DeepseekMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DeepseekDecoderLayer", "DeepseekMtpLayer")
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    _can_record_outputs = {
+        "hidden_states": DeepseekDecoderLayer,
+        "attentions": DeepseekAttention,
+        "router_logits": OutputRecorder(DeepseekTopkRouter, index=0),
+    }
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would guess it from this file's text; the attention lives in another
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekTopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif not any(parameter.dtype.itemsize == 1 for parameter in module.parameters(recurse=False)):
+            super()._init_weights(module)  # FP8 codes are loaded, never initialised
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+        if only_trainable:
+            return count
+        return count + sum(module.num_mapped for module in self.modules() if isinstance(module, MappedExperts))
+
+
+class DeepseekMoeModel(DeepseekMoePreTrainedModel):
+    """Embedding, decoder layers and final norm; the MTP layers follow the decoder layers in ``layers``, as released."""
+
+    def __init__(self, config: DeepseekMoeConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        depth, mtp_depth = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.layers = nn.ModuleList(
+            [DeepseekDecoderLayer(config, i) for i in range(depth)]
+            + [DeepseekMtpLayer(config, i) for i in range(depth, depth + mtp_depth)]
+        )
+        self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        for module in self.modules():
+            if isinstance(module, DeepseekExperts):
+                module.register_load_state_dict_pre_hook(accept_release_keys)
+        self.post_init()
+
+    @property
+    def mtp_layers(self) -> nn.ModuleList:
+        """The MTP layers, one a depth (none if the checkpoint has none)."""
+        return self.layers[self.config.num_hidden_layers :]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        mla_path: str | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """As every decoder of transformers; ``mla_path`` forces ``"absorbed"`` or ``"expanded"`` (``None``: by cost)."""
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        context = self._layer_context(inputs_embeds, attention_mask, position_ids, past_key_values, mla_path, **kwargs)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(hidden_states, past_key_values=past_key_values, use_cache=use_cache, **context)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _layer_context(self, inputs_embeds, attention_mask, position_ids, past_key_values, mla_path, **kwargs):
+        """What every layer of one forward pass shares: rotary tables, mask, attention path."""
+        length = inputs_embeds.shape[1]
+        past_length = _cached_length(past_key_values)
+        maybe_packed = position_ids is not None
+        if position_ids is None:
+            start = past_length if past_length is not None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
+        kv_length = past_key_values.get_max_cache_shape() if past_length is None else past_length + length
+        if mla_path not in (None, ABSORBED, EXPANDED):
+            raise ValueError(f"mla_path={mla_path!r} is not one of {ABSORBED!r}, {EXPANDED!r}, None")
+        path = mla_path or choose_mla_path(self.config, length, kv_length)
+        if not getattr(self.config, "is_causal", True):
+            path, past_length = EXPANDED, (past_length or None)  # the latent forms mask causally
+        mask = build_mask(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            past_length,
+            position_ids,
+            maybe_packed=maybe_packed,
+            dense=path == ABSORBED or bool(past_length),
+        )
+        return {
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "position_ids": position_ids,
+            "attention_mask": mask,
+            "mla_path": path,
+            "past_length": past_length,
+            "output_attentions": bool(self.config.output_attentions),
+            **kwargs,
+        }
+
+    def mtp(
+        self,
+        depth: int,
+        input_ids: torch.LongTensor,
+        hidden_states: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> torch.FloatTensor:
+        """The hidden states of MTP layer ``depth`` (0 first); see `DeepseekMtpLayer.forward` for the arguments.
+
+        Raises:
+            ValueError: the model has no MTP layer of that depth.
+        """
+        if not 0 <= depth < len(self.mtp_layers):
+            raise ValueError(f"MTP depth {depth} asked for, the model has {len(self.mtp_layers)} MTP layers")
+        context = self._layer_context(hidden_states, attention_mask, position_ids, None, None, **kwargs)
+        return self.mtp_layers[depth](input_ids, hidden_states, **context)
+
+
+class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
+    """The language model: `DeepseekMoeModel` and ``lm_head``."""
+
+    model_class: type[DeepseekMoeModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DeepseekMoeConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mla_path: str | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Next-token logits ``[B, S, vocab_size]`` and, with ``labels``, their shifted cross-entropy."""
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mla_path=mla_path,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def mtp_logits(self, depth: int, input_ids, hidden_states, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``[B, S, vocab_size]`` of MTP layer ``depth``, and its hidden states, which the next depth takes."""
+        hidden_states = self.model.mtp(depth, input_ids, hidden_states, **kwargs)
+        return self.model.mtp_layers[depth].shared_head.head(hidden_states), hidden_states
+
+
+def _cached_length(past_key_values: Cache | None) -> int | None:
+    """Tokens in the cache; ``None`` if that is a tensor whose value a graph being compiled cannot know."""
+    if past_key_values is None:
+        return 0
+    seen = past_key_values.get_seq_length()
+    if isinstance(seen, torch.Tensor):
+        return None if is_torchdynamo_compiling() else int(seen)
+    return seen
+
+
+# The names of the releases. `architectures` on disk is written from them.
+
+
+class DeepseekV2Model(DeepseekMoeModel):
+    config_class = DeepseekV2Config
+
+
+class DeepseekV2ForCausalLM(DeepseekMoeForCausalLM):
+    config_class = DeepseekV2Config
+    model_class = DeepseekV2Model
+
+
+class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
+    config_class = DeepseekV2Config
+
+
+class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
+    config_class = DeepseekV2Config
+
+
+class DeepseekV3Model(DeepseekMoeModel):
+    config_class = DeepseekV3Config
+
+
+class DeepseekV3ForCausalLM(DeepseekMoeForCausalLM):
+    config_class = DeepseekV3Config
+    model_class = DeepseekV3Model
+
+
+class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
+    config_class = DeepseekV3Config
+
+
+class DeepseekV3ForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
+    config_class = DeepseekV3Config
+
+
+class KimiK2Model(DeepseekMoeModel):
+    config_class = KimiK2Config
+
+
+class KimiK2ForCausalLM(DeepseekMoeForCausalLM):
+    config_class = KimiK2Config
+    model_class = KimiK2Model
+    release_architecture = "DeepseekV3ForCausalLM"
+
+
+class KimiK2ForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
+    config_class = KimiK2Config
+
+
+class KimiK2ForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
+    config_class = KimiK2Config

@@ -1,0 +1,26 @@
+"""One mixture-of-experts layer: router, routed experts, shared experts, and nothing else."""
+
+import torch
+from torch import nn
+
+from modeling_deepseek_moe.layers import DeepseekMLP
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+
+
+class DeepseekMoE(nn.Module):
+    """``h ↦ Σ_k g_k · expert_k(h) + shared(h)`` (DeepSeek-V3 report, eq. 12). No token is dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = DeepseekTopkRouter(config)
+        self.experts = DeepseekExperts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = DeepseekMLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _, topk_weights, topk_indices = self.gate(hidden_states)
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routed = self.experts(hidden_TD, topk_indices, topk_weights).view(hidden_states.shape)
+        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)

@@ -1,0 +1,46 @@
+"""Multi-token prediction: one extra decoder layer per depth that predicts a token further on (V3 report, 2.2).
+
+h' = M [RMSNorm(Emb(t_{i+1})); RMSNorm(h_i)] → decoder layer → norm → head → t_{i+2}. The released weights put
+the embedding's half first. Stored as layers ``num_hidden_layers + depth``, with copies of embedding and head.
+"""
+
+import torch
+from torch import nn
+
+from modeling_deepseek_moe.block import DeepseekDecoderLayer
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
+
+
+class MtpHead(nn.Module):
+    """``norm`` and ``head`` of one depth: ``[..., hidden_size] → [..., vocab_size]``."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class DeepseekMtpLayer(DeepseekDecoderLayer):
+    """One MTP depth, under the release's names (``enorm``, ``hnorm``, ``eh_proj``, ``embed_tokens``, ``shared_head``)."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.enorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = MtpHead(config)
+
+    def forward(self, input_ids: torch.Tensor, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """
+        Args:
+            input_ids: ``[B, S]``, the tokens one position after those of ``hidden_states``.
+            hidden_states: ``[B, S, hidden_size]``, the model's last hidden state (after its final norm), or the
+                previous depth's result.
+
+        Returns:
+            ``[B, S, hidden_size]``, normed: `shared_head.head` turns it into logits, the next depth takes it as is.
+        """
+        embedded = self.enorm(self.embed_tokens(input_ids))
+        merged = self.eh_proj(torch.cat((embedded, self.hnorm(hidden_states)), dim=-1))
+        return self.shared_head.norm(super().forward(merged, **kwargs))

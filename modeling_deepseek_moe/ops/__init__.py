@@ -1,0 +1,1 @@
+"""Hot operations: one folder each, with the plain-torch reference that defines it."""

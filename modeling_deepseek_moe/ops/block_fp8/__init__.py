@@ -1,0 +1,64 @@
+"""Block-scaled FP8: W = code · weight_scale_inv, one fp32 scale per 128×128 block, ragged at the edges.
+
+The functions check shapes and dtypes; what they compute is defined in `reference`.
+"""
+
+import math
+
+import torch
+
+from modeling_deepseek_moe.ops.block_fp8 import reference
+
+FP8_DTYPE = torch.float8_e4m3fn
+BLOCK = (128, 128)
+
+__all__ = ["BLOCK", "FP8_DTYPE", "dequantize", "linear", "quantize", "scale_shape"]
+
+
+def scale_shape(weight_shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:
+    """Shape of the scales of a ``[N, K]`` weight: ``[⌈N/block_N⌉, ⌈K/block_K⌉]``."""
+    return math.ceil(weight_shape[0] / block[0]), math.ceil(weight_shape[1] / block[1])
+
+
+def dequantize(
+    weight: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = BLOCK
+) -> torch.Tensor:
+    """``[N, K]`` E4M3 codes and their fp32 scales → the weight in ``dtype``, rounded once from the fp32 product."""
+    _check(weight, scale_inv, block)
+    return reference.dequantize(weight, scale_inv, dtype, block)
+
+
+def quantize(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[N, K]`` weight → E4M3 codes ``[N, K]`` and fp32 scales, scale = amax(block) / 448, all in fp32.
+
+    Raises:
+        ValueError: the weight is not a finite floating-point matrix.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"quantize needs a floating-point matrix, found {weight.dtype} {list(weight.shape)}")
+    return reference.quantize(weight, block)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    block: tuple[int, int] = BLOCK,
+) -> torch.Tensor:
+    """``x [..., K] · Wᵀ + bias → [..., N]`` in ``x.dtype``; W is dequantised a tile of rows at a time.
+
+    Differentiable in ``x`` and ``bias``; the codes and scales are constants.
+    """
+    _check(weight, scale_inv, block)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input has {x.shape[-1]} features, the weight {list(weight.shape)} wants {weight.shape[1]}")
+    return reference.BlockFp8Linear.apply(x, weight, scale_inv, bias, block)
+
+
+def _check(weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int]) -> None:
+    if weight.dtype != FP8_DTYPE or weight.ndim != 2:
+        raise ValueError(f"weight must be a {FP8_DTYPE} matrix, found {weight.dtype} {list(weight.shape)}")
+    wanted = scale_shape(weight.shape, block)
+    if tuple(scale_inv.shape) != wanted:
+        raise ValueError(f"weight_scale_inv has shape {list(scale_inv.shape)}, wanted {list(wanted)}")

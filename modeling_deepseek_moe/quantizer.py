@@ -1,0 +1,117 @@
+"""transformers' side of FP8: the quantization config and quantizer that load ``quant_method: fp8`` for this family.
+
+They are registered under a name of their own (`FP8_METHOD`); `config` maps the release's "fp8" to it in memory. The
+quantizer that other models get for "fp8" is untouched.
+"""
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+from modeling_deepseek_moe.checkpoint import CheckpointReader
+from modeling_deepseek_moe.config import FP8_METHOD
+from modeling_deepseek_moe.fp8 import Fp8Linear
+from modeling_deepseek_moe.loading import Release, prepare
+from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, Fp8Matrix, MappedExperts, StackedFp8Experts
+from modeling_deepseek_moe.weights import SCALE_SUFFIX
+
+
+@register_quantization_config(FP8_METHOD)
+class FineGrainedFP8Config(transformers.FineGrainedFP8Config):
+    """The release's ``quantization_config``. Same name as transformers' own, which a caller passes to dequantise.
+
+    Raises:
+        ValueError: a format other than E4M3 codes with dynamic activation scales.
+    """
+
+    def __init__(self, **fields):
+        super().__init__(**fields)
+        self.release_fields = {**fields, "quant_method": "fp8"}
+        for name, supported in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
+            if fields.get(name, supported) != supported:
+                raise ValueError(f"quantization_config: {name}={fields[name]!r} is not supported, only {supported!r}")
+
+    def to_dict(self) -> dict:
+        """The fields as the release had them."""
+        return dict(self.release_fields)
+
+
+@register_quantizer(FP8_METHOD)
+class DeepseekFp8Quantizer(HfQuantizer):
+    """Prepares a model for a released FP8 checkpoint, before any weight is read.
+
+    Linear layers whose weight is FP8 in the files become `Fp8Linear`. Routed experts stay in the mapped files when
+    the model lives on the CPU, and are stacked on another device. With ``dequantize=True`` the model stays as
+    it is and `lazy_state_dict` hands it floating-point weights.
+    """
+
+    release: Release
+
+    def validate_environment(self, *args, **kwargs):
+        if not self.pre_quantized:
+            raise ValueError("this quantizer loads FP8 checkpoints; it does not quantise while loading")
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
+        self.release = Release(CheckpointReader(checkpoint_files), model.config)
+        prepare(model, self.release)
+        if self.quantization_config.dequantize:
+            return
+        prefix = "model." if model.base_model is model else ""
+        on_cpu = _stays_on_cpu(device_map)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and self.release.is_quantized(f"{prefix}{name}.weight"):
+                with torch.device("meta"):
+                    new = Fp8Linear(
+                        module.in_features, module.out_features, module.bias is not None, self.release.block
+                    )
+                model.set_submodule(name, new)
+            elif isinstance(module, DeepseekExperts) and self._has_fp8_experts(prefix + name):
+                model.set_submodule(name, self._experts(model.config, prefix + name, on_cpu))
+
+    def _has_fp8_experts(self, name: str) -> bool:
+        return self.release.is_quantized(f"{name}.0.gate_proj.weight")
+
+    def _experts(self, config, name: str, on_cpu: bool) -> nn.Module:
+        if not on_cpu:
+            with torch.device("meta"):
+                return StackedFp8Experts(config, self.release.block)
+
+        def matrix(expert: int, projection: str) -> Fp8Matrix:
+            weight = f"{name}.{expert}.{projection}.weight"
+            return Fp8Matrix(self.release.tensor(weight), self.release.tensor(weight + SCALE_SUFFIX))
+
+        experts = [
+            {projection: matrix(e, projection) for projection in PROJECTIONS} for e in range(config.n_routed_experts)
+        ]
+        return MappedExperts(config, self.release.block, experts)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            for name in getattr(module, "dtype_kept", ()):
+                if name in module._parameters:
+                    module._parameters[name].requires_grad_(False)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on FP8 weights; the weights themselves do not. Load with ``dequantize=True`` to train them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return False
+
+
+def _stays_on_cpu(device_map) -> bool:
+    if isinstance(device_map, dict):
+        return all(str(device) == "cpu" for device in device_map.values())
+    if device_map is None or str(device_map) == "cpu":
+        return True
+    return (
+        str(device_map) in ("auto", "balanced", "balanced_low_0", "sequential")
+        and not torch.accelerator.is_available()
+    )

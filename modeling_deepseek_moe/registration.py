@@ -1,0 +1,40 @@
+"""Registering the family with transformers' Auto classes, over the built-in classes of the same model types.
+
+The built-in classes stay reachable by name, e.g. ``transformers.DeepseekV3ForCausalLM``.
+"""
+
+import transformers
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from modeling_deepseek_moe import modeling, quantizer  # noqa: F401 (importing quantizer registers it)
+from modeling_deepseek_moe.config import DeepseekV2Config, DeepseekV3Config, KimiK2Config
+
+FAMILIES = {"DeepseekV2": DeepseekV2Config, "DeepseekV3": DeepseekV3Config, "KimiK2": KimiK2Config}
+HEADS = {
+    "Model": transformers.AutoModel,
+    "ForCausalLM": transformers.AutoModelForCausalLM,
+    "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+    "ForTokenClassification": transformers.AutoModelForTokenClassification,
+}
+
+
+def register() -> None:
+    """Register configs, models and expert conversions (the latter serve adapters and sharded saves)."""
+    for family, config in FAMILIES.items():
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        for head, auto_class in HEADS.items():
+            auto_class.register(config, getattr(modeling, family + head), exist_ok=True)
+        register_checkpoint_conversion_mapping(config.model_type, _conversions(), overwrite=True)
+
+
+def _conversions() -> list[WeightConverter]:
+    experts = "mlp.experts.*."
+    return [
+        WeightConverter(
+            [f"{experts}gate_proj.weight", f"{experts}up_proj.weight"],
+            "mlp.experts.gate_up_proj",
+            [MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(f"{experts}down_proj.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
+    ]

@@ -1,0 +1,185 @@
+"""Saving in the release format: the same keys, bytes and dtypes as loaded, streamed and atomic."""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub import HfApi
+from transformers.utils import logging
+
+from modeling_deepseek_moe.checkpoint import TensorPlan, write_checkpoint
+from modeling_deepseek_moe.hub import auto_map, shim_files
+from modeling_deepseek_moe.moe.experts import MappedExperts
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.weights import SCALE_SUFFIX, release_tensors, unstack
+
+
+def fp8_quantization_config(block: tuple[int, int] = block_fp8.BLOCK) -> dict:
+    """``quantization_config`` as DeepSeek-V3's release spells it."""
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": list(block),
+    }
+
+
+class ReleaseSavingMixin:
+    """`save_pretrained` in the release format. Mixed into the models before `PreTrainedModel`."""
+
+    release_architecture: str | None = None  # what `architectures` says on disk, if not the class's own name
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        *,
+        quantize: str | None = None,
+        remote_code: bool = False,
+        **kwargs,
+    ) -> None:
+        """Write config, generation config and weights in the release format.
+
+        Tensors stream to the disk one at a time (no second copy of the model); everything appears at once, or, after
+        an error, nothing does.
+
+        Args:
+            state_dict: what to save instead of the model's own, under the model's names.
+            max_shard_size: bytes, or text such as ``"5GB"``.
+            quantize: ``"fp8"`` writes every weight that a release keeps in FP8 as codes and scales.
+            remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
+            kwargs: as `PreTrainedModel.save_pretrained`. Adapters, distributed checkpoints, models whose weights are
+                sharded or offloaded, and ``variant`` are saved by transformers itself.
+
+        Raises:
+            OSError: disk full. Nothing that was in the folder is touched.
+            ValueError: ``quantize`` is unknown, or a weight to quantise holds NaN or Inf.
+        """
+        if quantize not in (None, "fp8"):
+            raise ValueError(f"quantize={quantize!r} is not supported, wanted 'fp8' or None")
+        tensors = self.state_dict() if state_dict is None else state_dict
+        if self._saved_by_transformers(tensors, kwargs):
+            if quantize or remote_code:
+                raise ValueError(
+                    "quantize and remote_code need a plain model: no adapters, shards, offloading or variant"
+                )
+            # transformers passes its own default on to nobody: hand over what this signature took
+            return super().save_pretrained(
+                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
+            )
+        if not is_main_process:
+            return None
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"{save_directory}: found a file, wanted a directory to save into")
+        write_checkpoint(
+            save_directory,
+            _plans(self, tensors, quantize),
+            max_shard_size=max_shard_size,
+            texts=self._texts(quantize, remote_code),
+            show_progress=logging.is_progress_bar_enabled(),
+        )
+        if push_to_hub:
+            repo = kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory))
+            api = HfApi(token=kwargs.get("token"))
+            repo = api.create_repo(repo, exist_ok=True, private=kwargs.get("private")).repo_id
+            api.upload_folder(repo_id=repo, folder_path=save_directory, commit_message=kwargs.get("commit_message"))
+        return None
+
+    def _saved_by_transformers(self, tensors: dict, kwargs: dict) -> bool:
+        quantizer = getattr(self, "hf_quantizer", None)
+        return bool(
+            getattr(self, "_hf_peft_config_loaded", False)
+            or kwargs.get("distributed_checkpoint")
+            or kwargs.get("variant") is not None
+            or kwargs.get("save_original_format") is False
+            or (quantizer is not None and not hasattr(quantizer, "release"))
+            or any(not _is_plain(tensor) for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
+        )
+
+    def _texts(self, quantize: str | None, remote_code: bool) -> dict[str, str]:
+        config = copy.deepcopy(self.config)
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        config.architectures = [self.release_architecture or type(self).__name__]
+        if quantize and getattr(config, "quantization_config", None) is None:
+            config.quantization_config = fp8_quantization_config()
+        fields = config.to_diff_dict()
+        # An inherited auto_map names files that were not copied here; other engines would look for them.
+        fields.pop("auto_map", None)
+        fields["torch_dtype"] = fields.pop("dtype")
+        texts = {}
+        if remote_code:
+            fields["auto_map"] = auto_map(type(self))
+            texts |= shim_files()
+        texts["config.json"] = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        if self.can_generate():
+            texts["generation_config.json"] = self.generation_config.to_json_string(use_diff=True)
+        return texts
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Neither offloaded nor sharded."""
+    return tensor.device.type != "meta" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _plans(model, tensors: dict[str, torch.Tensor], quantize: str | None) -> list[TensorPlan]:
+    plans = []
+    quantized = {name for name, spec in release_tensors(model.config).items() if spec.quantized} if quantize else set()
+    prefix = "model." if model.base_model is model else ""
+    for name, tensor in _release_views(model, tensors):
+        if prefix + name in quantized and tensor.dtype != block_fp8.FP8_DTYPE:
+            plans += _quantized(name, tensor)
+        else:
+            plans.append(TensorPlan.of(name, tensor))
+    return sorted(plans, key=lambda plan: _natural(plan.name))
+
+
+def _release_views(model, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor under its release name, as a view: nothing is copied here."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    for name, tensor in tensors.items():
+        source = model.all_tied_weights_keys.get(name)
+        if name in ignored or (source in tensors and tensor.data_ptr() == tensors[source].data_ptr()):
+            continue
+        if name.endswith(".e_score_correction_bias"):
+            tensor = _released_bias(model.get_submodule(name.rpartition(".")[0]), tensor)
+        yield from unstack(name, tensor)
+    for prefix, module in model.named_modules():
+        if isinstance(module, MappedExperts):
+            for name, matrix in module.named_matrices():
+                yield f"{prefix}.{name}.weight", matrix.weight
+                yield f"{prefix}.{name}.weight{SCALE_SUFFIX}", matrix.scale_inv
+
+
+def _released_bias(router: DeepseekTopkRouter, bias: torch.Tensor) -> torch.Tensor:
+    narrow = bias.to(router.bias_release_dtype)
+    return narrow if torch.equal(narrow.to(bias.dtype), bias) else bias
+
+
+def _quantized(name: str, tensor: torch.Tensor) -> list[TensorPlan]:
+    scale_name = name + SCALE_SUFFIX
+    made = {}  # codes and scales come from one pass over the weight; whichever is written first makes both
+
+    def produce(part: int):
+        if not made:
+            try:
+                made[0], made[1] = block_fp8.quantize(tensor.detach().cpu())
+            except ValueError as error:
+                raise ValueError(f"tensor {name}: {error}") from error
+        return made.pop(part)
+
+    shape = tuple(tensor.shape)
+    return [
+        TensorPlan(name, block_fp8.FP8_DTYPE, shape, lambda: produce(0)),
+        TensorPlan(scale_name, torch.float32, block_fp8.scale_shape(shape), lambda: produce(1)),
+    ]
+
+
+def _natural(name: str) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"\.", name)]

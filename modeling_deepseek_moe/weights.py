@@ -1,0 +1,166 @@
+"""Every tensor of a release, from the config alone; and the one place where model and release names differ.
+
+The model stacks a layer's routed experts; a release stores them one by one. Everything else has the same name.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from modeling_deepseek_moe.config import DeepseekMoeConfig
+
+# model tensor -> the release's projections of one expert, in the order in which they fill its rows
+STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+SCALE_SUFFIX = "_scale_inv"
+EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight(_scale_inv)?$")
+STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?$")
+LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a release stores under one name. ``quantized``: in an FP8 release it is FP8, with a scale beside it."""
+
+    shape: tuple[int, ...]
+    part: str
+    quantized: bool = False
+
+
+def release_tensors(config: DeepseekMoeConfig) -> dict[str, TensorSpec]:
+    """All tensors of a release with this config by name, FP8 scales left out (``weight_scale_inv`` joins a weight)."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    tensors = {"model.embed_tokens.weight": TensorSpec((vocab, hidden), "embedding")}
+    depth = config.num_hidden_layers
+    for layer in range(depth + config.num_nextn_predict_layers):
+        specs = dict(_decoder_layer(config, layer))
+        if layer >= depth:
+            specs |= {
+                "embed_tokens.weight": TensorSpec((vocab, hidden), "mtp"),
+                "enorm.weight": TensorSpec((hidden,), "mtp"),
+                "hnorm.weight": TensorSpec((hidden,), "mtp"),
+                "eh_proj.weight": TensorSpec((hidden, 2 * hidden), "mtp"),
+                "shared_head.norm.weight": TensorSpec((hidden,), "mtp"),
+                "shared_head.head.weight": TensorSpec((vocab, hidden), "mtp"),
+            }
+            specs = {name: TensorSpec(spec.shape, "mtp", spec.quantized) for name, spec in specs.items()}
+        tensors |= {f"model.layers.{layer}.{name}": spec for name, spec in specs.items()}
+    tensors["model.norm.weight"] = TensorSpec((hidden,), "norms")
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = TensorSpec((vocab, hidden), "head")
+    return tensors
+
+
+def _decoder_layer(config: DeepseekMoeConfig, layer: int) -> Iterator[tuple[str, TensorSpec]]:
+    hidden = config.hidden_size
+    yield "input_layernorm.weight", TensorSpec((hidden,), "norms")
+    yield from ((f"self_attn.{name}", spec) for name, spec in _attention(config))
+    yield "post_attention_layernorm.weight", TensorSpec((hidden,), "norms")
+    if not config.is_moe_layer(layer):
+        yield from _swiglu("mlp.", hidden, config.intermediate_size, "dense")
+        return
+    yield "mlp.gate.weight", TensorSpec((config.n_routed_experts, hidden), "router")
+    if config.topk_method == "noaux_tc":
+        yield "mlp.gate.e_score_correction_bias", TensorSpec((config.n_routed_experts,), "router")
+    width = config.moe_intermediate_size
+    for expert in range(config.n_routed_experts):
+        yield from _swiglu(f"mlp.experts.{expert}.", hidden, width, "routed experts")
+    if config.n_shared_experts:
+        yield from _swiglu("mlp.shared_experts.", hidden, width * config.n_shared_experts, "shared experts")
+
+
+def _attention(config: DeepseekMoeConfig) -> Iterator[tuple[str, TensorSpec]]:
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+
+    def linear(name: str, rows: int, cols: int, bias: bool = False):
+        yield f"{name}.weight", TensorSpec((rows, cols), "attention", quantized=True)
+        if bias:
+            yield f"{name}.bias", TensorSpec((rows,), "attention")
+
+    query = heads * config.qk_head_dim
+    if config.q_lora_rank is None:
+        yield from linear("q_proj", query, hidden)
+    else:
+        yield from linear("q_a_proj", config.q_lora_rank, hidden, config.attention_bias)
+        yield "q_a_layernorm.weight", TensorSpec((config.q_lora_rank,), "norms")
+        yield from linear("q_b_proj", query, config.q_lora_rank)
+    yield from linear("kv_a_proj_with_mqa", rank + config.qk_rope_head_dim, hidden, config.attention_bias)
+    yield "kv_a_layernorm.weight", TensorSpec((rank,), "norms")
+    yield from linear("kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
+    yield from linear("o_proj", hidden, heads * config.v_head_dim, config.attention_bias)
+
+
+def _swiglu(prefix: str, hidden: int, width: int, part: str) -> Iterator[tuple[str, TensorSpec]]:
+    yield f"{prefix}gate_proj.weight", TensorSpec((width, hidden), part, quantized=True)
+    yield f"{prefix}up_proj.weight", TensorSpec((width, hidden), part, quantized=True)
+    yield f"{prefix}down_proj.weight", TensorSpec((hidden, width), part, quantized=True)
+
+
+def stack_sources(stack_name: str, num_experts: int) -> list[list[str]]:
+    """Release names that fill a stacked tensor: one list an expert, in row order.
+
+    ``...mlp.experts.gate_up_proj`` → ``[[...experts.0.gate_proj.weight, ...experts.0.up_proj.weight], ...]``.
+    """
+    prefix, stack, scale = STACK_KEY.match(stack_name).groups()
+    return [
+        [f"{prefix}.{expert}.{projection}.weight{scale or ''}" for projection in STACKS[stack]]
+        for expert in range(num_experts)
+    ]
+
+
+def unstack(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model tensor under its release name or names, as views."""
+    if not STACK_KEY.match(name):
+        yield name, tensor
+        return
+    for names, expert in zip(stack_sources(name, tensor.shape[0]), tensor.unbind(0), strict=True):
+        yield from zip(names, expert.chunk(len(names)), strict=True)
+
+
+class LazyStack:
+    """A stacked tensor that is put together only when it is read (the slice protocol of safetensors).
+
+    ``sources[e]`` are the parts of expert ``e``, each a tensor or a callable that makes one; reading any range of
+    experts touches those experts only, and one part is in flight at a time.
+    """
+
+    def __init__(self, sources: list[list], shape: tuple[int, ...], dtype: torch.dtype):
+        self.sources, self.shape, self.dtype = sources, shape, dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index) -> torch.Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        experts = slice(None) if index[0] is Ellipsis else index[0]
+        chosen = self.sources[experts]
+        single = not isinstance(experts, slice)
+        out = torch.empty((1 if single else len(chosen), *self.shape[1:]), dtype=self.dtype)
+        for row, parts in enumerate([chosen] if single else chosen):
+            start = 0
+            for part in parts:
+                part = part() if callable(part) else part
+                out[row, start : start + len(part)] = part
+                start += len(part)
+        rest = tuple(i for i in index[1:] if i is not Ellipsis)
+        return out[0][rest] if single else out[(slice(None), *rest)]
+
+
+class LazyTensor:
+    """A tensor made by ``make`` when it is read (the slice protocol of safetensors)."""
+
+    def __init__(self, make, shape: tuple[int, ...], dtype: torch.dtype):
+        self.make, self.shape, self.dtype = make, shape, dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self.make()[index]

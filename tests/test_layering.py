@@ -1,0 +1,175 @@
+"""Who may import whom, how long a file may be, and that each says what it is.
+
+Files are parsed, never imported: an import inside a function or under ``TYPE_CHECKING`` counts like any other.
+"""
+
+import ast
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "modeling_deepseek_moe"
+FOLDERS = ("conversion", "eval")  # installed as subpackages; they stand on the package
+MAX_LINES = 450
+
+# Lowest first. A module may import only from layers above its own line; those that share a line may not import each
+# other. "*" matches any text, dots too, and the first line that matches counts. A package's own name is its __init__.
+LAYERS = (
+    "_version",
+    "ops._dispatch",
+    "ops.*.reference",
+    "ops.*.cpu",
+    "ops.*.triton",
+    "ops.*",
+    "ops",
+    "checkpoint",
+    "config",
+    "weights",
+    "fp8",
+    "layers",
+    "rope",
+    "masks",
+    "cache",
+    "attention",
+    "moe.router",
+    "moe.experts",
+    "moe.layer",
+    "moe",
+    "block",
+    "mtp",
+    "hub",
+    "saving",
+    "quantizer",
+    "modeling",
+    "registration",
+    "__init__",
+)
+
+
+def is_cli(name: str) -> bool:
+    return name == "cli" or name.startswith("cli.")
+
+
+def layer(name: str) -> int | None:
+    """Index of the layer of a module, named as in ``LAYERS``; None when the table lacks it."""
+    if is_cli(name):
+        return len(LAYERS)
+    return next((i for i, pattern in enumerate(LAYERS) if fnmatchcase(name, pattern)), None)
+
+
+def find_modules() -> dict[str, Path]:
+    """Full module name, as installed, -> file, for the package and the folders mapped into it."""
+    modules = {}
+    for folder, prefix in ((PACKAGE, PACKAGE), *((f, f"{PACKAGE}.{f}") for f in FOLDERS)):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            modules[".".join((prefix, *parts)).removesuffix(".__init__")] = path
+    return modules
+
+
+def find_imports(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Full dotted names that ``source``, the text of ``module``, imports: ``a.b`` for ``from a import b``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            parents = parts[: len(parts) - node.level + is_package] if node.level else []
+            base = ".".join((*parents, *filter(None, [node.module])))
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def owner(name: str, modules) -> str | None:
+    """The module of ``modules`` that an imported name is, or is in."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def short(module: str) -> str:
+    return "__init__" if module == PACKAGE else module.removeprefix(f"{PACKAGE}.")
+
+
+def in_folders(module: str) -> bool:
+    return short(module).split(".")[0] in FOLDERS
+
+
+def faults(module: str, imports: set[str], modules) -> list[str]:
+    """What is wrong with the imports of a module of the package, in words."""
+    wrong = []
+    for target in sorted({owner(name, modules) for name in imports} - {None, module}):
+        if in_folders(target):
+            wrong.append(f"{short(module)} imports {target}: the package never imports {' or '.join(FOLDERS)}")
+        elif is_cli(short(module)):
+            continue
+        elif is_cli(short(target)):
+            wrong.append(f"{short(module)} imports {short(target)}: only cli imports cli")
+        elif layer(short(target)) is not None and layer(short(target)) >= layer(short(module)):
+            wrong.append(f"{short(module)} imports {short(target)}, which is not above it in LAYERS")
+    return wrong
+
+
+MODULES = find_modules()
+IN_PACKAGE = [name for name in MODULES if not in_folders(name)]
+SOURCES = [
+    path for folder in (PACKAGE, *FOLDERS, "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("module", IN_PACKAGE)
+def test_imports_only_from_above(module):
+    assert layer(short(module)) is not None, f"add {short(module)!r} to LAYERS in {Path(__file__).name}"
+    path = MODULES[module]
+    imports = find_imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    assert not faults(module, imports, MODULES)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if in_folders(name)])
+def test_folders_import_the_package_absolutely(module):
+    path = MODULES[module]
+    depth = len(short(module).split(".")) - (path.name != "__init__.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level <= depth, f"{path}:{node.lineno}: write the import from {PACKAGE} in full"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_import_of_a_bare_folder(path):
+    imports = find_imports(path.read_text(encoding="utf-8"), "module")
+    wrong = sorted(name for name in imports if name.split(".")[0] in FOLDERS)
+    assert not wrong, f"{path}: import {wrong} as {PACKAGE}.<name>: a bare import loads a second module object"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_short_and_documented(module):
+    source = MODULES[module].read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source)), f"{MODULES[module]} has no docstring"
+    assert len(source.splitlines()) <= MAX_LINES, f"{MODULES[module]} is over {MAX_LINES} lines"
+
+
+@pytest.mark.parametrize(
+    "module, source, wrong",
+    [
+        ("block", "from .moe.layer import MoE", 0),
+        ("block", "import torch\nfrom . import attention, layers", 0),
+        ("block", "def f():\n    from .modeling import Model", 1),
+        ("block", "import modeling_deepseek_moe.mtp", 1),
+        ("block", "from modeling_deepseek_moe import hub, saving", 2),
+        ("block", "from . import __version__", 1),
+        ("block", "from .cli import main", 1),
+        ("block", "from .conversion import inspect_checkpoint", 1),
+        ("moe.router", "from .. import rope", 0),
+        ("moe.router", "from . import experts", 1),
+        ("cli.demo", "from . import chat\nfrom .. import modeling", 0),
+    ],
+)
+def test_the_check_sees(module, source, wrong):
+    names = ("block", "attention", "layers", "rope", "modeling", "mtp", "hub", "saving", "cli", "cli.demo", "cli.chat")
+    names += ("moe", "moe.router", "moe.experts", "moe.layer", "conversion")
+    modules = {PACKAGE, *(f"{PACKAGE}.{name}" for name in names)}
+    module = f"{PACKAGE}.{module}"
+    assert len(faults(module, find_imports(source, module), modules)) == wrong
