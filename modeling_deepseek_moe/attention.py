@@ -36,9 +36,14 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = _softmax(scores)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, in fp32 or wider; an fp64 mask value would overflow fp32 and leave padding rows NaN."""
+    return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 class DeepseekAttention(nn.Module):
@@ -172,7 +177,7 @@ class DeepseekAttention(nn.Module):
             scores = scores + torch.matmul(q_pe[:, :, rows].flatten(1, 2), k_pe.squeeze(1).transpose(1, 2))
             scores = scores.view(batch, heads, -1, kv_length) * self.scaling
             scores = _masked(scores, mask, rows, slice(0, kv_length), length, kv_length)
-            weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q_nope.dtype)
+            weights = _softmax(scores)
             weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
             o_latent = torch.matmul(weights.flatten(1, 2), c_kv.squeeze(1)).view(*q_latent.shape)
             parts.append(torch.matmul(o_latent, w_uv.transpose(1, 2)))
