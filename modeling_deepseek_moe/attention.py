@@ -167,21 +167,24 @@ class DeepseekAttention(nn.Module):
         w_uk, w_uv = self._up_projections(q_nope.dtype)
         batch, heads, length, _ = q_nope.shape
         kv_length = c_kv.shape[2]
+        c_kv, k_pe = c_kv.squeeze(1), k_pe.squeeze(1)
         step = max(1, WORKSPACE_SCORES // (batch * heads * kv_length)) if not output_attentions else length
+        wide = torch.promote_types(q_nope.dtype, torch.float32)
         parts, weights = [], None
         for start in range(0, length, step):
             rows = slice(start, min(start + step, length))
-            q_latent = torch.matmul(q_nope[:, :, rows], w_uk)
-            # heads become rows of one matrix: keys are the same for all of them
-            scores = torch.matmul(q_latent.flatten(1, 2), c_kv.squeeze(1).transpose(1, 2))
-            scores = scores + torch.matmul(q_pe[:, :, rows].flatten(1, 2), k_pe.squeeze(1).transpose(1, 2))
-            scores = scores.view(batch, heads, -1, kv_length) * self.scaling
+            q_latent = _per_head(q_nope[:, :, rows], w_uk)
+            # the heads' queries are rows of one matrix: they all meet the same keys
+            scores = _rows_by_keys(q_latent.flatten(1, 2), c_kv)
+            scores = scores + _rows_by_keys(q_pe[:, :, rows].flatten(1, 2), k_pe)
+            scores = scores.view(batch, heads, -1, kv_length).to(wide) * self.scaling
             scores = _masked(scores, mask, rows, slice(0, kv_length), length, kv_length)
-            weights = _softmax(scores)
+            weights = F.softmax(scores, dim=-1).to(q_nope.dtype)
             weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
-            o_latent = torch.matmul(weights.flatten(1, 2), c_kv.squeeze(1)).view(*q_latent.shape)
-            parts.append(torch.matmul(o_latent, w_uv.transpose(1, 2)))
-        return torch.cat(parts, dim=2).transpose(1, 2), weights if output_attentions else None
+            o_latent = _rows_by_values(weights.flatten(1, 2), c_kv).view(q_latent.shape)
+            parts.append(_per_head(o_latent, w_uv.transpose(1, 2)))
+        output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return output.transpose(1, 2), weights if output_attentions else None
 
     def _expanded_in_chunks(self, q_nope, q_pe, c_kv, k_pe, mask):
         """Expanded attention over a past cache, its keys a chunk at a time, merged by log-sum-exp."""
@@ -212,6 +215,31 @@ class DeepseekAttention(nn.Module):
                 peak[:, :, rows] = new_peak
         # a row that may see nothing (padding) yields zeros
         return (total / norm.clamp_min(torch.finfo(wide).tiny)).to(query.dtype).transpose(1, 2)
+
+
+def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x [B, H, q, a]`` times each head's ``weight [H, a, b]`` → ``[B, H, q, b]``."""
+    batch, heads, length, _ = x.shape
+    rows = x.transpose(0, 1).reshape(heads, batch * length, -1)
+    if weight.stride(-1) == 1:
+        out = torch.bmm(rows, weight)
+    else:  # a transposed weight is read as it lies, where bmm would first copy it
+        out = torch.bmm(weight.transpose(1, 2), rows.transpose(1, 2)).transpose(1, 2)
+    return out.reshape(heads, batch, length, -1).transpose(0, 1)
+
+
+def _rows_by_keys(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``rows [B, R, d] · keys [B, kv, d]ᵀ → [B, R, kv]``; on a CPU bmm would copy the transposed cache."""
+    if rows.device.type == "cpu":
+        return torch.stack([F.linear(*pair) for pair in zip(rows.unbind(0), keys.unbind(0), strict=True)])
+    return torch.bmm(rows, keys.transpose(1, 2))
+
+
+def _rows_by_values(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``rows [B, R, kv] · values [B, kv, d] → [B, R, d]``."""
+    if rows.device.type == "cpu":
+        return torch.stack([a @ b for a, b in zip(rows.unbind(0), values.unbind(0), strict=True)])
+    return torch.bmm(rows, values)
 
 
 def _masked(scores, mask, rows: slice, keys: slice, query_length: int, kv_length: int):

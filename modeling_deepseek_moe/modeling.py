@@ -4,6 +4,8 @@
 configs of the releases.
 """
 
+import re
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -12,7 +14,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -42,7 +45,6 @@ class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, PreTra
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _can_record_outputs = {
         "hidden_states": DeepseekDecoderLayer,
         "attentions": DeepseekAttention,
@@ -70,6 +72,15 @@ class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, PreTra
         elif not any(parameter.dtype.itemsize == 1 for parameter in module.parameters(recurse=False)):
             super()._init_weights(module)  # FP8 codes are loaded, never initialised
 
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        # The config's plans name every module that the family may have; this model keeps the entries that it has.
+        named = (*self.named_modules(), *self.named_parameters())
+        present = {re.sub(r"\d+", "*", name) for name, _ in named}
+        for plan in (self._tp_plan, self._ep_plan):
+            for name in plan.keys() - present:
+                del plan[name]
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         if only_trainable:
@@ -96,6 +107,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         for module in self.modules():
             if isinstance(module, DeepseekExperts):
                 module.register_load_state_dict_pre_hook(accept_release_keys)
+            elif isinstance(module, DeepseekTopkRouter) and module.e_score_correction_bias is not None:
+                self._keep_in_fp32_modules_strict = ("e_score_correction_bias",)
         self.post_init()
 
     @property
@@ -114,7 +127,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         mla_path: str | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """As every decoder of transformers; ``mla_path`` forces ``"absorbed"`` or ``"expanded"`` (``None``: by cost)."""
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -137,7 +150,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         if position_ids is None:
             start = past_length if past_length is not None else past_key_values.get_seq_length()
             position_ids = (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
-        kv_length = past_key_values.get_max_cache_shape() if past_length is None else past_length + length
+        kv_length = past_key_values.get_max_length() if past_length is None else past_length + length
         if mla_path not in (None, ABSORBED, EXPANDED):
             raise ValueError(f"mla_path={mla_path!r} is not one of {ABSORBED!r}, {EXPANDED!r}, None")
         path = mla_path or choose_mla_path(self.config, length, kv_length)
@@ -211,7 +224,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mla_path: str | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Next-token logits ``[B, S, vocab_size]`` and, with ``labels``, their shifted cross-entropy."""
         outputs: MoeModelOutputWithPast = self.model(

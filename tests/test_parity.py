@@ -139,6 +139,14 @@ def test_greedy_tokens(tmp_path, kind, fp8, mla_path):
     assert torch.equal(found, plain.generate(ids, **settings))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_beam_search(tmp_path, kind):
+    ours, plain = load_pair(tmp_path, kind, torch.float32)
+    ids, mask = left_padded(batch(12))
+    settings = {"attention_mask": mask, "max_new_tokens": 16, "num_beams": 4, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **settings), plain.generate(ids, **settings))
+
+
 @pytest.mark.parametrize("chunks", [(20, 12, 1), (5, 28), (32, 1)], ids=str)
 @pytest.mark.parametrize("mla_path", [*PATHS, None])
 def test_chunked_prefill_equals_one_pass(tmp_path, mla_path, chunks):
