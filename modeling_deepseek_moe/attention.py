@@ -150,21 +150,21 @@ class DeepseekAttention(nn.Module):
         k_nope, value = up.split(self.up_dims, dim=-1)
         return torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1), value
 
-    def _up_projections(self, dtype: torch.dtype):
-        """``W_UK [H, n, r]`` and ``W_UV [H, v, r]``."""
+    def _up_projections(self, like: torch.Tensor):
+        """``W_UK [H, n, r]`` and ``W_UV [H, v, r]``, in the dtype and on the device of ``like``."""
         module = self.kv_b_proj
         if type(module) is Fp8Linear and not hasattr(module, "_hf_hook"):
-            weight = module.dequantized(dtype)
+            weight = module.dequantized(like.dtype)
         elif type(module) is nn.Linear and not hasattr(module, "_hf_hook"):
-            weight = module.weight.to(dtype)
+            weight = module.weight.to(like.dtype)
         else:
             # An adapter, another quantiser or an offloading hook wraps the weight: read it through the module.
-            unit = torch.eye(self.config.kv_lora_rank, dtype=dtype, device=self.kv_a_layernorm.weight.device)
+            unit = torch.eye(self.config.kv_lora_rank, dtype=like.dtype, device=like.device)
             weight = module(unit).T
         return weight.view(-1, sum(self.up_dims), weight.shape[-1]).split(self.up_dims, dim=1)
 
     def _absorbed(self, q_nope, q_pe, c_kv, k_pe, mask, output_attentions):
-        w_uk, w_uv = self._up_projections(q_nope.dtype)
+        w_uk, w_uv = self._up_projections(q_nope)
         batch, heads, length, _ = q_nope.shape
         kv_length = c_kv.shape[2]
         c_kv, k_pe = c_kv.squeeze(1), k_pe.squeeze(1)
