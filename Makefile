@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 READY := $(if $(filter .venv,$(VENV)),$(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test peer lint format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model
 
 test: lint ## Check the style and run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+peer: $(READY) ## Run the tests that compare with other software (downloads transformers' source distribution)
+	$(BIN)/python -m pytest -m peer $(ARGS)
 
 lint: $(READY) ## Check the style
 	$(BIN)/python -m ruff check .

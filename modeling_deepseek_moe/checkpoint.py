@@ -197,7 +197,10 @@ class CheckpointReader(Mapping[str, TensorInfo]):
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of one tensor in its mapped file (a copy only if the file stores it misaligned for its dtype)."""
-        info = self._tensors[name]
+        return self.view(self._tensors[name])
+
+    def view(self, info: TensorInfo) -> torch.Tensor:
+        """As `tensor`, for what ``info`` describes: a whole tensor, or a part that lies in one piece."""
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         if info.file not in self._maps:

@@ -4,7 +4,9 @@ What reaches the model are views into the mapped files, or tensors put together 
 asks for them: expert stacks, and dequantised weights where the caller wants those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextvars import ContextVar
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -22,10 +24,13 @@ from modeling_deepseek_moe.weights import (
     TensorSpec,
     release_tensors,
     stack_sources,
+    unstack_info,
 )
 
 logger = logging.get_logger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Whether the caller of `from_pretrained` asked for the loading info: what is missing is then told there.
+_wants_loading_info = ContextVar("wants_loading_info", default=False)
 
 
 class Release:
@@ -35,7 +40,8 @@ class Release:
         self.reader, self.config = reader, config
         # a headless model is saved without the prefix
         self.is_bare = not any(name.startswith("model.") for name in reader)
-        self.infos = {self.canonical(name): info for name, info in reader.items()}
+        entries = (part for info in reader.values() for part in unstack_info(info, config.n_routed_experts))
+        self.infos = {self.canonical(info.name): info for info in entries}
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None and not isinstance(quantization, Mapping):
             quantization = quantization.to_dict()
@@ -48,7 +54,7 @@ class Release:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.reader.tensor(self.infos[name].name)
+        return self.reader.view(self.infos[name])
 
     def is_quantized(self, name: str) -> bool:
         return name in self.infos and self.infos[name].dtype == block_fp8.FP8_DTYPE
@@ -61,8 +67,11 @@ class Release:
         first = f"model.layers.{self.config.num_hidden_layers}."
         return any(name.startswith(first) for name in self.infos)
 
-    def check(self, needs_head: bool, ignore_mismatched_sizes: bool = False) -> None:
+    def check(self, needs_head: bool, ignored: Collection[str] = ()) -> None:
         """Compare names, shapes and dtypes with the config, and look at every scale's values.
+
+        Args:
+            ignored: what to let pass, of ``missing`` and ``shape``.
 
         Raises:
             CheckpointError: for the first disagreement, naming file, tensor, what was found and what was wanted.
@@ -74,10 +83,12 @@ class Release:
         for name, spec in expected.items():
             info = self.infos.get(name)
             if info is None:
+                if "missing" in ignored:
+                    continue
                 raise CheckpointError(
                     f"{self.where(name)}: tensor {name}: found no such tensor, wanted {list(spec.shape)} by the config"
                 )
-            if info.shape != spec.shape and not ignore_mismatched_sizes:
+            if info.shape != spec.shape and "shape" not in ignored:
                 self._fail(info, f"shape {list(info.shape)}", f"{list(spec.shape)} by the config")
             if info.dtype == block_fp8.FP8_DTYPE:
                 self._check_quantized(info, spec)
@@ -135,7 +146,7 @@ class Release:
             self._fail(
                 scale, f"shape {list(scale.shape)}", f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
             )
-        values = self.reader.tensor(scale.name)
+        values = self.reader.view(scale)
         bad = ~torch.isfinite(values) | (values < 0)
         if bad.any():
             row, col = bad.nonzero()[0].tolist()
@@ -145,10 +156,11 @@ class Release:
         raise CheckpointError(f"{info.file}: tensor {info.name}: found {found}, wanted {wanted}")
 
 
-def prepare(model: PreTrainedModel, release: Release, ignore_mismatched_sizes: bool = False) -> None:
+def prepare(model: PreTrainedModel, release: Release, ignored: Collection[str] = ()) -> None:
     """Check a release against a model about to be filled, and drop MTP layers that the release does not have.
 
-    Derived checkpoints often lost the MTP module while their config still announces it.
+    Derived checkpoints often lost the MTP module while their config still announces it. ``ignored`` is as for
+    `Release.check`.
     """
     config, base = model.config, model.base_model
     if config.num_nextn_predict_layers and not release.has_mtp:
@@ -160,7 +172,7 @@ def prepare(model: PreTrainedModel, release: Release, ignore_mismatched_sizes: b
         config.num_nextn_predict_layers = 0
         release.config.num_nextn_predict_layers = 0
     needs_head = hasattr(model, "lm_head") and not config.tie_word_embeddings
-    release.check(needs_head, ignore_mismatched_sizes)
+    release.check(needs_head, ignored)
 
 
 def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch.Tensor | LazyStack | LazyTensor]:
@@ -189,17 +201,18 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
             state[name] = release.tensor(name)
     for name, target in targets.items():
         if ".mlp.experts." in name:
-            state[name] = _stack(release, name, target)
+            sources = stack_sources(name, target.shape[0])
+            if all(source in release.infos for source in chain.from_iterable(sources)):  # else missing as a whole
+                state[name] = _stack(release, sources, target)
     return {name.removeprefix(prefix) if prefix else name: tensor for name, tensor in state.items()}
 
 
-def _stack(release: Release, name: str, target: torch.Tensor) -> LazyStack:
+def _stack(release: Release, sources: list[list[str]], target: torch.Tensor) -> LazyStack:
     def part(source: str):
         if release.is_quantized(source) and target.dtype != block_fp8.FP8_DTYPE:
             return lambda: release.dequantized(source, target.dtype)
         return lambda: release.tensor(source)
 
-    sources = stack_sources(name, target.shape[0])
     shapes = [release.infos[source].shape for source in sources[0]]
     shape = (len(sources), sum(shape[0] for shape in shapes), *shapes[0][1:])
     return LazyStack([[part(source) for source in expert] for expert in sources], shape, target.dtype)
@@ -242,7 +255,8 @@ class ReleaseLoadingMixin:
                 if not_safe:
                     raise CheckpointError(f"{not_safe[0]}: found a pickle checkpoint, wanted safetensors")
                 release = Release(CheckpointReader(checkpoint_files), model.config)
-                prepare(model, release, load_config.ignore_mismatched_sizes)
+                ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
+                prepare(model, release, ignored | ({"missing"} if _wants_loading_info.get() else set()))
             state_dict = lazy_state_dict(model, release)
             _remember_bias_dtypes(model, release)
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
@@ -252,12 +266,23 @@ class ReleaseLoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; a local folder's index and headers are checked before anything else."""
+        """As `PreTrainedModel.from_pretrained`; a local folder's index and headers are checked before anything else.
+
+        With ``output_loading_info=True`` tensors that the checkpoint lacks are initialised and told there as
+        ``missing_keys``; an FP8 checkpoint must have them all.
+
+        Raises:
+            CheckpointError: a tensor is missing, or is not what the config wants.
+        """
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
         if path is not None and variant is None and kwargs.get("gguf_file") is None:
             _check_folder(path, subfolder)
-        return super().from_pretrained(path, *args, **kwargs)
+        token = _wants_loading_info.set(bool(kwargs.get("output_loading_info")))
+        try:
+            return super().from_pretrained(path, *args, **kwargs)
+        finally:
+            _wants_loading_info.reset(token)
 
 
 def _check_folder(path, subfolder: str) -> None:

@@ -6,6 +6,8 @@ The built-in classes stay reachable by name, e.g. ``transformers.DeepseekV3ForCa
 import transformers
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modeling_deepseek_moe import modeling, quantizer  # noqa: F401 (importing quantizer registers it)
 from modeling_deepseek_moe.config import DeepseekV2Config, DeepseekV3Config, KimiK2Config
@@ -17,6 +19,13 @@ HEADS = {
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
     "ForTokenClassification": transformers.AutoModelForTokenClassification,
 }
+# By class name: how `Trainer` knows, for one, that label smoothing has to shift the labels.
+NAMES = {
+    "Model": modeling_auto.MODEL_MAPPING_NAMES,
+    "ForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "ForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
 
 
 def register() -> None:
@@ -25,6 +34,9 @@ def register() -> None:
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
         for head, auto_class in HEADS.items():
             auto_class.register(config, getattr(modeling, family + head), exist_ok=True)
+            # For a type of its own, transformers would look the name up among its own classes.
+            if config.model_type not in CONFIG_MAPPING_NAMES:
+                NAMES[head][config.model_type] = family + head
         register_checkpoint_conversion_mapping(config.model_type, _conversions(), overwrite=True)
 
 

@@ -5,10 +5,11 @@ The model stacks a layer's routed experts; a release stores them one by one. Eve
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from modeling_deepseek_moe.checkpoint import TensorInfo
 from modeling_deepseek_moe.config import DeepseekMoeConfig
 
 # model tensor -> the release's projections of one expert, in the order in which they fill its rows
@@ -107,6 +108,24 @@ def stack_sources(stack_name: str, num_experts: int) -> list[list[str]]:
         [f"{prefix}.{expert}.{projection}.weight{scale or ''}" for projection in STACKS[stack]]
         for expert in range(num_experts)
     ]
+
+
+def unstack_info(info: TensorInfo, num_experts: int) -> Iterator[TensorInfo]:
+    """A header's entry for a stack of ``num_experts``, as the entries of its parts; any other entry as it is.
+
+    transformers saves stacks when told ``save_original_format=False``. Experts, and an expert's projections, lie one
+    after the other in a stack, so each part is one run of bytes.
+    """
+    match = STACK_KEY.match(info.name)
+    projections = len(STACKS[match[2]]) if match else 1
+    if match is None or len(info.shape) != 3 or info.shape[0] != num_experts or info.shape[1] % projections:
+        yield info
+        return
+    names = [name for expert in stack_sources(info.name, num_experts) for name in expert]
+    shape, size = (info.shape[1] // projections, info.shape[2]), info.nbytes // len(names)
+    for index, name in enumerate(names):
+        start = info.start + index * size
+        yield replace(info, name=name, shape=shape, start=start, end=start + size)
 
 
 def unstack(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
