@@ -17,12 +17,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import torch
 from tqdm.auto import tqdm
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DTYPES = {
     "F64": torch.float64,
@@ -86,8 +88,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(text)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: found a header that is not a JSON object ({error})") from None
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise CheckpointError(f"{file}: found a header that is not JSON ({error}), wanted a JSON object") from None
 
     tensors, data_start = {}, 8 + header_bytes
     for name, entry in entries.items():
@@ -105,7 +107,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _parse_entry(file: Path, name: str, entry: dict, data_start: int) -> TensorInfo:
     try:
-        dtype_name, shape = entry["dtype"], tuple(entry["shape"])
+        dtype_name, shape = str(entry["dtype"]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: tensor {name}: found {entry!r}, wanted dtype, shape, data_offsets") from None
@@ -121,27 +123,39 @@ def _parse_entry(file: Path, name: str, entry: dict, data_start: int) -> TensorI
     return TensorInfo(name, DTYPES[dtype_name], shape, file, data_start + begin, data_start + end)
 
 
-def resolve_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The shard files of a folder and the index's weight map (``None`` for a single file).
+def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path], dict[str, str] | None]:
+    """The shard files of a folder and the index's weight map (``None`` for a single file, which comes first).
+
+    With ``must_exist=False`` shards may be absent, as in the midst of a download.
 
     Raises:
         CheckpointError: nothing to load, a malformed index, or an index naming a path outside the folder.
     """
     index_file = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME], None
     if not index_file.is_file():
-        if (folder / WEIGHTS_NAME).is_file():
-            return [folder / WEIGHTS_NAME], None
-        raise CheckpointError(f"{folder}: found neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+        raise CheckpointError(f"{folder}: found neither {WEIGHTS_NAME} nor {INDEX_NAME}, wanted one of them")
     try:
-        weight_map = json.loads(index_file.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_file}: found no usable weight_map ({error!r})") from None
-    for name in names:
-        path = PurePosixPath(str(name).replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-            raise CheckpointError(f"{index_file}: found shard path {name!r}, wanted a path inside {folder}")
-    return [folder / name for name in names], weight_map
+        index = json.loads(index_file.read_bytes())
+        weight_map = index["weight_map"]
+        # transformers, which reads the index again, fails without metadata
+        if not (weight_map and isinstance(weight_map, dict) and isinstance(index["metadata"], dict)):
+            raise ValueError("empty, or no JSON object")
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{index_file}: found no usable index ({error!r}), wanted metadata, weight_map"
+        ) from None
+    shards = {str(shard): name for name, shard in reversed(weight_map.items())}  # with the first tensor of each
+    for shard, name in sorted(shards.items()):
+        path = PurePosixPath(shard.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in shard or not path.parts:
+            raise CheckpointError(
+                f"{index_file}: tensor {name}: found shard path {shard!r}, wanted a path inside {folder}"
+            )
+        if must_exist and not (folder / shard).is_file():
+            raise CheckpointError(f"{index_file}: tensor {name}: found no file {shard} in {folder}, wanted that shard")
+    return [folder / shard for shard in sorted(shards)], weight_map
 
 
 class CheckpointReader(Mapping[str, TensorInfo]):
@@ -156,10 +170,12 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         self._tensors: dict[str, TensorInfo] = {}
         self._maps: dict[Path, torch.Tensor] = {}
         for file in self.files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(f"{file}: found a {file.suffix} file (a pickle?), wanted safetensors")
             for name, info in read_header(file).items():
                 if name in self._tensors:
                     raise CheckpointError(
-                        f"{file}: tensor {name}: found again, it is also in {self._tensors[name].file}"
+                        f"{file}: tensor {name}: found again, after {self._tensors[name].file}, wanted it once"
                     )
                 self._tensors[name] = info
 
@@ -168,11 +184,6 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         """Open a checkpoint folder, checking its index against the shards' headers."""
         folder = Path(folder)
         files, weight_map = resolve_shards(folder)
-        for file in files:
-            if not file.is_file():
-                raise CheckpointError(
-                    f"{folder / INDEX_NAME}: names shard {file.name}, found no such file in {folder}"
-                )
         reader = cls(files)
         for name, shard in (weight_map or {}).items():
             info = reader.get(name)
@@ -269,6 +280,7 @@ def write_checkpoint(
 
     Everything goes to temporary names beside the final ones, is flushed to the disk, and is renamed at the end; a
     failure removes the temporary files and leaves what the folder held before. One tensor is in flight at a time.
+    Weights of an earlier save are removed.
 
     Args:
         plans: the tensors in the order in which they fill the shards.
@@ -277,9 +289,9 @@ def write_checkpoint(
 
     Raises:
         OSError: the disk is full (checked first, and again by every write); the message names the file.
+        CheckpointError: a tensor cannot be produced as planned.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(plans, parse_size(max_shard_size))
     texts = dict(texts or {})
     total = sum(plan.nbytes for shard in shards.values() for plan in shard)
@@ -287,27 +299,41 @@ def write_checkpoint(
         weight_map = {plan.name: file for file, shard in shards.items() for plan in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts[INDEX_NAME] = json.dumps(index, indent=2) + "\n"
-    free = shutil.disk_usage(folder).free
-    if free < total:
-        raise OSError(errno.ENOSPC, f"{folder}: found {free} bytes free, wanted {total} to write the checkpoint")
 
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (*shards, *texts)}
     try:
+        free = shutil.disk_usage(folder).free
+        if free < total:
+            raise OSError(errno.ENOSPC, f"{folder}: found {free} bytes free, wanted {total} to write the checkpoint")
         with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not show_progress) as bar:
             for name, shard in shards.items():
                 _write_shard(temporary[name], name, shard, bar)
         for name, text in texts.items():
-            with temporary[name].open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
+            data = text.encode()
+            with _flushed(temporary[name], name, len(data)) as stream:
+                stream.write(data)
+        _move_in(folder, temporary)
     except BaseException:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+        if created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
-    for name, path in temporary.items():
-        path.replace(folder / name)
-    _remove_stale(folder, keep=temporary)
+
+
+@contextlib.contextmanager
+def _flushed(path: Path, name: str, size: int) -> Iterator[BinaryIO]:
+    """A file that is on the disk once it is closed. Errors call it ``name``, its final name."""
+    try:
+        with path.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{path.parent / name}: {error.strerror} while writing {size} bytes") from error
 
 
 def _write_shard(path: Path, name: str, plans: list[TensorPlan], bar: tqdm) -> None:
@@ -323,34 +349,47 @@ def _write_shard(path: Path, name: str, plans: list[TensorPlan], bar: tqdm) -> N
         offset += plan.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with path.open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for plan in plans:
+    with _flushed(path, name, 8 + len(text) + offset) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for plan in plans:
+            try:
                 tensor = plan.produce()
-                if tensor.dtype != plan.dtype or tuple(tensor.shape) != plan.shape:
-                    raise CheckpointError(
-                        f"{name}: tensor {plan.name}: found {tensor.dtype} {list(tensor.shape)}, "
-                        f"wanted {plan.dtype} {list(plan.shape)}"
-                    )
-                data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-                stream.write(memoryview(data))
-                bar.update(plan.nbytes)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{path.parent / name}: {error.strerror} while writing {8 + len(text) + offset} bytes"
-        ) from error
+            except ValueError as error:
+                raise CheckpointError(f"{path.parent / name}: tensor {plan.name}: {error}") from error
+            if tensor.dtype != plan.dtype or tuple(tensor.shape) != plan.shape:
+                raise CheckpointError(
+                    f"{path.parent / name}: tensor {plan.name}: found {tensor.dtype} {list(tensor.shape)}, "
+                    f"wanted {plan.dtype} {list(plan.shape)}"
+                )
+            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+            stream.write(memoryview(data))
+            bar.update(plan.nbytes)
 
 
-def _remove_stale(folder: Path, keep: Iterable[str]) -> None:
-    """Remove shards and index of an earlier save that this one replaced."""
-    keep = set(keep)
-    for path in folder.iterdir():
-        is_weights = path.name in (WEIGHTS_NAME, INDEX_NAME) or re.fullmatch(
-            r"model-\d{5}-of-\d{5,6}\.safetensors", path.name
-        )
-        if is_weights and path.name not in keep:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+def _move_in(folder: Path, temporary: Mapping[str, Path]) -> None:
+    """Give new files their names, in place of an earlier save's; an error puts those back.
+
+    The old files leave first: shards of two saves never lie together under their final names.
+    """
+    replaced = [path for path in folder.iterdir() if path.name in temporary or _is_weights(path)]
+    aside = {path: folder / f".{path.name}.{os.getpid()}.old" for path in replaced if not path.is_dir()}
+    try:
+        for path, old in aside.items():
+            path.replace(old)
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    except BaseException:
+        for name, path in temporary.items():
+            if not path.exists():
+                (folder / name).unlink(missing_ok=True)
+        for path, old in aside.items():
+            if old.exists():
+                old.replace(path)
+        raise
+    for old in aside.values():
+        old.unlink()
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file is what a save names its shards and index, and so would be read as part of the checkpoint."""
+    return path.name in (WEIGHTS_NAME, INDEX_NAME) or bool(SHARD_NAME.fullmatch(path.name))

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -118,6 +119,15 @@ class DeepseekMoeConfig(PreTrainedConfig):
         if isinstance(kwargs.get("rope_scaling"), dict):
             kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])  # the base class writes into it
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As `PreTrainedConfig.from_dict`; an error is a `ValueError` and names the file, where that is known."""
+        folder = kwargs.get("name_or_path")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{folder}/config.json: {error}" if folder else str(error)) from error
 
     def validate_architecture(self):
         """Called after every construction, by the base class."""

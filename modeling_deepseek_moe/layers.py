@@ -16,17 +16,16 @@ class KeepsDtype(nn.Module):
     dtype_kept: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name) for name in self.dtype_kept}
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            applied = getattr(self, name)
-            if tensor is None or applied.dtype == tensor.dtype:
-                continue
-            restored = tensor.detach().to(applied.device)
-            if name in self._parameters:
-                restored = nn.Parameter(restored, requires_grad=tensor.requires_grad)
-            setattr(self, name, restored)
-        return self
+        kept = [getattr(self, name) for name in self.dtype_kept]
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if any(tensor is other for other in kept):
+                probe = fn(tensor.new_empty(0))
+                if probe.dtype != tensor.dtype:
+                    return tensor.to(probe.device)
+            return fn(tensor)
+
+        return super()._apply(move, recurse)
 
 
 class DeepseekRMSNorm(nn.Module):

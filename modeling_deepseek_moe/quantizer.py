@@ -9,11 +9,12 @@ import transformers
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from modeling_deepseek_moe.checkpoint import CheckpointReader
+from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader
 from modeling_deepseek_moe.config import FP8_METHOD
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.loading import Release, prepare
 from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, Fp8Matrix, MappedExperts, StackedFp8Experts
+from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 
@@ -70,7 +71,17 @@ class DeepseekFp8Quantizer(HfQuantizer):
                 model.set_submodule(name, self._experts(model.config, prefix + name, on_cpu))
 
     def _has_fp8_experts(self, name: str) -> bool:
-        return self.release.is_quantized(f"{name}.0.gate_proj.weight")
+        """Whether a layer's routed experts are FP8: all of them or none, since they share one home."""
+        experts = range(self.release.config.n_routed_experts)
+        weights = [f"{name}.{expert}.{projection}.weight" for expert in experts for projection in PROJECTIONS]
+        plain = [weight for weight in weights if not self.release.is_quantized(weight)]
+        if plain and len(plain) < len(weights):
+            info = self.release.infos[plain[0]]
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {block_fp8.FP8_DTYPE} "
+                "like the layer's other experts"
+            )
+        return not plain
 
     def _experts(self, config, name: str, on_cpu: bool) -> nn.Module:
         if not on_cpu:

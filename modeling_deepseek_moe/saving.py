@@ -17,6 +17,10 @@ from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX, release_tensors, unstack
 
+# `Trainer` reads the config of a checkpoint it resumes from with the bare `PreTrainedConfig`, which fails on a scaled
+# rope in the release's spelling. In these folders, and only there, transformers' own spelling is written.
+TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
 
 def fp8_quantization_config(block: tuple[int, int] = block_fp8.BLOCK) -> dict:
     """``quantization_config`` as DeepSeek-V3's release spells it."""
@@ -82,7 +86,9 @@ class ReleaseSavingMixin:
             save_directory,
             _plans(self, tensors, quantize),
             max_shard_size=max_shard_size,
-            texts=self._texts(quantize, remote_code),
+            texts=self._texts(
+                quantize, remote_code, TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(save_directory)))
+            ),
             show_progress=logging.is_progress_bar_enabled(),
         )
         if push_to_hub:
@@ -103,7 +109,7 @@ class ReleaseSavingMixin:
             or any(not _is_plain(tensor) for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
         )
 
-    def _texts(self, quantize: str | None, remote_code: bool) -> dict[str, str]:
+    def _texts(self, quantize: str | None, remote_code: bool, for_trainer: object = None) -> dict[str, str]:
         config = copy.deepcopy(self.config)
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.architectures = [self.release_architecture or type(self).__name__]
@@ -113,6 +119,9 @@ class ReleaseSavingMixin:
         # An inherited auto_map names files that were not copied here; other engines would look for them.
         fields.pop("auto_map", None)
         fields["torch_dtype"] = fields.pop("dtype")
+        if for_trainer and fields["rope_scaling"] is not None:
+            fields["rope_parameters"] = config.rope_parameters
+            del fields["rope_scaling"], fields["rope_theta"]
         texts = {}
         if remote_code:
             fields["auto_map"] = auto_map(type(self))
@@ -164,20 +173,11 @@ def _released_bias(router: DeepseekTopkRouter, bias: torch.Tensor) -> torch.Tens
 
 def _quantized(name: str, tensor: torch.Tensor) -> list[TensorPlan]:
     scale_name = name + SCALE_SUFFIX
-    made = {}  # codes and scales come from one pass over the weight; whichever is written first makes both
-
-    def produce(part: int):
-        if not made:
-            try:
-                made[0], made[1] = block_fp8.quantize(tensor.detach().cpu())
-            except ValueError as error:
-                raise ValueError(f"tensor {name}: {error}") from error
-        return made.pop(part)
-
+    # The codes are made apart from the scales: a shard's scales are written first, and its codes may not pile up.
     shape = tuple(tensor.shape)
     return [
-        TensorPlan(name, block_fp8.FP8_DTYPE, shape, lambda: produce(0)),
-        TensorPlan(scale_name, torch.float32, block_fp8.scale_shape(shape), lambda: produce(1)),
+        TensorPlan(name, block_fp8.FP8_DTYPE, shape, lambda: block_fp8.quantize(tensor.detach())[0]),
+        TensorPlan(scale_name, torch.float32, block_fp8.scale_shape(shape), lambda: block_fp8.scales(tensor.detach())),
     ]
 
 

@@ -18,6 +18,7 @@ SCALE_SUFFIX = "_scale_inv"
 EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight(_scale_inv)?$")
 STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?$")
 LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.")
+MTP_KEY = re.compile(r"^model\.layers\.(\d+)\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from modeling_deepseek_moe.ops.block_fp8 import reference
 FP8_DTYPE = torch.float8_e4m3fn
 BLOCK = (128, 128)
 
-__all__ = ["BLOCK", "FP8_DTYPE", "dequantize", "linear", "quantize", "scale_shape"]
+__all__ = ["BLOCK", "FP8_DTYPE", "dequantize", "linear", "quantize", "scale_shape", "scales"]
 
 
 def scale_shape(weight_shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, int]:
@@ -34,9 +34,14 @@ def quantize(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torc
     Raises:
         ValueError: the weight is not a finite floating-point matrix.
     """
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"quantize needs a floating-point matrix, found {weight.dtype} {list(weight.shape)}")
+    _check_float(weight)
     return reference.quantize(weight, block)
+
+
+def scales(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+    """The scales of `quantize` alone."""
+    _check_float(weight)
+    return reference.scales(weight, block)
 
 
 def linear(
@@ -54,6 +59,11 @@ def linear(
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"input has {x.shape[-1]} features, the weight {list(weight.shape)} wants {weight.shape[1]}")
     return reference.BlockFp8Linear.apply(x, weight, scale_inv, bias, block)
+
+
+def _check_float(weight: torch.Tensor) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"found {weight.dtype} {list(weight.shape)}, wanted a floating-point matrix to quantise")
 
 
 def _check(weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int]) -> None:
