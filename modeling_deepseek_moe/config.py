@@ -158,11 +158,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
             kept = self.topk_group or 0
             if not 1 <= kept <= groups:
                 raise ValueError(f"topk_group={self.topk_group} must be in [1, n_group={groups}]")
-            if kept * (experts // groups) < self.num_experts_per_tok:
-                raise ValueError(
-                    f"topk_group={kept} groups of {experts // groups} experts hold fewer than "
-                    f"num_experts_per_tok={self.num_experts_per_tok}"
-                )
             if self.topk_method == "noaux_tc" and experts // groups < 2:
                 raise ValueError(f"noaux_tc scores a group by its two best experts; n_group={groups} leaves fewer")
 

@@ -4,8 +4,9 @@ What reaches the model are views into the mapped files, or tensors put together 
 asks for them: expert stacks, and dequantised weights where the caller wants those.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -18,6 +19,7 @@ from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import (
     EXPERT_KEY,
     LAYER_KEY,
+    MTP_KEY,
     SCALE_SUFFIX,
     LazyStack,
     LazyTensor,
@@ -33,11 +35,27 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _wants_loading_info = ContextVar("wants_loading_info", default=False)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One disagreement of a checkpoint with its config, for which it is refused.
+
+    ``kind`` is ``missing``, ``surplus`` (a layer or expert that the config does not have), ``shape``, ``dtype`` or
+    ``scale``; ``info`` is what the header says of the tensor, ``None`` when it is missing.
+    """
+
+    kind: str
+    name: str
+    info: TensorInfo | None
+    found: str
+    wanted: str
+
+
 class Release:
     """A checkpoint seen through a config: canonical names (``model.…``), FP8 weights paired with their scales."""
 
     def __init__(self, reader: CheckpointReader, config):
         self.reader, self.config = reader, config
+        self._scales: dict[str, torch.Tensor] = {}
         # a headless model is saved without the prefix
         self.is_bare = not any(name.startswith("model.") for name in reader)
         entries = (part for info in reader.values() for part in unstack_info(info, config.n_routed_experts))
@@ -54,7 +72,13 @@ class Release:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.reader.view(self.infos[name])
+        return self.scale(name) if name.endswith(SCALE_SUFFIX) else self.reader.view(self.infos[name])
+
+    def scale(self, name: str) -> torch.Tensor:
+        """Scales are small and all of them are checked: they are read once, and kept in memory."""
+        if name not in self._scales:
+            self._scales[name] = self.reader.read(self.infos[name])
+        return self._scales[name]
 
     def is_quantized(self, name: str) -> bool:
         return name in self.infos and self.infos[name].dtype == block_fp8.FP8_DTYPE
@@ -71,30 +95,38 @@ class Release:
         """Compare names, shapes and dtypes with the config, and look at every scale's values.
 
         Args:
-            ignored: what to let pass, of ``missing`` and ``shape``.
+            ignored: kinds of `Problem` to let pass.
 
         Raises:
             CheckpointError: for the first disagreement, naming file, tensor, what was found and what was wanted.
         """
+        for problem in self.problems(needs_head):
+            if problem.kind in ignored:
+                continue
+            file = self.where(problem.name) if problem.info is None else problem.info.file
+            raise CheckpointError(f"{file}: tensor {problem.name}: found {problem.found}, wanted {problem.wanted}")
+
+    def problems(self, needs_head: bool, read_scales: bool = True) -> Iterator[Problem]:
+        """Every disagreement with the config; from the headers alone with ``read_scales=False``."""
         expected = release_tensors(self.config)
         if self.is_bare or not needs_head:
             expected.pop("lm_head.weight", None)
-        self._check_layers(expected)
+        yield from self._surplus(expected)
         for name, spec in expected.items():
             info = self.infos.get(name)
             if info is None:
-                if "missing" in ignored:
+                yield Problem("missing", name, None, "no such tensor", f"{list(spec.shape)} by the config")
+                continue
+            if info.shape != spec.shape:
+                wanted = f"{list(spec.shape)} by the config"
+                yield Problem("shape", info.name, info, f"shape {list(info.shape)}", wanted)
+                if len(info.shape) != len(spec.shape):
                     continue
-                raise CheckpointError(
-                    f"{self.where(name)}: tensor {name}: found no such tensor, wanted {list(spec.shape)} by the config"
-                )
-            if info.shape != spec.shape and "shape" not in ignored:
-                self._fail(info, f"shape {list(info.shape)}", f"{list(spec.shape)} by the config")
             if info.dtype == block_fp8.FP8_DTYPE:
-                self._check_quantized(info, spec)
+                yield from self._quantized_problems(info, spec, read_scales)
             elif info.dtype not in FLOATS:
                 wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
-                self._fail(info, f"dtype {info.dtype}", wanted)
+                yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
 
     def where(self, name: str) -> str:
         """The file that holds the tensor's neighbours, to look in for what is missing."""
@@ -106,54 +138,56 @@ class Release:
             stem = stem.rpartition(".")[0]
         return str(self.reader.files[0].parent)
 
-    def _check_layers(self, expected: dict[str, TensorSpec]) -> None:
+    def _surplus(self, expected: dict[str, TensorSpec]) -> Iterator[Problem]:
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         for name, info in self.infos.items():
             weight = name.removesuffix(SCALE_SUFFIX)
             if name in expected or (weight in expected and weight != name):
                 if weight != name and not self.is_quantized(weight):
-                    self._fail(
-                        info,
-                        f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}",
-                        "FP8 codes beside it",
-                    )
+                    found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
+                    yield Problem("scale", info.name, info, found, "FP8 codes beside it")
                 continue
             layer = LAYER_KEY.match(name)
             if layer and int(layer[1]) >= layers:
-                self._fail(
-                    info,
-                    f"layer {layer[1]}",
+                wanted = (
                     f"{layers} layers (num_hidden_layers={self.config.num_hidden_layers}, "
-                    f"num_nextn_predict_layers={self.config.num_nextn_predict_layers})",
+                    f"num_nextn_predict_layers={self.config.num_nextn_predict_layers})"
                 )
+                yield Problem("surplus", info.name, info, f"layer {layer[1]}", wanted)
+                continue
+            if MTP_KEY.match(name):
+                wanted = f"a decoder layer (num_hidden_layers={self.config.num_hidden_layers})"
+                yield Problem("surplus", info.name, info, f"MTP layer {layer[1]}", wanted)
+                continue
             expert = EXPERT_KEY.match(name)
             if expert and int(expert[2]) >= (self.config.n_routed_experts or 0):
-                self._fail(info, f"expert {expert[2]}", f"n_routed_experts={self.config.n_routed_experts}")
+                wanted = f"n_routed_experts={self.config.n_routed_experts}"
+                yield Problem("surplus", info.name, info, f"expert {expert[2]}", wanted)
 
-    def _check_quantized(self, info: TensorInfo, spec: TensorSpec) -> None:
+    def _quantized_problems(self, info: TensorInfo, spec: TensorSpec, read_scales: bool) -> Iterator[Problem]:
         if not (self.is_fp8 and spec.quantized):
             reason = (
                 "a floating-point tensor" if self.is_fp8 else "no FP8 without quantization_config (quant_method fp8)"
             )
-            self._fail(info, f"dtype {info.dtype}", reason)
+            yield Problem("dtype", info.name, info, f"dtype {info.dtype}", reason)
+            return
         scale = self.infos.get(self.canonical(info.name) + SCALE_SUFFIX)
         wanted = block_fp8.scale_shape(info.shape, self.block)
         if scale is None:
-            self._fail(info, f"FP8 codes without {info.name}{SCALE_SUFFIX}", f"fp32 scales {list(wanted)}")
-        if scale.dtype != torch.float32:
-            self._fail(scale, f"dtype {scale.dtype}", "torch.float32")
-        if scale.shape != wanted:
-            self._fail(
-                scale, f"shape {list(scale.shape)}", f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
-            )
-        values = self.reader.view(scale)
-        bad = ~torch.isfinite(values) | (values < 0)
-        if bad.any():
-            row, col = bad.nonzero()[0].tolist()
-            self._fail(scale, f"{values[row, col].item()} at [{row}, {col}]", "finite, non-negative scales")
-
-    def _fail(self, info: TensorInfo, found: str, wanted: str) -> None:
-        raise CheckpointError(f"{info.file}: tensor {info.name}: found {found}, wanted {wanted}")
+            found = f"FP8 codes without {info.name}{SCALE_SUFFIX}"
+            yield Problem("scale", info.name, info, found, f"fp32 scales {list(wanted)}")
+        elif scale.dtype != torch.float32:
+            yield Problem("scale", scale.name, scale, f"dtype {scale.dtype}", "torch.float32")
+        elif scale.shape != wanted:
+            why = f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
+            yield Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
+        elif read_scales:
+            values = self.scale(self.canonical(scale.name))
+            bad = ~torch.isfinite(values) | (values < 0)
+            if bad.any():
+                row, col = bad.nonzero()[0].tolist()
+                found = f"{values[row, col].item()} at [{row}, {col}]"
+                yield Problem("scale", scale.name, scale, found, "finite, non-negative scales")
 
 
 def prepare(model: PreTrainedModel, release: Release, ignored: Collection[str] = ()) -> None:
@@ -251,9 +285,6 @@ class ReleaseLoadingMixin:
         if state_dict is None and checkpoint_files:
             release = getattr(quantizer, "release", None)
             if release is None:
-                not_safe = [file for file in checkpoint_files if not str(file).endswith(".safetensors")]
-                if not_safe:
-                    raise CheckpointError(f"{not_safe[0]}: found a pickle checkpoint, wanted safetensors")
                 release = Release(CheckpointReader(checkpoint_files), model.config)
                 ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
                 prepare(model, release, ignored | ({"missing"} if _wants_loading_info.get() else set()))

@@ -48,7 +48,9 @@ SHAPES = {
         **COMMON, **(V3 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2})
     ),
     "kimi": lambda: KimiK2Config(**COMMON, **(V3 | {"n_group": 1, "topk_group": 1})),
-    "v2-lite": lambda: DeepseekV2Config(**COMMON, q_lora_rank=None, rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}),
+    "v2-lite": lambda: DeepseekV2Config(
+        **COMMON, q_lora_rank=None, rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+    ),
     "v2": lambda: DeepseekV2Config(
         **COMMON,
         q_lora_rank=24,
@@ -77,7 +79,9 @@ def write_release(
         elif len(spec.shape) == 1:
             tensors[name] = (1 + torch.randn(spec.shape, generator=generator) * 0.1).to(dtype)
         elif fp8 and spec.quantized:
-            tensors[name] = (torch.randn(spec.shape, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[name] = (
+                (torch.randn(spec.shape, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+            )
             blocks = tuple(-(-size // 128) for size in spec.shape)
             tensors[name + "_scale_inv"] = (torch.rand(blocks, generator=generator) + 0.5) * 1e-3
         else:
@@ -110,3 +114,27 @@ def dequantize_independently(weight: torch.Tensor, scale: torch.Tensor) -> torch
             rows, cols = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
             out[rows, cols] = weight[rows, cols].to(torch.float64) * scale[i, j].to(torch.float64)
     return out
+
+
+def quantize_independently(weight, block=(128, 128)):
+    """Block by block in fp64; the scale is rounded to fp32, since that is what a release stores."""
+    weight = weight.double()
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(
+        [-(-size // step) for size, step in zip(weight.shape, block, strict=True)], dtype=torch.float32
+    )
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            rows = slice(i * block[0], (i + 1) * block[0])
+            cols = slice(j * block[1], (j + 1) * block[1])
+            amax = weight[rows, cols].abs().max()
+            scales[i, j] = amax / 448 if amax > 0 else 1.0
+            codes[rows, cols] = (
+                (weight[rows, cols] / scales[i, j].double()).clamp(-448, 448).float().to(torch.float8_e4m3fn)
+            )
+    return codes, scales
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Dtype, shape and every bit: NaN equals itself, -0 does not equal 0."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from releases import dequantize_independently
+from releases import dequantize_independently, quantize_independently, same_bits
 from torch import nn
 
 from modeling_deepseek_moe.fp8 import Fp8Linear
@@ -36,25 +36,6 @@ def random_weight(shape, seed=0):
     codes[codes & 0x7F == 0x7F] = 0
     scales = torch.rand(block_fp8.scale_shape(shape), generator=generator) * 1e-2 + 1e-4
     return codes.view(FP8), scales
-
-
-def quantize_independently(weight, block=(128, 128)):
-    """Block by block in fp64; the scale is rounded to fp32, since that is what a release stores."""
-    weight = weight.double()
-    codes = torch.empty(weight.shape, dtype=FP8)
-    scales = torch.empty(block_fp8.scale_shape(weight.shape, block), dtype=torch.float32)
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            rows = slice(i * block[0], (i + 1) * block[0])
-            cols = slice(j * block[1], (j + 1) * block[1])
-            amax = weight[rows, cols].abs().max()
-            scales[i, j] = amax / 448 if amax > 0 else 1.0
-            codes[rows, cols] = (weight[rows, cols] / scales[i, j].double()).clamp(-448, 448).float().to(FP8)
-    return codes, scales
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def test_decode_every_code():

@@ -1,0 +1,223 @@
+"""What a model of the family is made of, from its config alone: parameters by part, bytes, cache.
+
+*Active* parameters are those that one token uses: everything except the routed experts that it is not sent to, with
+the embedding counted as the one row that is looked up and the head in full. MTP layers are counted apart, since
+decoding runs without them. By this convention DeepSeek-V3 has 671.0B parameters, 36.6B active, and 13.5B in its MTP
+module (copies of embedding and head included): the published 671B and 37B, and, with the scales, the 685B values that
+the Hub counts.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_deepseek_moe.config import (
+    FP8_METHOD,
+    DeepseekMoeConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    KimiK2Config,
+)
+from modeling_deepseek_moe.ops.block_fp8 import BLOCK, scale_shape
+from modeling_deepseek_moe.weights import release_tensors
+
+CONFIG_NAME = "config.json"
+CONFIGS = {config.model_type: config for config in (DeepseekV2Config, DeepseekV3Config, KimiK2Config)}
+PARTS = (
+    "embedding",
+    "attention",
+    "dense",
+    "shared experts",
+    "routed experts",
+    "router",
+    "norms",
+    "head",
+    "mtp",
+)
+
+
+def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
+    """The config in a folder, or in a ``config.json`` given itself. Nothing else of the folder is read.
+
+    Raises:
+        ValueError: no such file, not JSON, a ``model_type`` of another family, or fields that are refused by name.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"{file}: found no such file or folder, wanted a checkpoint folder or a {CONFIG_NAME}")
+    if file.is_dir():
+        file /= CONFIG_NAME
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: found no such file, wanted the config of a checkpoint") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: found a file that is not JSON ({error})") from None
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type not in CONFIGS:
+        raise ValueError(f"{file}: found model_type={model_type!r}, wanted one of {', '.join(CONFIGS)}")
+    try:
+        return CONFIGS[model_type].from_dict(fields)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: {error.__cause__ or error}") from error
+
+
+@dataclass(frozen=True)
+class Size:
+    """Values of one part of a model.
+
+    Of its ``parameters``, an FP8 release stores ``quantized`` as FP8 codes with ``scales`` fp32 scales beside them,
+    and ``fp32`` (router biases) are fp32 in every release.
+    """
+
+    parameters: int = 0
+    quantized: int = 0
+    scales: int = 0
+    fp32: int = 0
+
+    def __add__(self, other: "Size") -> "Size":
+        return Size(
+            self.parameters + other.parameters,
+            self.quantized + other.quantized,
+            self.scales + other.scales,
+            self.fp32 + other.fp32,
+        )
+
+    def share(self, part: int, whole: int) -> "Size":
+        """``part / whole`` of everything, e.g. 8 of 256 experts."""
+        values = (self.parameters, self.quantized, self.scales, self.fp32)
+        return Size(*(value * part // whole for value in values))
+
+    def nbytes(self, fp8: bool, itemsize: int = 2) -> int:
+        """Bytes with FP8 codes and scales, or with every weight in ``itemsize`` bytes."""
+        kept = 4 * self.fp32 + itemsize * (self.parameters - self.fp32 - self.quantized)
+        return kept + (self.quantized + 4 * self.scales if fp8 else itemsize * self.quantized)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Sizes by part (see `PARTS`): ``stored`` in a release, and ``active``, what decoding one token reads."""
+
+    stored: dict[str, Size]
+    active: dict[str, Size]
+    mtp_copies: int  # parameters of the MTP layers that repeat embedding and head
+    cache_values_per_token: int  # layers · (kv_lora_rank + qk_rope_head_dim)
+    is_fp8: bool  # as released
+    itemsize: int  # bytes of an unquantised weight, as released
+
+    @property
+    def parameters(self) -> int:
+        """The main model's parameters, without MTP."""
+        return sum(size.parameters for part, size in self.stored.items() if part != "mtp")
+
+    @property
+    def mtp_parameters(self) -> int:
+        return self.stored["mtp"].parameters
+
+    @property
+    def active_parameters(self) -> int:
+        return sum(size.parameters for size in self.active.values())
+
+    def stored_bytes(self, fp8: bool, itemsize: int = 2) -> int:
+        """All weights, MTP included."""
+        return sum(size.nbytes(fp8, itemsize) for size in self.stored.values())
+
+    def active_bytes(self, fp8: bool, itemsize: int = 2) -> int:
+        """Weights that decoding one token reads."""
+        return sum(size.nbytes(fp8, itemsize) for size in self.active.values())
+
+    def cache_bytes(self, tokens: int = 1, itemsize: int = 2) -> int:
+        """The latent cache of ``tokens`` tokens."""
+        return tokens * self.cache_values_per_token * itemsize
+
+
+def dissect(config: DeepseekMoeConfig) -> Anatomy:
+    """The sizes of the release that a config describes.
+
+    Raises:
+        ValueError: the config announces a quantisation other than FP8.
+    """
+    block = fp8_block(config)
+    stored = dict.fromkeys(PARTS, Size())
+    mtp_copies = 0
+    for name, spec in release_tensors(config).items():
+        count = math.prod(spec.shape)
+        scales = math.prod(scale_shape(spec.shape, block or BLOCK)) if spec.quantized else 0
+        is_bias = name.endswith("e_score_correction_bias")
+        stored[spec.part] += Size(count, count if spec.quantized else 0, scales, count if is_bias else 0)
+        if spec.part == "mtp" and name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
+            mtp_copies += count
+
+    active = {part: size for part, size in stored.items() if part != "mtp"}
+    active["embedding"] = Size(config.hidden_size)
+    if config.n_routed_experts:
+        active["routed experts"] = stored["routed experts"].share(config.num_experts_per_tok, config.n_routed_experts)
+    if config.tie_word_embeddings:
+        active["head"] = stored["embedding"]
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "bfloat16")
+    return Anatomy(
+        stored=stored,
+        active=active,
+        mtp_copies=mtp_copies,
+        cache_values_per_token=config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim),
+        is_fp8=block is not None,
+        itemsize=dtype.itemsize,
+    )
+
+
+def fp8_block(config: DeepseekMoeConfig) -> tuple[int, int] | None:
+    """``weight_block_size`` of an FP8 release; ``None`` if the config announces no quantisation.
+
+    Raises:
+        ValueError: the config announces another quantisation.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return None
+    fields = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    if fields.get("quant_method") not in ("fp8", FP8_METHOD):
+        raise ValueError(
+            f"quantization_config: quant_method={fields.get('quant_method')!r} is not supported, only 'fp8'"
+        )
+    return tuple(fields.get("weight_block_size") or BLOCK)
+
+
+def describe(config: DeepseekMoeConfig) -> dict[str, str]:
+    """The architecture in words, one line each."""
+    moe_layers = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+    layers = f"{config.num_hidden_layers} ({config.num_hidden_layers - moe_layers} dense, {moe_layers} MoE)"
+    if config.num_nextn_predict_layers:
+        layers += f" + {config.num_nextn_predict_layers} MTP"
+    groups = f", {config.topk_group} of {config.n_group} groups" if (config.n_group or 1) > 1 else ""
+    experts = "none"
+    if config.n_routed_experts:
+        experts = (
+            f"{config.n_routed_experts} routed of width {config.moe_intermediate_size}, "
+            f"{config.num_experts_per_tok} a token{groups}; {config.n_shared_experts or 0} shared"
+        )
+    normalised = "normalised, " if config.norm_topk_prob else ""
+    rope = config.rope_parameters or {}
+    kind = rope.get("rope_type", "default")
+    context = f"{config.max_position_embeddings:,} tokens"
+    if kind != "default":
+        original = rope.get("original_max_position_embeddings")
+        context += f" ({kind} × {rope.get('factor')}" + (f" from {original:,})" if original else ")")
+    block = fp8_block(config)
+    dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
+    return {
+        "model": f"{config.model_type}, {', '.join(config.architectures or ['no architecture named'])}",
+        "layers": layers,
+        "width": f"{config.hidden_size:,}, vocabulary {config.vocab_size:,}",
+        "attention": f"{config.num_attention_heads} heads of {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rope, "
+        f"latent {config.kv_lora_rank}, query latent {config.q_lora_rank or 'none'}",
+        "experts": experts,
+        "router": f"{config.scoring_func}, {config.topk_method}, {normalised}× {config.routed_scaling_factor}",
+        "context": context,
+        "weights": f"FP8 in blocks of {block[0]}×{block[1]}, the rest {dtype}" if block else dtype,
+    }

@@ -1,0 +1,5 @@
+"""The command line ``deepseek-moe``: one file a command, put together in `app`."""
+
+from modeling_deepseek_moe.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,84 @@
+"""What all commands share at the terminal: where output goes, how figures read, how errors end.
+
+Results go to stdout, so that they can be piped; progress and remarks go to stderr.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from contextvars import ContextVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+DEBUG: ContextVar[bool] = ContextVar("DEBUG", default=False)
+# What this package and transformers raise for bad input: the message says it all.
+EXPECTED = (ValueError, OSError, ImportError)
+
+
+def stdout() -> Console:
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def guarded(command: Callable) -> Callable:
+    """The command with every error as one line on stderr and exit code 2, unless ``--debug`` asks for more."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            stderr().print("interrupted")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if DEBUG.get():
+                raise
+            message = " ".join(str(error).split())
+            if not isinstance(error, EXPECTED):
+                message = f"{type(error).__name__}: {message} (deepseek-moe --debug ... shows the traceback)"
+            stderr().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def help_text(command: Callable) -> str:
+    """The command's docstring with the lines of each paragraph joined, for the terminal to break; examples as they are."""
+    paragraphs = inspect.getdoc(command).replace("\b\n", "").split("\n\n")
+    return "\n\n".join(text if "\n  " in text else text.replace("\n", " ") for text in paragraphs)
+
+
+def print_json(fields: dict) -> None:
+    typer.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+
+
+def rate(per_second: float) -> str:
+    """Three digits, never an exponent: ``0.0583``, ``12.4``, ``1,320``."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def size(nbytes: float) -> str:
+    """``70272`` → ``70.3 kB``; powers of 1000, as disks and downloads are counted."""
+    return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def count(values: float) -> str:
+    """``671026419200`` → ``671.0B``, ``2451437056`` → ``2.45B``."""
+    return _scaled(values, ("", "k", "M", "B", "T"), fine=2).replace(" ", "")
+
+
+def _scaled(value: float, units: tuple[str, ...], fine: int = 1) -> str:
+    """``fine`` digits after the point below 10, one from there on, none without a unit."""
+    power = 0
+    while abs(value) >= 999.95 and power < len(units) - 1:  # what would be rounded to 1000.0 takes the next unit
+        value, power = value / 1000, power + 1
+    digits = (fine if abs(value) < 9.995 else 1) if power else 0
+    return f"{value:.{digits}f} {units[power]}"

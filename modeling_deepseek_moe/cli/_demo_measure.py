@@ -1,0 +1,104 @@
+"""What the demo measures about a model: perplexity, resident bytes, and decode speed next to other models."""
+
+import math
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from modeling_deepseek_moe.moe.experts import MappedExperts
+
+PREFILL_TOKENS = 1024  # a prompt is read in pieces of this size
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch: int = 16) -> float:
+    """exp of the mean surprise at tokens ``1:`` of ``rows [N, S]``, the sum taken in fp64."""
+    surprise = 0.0
+    for part in rows.split(batch):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        surprise += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").double().item()
+    return math.exp(surprise / rows[:, 1:].numel())
+
+
+def fastest_threads(model: PreTrainedModel, rows: torch.Tensor) -> int:
+    """How many threads read ``rows`` fastest right now: 1, 2, 4 … up to the cores, until more stop helping.
+
+    Threads of torch wait for each other at every operation. Where the cores are shared, or a container grants less
+    time than it shows cores, one thread too many costs several times what it brings.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    best, best_seconds, threads = 1, math.inf, 1
+    while threads <= cores:
+        torch.set_num_threads(threads)
+        perplexity(model, rows)  # starts the threads
+        start = time.perf_counter()
+        for _ in range(3):
+            perplexity(model, rows)
+        seconds = time.perf_counter() - start
+        if seconds > best_seconds:
+            break
+        best, best_seconds, threads = threads, seconds, threads * 2
+    torch.set_num_threads(best)
+    return best
+
+
+@dataclass(frozen=True)
+class ResidentBytes:
+    """Bytes of a model's weights: ``mapped`` are pages of the checkpoint file, ``owned`` are tensors of its own."""
+
+    owned: int
+    mapped: int
+
+    @property
+    def total(self) -> int:
+        return self.owned + self.mapped
+
+
+def resident_bytes(model: PreTrainedModel) -> ResidentBytes:
+    """Bytes of parameters, buffers that are saved, and experts that stay in their file."""
+    owned = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    matrices = [
+        matrix
+        for module in model.modules()
+        if isinstance(module, MappedExperts)
+        for _, matrix in module.named_matrices()
+    ]
+    mapped = sum(matrix.weight.nbytes + matrix.scale_inv.nbytes for matrix in matrices)
+    return ResidentBytes(sum(owned.values()), mapped)
+
+
+class _Decoder:
+    """Greedy decoding of one model behind a context that it has already read."""
+
+    def __init__(self, model: PreTrainedModel, context_ids: torch.Tensor):
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        for part in context_ids.split(PREFILL_TOKENS, dim=1):
+            logits = model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.token = logits.argmax(-1)
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
+        self.token = logits.argmax(-1)
+        self.seconds.append(time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def decode_speeds(models: dict[str, PreTrainedModel], context_ids: torch.Tensor, tokens: int) -> dict[str, float]:
+    """Tokens a second of greedy decoding behind ``context_ids [1, S]``, the median of ``tokens`` single steps each.
+
+    The models take turns token by token, so that whatever else the machine does meets all of them alike.
+    """
+    decoders = {name: _Decoder(model, context_ids) for name, model in models.items()}
+    for step in range(tokens + 2):
+        for decoder in decoders.values():
+            decoder.step()
+            if step < 2:
+                decoder.seconds.clear()  # warm-up
+    return {name: 1 / statistics.median(decoder.seconds) for name, decoder in decoders.items()}

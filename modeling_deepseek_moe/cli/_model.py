@@ -1,0 +1,214 @@
+"""What ``generate`` and ``chat`` share: options, loading, streaming, and the figures of a run."""
+
+import copy
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    FineGrainedFP8Config,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_deepseek_moe.anatomy import read_config
+from modeling_deepseek_moe.cli._console import rate, size, stderr
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+MODEL, SAMPLING, RUNNING = "Model", "Sampling (default: the folder's generation_config.json)", "Running"
+
+
+class Dtype(StrEnum):
+    """What activations, and weights that are not FP8, are computed in."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+ModelOption = Annotated[
+    Path, typer.Option("--model", "-m", help="A checkpoint folder.", show_default=False, rich_help_panel=MODEL)
+]
+DequantizeOption = Annotated[
+    bool, typer.Option("--dequantize", help="Turn FP8 weights into --dtype while loading.", rich_help_panel=MODEL)
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="To compute in; auto: as the checkpoint says.", rich_help_panel=MODEL)
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option(min=0, help="0: always the likeliest token.", rich_help_panel=SAMPLING)
+]
+TopPOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Only the likeliest tokens of this mass.", rich_help_panel=SAMPLING)
+]
+TopKOption = Annotated[
+    int | None, typer.Option(min=0, help="Only so many of the likeliest tokens.", rich_help_panel=SAMPLING)
+]
+SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=SAMPLING)]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option("--attn", help="eager, sdpa, flex_attention, flash_attention_2 ...", rich_help_panel=RUNNING),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: GPUs if there are any.", rich_help_panel=RUNNING)
+]
+
+
+def load_model(folder: Path, *, dtype: Dtype, attention: str | None, device: str, dequantize: bool) -> PreTrainedModel:
+    """The model of a folder, ready to generate.
+
+    Raises:
+        ValueError: no usable config or weights, or ``dequantize`` of a checkpoint that is not FP8.
+    """
+    _check_folder(folder)
+    config = read_config(folder)  # says what is wrong, in one line, before transformers looks
+    fp8 = getattr(config, "quantization_config", None) is not None
+    if dequantize and not fp8:
+        raise ValueError(f"{folder}: found no quantization_config, wanted an FP8 checkpoint for --dequantize")
+    if device == "auto":
+        device_map = "auto" if torch.cuda.is_available() else None
+    else:
+        device_map = device
+    options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if dequantize else {}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if not stderr().is_terminal:
+        transformers.logging.disable_progress_bar()
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value, device_map=device_map, **options)
+    stderr().print(f"[dim]{folder} loaded in {time.perf_counter() - start:.1f} s[/]")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Nothing of the folder is executed.
+
+    Raises:
+        ValueError: the folder has none, or one that comes as Python code.
+    """
+    _check_folder(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder}: found no tokenizer ({', '.join(TOKENIZER_FILES[:2])}), wanted one beside the weights"
+        )
+    # the folder's own advice on its tokenizer class is for its publisher
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: found no such folder, wanted a checkpoint folder")
+
+
+def generation_settings(
+    model: PreTrainedModel,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+) -> GenerationConfig:
+    """The checkpoint's own generation config with the options laid over it; any sampling option means sampling.
+
+    Raises:
+        ValueError: ``top_p`` or ``top_k`` together with ``temperature=0``.
+    """
+    settings = copy.deepcopy(model.generation_config)
+    settings.max_new_tokens, settings.max_length = max_new_tokens, None
+    if temperature == 0:
+        if top_p is not None or top_k is not None:
+            raise ValueError("--temperature 0 takes the likeliest token: --top-p and --top-k have nothing to choose")
+        settings.do_sample, settings.temperature, settings.top_p, settings.top_k = False, None, None, None
+    elif (temperature, top_p, top_k) != (None, None, None):
+        settings.do_sample = True
+        for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
+            if value is not None:
+                setattr(settings, name, value)
+    if settings.pad_token_id is None:  # transformers would say so at every call
+        end = settings.eos_token_id
+        settings.pad_token_id = end[0] if isinstance(end, list) else end
+    return settings
+
+
+class IdStreamer(BaseStreamer):
+    """Prints token ids, comma-separated, as they come: the output of a run without a tokenizer."""
+
+    def __init__(self):
+        self.separator = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.separator is None:  # the prompt
+            self.separator = ""
+            return
+        print(*[f"{self.separator}{token}" for token in value.flatten().tolist()], sep="", end="", flush=True)
+        self.separator = ","
+
+    def end(self) -> None:
+        print(flush=True)
+
+
+class Meter(BaseStreamer):
+    """Passes tokens on to another streamer and notes when they came. ``cached``: prompt tokens already in the cache."""
+
+    def __init__(self, streamer: BaseStreamer, cached: int = 0):
+        self.streamer, self.cached = streamer, cached
+        self.prompt_tokens = 0
+        self.times: list[float] = []  # of the start, then of every new token
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.times:
+            self.prompt_tokens = value.numel()
+        self.times.append(time.perf_counter())
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+    @property
+    def new_tokens(self) -> int:
+        return max(len(self.times) - 1, 0)
+
+    def summary(self, cache: DynamicCache) -> str:
+        """Tokens, speeds and cache of the run, in one line."""
+        fed = self.prompt_tokens - self.cached
+        parts = [f"{self.prompt_tokens:,} prompt tokens" + (f" ({self.cached:,} cached)" if self.cached else "")]
+        if self.new_tokens:
+            parts[0] += f" at {_speed(fed, self.times[1] - self.times[0])}"
+            parts.append(f"{self.new_tokens:,} new")
+        if self.new_tokens > 1:
+            parts[1] += f" at {_speed(self.new_tokens - 1, self.times[-1] - self.times[1])}"
+        held = cache.get_seq_length()
+        if held:
+            nbytes = cache_bytes(cache)
+            parts.append(f"cache {size(nbytes)}, {nbytes // held:,} bytes a token")
+        return "; ".join(parts)
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    return f"{rate(tokens / max(seconds, 1e-9))} tokens/s"
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of all latents in a cache."""
+    tensors = [tensor for layer in cache.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def text_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+    """Prints the answer, not the prompt, word by word."""
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,168 @@
+"""``deepseek-moe chat``: a conversation, streaming, on one cache that grows with it."""
+
+import sys
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_deepseek_moe.cli import _model
+from modeling_deepseek_moe.cli._console import stderr
+
+HELP = "/system TEXT sets the system prompt and starts over, /reset starts over, /exit ends."
+
+
+class Conversation:
+    """Messages, and the cache of the tokens that the model has seen of them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.system: str | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.seen: list[int] = []  # the tokens behind the cache, and the last one made, which is not in it yet
+        self.cache = DynamicCache(config=self.model.config)
+
+    def answer(self, text: str) -> _model.Meter:
+        """Stream the answer to ``text`` to stdout and keep both.
+
+        The template renders the whole conversation anew each time; what it has in common with the tokens seen
+        stays in the cache, the rest of the cache is cut off.
+
+        Raises:
+            ValueError: the conversation is longer than the model's context.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        limit = self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise ValueError(f"the conversation has {len(ids):,} tokens, the model's context {limit:,}: /reset")
+        cached = self._keep_common(ids)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        meter = _model.Meter(_model.text_streamer(self.tokenizer), cached)
+        try:
+            output = self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=self.settings,
+                past_key_values=self.cache,
+                streamer=meter,
+            )
+        except BaseException:
+            self._forget()  # layers may have got different numbers of tokens
+            raise
+        self.seen = output[0].tolist()
+        content = self.tokenizer.decode(self.seen[len(ids) :], skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": content}]
+        return meter
+
+    def _keep_common(self, ids: list[int]) -> int:
+        """Cut the cache down to the prefix that ``ids`` shares with it, one token of ``ids`` at least left to feed."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self.seen, strict=False)))
+        held = self.cache.get_seq_length()
+        kept = min(same, held, len(ids) - 1)
+        if kept < held:
+            self.cache.crop(kept - held)
+        return kept
+
+
+def chat(
+    model: _model.ModelOption,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="At most, an answer.")] = 1024,
+    temperature: _model.TemperatureOption = None,
+    top_p: _model.TopPOption = None,
+    top_k: _model.TopKOption = None,
+    seed: _model.SeedOption = None,
+    dtype: _model.DtypeOption = _model.Dtype.AUTO,
+    dequantize: _model.DequantizeOption = False,
+    attention: _model.AttentionOption = None,
+    device: _model.DeviceOption = "auto",
+) -> None:
+    """Talk to a model, in the chat template of its tokenizer.
+
+    Within the conversation: /system TEXT sets the system prompt and starts over, /reset starts over, /exit ends;
+    Ctrl-C stops an answer. From a pipe every line is one message. The cache is kept from turn to turn.
+
+    Examples:
+      [cyan]deepseek-moe chat --model DeepSeek-V2-Lite-Chat[/]
+      [cyan]deepseek-moe chat -m DeepSeek-V3 --system "Answer in French." --temperature 0.6[/]
+      [cyan]printf 'Hi!\\nAnd in German?\\n' | deepseek-moe chat -m DeepSeek-V3[/]
+    """
+    tokenizer = _model.load_tokenizer(model)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{model}: found a tokenizer without chat template (chat_template in tokenizer_config.json, or "
+            "chat_template.jinja); a base model continues text: deepseek-moe generate"
+        )
+    loaded = _model.load_model(model, dtype=dtype, attention=attention, device=device, dequantize=dequantize)
+    settings = _model.generation_settings(loaded, max_new_tokens, temperature, top_p, top_k)
+    if seed is not None:
+        torch.manual_seed(seed)
+    conversation = Conversation(loaded, tokenizer, settings)
+    conversation.system = system
+    conversation.reset()
+    _converse(conversation)
+
+
+def _converse(conversation: Conversation) -> None:
+    console = stderr()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        console.print(f"[dim]{HELP}[/]")
+    for text in _lines(interactive):
+        command, _, rest = text.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/reset":
+            conversation.reset()
+            console.print("[dim]started over[/]")
+        elif command == "/system":
+            conversation.system = rest.strip() or None
+            conversation.reset()
+            console.print(f"[dim]started over with the system prompt {escape(repr(rest.strip()))}[/]")
+        elif command.startswith("/") and command[1:].isalpha():
+            console.print(f"[yellow]{escape(command)} is no command.[/] {HELP}")
+        else:
+            _turn(conversation, text, interactive)
+
+
+def _turn(conversation: Conversation, text: str, interactive: bool) -> None:
+    console = stderr()
+    try:
+        meter = conversation.answer(text)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        console.print("\n[dim]stopped; that turn is forgotten[/]")
+    except ValueError as error:
+        if not interactive:
+            raise
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
+    else:
+        console.print(f"[dim]{meter.summary(conversation.cache)}[/]", soft_wrap=True)
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """What the user types, or the lines of a pipe; empty lines left out."""
+    if interactive:
+        import readline  # noqa: F401 (line editing and history for `input`)
+    while True:
+        try:
+            line = input("\n> ") if interactive else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not interactive and not line:
+            return
+        if line.strip():
+            yield line.strip()

@@ -1,0 +1,107 @@
+"""``deepseek-moe plan``: will it run on this machine, and how fast at best, from a config alone."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from modeling_deepseek_moe.anatomy import Anatomy, describe, dissect, read_config
+from modeling_deepseek_moe.cli._console import print_json, rate, size, stderr, stdout
+from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
+from modeling_deepseek_moe.machine import Bandwidth, probe_machine
+from modeling_deepseek_moe.planning import FITS, FROM_DISK, TOO_LARGE, Plan, make_plan
+
+DEFAULT_CONTEXT = 8192
+STYLES = {FITS: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
+
+
+def plan(
+    path: Annotated[Path, typer.Argument(help="A config.json, or a folder with one.", show_default=False)],
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in the cache: prompt and answer.", show_default="8192, or the model's most"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say whether a model will run on this machine, and how fast it can be at best.
+
+    Needs nothing but the config, so ask before the download. Memory bandwidth is measured (about a second);
+    divided by the bytes that a token reads it bounds the tokens a second of a single conversation.
+
+    Examples:
+      [cyan]hf download deepseek-ai/DeepSeek-V3 config.json --local-dir DeepSeek-V3[/]
+      [cyan]deepseek-moe plan DeepSeek-V3[/]
+      [cyan]deepseek-moe plan DeepSeek-V3/config.json --context 131072[/]
+      [cyan]deepseek-moe plan DeepSeek-V3 --json | jq .verdict[/]
+    """
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(
+            f"{path}: found no such file or folder. If it is a repository: "
+            f"hf download {path} config.json --local-dir {path.name}"
+        )
+    config = read_config(path)
+    anatomy = dissect(config)
+    with stderr().status("measuring memory bandwidth"):
+        machine = probe_machine()
+    made = make_plan(anatomy, machine, context or min(DEFAULT_CONTEXT, config.max_position_embeddings))
+    if as_json:
+        fields = {"architecture": describe(config), "parameters": parameters_dict(anatomy), "verdict": made.verdict}
+        print_json(fields | asdict(made))
+        return
+    console = stdout()
+    show_architecture(describe(config), anatomy, console)
+    console.print()
+    _show(made, anatomy, console)
+    if made.context > config.max_position_embeddings:
+        console.print(
+            f"[yellow]{made.context:,} tokens are more than the model's {config.max_position_embeddings:,}.[/]"
+        )
+
+
+def _show(made: Plan, anatomy: Anatomy, console: Console) -> None:
+    machine = made.machine
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column()
+    grid.add_row(
+        "download", f"{size(made.release_bytes)} of weights" + (", MTP included" if anatomy.mtp_parameters else "")
+    )
+    cache = f"{made.cache_bytes_per_token:,} bytes a token, {size(made.cache_bytes)} at {made.context:,} tokens"
+    grid.add_row("cache", cache)
+    grid.add_row("memory", f"{size(machine.ram_available)} available of {size(machine.ram_bytes)}")
+    grid.add_row("bandwidth", f"{_speed(machine.bandwidth)}, {machine.threads} threads")
+    for gpu in machine.gpus:
+        grid.add_row("gpu", f"{gpu.name}, {size(gpu.free_bytes)} free of {size(gpu.memory_bytes)}")
+    if machine.gpu_bandwidth:
+        grid.add_row("", _speed(machine.gpu_bandwidth))
+    console.print(grid)
+    console.print()
+
+    table = Table("on", "weights", box=None, header_style="dim", pad_edge=False)
+    for header in ("bytes", "needed", "per token", "tokens/s ≤"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for option in made.options:
+        limit = option.tokens_per_second_limit
+        table.add_row(
+            "GPU" if option.device == "cuda" else "CPU",
+            f"{option.weights} {option.how}",
+            size(option.weight_bytes),
+            size(option.needed_bytes),
+            size(option.read_bytes_per_token),
+            rate(limit) if limit else "",
+            f"[{STYLES[option.verdict]}]{option.verdict}[/]",
+        )
+    console.print(table)
+    console.print("[dim]needed: with cache and 1.5 GB to work in; tokens/s ≤: bandwidth / per token[/]")
+    console.print()
+    for line in made.advice:
+        console.print(line)
+
+
+def _speed(bandwidth: Bandwidth) -> str:
+    return f"{size(bandwidth.bytes_per_second)}/s, measured now (best of {bandwidth.passes} reads)"

@@ -1,0 +1,182 @@
+"""Looking at a checkpoint folder without loading it: config and headers against each other, in seconds.
+
+Only ``config.json``, the shard index and the safetensors headers are read, so a 685 GB folder takes as long as its
+163 headers. What is reported is what loading would refuse, by the same rules (`Release.problems`) except for the
+values of the scales, which are not in the headers.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modeling_deepseek_moe.anatomy import PARTS, Anatomy, describe, dissect, read_config
+from modeling_deepseek_moe.checkpoint import CheckpointError, TensorInfo, read_header, resolve_shards
+from modeling_deepseek_moe.loading import Problem, Release
+from modeling_deepseek_moe.weights import SCALE_SUFFIX, TensorSpec, release_tensors
+
+CLASSIFIER = "score."  # the head of a classification model, which no release has
+
+
+@dataclass
+class Tally:
+    """Tensors, values and bytes that have something in common."""
+
+    tensors: int = 0
+    values: int = 0
+    nbytes: int = 0
+
+    def add(self, info: TensorInfo) -> None:
+        self.tensors += 1
+        self.values += info.nbytes // info.dtype.itemsize
+        self.nbytes += info.nbytes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a folder, or odd about it.
+
+    ``kind`` is ``file`` (a shard or the index), one of `Problem`'s kinds, or, for what does not stop a load,
+    ``ignored`` (a tensor that no model of this config has) or ``no mtp``.
+    """
+
+    kind: str
+    where: str
+    message: str
+    fatal: bool = True
+
+
+@dataclass
+class Inspection:
+    """What a folder holds, and what is wrong with it. ``parts`` are `PARTS`, ``scales`` and ``other``."""
+
+    folder: str
+    architecture: dict[str, str]
+    anatomy: Anatomy
+    shards: int = 0
+    total: Tally = field(default_factory=Tally)
+    dtypes: dict[str, Tally] = field(default_factory=dict)
+    parts: dict[str, Tally] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def is_loadable(self) -> bool:
+        """Whether nothing in the headers stands against loading the folder as it is."""
+        return not any(finding.fatal for finding in self.findings)
+
+    def findings_by_kind(self) -> dict[str, list[Finding]]:
+        kinds: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            kinds.setdefault(finding.kind, []).append(finding)
+        return kinds
+
+
+class _Headers(dict[str, TensorInfo]):
+    """All headers that could be read, in place of a `CheckpointReader`, which stops at the first that cannot."""
+
+    def __init__(self, files: list[Path]):
+        super().__init__()
+        self.files = files
+
+
+def inspect_checkpoint(
+    folder: str | os.PathLike, on_shard: Callable[[int, int], None] = lambda done, total: None
+) -> Inspection:
+    """Read the headers of a folder and compare them with its config.
+
+    Args:
+        on_shard: called after every shard with the shards done and all shards.
+
+    Raises:
+        ValueError: no usable config.
+        CheckpointError: no weights at all, or an index that cannot be used.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    found = Inspection(str(folder), describe(config), dissect(config))
+    files, weight_map = resolve_shards(folder, must_exist=False)
+    found.shards = len(files)
+    headers, unread = _read_headers(files, weight_map or {}, found, on_shard)
+    _check_index(headers, weight_map or {}, unread, found)
+
+    release = Release(headers, config)
+    if config.num_nextn_predict_layers and not release.has_mtp and not unread:
+        message = f"the config announces {config.num_nextn_predict_layers} MTP layer(s), the files have none"
+        found.findings.append(Finding("no mtp", str(folder), f"{message}: the model loads without", fatal=False))
+        config.num_nextn_predict_layers = 0
+    in_unread = {release.canonical(name) for name, shard in (weight_map or {}).items() if shard in unread}
+    architectures = config.architectures or ["ForCausalLM"]
+    needs_head = architectures[0].endswith("ForCausalLM") and not config.tie_word_embeddings
+    refused = set()
+    for problem in release.problems(needs_head, read_scales=False):
+        refused.add(problem.name)
+        if not _is_explained(problem, in_unread):
+            found.findings.append(_finding(problem, folder))
+    _tally(release, release_tensors(config), refused, found)
+    return found
+
+
+def _read_headers(files, weight_map, found: Inspection, on_shard) -> tuple[_Headers, set[str]]:
+    """Headers by tensor name, and the names of the shards whose header cannot be read."""
+    headers, unread = _Headers(files), set()
+    for done, file in enumerate(files, 1):
+        try:
+            tensors = read_header(file)
+        except CheckpointError as error:
+            unread.add(file.name)
+            lost = sum(shard == file.name for shard in weight_map.values())
+            message = str(error).removeprefix(f"{file}: ") + (f" ({lost} tensors)" if lost else "")
+            found.findings.append(Finding("file", file.name, message))
+            tensors = {}
+        for name, info in tensors.items():
+            if name in headers:
+                message = f"tensor {name}: found again, it is also in {headers[name].file.name}"
+                found.findings.append(Finding("file", file.name, message))
+            headers[name] = info
+        on_shard(done, len(files))
+    return headers, unread
+
+
+def _check_index(headers: _Headers, weight_map: dict[str, str], unread: set[str], found: Inspection) -> None:
+    for name, shard in weight_map.items():
+        info = headers.get(name)
+        if shard not in unread and (info is None or info.file.name != Path(shard).name):
+            where = "absent" if info is None else f"in {info.file.name}"
+            found.findings.append(
+                Finding("file", shard, f"tensor {name}: the index says it is here, found it {where}")
+            )
+
+
+def _is_explained(problem: Problem, in_unread: set[str]) -> bool:
+    """Whether what is missing, a tensor or one of a weight and its scale, is in a shard that is reported already."""
+    weight = problem.name.removesuffix(SCALE_SUFFIX)
+    if problem.kind == "scale":
+        return not in_unread.isdisjoint((weight, weight + SCALE_SUFFIX))
+    return problem.info is None and problem.name in in_unread
+
+
+def _finding(problem: Problem, folder: Path) -> Finding:
+    where = "" if problem.info is None else problem.info.file.relative_to(folder).as_posix()
+    return Finding(problem.kind, where, f"{problem.name}: found {problem.found}, wanted {problem.wanted}")
+
+
+def _tally(release: Release, specs: dict[str, TensorSpec], refused: set[str], found: Inspection) -> None:
+    """Count every tensor by dtype and by part; those that belong to no part are ``other``."""
+    parts = {part: Tally() for part in (*PARTS, "scales", "other")}
+    for name, info in release.infos.items():
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if name in specs:
+            part = specs[name].part
+        elif weight != name and weight in specs:
+            part = "scales"
+        elif name.startswith(CLASSIFIER):
+            part = "head"
+        else:
+            part = "other"
+            if info.name not in refused:
+                message = f"{info.name}: {info.dtype} {list(info.shape)} has no place in this model"
+                found.findings.append(Finding("ignored", info.file.name, message, fatal=False))
+        dtype = str(info.dtype).removeprefix("torch.")
+        for tally in (found.total, parts[part], found.dtypes.setdefault(dtype, Tally())):
+            tally.add(info)
+    found.parts = {part: tally for part, tally in parts.items() if tally.tensors}

@@ -1,0 +1,110 @@
+"""The machine at hand: memory, threads, GPUs, and how fast weights can be read from each memory, measured."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+CACHES = Path("/sys/devices/system/cpu")
+CGROUP = Path("/sys/fs/cgroup")
+# Several times the last-level cache, so that every pass reads memory; bounded, so that probing disturbs nobody.
+CACHE_MULTIPLE = 4
+SMALLEST_BUFFER, LARGEST_BUFFER = 256 << 20, 4 << 30
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """The fastest of ``passes`` reads of a buffer of ``buffer_bytes``."""
+
+    bytes_per_second: float
+    buffer_bytes: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device as torch sees it."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Main memory and GPUs. ``ram_available`` is what a new process may take without swapping."""
+
+    ram_bytes: int
+    ram_available: int
+    threads: int
+    bandwidth: Bandwidth | None
+    gpus: tuple[Gpu, ...] = ()
+    gpu_bandwidth: Bandwidth | None = None
+
+
+def probe_machine(measure: bool = True) -> Machine:
+    """Look at this machine; with ``measure``, spend about a second on its read bandwidth (and one on a GPU's)."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    container = _container_memory(total)
+    if container is not None:
+        total, available = container[0], min(available, container[1])
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        free, size = torch.cuda.mem_get_info(index)
+        gpus.append(Gpu(torch.cuda.get_device_name(index), size, free))
+    return Machine(
+        ram_bytes=total,
+        ram_available=available,
+        threads=torch.get_num_threads(),
+        bandwidth=measure_read_bandwidth(available // 4) if measure else None,
+        gpus=tuple(gpus),
+        gpu_bandwidth=measure_read_bandwidth(gpus[0].free_bytes // 4, "cuda:0") if measure and gpus else None,
+    )
+
+
+def measure_read_bandwidth(most_bytes: int = LARGEST_BUFFER, device: str = "cpu", seconds: float = 1.0) -> Bandwidth:
+    """Sum a buffer larger than every cache, on all threads, again and again for ``seconds``; the fastest pass counts.
+
+    Reading is what decoding does with weights. Other work on the machine makes the figure smaller, never larger.
+    """
+    size = min(max(CACHE_MULTIPLE * last_level_cache(), SMALLEST_BUFFER), LARGEST_BUFFER, most_bytes)
+    # Written, not just allocated: untouched pages are all one page, which stays in the cache.
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    deadline, times = time.perf_counter() + seconds, []
+    while len(times) < 3 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        buffer.sum().item()
+        times.append(time.perf_counter() - start)
+    return Bandwidth(buffer.nbytes / min(times), buffer.nbytes, len(times))
+
+
+def last_level_cache() -> int:
+    """Bytes of the last-level caches of all sockets together (0 where the system does not say)."""
+    sizes: dict[tuple[int, str], int] = {}
+    for cache in CACHES.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level, size = int((cache / "level").read_text()), (cache / "size").read_text().strip()
+            sizes[level, (cache / "shared_cpu_list").read_text().strip()] = int(size.removesuffix("K")) << 10
+        except (OSError, ValueError):
+            continue
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last)
+
+
+def _container_memory(physical: int) -> tuple[int, int] | None:
+    """Limit and remainder of a container's memory (cgroup v2, then v1); ``None`` without a limit."""
+    for folder, limit_name, usage_name in (
+        (CGROUP, "memory.max", "memory.current"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = int((folder / limit_name).read_text()), int((folder / usage_name).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        # cached file pages count as used, but go when memory is needed
+        return (limit, limit - usage + int(stat.get("inactive_file", 0))) if limit < physical else None
+    return None

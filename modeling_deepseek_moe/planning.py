@@ -1,0 +1,144 @@
+"""Will a model run on this machine, and how fast at best: from its config and the machine alone.
+
+Decoding reads every active weight and the whole cache once a token, and does little else, so memory bandwidth
+divided by the bytes read is a bound on tokens a second that no software passes (at batch 1, without speculation).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from modeling_deepseek_moe.anatomy import Anatomy
+from modeling_deepseek_moe.machine import Machine
+
+# What a process needs beside weights and cache: the interpreter with torch and transformers (0.5 GB resident), and
+# the largest passing buffers (scores and expanded keys of a prefill chunk). An estimate on the safe side.
+WORKSPACE_BYTES = 1_500_000_000
+DISK_EXAMPLE = 2_000_000_000  # bytes a second, for a sense of scale: a common NVMe disk
+
+FITS, FROM_DISK, TOO_LARGE = "fits", "from disk", "does not fit"
+_PLACES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to hold the weights, on one device.
+
+    ``needed_bytes`` is weights, cache at the context, and workspace; ``disk_bytes_per_token`` is what a token reads
+    from disk on average when only part of the experts stays in memory and all are equally likely.
+    ``tokens_per_second_limit`` is the bound that memory sets when everything is in it.
+    """
+
+    device: str  # "cpu" or "cuda"
+    weights: str  # "fp8" or "bf16"
+    how: str
+    weight_bytes: int
+    needed_bytes: int
+    available_bytes: int
+    read_bytes_per_token: int
+    disk_bytes_per_token: int
+    tokens_per_second_limit: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every option, the best first to last by what a user would try; ``advice`` says what to do."""
+
+    context: int
+    cache_bytes_per_token: int
+    cache_bytes: int
+    release_bytes: int
+    machine: Machine
+    options: tuple[Option, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """The best verdict of all options."""
+        verdicts = {option.verdict for option in self.options}
+        return next(verdict for verdict in (FITS, FROM_DISK, TOO_LARGE) if verdict in verdicts)
+
+
+def make_plan(anatomy: Anatomy, machine: Machine, context: int) -> Plan:
+    """Weigh every way to run a model of this anatomy on this machine with ``context`` tokens in the cache.
+
+    Raises:
+        ValueError: ``context`` is not positive.
+    """
+    if context < 1:
+        raise ValueError(f"context={context} must be at least 1")
+    formats = ("fp8", "bf16") if anatomy.is_fp8 else ("bf16", "fp8")
+    devices = (["cuda"] if machine.gpus else []) + ["cpu"]
+    options = tuple(_option(anatomy, machine, context, device, weights) for device in devices for weights in formats)
+    return Plan(
+        context=context,
+        cache_bytes_per_token=anatomy.cache_bytes(),
+        cache_bytes=anatomy.cache_bytes(context),
+        release_bytes=anatomy.stored_bytes(anatomy.is_fp8, anatomy.itemsize),
+        machine=machine,
+        options=options,
+        advice=tuple(_advice(anatomy, options, machine)),
+    )
+
+
+def _option(anatomy: Anatomy, machine: Machine, context: int, device: str, weights: str) -> Option:
+    fp8 = weights == "fp8"
+    cache = anatomy.cache_bytes(context)
+    stored, read = anatomy.stored_bytes(fp8), anatomy.active_bytes(fp8) + cache
+    needed = stored + cache + WORKSPACE_BYTES
+    available = machine.ram_available if device == "cpu" else sum(gpu.free_bytes for gpu in machine.gpus)
+    verdict, disk = (FITS if needed <= available else TOO_LARGE), 0
+    if verdict == TOO_LARGE and device == "cpu" and fp8:
+        # Mapped experts are read from their files as they are used; only the rest must stay in memory.
+        routed = anatomy.stored["routed experts"].nbytes(fp8)
+        mtp = anatomy.stored["mtp"].nbytes(fp8)
+        room = available - (needed - routed - mtp)
+        if room > 0:
+            verdict = FROM_DISK
+            missing = max(0.0, 1 - room / routed)
+            disk = int(anatomy.active["routed experts"].nbytes(fp8) * missing)
+    bandwidth = machine.bandwidth if device == "cpu" else machine.gpu_bandwidth
+    limit = bandwidth.bytes_per_second / read if bandwidth else None
+    how = _how(anatomy.is_fp8, device, fp8)
+    return Option(device, weights, how, stored, needed, available, read, disk, limit, verdict)
+
+
+def _how(released_fp8: bool, device: str, fp8: bool) -> str:
+    if fp8:
+        return ("mapped" if device == "cpu" else "as released") if released_fp8 else "converted"
+    return "dequantised" if released_fp8 else "as released"
+
+
+def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> Iterator[str]:
+    fitting = [option for option in options if option.verdict == FITS]
+    from_disk = [option for option in options if option.verdict == FROM_DISK]
+    if fitting:
+        best = fitting[0]
+        yield f"Run it on the {_PLACES[best.device]} with {best.weights} weights ({best.how})."
+    elif from_disk:
+        best = from_disk[0]
+        disk = best.disk_bytes_per_token
+        yield (
+            f"It loads, but most experts stay on disk and are read again and again: about {disk / 1e9:.1f} GB a token, "
+            f"{disk / DISK_EXAMPLE:.0f} s at a disk speed of {DISK_EXAMPLE / 1e9:.0f} GB/s."
+        )
+    if not fitting:
+        least = min(options, key=lambda option: option.needed_bytes - option.available_bytes)
+        yield (
+            f"To hold all of it as {least.weights} on the {_PLACES[least.device]}, {least.needed_bytes / 1e9:,.1f} GB "
+            f"are needed and {least.available_bytes / 1e9:,.1f} GB available."
+        )
+        if least.device == "cpu" and least.needed_bytes <= machine.ram_bytes:
+            yield "This machine has that much memory: end other programs and it fits."
+    if not anatomy.is_fp8 and "fp8" in {option.weights for option in (fitting or from_disk)[:1]}:
+        yield "FP8 needs a conversion first: model.save_pretrained(folder, quantize='fp8'), where bf16 fits."
+    # TODO: drop once ops/block_fp8/cpu.py exists
+    if any(option.device == "cpu" and option.weights == "fp8" and option.verdict != TOO_LARGE for option in options):
+        yield (
+            "FP8 on a CPU is computed by the reference path so far, which dequantises as it goes and is far slower "
+            "than the limit" + ("; --dequantize runs it in bf16." if _fits_in_bf16(anatomy, options) else ".")
+        )
+
+
+def _fits_in_bf16(anatomy: Anatomy, options: tuple[Option, ...]) -> bool:
+    return anatomy.is_fp8 and any(option.weights == "bf16" and option.verdict == FITS for option in options)

@@ -1,0 +1,365 @@
+"""Counting from a config and inspecting from headers, against the published figures of the releases."""
+
+import json
+import math
+import time
+import tracemalloc
+
+import pytest
+import torch
+from releases import FP8, SHAPES, write_release
+
+from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.anatomy import CONFIGS, describe, dissect, read_config
+from modeling_deepseek_moe.checkpoint import CheckpointReader
+from modeling_deepseek_moe.inspection import inspect_checkpoint
+from modeling_deepseek_moe.weights import release_tensors
+
+# The architecture fields of the released config.json files, written out: nothing here relies on a default.
+V3 = {
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 3,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "torch_dtype": "bfloat16",
+    "quantization_config": FP8,
+}
+KIMI_K2 = V3 | {
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "num_nextn_predict_layers": 0,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": V3["rope_scaling"] | {"factor": 32.0},
+}
+MOONLIGHT = {name: value for name, value in KIMI_K2.items() if name != "quantization_config"} | {
+    "model_type": "deepseek_v3",
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "routed_scaling_factor": 2.446,
+    "q_lora_rank": None,
+    "max_position_embeddings": 8192,
+    "rope_scaling": None,
+}
+V2_LITE = MOONLIGHT | {
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "vocab_size": 102400,
+    "intermediate_size": 10944,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 163840,
+}
+V2 = V2_LITE | {
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 160,
+    "topk_method": "group_limited_greedy",
+    "n_group": 8,
+    "topk_group": 3,
+    "routed_scaling_factor": 16.0,
+    "q_lora_rank": 1536,
+}
+BILLION = 10**9
+
+
+def config_of(fields):
+    return CONFIGS[fields["model_type"]].from_dict(dict(fields))
+
+
+@pytest.mark.parametrize(
+    "fields, total, active",
+    [
+        pytest.param(V3, "671", "37", id="V3-671B-A37B"),
+        pytest.param(V2, "236", "21", id="V2-236B-A21B"),
+        pytest.param(V2_LITE, "15.7", "2.4", id="V2-Lite-15.7B-A2.4B"),
+        pytest.param(MOONLIGHT, "16", "3", id="Moonlight-16B-A3B"),
+        pytest.param(KIMI_K2, "1.0e+03", "32", id="Kimi-K2-1T-A32B"),
+    ],
+)
+def test_published_sizes(fields, total, active):
+    anatomy = dissect(config_of(fields))
+    assert rounded(anatomy.parameters, total) == total
+    # V2-Lite has 2.451B by this convention, published as 2.4B: cut off, not rounded
+    assert rounded(anatomy.active_parameters - (2e6 if fields is V2_LITE else 0), active) == active
+
+
+def rounded(count, like):
+    """``count`` in billions, to as many digits as ``like`` has."""
+    digits = len(like.partition("e")[0].replace(".", ""))
+    return f"{count / BILLION:.{digits}g}" if "e" not in like else f"{count / BILLION:.{digits - 1}e}"
+
+
+@pytest.mark.parametrize(
+    "fields, total, active",
+    [pytest.param(V2_LITE, 15.29, 2.24, id="V2-Lite"), pytest.param(MOONLIGHT, 15.29, 2.24, id="Moonlight")],
+)
+def test_published_sizes_without_embedding_and_head(fields, total, active):
+    """Table 5 of the Moonlight report (arXiv:2502.16982) counts both models so."""
+    anatomy = dissect(config_of(fields))
+    outer = sum(anatomy.stored[part].parameters for part in ("embedding", "head"))
+    assert round((anatomy.parameters - outer) / BILLION, 2) == total
+    active_outer = sum(anatomy.active[part].parameters for part in ("embedding", "head"))
+    assert round((anatomy.active_parameters - active_outer) / BILLION, 2) == active
+
+
+def test_v3_exactly():
+    anatomy = dissect(config_of(V3))
+    assert anatomy.parameters == 671_026_419_200
+    assert anatomy.mtp_copies == 2 * 129280 * 7168
+    stored = anatomy.stored.values()
+    # the Hub counts scales too: 684.53B values, shown as 685B
+    assert round(sum(size.parameters + size.scales for size in stored) / BILLION) == 685
+    assert anatomy.cache_bytes() == 70_272
+    assert anatomy.cache_bytes(1000) == 70_272_000
+    assert anatomy.is_fp8
+    # every Linear is FP8 but embedding, head (and their copies), gate, eh_proj
+    norms = 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
+    kept = 4 * 129280 * 7168 + 59 * (256 * 7168 + 256) + 2 * 7168 * 7168 + norms
+    assert sum(size.parameters - size.quantized for size in stored) == kept
+
+
+def test_bytes_are_those_of_the_files(tmp_path):
+    for name, fp8 in (("v3-mtp", True), ("v3", False), ("v2-lite", False), ("kimi", True)):
+        write_release(tmp_path / name, SHAPES[name](), fp8=fp8)
+        anatomy = dissect(read_config(tmp_path / name))
+        reader = CheckpointReader.open(tmp_path / name)
+        assert anatomy.stored_bytes(anatomy.is_fp8, anatomy.itemsize) == reader.nbytes
+        weights = [info for tensor, info in reader.items() if not tensor.endswith("_scale_inv")]
+        assert anatomy.parameters + anatomy.mtp_parameters == sum(math.prod(info.shape) for info in weights)
+
+
+def test_tied_embeddings_are_counted_once_and_used_twice():
+    config = SHAPES["v3"]()
+    config.tie_word_embeddings = True
+    tied, untied = dissect(config), dissect(SHAPES["v3"]())
+    assert tied.parameters == untied.parameters - config.vocab_size * config.hidden_size
+    assert tied.active_parameters == untied.active_parameters
+
+
+def test_description_names_the_essentials():
+    text = describe(config_of(V3))
+    assert text["layers"] == "61 (3 dense, 58 MoE) + 1 MTP"
+    assert text["experts"] == "256 routed of width 2048, 8 a token, 4 of 8 groups; 1 shared"
+    assert text["weights"] == "FP8 in blocks of 128×128, the rest bfloat16"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "model_type=None"),
+        (json.dumps({"model_type": "llama"}), "model_type='llama', wanted one of deepseek_v2"),
+        (json.dumps(V3 | {"topk_method": "best"}), "topk_method='best' is not supported"),
+        (json.dumps(V3 | {"hidden_size": "wide"}), "hidden_size"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_another_quantisation_is_refused():
+    with pytest.raises(ValueError, match="quant_method='awq' is not supported"):
+        dissect(config_of(V3 | {"quantization_config": {"quant_method": "awq"}}))
+
+
+def write_sparse(folder, fields, shards):
+    """A release's folder with real headers and no data: every shard is a sparse file of the right size."""
+    config = config_of(fields)
+    tensors = {}
+    for name, spec in release_tensors(config).items():
+        tensors[name] = ("F8_E4M3" if spec.quantized else "BF16", spec.shape)
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = ("F32", spec.shape)
+        if spec.quantized:
+            tensors[f"{name}_scale_inv"] = ("F32", tuple(-(-size // 128) for size in spec.shape))
+    (folder / "config.json").write_text(json.dumps(fields))
+    names, weight_map = list(tensors), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:06d}.safetensors"
+        header, end = {}, 0
+        for name in names[shard::shards]:
+            dtype, shape = tensors[name]
+            start, end = end, end + math.prod(shape) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+        weight_map |= dict.fromkeys(header, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_inspecting_the_layout_of_v3(tmp_path):
+    """61 + 1 layers, 91,991 tensors, 163 shards, 689 GB on the label: seconds, and little memory."""
+    try:
+        write_sparse(tmp_path, V3, 163)
+    except OSError as error:
+        pytest.skip(f"no sparse files of 4 GB here: {error}")
+    start = time.perf_counter()
+    found = inspect_checkpoint(tmp_path)
+    seconds = time.perf_counter() - start
+    assert found.is_loadable and not found.findings
+    assert (found.total.tensors, found.shards) == (91_991, 163)
+    assert found.total.nbytes == found.anatomy.stored_bytes(fp8=True) == 688_574_839_360
+    assert sum(tally.values for part, tally in found.parts.items() if part != "scales") == 684_489_845_504
+    assert found.dtypes["float8_e4m3fn"].tensors == found.parts["scales"].tensors == 45_808
+    assert seconds < 30  # about 2 s on an idle core
+
+
+def test_inspecting_takes_memory_for_headers_only(tmp_path):
+    write_sparse(tmp_path, V2_LITE | {"quantization_config": FP8}, 4)
+    tracemalloc.start()
+    inspect_checkpoint(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6  # of 16 GB
+
+
+def test_inspecting_does_not_read_scales(tmp_path):
+    # a NaN scale is for the loading to find; the headers do not show it
+    tensors = write_release(tmp_path, SHAPES["v3"](), fp8=True)
+    name = next(name for name in tensors if name.endswith("_scale_inv"))
+    info = CheckpointReader.open(tmp_path)[name]
+    with info.file.open("r+b") as stream:
+        stream.seek(info.start)
+        stream.write(torch.tensor([float("nan")]).numpy().tobytes())
+    assert inspect_checkpoint(tmp_path).is_loadable
+
+
+def rewrite(folder, change):
+    """Apply ``change`` to the tensors of a single-file checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+Q_A = "model.layers.0.self_attn.q_a_proj.weight"
+BROKEN = {
+    "missing": lambda tensors: tensors.pop(Q_A) is tensors.pop(f"{Q_A}_scale_inv"),
+    "shape": lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}),
+    "dtype": lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}),
+    "scale": lambda tensors: tensors.update({f"{Q_A}_scale_inv": torch.ones(2, 1)}),
+    "surplus": lambda tensors: tensors.update({"model.layers.9.input_layernorm.weight": torch.ones(64)}),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_inspecting_finds_what_loading_refuses(tmp_path, kind):
+    from transformers import AutoModelForCausalLM
+
+    write_release(tmp_path, SHAPES["v3"](), fp8=True)
+    rewrite(tmp_path, BROKEN[kind])
+    found = inspect_checkpoint(tmp_path)
+    assert not found.is_loadable
+    assert list(found.findings_by_kind()) == [kind]
+    with pytest.raises(CheckpointError) as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert found.findings[0].message.partition(": ")[0] in str(caught.value)
+
+
+def test_harmless_oddities_do_not_make_a_folder_unloadable(tmp_path):
+    config = SHAPES["v3"]()
+    write_release(tmp_path, config)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_nextn_predict_layers": 1}))
+    rewrite(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    found = inspect_checkpoint(tmp_path)
+    assert found.is_loadable
+    assert {finding.kind for finding in found.findings} == {"no mtp", "ignored"}
+    assert found.parts["other"].tensors == 1
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float", "fp8"])
+def test_a_half_finished_download_is_listed_file_by_file(tmp_path, fp8):
+    write_release(tmp_path, SHAPES["v3-mtp"](), fp8=fp8, shards=4)  # weights and scales in different shards
+    (tmp_path / "model-00002-of-00004.safetensors").unlink()
+    with (tmp_path / "model-00004-of-00004.safetensors").open("r+b") as stream:
+        stream.truncate(5000)
+    found = inspect_checkpoint(tmp_path)
+    assert not found.is_loadable
+    # the tensors of those files are not missing one by one
+    assert [(finding.kind, finding.where[:11]) for finding in found.findings] == [
+        ("file", "model-00002"),
+        ("file", "model-00004"),
+    ]
+    assert "no such file" in found.findings[0].message
+    assert "truncated" in found.findings[1].message
+
+
+def test_an_index_that_disagrees_with_the_files(tmp_path):
+    write_release(tmp_path, SHAPES["v3"](), shards=2)
+    index_file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00002.safetensors"
+    index["weight_map"]["model.gone.weight"] = "model-00001-of-00002.safetensors"
+    index_file.write_text(json.dumps(index))
+    messages = [finding.message for finding in inspect_checkpoint(tmp_path).findings]
+    assert any("model.gone.weight" in message and "absent" in message for message in messages)
+
+
+def test_a_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(V3))
+    with pytest.raises(CheckpointError, match="found neither"):
+        inspect_checkpoint(tmp_path)
