@@ -106,6 +106,36 @@ def measure_transient(which: int, context: int, threads: int) -> int:
     return value
 
 
+def measure(ours, plain, context: int, rounds: int, bandwidth: float) -> dict:
+    """Medians of interleaved steps of both models at one context, and the share of the bandwidth limit reached."""
+    caches = filled_caches(ours.config, context)
+    logits = [step(model, cache, context) for model, cache in zip((ours, plain), caches, strict=True)]
+    times = common.interleave(
+        {
+            "ours": lambda: step(ours, caches[0], context),
+            "transformers": lambda: step(plain, caches[1], context),
+        },
+        rounds,
+    )
+    mine, theirs = common.median(times["ours"]), common.median(times["transformers"])
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
+    experts = ours.config.num_experts_per_tok / ours.config.n_routed_experts
+    read = cache_bytes + sum(
+        parameter.nbytes * (experts if ".experts." in name else 1)
+        for name, parameter in ours.named_parameters()
+        if "embed_tokens" not in name
+    )
+    return {
+        "context": context,
+        "ours_ms": mine * 1e3,
+        "transformers_ms": theirs * 1e3,
+        "ratio": theirs / mine,
+        "share_of_bandwidth_limit": read / bandwidth / mine,
+        "cache_bytes": cache_bytes,
+        "logits_relative_difference": relative(*logits),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 16384])
@@ -120,33 +150,12 @@ def main() -> None:
     limits = {"read_bandwidth": common.read_bandwidth(), "bf16_gemm_flops": common.gemm_flops()}
     rows = []
     for context in options.contexts:
-        caches = dict(zip(("ours", "transformers"), filled_caches(ours.config, context), strict=True))
-        logits = {
-            name: step(model, caches[name], context) for name, model in (("ours", ours), ("transformers", plain))
-        }
-        times = common.interleave(
-            {
-                "ours": lambda: step(ours, caches["ours"], context),
-                "transformers": lambda: step(plain, caches["transformers"], context),
-            },
-            options.rounds,
-        )
-        mine, theirs = common.median(times["ours"]), common.median(times["transformers"])
-        cache_bytes = 4 * context * 576 * 2
-        weights = sum(p.nbytes for n, p in ours.named_parameters() if "embed" not in n and ".experts." not in n)
-        weights += sum(p.nbytes for n, p in ours.named_parameters() if ".experts." in n) * 2 // 8
-        row = {
-            "context": context,
-            "ours_ms": mine * 1e3,
-            "transformers_ms": theirs * 1e3,
-            "ratio": theirs / mine,
-            "share_of_bandwidth_limit": (weights + cache_bytes) / limits["read_bandwidth"] / mine,
-            "cache_bytes": cache_bytes,
-            "logits_relative_difference": relative(logits["ours"], logits["transformers"]),
-        }
+        row = measure(ours, plain, context, options.rounds, limits["read_bandwidth"])
         if not options.no_memory:
-            row["ours_transient_over_cache"] = measure_transient(0, context, options.threads) / cache_bytes
-            row["transformers_transient_over_cache"] = measure_transient(1, context, options.threads) / cache_bytes
+            for which, name in enumerate(("ours", "transformers")):
+                row[f"{name}_transient_over_cache"] = (
+                    measure_transient(which, context, options.threads) / row["cache_bytes"]
+                )
         rows.append(row)
     show(rows)
     print(

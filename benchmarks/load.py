@@ -89,7 +89,11 @@ def write_random_release(folder: Path, config) -> int:
         )
 
     def floats(shape, name):
-        return torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.randn(shape, dtype=torch.bfloat16) / 50
+        return (
+            torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else torch.randn(shape, dtype=torch.bfloat16) / 50
+        )
 
     plans = []
     for name, spec in release_tensors(config).items():
@@ -112,7 +116,9 @@ def write_random_release(folder: Path, config) -> int:
 
 
 def run(which: str, folder: Path) -> dict:
-    out = subprocess.run([sys.executable, "-c", CHILD, which, str(folder)], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", CHILD, which, str(folder)], capture_output=True, text=True, check=False
+    )
     if out.returncode:
         return {"error": out.stderr.strip().splitlines()[-1]}
     return json.loads(out.stdout.splitlines()[-1])
@@ -144,7 +150,10 @@ def main() -> None:
         values = (row["load_s"], row["peak_over_file"], row["private_over_file"], row["forward_16_tokens_s"])
         table.add_row(name, *(f"{value:.2f}" for value in values))
     Console().print(table)
-    print("written to", common.save("load-fp8", {"config": CONFIG, "file_bytes": size, "rows": rows, "at": time.strftime("%F")}))
+    print(
+        "written to",
+        common.save("load-fp8", {"config": CONFIG, "file_bytes": size, "rows": rows, "at": time.strftime("%F")}),
+    )
 
 
 if __name__ == "__main__":
