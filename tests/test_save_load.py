@@ -183,6 +183,17 @@ def test_saving_onto_its_own_files(tmp_path, fp8):
     assert not [path for path in (tmp_path / "a").iterdir() if path.name.startswith(".")]
 
 
+def test_single_file_comes_before_an_index(tmp_path):
+    """As transformers has it; an index of shards that are long gone does no harm then."""
+    tensors = write_release(tmp_path / "a", SHAPES["v3"]())
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "a" / INDEX).write_text(json.dumps(index))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert same_bits(model.lm_head.weight.detach(), tensors["lm_head.weight"])
+    model.save_pretrained(tmp_path / "a")
+    assert_same_tensors(read(tmp_path / "a"), tensors)  # the old index is gone
+
+
 def test_bf16_bias_stays_bf16(tmp_path):
     """Moonlight's is released in bf16; it is held in fp32, and written so once it no longer fits bf16."""
     tensors = write_release(tmp_path / "a", SHAPES["moonlight"]())
