@@ -96,15 +96,16 @@ def inspect_checkpoint(
     found = Inspection(str(folder), describe(config), dissect(config))
     files, weight_map = resolve_shards(folder, must_exist=False)
     found.shards = len(files)
-    headers, unread = _read_headers(files, weight_map or {}, found, on_shard)
-    _check_index(headers, weight_map or {}, unread, found)
+    shards = {name: folder / shard for name, shard in (weight_map or {}).items()}
+    headers, unread = _read_headers(files, shards, found, on_shard)
+    _check_index(headers, shards, unread, found)
 
     release = Release(headers, config)
     if config.num_nextn_predict_layers and not release.has_mtp and not unread:
         message = f"the config announces {config.num_nextn_predict_layers} MTP layer(s), the files have none"
         found.findings.append(Finding("no mtp", str(folder), f"{message}: the model loads without", fatal=False))
         config.num_nextn_predict_layers = 0
-    in_unread = {release.canonical(name) for name, shard in (weight_map or {}).items() if shard in unread}
+    in_unread = {release.canonical(name) for name, file in shards.items() if file in unread}
     architectures = config.architectures or ["ForCausalLM"]
     needs_head = architectures[0].endswith("ForCausalLM") and not config.tie_word_embeddings
     refused = set()
@@ -116,15 +117,17 @@ def inspect_checkpoint(
     return found
 
 
-def _read_headers(files, weight_map, found: Inspection, on_shard) -> tuple[_Headers, set[str]]:
-    """Headers by tensor name, and the names of the shards whose header cannot be read."""
+def _read_headers(
+    files: list[Path], shards: dict[str, Path], found: Inspection, on_shard: Callable[[int, int], None]
+) -> tuple[_Headers, set[Path]]:
+    """Headers by tensor name, and the files whose header cannot be read. ``shards``: where the index has each tensor."""
     headers, unread = _Headers(files), set()
     for done, file in enumerate(files, 1):
         try:
             tensors = read_header(file)
         except CheckpointError as error:
-            unread.add(file.name)
-            lost = sum(shard == file.name for shard in weight_map.values())
+            unread.add(file)
+            lost = sum(shard == file for shard in shards.values())
             message = str(error).removeprefix(f"{file}: ") + (f" ({lost} tensors)" if lost else "")
             found.findings.append(Finding("file", file.name, message))
             tensors = {}
@@ -137,14 +140,13 @@ def _read_headers(files, weight_map, found: Inspection, on_shard) -> tuple[_Head
     return headers, unread
 
 
-def _check_index(headers: _Headers, weight_map: dict[str, str], unread: set[str], found: Inspection) -> None:
-    for name, shard in weight_map.items():
+def _check_index(headers: _Headers, shards: dict[str, Path], unread: set[Path], found: Inspection) -> None:
+    for name, file in shards.items():
         info = headers.get(name)
-        if shard not in unread and (info is None or info.file.name != Path(shard).name):
+        if file not in unread and (info is None or info.file != file):
             where = "absent" if info is None else f"in {info.file.name}"
-            found.findings.append(
-                Finding("file", shard, f"tensor {name}: the index says it is here, found it {where}")
-            )
+            message = f"tensor {name}: the index says it is here, found it {where}"
+            found.findings.append(Finding("file", file.name, message))
 
 
 def _is_explained(problem: Problem, in_unread: set[str]) -> bool:

@@ -1,8 +1,10 @@
 """The command line, as a user types it, on small checkpoints with a small tokenizer."""
 
+import copy
 import json
 import re
 import shutil
+import string
 
 import pytest
 import torch
@@ -343,6 +345,16 @@ class TestChat:
             conversation.answer(text)
             assert conversation.messages[-1]["content"] == expected
         assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 3
+
+    def test_answers_stay_in_the_cache(self, conversation):
+        # letters only: what is decoded and encoded again is then the same tokens
+        settings = copy.deepcopy(conversation.settings)
+        letters = set(conversation.tokenizer.convert_tokens_to_ids(list(string.ascii_letters)))
+        settings.suppress_tokens = sorted(set(range(260)) - letters)
+        other = chat.Conversation(conversation.model, conversation.tokenizer, settings)
+        # prompts of 5 and 20 tokens, and 7 of the 8 new ones: the last is not in the cache yet
+        for text, cached in (("Hi", 0), ("Why?", 5 + 7), ("Oh", 20 + 7)):
+            assert other.answer(text).cached == cached
 
     def test_a_changed_past_is_cut_off(self, conversation):
         conversation.reset()
