@@ -39,11 +39,11 @@ WHOLE = {
     "moe_intermediate_size": 128,
     "kv_lora_rank": 128,
     "q_lora_rank": 128,
-    "qk_nope_head_dim": 64,
+    "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 128,
-    "v_head_dim": 64,
+    "v_head_dim": 128,
 }
-V3_WHOLE = COMMON | V3 | WHOLE | {"qk_nope_head_dim": 128, "v_head_dim": 128}
+V3_WHOLE = COMMON | V3 | WHOLE
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
