@@ -23,6 +23,7 @@ from modeling_deepseek_moe.config import (
     DeepseekV2Config,
     DeepseekV3Config,
     KimiK2Config,
+    check_fp8_fields,
 )
 from modeling_deepseek_moe.ops.block_fp8 import BLOCK, scale_shape
 from modeling_deepseek_moe.weights import release_tensors
@@ -65,7 +66,10 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
     try:
         return CONFIGS[model_type].from_dict(fields)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{file}: {error.__cause__ or error}") from error
+        cause = error
+        while cause.__cause__ is not None:  # what the config's checks said, without the layers around it
+            cause = cause.__cause__
+        raise ValueError(f"{file}: {cause}") from error
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def fp8_block(config: DeepseekMoeConfig) -> tuple[int, int] | None:
     """``weight_block_size`` of an FP8 release; ``None`` if the config announces no quantisation.
 
     Raises:
-        ValueError: the config announces another quantisation.
+        ValueError: the config announces another quantisation, or another kind of FP8.
     """
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
@@ -185,6 +189,7 @@ def fp8_block(config: DeepseekMoeConfig) -> tuple[int, int] | None:
         raise ValueError(
             f"quantization_config: quant_method={fields.get('quant_method')!r} is not supported, only 'fp8'"
         )
+    check_fp8_fields(fields)
     return tuple(fields.get("weight_block_size") or BLOCK)
 
 

@@ -253,6 +253,17 @@ class KimiK2Config(DeepseekV3Config):
     routed_scaling_factor: float | int = 2.827
 
 
+def check_fp8_fields(fields: dict[str, Any]) -> None:
+    """Refuse a ``quantization_config`` of FP8 other than E4M3 codes with dynamic activation scales.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, supported in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
+        if fields.get(name, supported) != supported:
+            raise ValueError(f"quantization_config: {name}={fields[name]!r} is not supported, only {supported!r}")
+
+
 def _one_of(name: str, value: Any, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not supported, wanted one of {', '.join(map(str, allowed))}")

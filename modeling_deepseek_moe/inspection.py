@@ -6,14 +6,14 @@ values of the scales, which are not in the headers.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_deepseek_moe.anatomy import PARTS, Anatomy, describe, dissect, read_config
 from modeling_deepseek_moe.checkpoint import CheckpointError, TensorInfo, read_header, resolve_shards
 from modeling_deepseek_moe.loading import Problem, Release
-from modeling_deepseek_moe.weights import SCALE_SUFFIX, TensorSpec, release_tensors
+from modeling_deepseek_moe.weights import EXPERT_KEY, SCALE_SUFFIX, TensorSpec, release_tensors
 
 CLASSIFIER = "score."  # the head of a classification model, which no release has
 
@@ -113,8 +113,23 @@ def inspect_checkpoint(
         refused.add(problem.name)
         if not _is_explained(problem, in_unread):
             found.findings.append(_finding(problem, folder))
+    found.findings.extend(_mixed_experts(release, folder))
     _tally(release, release_tensors(config), refused, found)
     return found
+
+
+def _mixed_experts(release: Release, folder: Path) -> Iterator[Finding]:
+    """Layers whose routed experts are FP8 in part, which only loads dequantised: the first other tensor of each."""
+    layers: dict[str, dict[bool, TensorInfo]] = {}
+    for name, info in release.infos.items():
+        expert = EXPERT_KEY.match(name)
+        if expert and not name.endswith(SCALE_SUFFIX):
+            layers.setdefault(expert[1], {}).setdefault(release.is_quantized(name), info)
+    for kinds in layers.values():
+        if len(kinds) > 1:
+            info = kinds[False]
+            message = f"{info.name}: found dtype {info.dtype}, wanted FP8 like the layer's other experts"
+            yield Finding("dtype", info.file.relative_to(folder).as_posix(), message)
 
 
 def _read_headers(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader
-from modeling_deepseek_moe.config import FP8_METHOD
+from modeling_deepseek_moe.config import FP8_METHOD, check_fp8_fields
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.loading import Release, prepare
 from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, Fp8Matrix, MappedExperts, StackedFp8Experts
@@ -29,9 +29,7 @@ class FineGrainedFP8Config(transformers.FineGrainedFP8Config):
     def __init__(self, **fields):
         super().__init__(**fields)
         self.release_fields = {**fields, "quant_method": "fp8"}
-        for name, supported in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
-            if fields.get(name, supported) != supported:
-                raise ValueError(f"quantization_config: {name}={fields[name]!r} is not supported, only {supported!r}")
+        check_fp8_fields(fields)
 
     def to_dict(self) -> dict:
         """The fields as the release had them."""

@@ -216,9 +216,12 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, text, message):
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
-def test_another_quantisation_is_refused():
-    with pytest.raises(ValueError, match="quant_method='awq' is not supported"):
-        dissect(config_of(V3 | {"quantization_config": {"quant_method": "awq"}}))
+@pytest.mark.parametrize(
+    "fields, message", [({"quant_method": "awq"}, "quant_method='awq'"), (FP8 | {"fmt": "e5m2"}, "fmt='e5m2'")]
+)
+def test_another_quantisation_is_refused(fields, message):
+    with pytest.raises(ValueError, match=f"{message} is not supported"):
+        dissect(config_of(V3 | {"quantization_config": fields}))
 
 
 def write_sparse(folder, fields, shards):
@@ -296,11 +299,13 @@ def rewrite(folder, change):
 
 
 Q_A = "model.layers.0.self_attn.q_a_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 BROKEN = {
     "missing": lambda tensors: tensors.pop(Q_A) is tensors.pop(f"{Q_A}_scale_inv"),
     "shape": lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}),
     "dtype": lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}),
     "scale": lambda tensors: tensors.update({f"{Q_A}_scale_inv": torch.ones(2, 1)}),
+    "mixed": lambda tensors: tensors.update({EXPERT: torch.ones(64, 32)}) or tensors.pop(f"{EXPERT}_scale_inv"),
     "surplus": lambda tensors: tensors.update({"model.layers.9.input_layernorm.weight": torch.ones(64)}),
 }
 
@@ -313,7 +318,7 @@ def test_inspecting_finds_what_loading_refuses(tmp_path, kind):
     rewrite(tmp_path, BROKEN[kind])
     found = inspect_checkpoint(tmp_path)
     assert not found.is_loadable
-    assert list(found.findings_by_kind()) == [kind]
+    assert list(found.findings_by_kind()) == ["dtype" if kind == "mixed" else kind]
     with pytest.raises(CheckpointError) as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert found.findings[0].message.partition(": ")[0] in str(caught.value)
