@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # The name under which this package registers its own loader of `quant_method: fp8` with transformers, in memory
 # only: the quantizer that transformers uses for other models' "fp8" stays as it is.
@@ -134,6 +135,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         _one_of("scoring_func", self.scoring_func, SCORING_FUNCS)
         _one_of("topk_method", self.topk_method, TOPK_METHODS)
         _one_of("hidden_act", self.hidden_act, ACT2FN)
+        _one_of("rope_scaling type", self.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
         for name in ("moe_layer_freq", "num_hidden_layers", "hidden_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
