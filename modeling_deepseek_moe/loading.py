@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -317,8 +318,6 @@ class ReleaseLoadingMixin:
 
 
 def _check_folder(path, subfolder: str) -> None:
-    from pathlib import Path
-
     folder = Path(path) / subfolder
     if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         CheckpointReader.open(folder)
