@@ -2,14 +2,17 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointReader
-from modeling_deepseek_moe.cli import _demo_model, _demo_run
+from modeling_deepseek_moe.cli import _demo_model, _demo_run, app
 from modeling_deepseek_moe.cli._demo_measure import decode_speeds, fastest_threads, perplexity, resident_bytes
 from modeling_deepseek_moe.cli._demo_text import write_corpus
 
@@ -133,6 +136,23 @@ def test_unusable_text_is_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         _demo_run.run(tmp_path / "out", text, steps=1, seconds=1, seed=0, threads=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_runs_in_a_child_whose_threads_sleep(monkeypatch):
+    calls = []
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(subprocess, "call", lambda command, env: calls.append((command, env)) or 7)
+    result = CliRunner().invoke(app, ["demo", "--steps", "5", "--out", "somewhere"])
+    assert result.exit_code == 7
+    [(command, env)] = calls
+    assert env["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert command[0] == sys.executable
+    assert command[3:] == ["demo", "--out", "somewhere", "--steps", "5", "--minutes", "3.0", "--seed", "0"]
+
+
+def test_absent_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="found no such file"):
+        _demo_run.run(tmp_path / "out", tmp_path / "none", steps=1, seconds=1, seed=0, threads=1)
 
 
 def test_output_folder_that_is_a_file_is_refused(tmp_path):

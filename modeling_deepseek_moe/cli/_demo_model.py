@@ -16,7 +16,7 @@ from modeling_deepseek_moe.modeling import DeepseekV3ForCausalLM
 VOCAB_SIZE = 1024
 BLOCK_TOKENS = 128  # tokens of a training row, and the length that YaRN extends
 CONTEXT_FACTOR = 40  # as in DeepSeek-V3's release: 128 tokens trained, 5120 usable
-BATCH_ROWS = 16
+BATCH_ROWS = 8
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20
 CHAT_TEMPLATE = (
@@ -90,6 +90,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
         qk_nope_head_dim=32,
         qk_rope_head_dim=32,
         v_head_dim=64,
+        initializer_range=0.06,  # about 1/sqrt(hidden_size): a model this small learns faster so
         max_position_embeddings=BLOCK_TOKENS * CONTEXT_FACTOR,
         rope_theta=10000.0,
         rope_scaling={

@@ -41,7 +41,7 @@ BF16, FP8 = "this package, bf16", "this package, FP8"
 def run(out: Path, text: Path | None, *, steps: int, seconds: float, seed: int, threads: int | None) -> dict[str, Any]:
     """The whole demo; arguments as the command's. Returns the figures, which ``out/demo.json`` keeps."""
     console, start = stdout(), time.monotonic()
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: found a file, wanted a folder to write the demo's checkpoints into")
     transformers.set_seed(seed)
 
@@ -62,9 +62,11 @@ def run(out: Path, text: Path | None, *, steps: int, seconds: float, seed: int, 
     del model
     models = load(out)
     figures |= compare(models, rows["held out"], trained, console)
+    figures["threads"] = torch.get_num_threads()
+    torch.set_num_threads(1)  # one token at a time, matrices this small leave nothing to share out
     figures |= time_decoding({name: models[name] for name in (PLAIN, BF16, FP8)}, rows["train"], console)
     show_sample(models[FP8], AutoTokenizer.from_pretrained(out / "fp8"), prompts, console)
-    figures |= {"seconds": time.monotonic() - start, "threads": torch.get_num_threads()}
+    figures["seconds"] = time.monotonic() - start
     (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(
         f"\nDone in {figures['seconds']:.0f} s. Talk to it: [cyan]deepseek-moe chat --model {out / 'fp8'}[/]"
@@ -76,7 +78,7 @@ def read_documents(text: Path | None, console: Console) -> tuple[list[str], tupl
     """The documents of the text (blank lines part them, or line ends if there are few), and prompts that suit it.
 
     Raises:
-        ValueError: the file is not UTF-8 text, or has a single line.
+        ValueError: there is no such file, it is not UTF-8 text, or it has a single line.
     """
     if text is None and SHARED_TEXT.is_file():
         text = SHARED_TEXT
@@ -84,6 +86,8 @@ def read_documents(text: Path | None, console: Console) -> tuple[list[str], tupl
     if text is None:
         content, name, prompts = write_corpus(), "the demo's own (stories, entries, questions, sums)", OWN_PROMPTS
     else:
+        if not text.is_file():
+            raise ValueError(f"{text}: found no such file, wanted a text to train on")
         try:
             content, name = text.read_text(encoding="utf-8"), str(text)
         except UnicodeDecodeError as error:
@@ -224,7 +228,7 @@ def time_decoding(models: dict[str, PreTrainedModel], rows: torch.Tensor, consol
     for name in models:
         table.add_row(name, *(f"{speed[name]:.1f}" for speed in speeds.values()))
     console.print(table)
-    console.print(f"Batch 1, threads: {torch.get_num_threads()}; medians of {DECODE_TOKENS} tokens, taken in turns.")
+    console.print(f"Batch 1, one thread; medians of {DECODE_TOKENS} tokens, taken in turns.")
     for context, speed in speeds.items():
         against = ", ".join(f"{name.split(', ')[1]} at {speed[name] / speed[PLAIN]:.2f}×" for name in (BF16, FP8))
         console.print(f"At {context:,} tokens this package decodes {against} the speed of plain transformers in bf16.")
