@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         size = write_random_release(folder / "release", dsm.DeepseekV3Config(**CONFIG))
-        padded = CONFIG | {"kv_lora_rank": 576, "intermediate_size": 11264}  # 576 + 64 rows: a multiple of 128
+        padded = CONFIG | {"qk_rope_head_dim": 128, "intermediate_size": 11264}  # 512 + 128 rows: a multiple of 128
         write_random_release(folder / "padded", dsm.DeepseekV3Config(**padded))
         rows = {
             "ours": run("ours", folder / "release"),

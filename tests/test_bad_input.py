@@ -429,7 +429,9 @@ def test_unknown_method(tmp_path, load, field, fp8):
 def test_unknown_rope_scaling(tmp_path):
     folder = release(tmp_path)
     edit_config(folder, rope_scaling={"type": "astrology", "factor": 2.0})
-    with pytest.raises(ValueError, match=r"(?s)config\.json.*rope_scaling type='astrology'.*wanted one of default.*yarn"):
+    with pytest.raises(
+        ValueError, match=r"(?s)config\.json.*rope_scaling type='astrology'.*wanted one of default.*yarn"
+    ):
         AutoConfig.from_pretrained(folder)
 
 
