@@ -74,7 +74,13 @@ class ReleaseSavingMixin:
                 raise ValueError(
                     "quantize and remote_code need a plain model: no adapters, shards, offloading or variant"
                 )
-            # transformers passes its own default on to nobody: hand over what this signature took
+            is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+            if not is_adapter and any(isinstance(module, MappedExperts) for module in self.modules()):
+                # they are no parameters, and transformers would write a checkpoint without them
+                raise ValueError(
+                    f"{save_directory}: transformers' own saving (asked for by {', '.join(kwargs) or 'sharded weights'}) "
+                    "cannot write mapped FP8 experts; leave that out, or load with FineGrainedFP8Config(dequantize=True)"
+                )
             return super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
             )

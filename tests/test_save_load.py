@@ -575,3 +575,12 @@ def reset_peak() -> int:
 def peak() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("settings", [{"variant": "x"}, {"save_original_format": False}], ids=str)
+def test_mapped_experts_are_never_left_out(tmp_path, settings):
+    write_release(tmp_path / "release", SHAPES["v3"](), fp8=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "release")
+    with pytest.raises(ValueError, match="cannot write mapped FP8 experts"):
+        model.save_pretrained(tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
