@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint folders: headers, lazy mapped tensors, atomic streamed shards.
+"""Reading and writing checkpoint folders: lazy mapped tensors, atomic streamed shards.
 
 A checkpoint folder holds safetensors shards and, when there is more than one, an index
 ``model.safetensors.index.json``. `CheckpointReader` checks every header (file size, dtype, shape, offsets)
@@ -11,7 +11,6 @@ import errno
 import io
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -23,105 +22,13 @@ from typing import BinaryIO
 import torch
 from tqdm.auto import tqdm
 
+from modeling_deepseek_moe.headers import DTYPE_NAMES, CheckpointError, TensorInfo, read_header
+from modeling_deepseek_moe.mapped import MappedFiles
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class CheckpointError(ValueError, RuntimeError):
-    """A checkpoint that cannot be trusted: the message names file, tensor, what was found and what was wanted.
-
-    A `RuntimeError` too, since that is what transformers raises for shapes that do not fit.
-    """
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as its header describes it. ``start`` and ``end`` are byte offsets into ``file``."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, from its header alone.
-
-    Raises:
-        CheckpointError: the file is absent, truncated, or its header contradicts itself.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(8)
-            header_bytes = int.from_bytes(head, "little")
-            if len(head) < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{file}: truncated or not safetensors: found {size} bytes, wanted at least {8 + header_bytes} "
-                    "for the header it announces"
-                )
-            text = stream.read(header_bytes)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: found no such file, wanted a safetensors shard") from None
-    try:
-        header = json.loads(text)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise CheckpointError(f"{file}: found a header that is not JSON ({error}), wanted a JSON object") from None
-
-    tensors, data_start = {}, 8 + header_bytes
-    for name, entry in entries.items():
-        tensors[name] = _parse_entry(file, name, entry, data_start)
-    end = data_start
-    for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):
-        if info.start != end:
-            raise CheckpointError(f"{file}: tensor {info.name}: found data at byte {info.start}, wanted {end}")
-        end = info.end
-    if end != size:
-        problem = "truncated" if size < end else "trailing bytes"
-        raise CheckpointError(f"{file}: {problem}: found {size} bytes, wanted {end} as its header describes")
-    return tensors
-
-
-def _parse_entry(file: Path, name: str, entry: dict, data_start: int) -> TensorInfo:
-    try:
-        dtype_name, shape = str(entry["dtype"]), tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: tensor {name}: found {entry!r}, wanted dtype, shape, data_offsets") from None
-    if dtype_name not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name}: found dtype {dtype_name}, wanted one of {', '.join(DTYPES)}")
-    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
-        raise CheckpointError(f"{file}: tensor {name}: found {entry!r}, wanted non-negative integers")
-    wanted = math.prod(shape) * DTYPES[dtype_name].itemsize
-    if end - begin != wanted:
-        raise CheckpointError(
-            f"{file}: tensor {name}: found {end - begin} bytes, wanted {wanted} for {dtype_name} {list(shape)}"
-        )
-    return TensorInfo(name, DTYPES[dtype_name], shape, file, data_start + begin, data_start + end)
+MAX_PIECES = 1024  # that one preadv fills: IOV_MAX, the same on Linux and macOS
 
 
 def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path], dict[str, str] | None]:
@@ -162,24 +69,23 @@ def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path]
 class CheckpointReader(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint, by name. Opening reads headers only; `tensor` maps a file when it is first needed.
 
-    The mapping is private and copy-on-write: views cost no memory until they are read, and writing to one never
-    reaches the file. A view keeps its file mapped, so a reader may be dropped while its tensors live on.
+    ``mapped`` holds the mappings (see `MappedFiles`); a reader may be dropped while its tensors live on.
     """
 
     def __init__(self, files: Iterable[str | os.PathLike]):
-        self.files = [Path(file) for file in files]
+        # absolute: a mapped file is looked at again later, from wherever the process is then
+        self.files = [Path(file).absolute() for file in files]
+        self.mapped = MappedFiles()
         self._tensors: dict[str, TensorInfo] = {}
-        self._maps: dict[Path, torch.Tensor] = {}
-        self._streams: dict[Path, io.FileIO] = {}
         for file in self.files:
             if file.suffix != ".safetensors":
                 raise CheckpointError(f"{file}: found a {file.suffix} file (a pickle?), wanted safetensors")
-            for name, info in read_header(file).items():
-                if name in self._tensors:
-                    raise CheckpointError(
-                        f"{file}: tensor {name}: found again, after {self._tensors[name].file}, wanted it once"
-                    )
-                self._tensors[name] = info
+            self.mapped.expect(file)
+            header = read_header(file)
+            for name in header.keys() & self._tensors.keys():
+                first = self._tensors[name].file
+                raise CheckpointError(f"{file}: tensor {name}: found again, after {first}, wanted it once")
+            self._tensors |= header
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "CheckpointReader":
@@ -187,9 +93,11 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         folder = Path(folder)
         files, weight_map = resolve_shards(folder)
         reader = cls(files)
+        paths = dict(zip((str(file) for file in files), reader.files, strict=True))
+        paths = {shard: paths[str(folder / shard)] for shard in set((weight_map or {}).values())}
         for name, shard in (weight_map or {}).items():
-            info = reader.get(name)
-            if info is None or info.file != folder / shard:
+            info = reader._tensors.get(name)
+            if info is None or info.file is not paths[shard]:
                 found = "absent" if info is None else f"in {info.file.name}"
                 raise CheckpointError(f"{folder / INDEX_NAME}: tensor {name}: found {found}, wanted in {shard}")
         return reader
@@ -202,6 +110,12 @@ class CheckpointReader(Mapping[str, TensorInfo]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def values(self):
+        return self._tensors.values()
+
+    def items(self):
+        return self._tensors.items()
 
     @property
     def nbytes(self) -> int:
@@ -216,27 +130,49 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         """As `tensor`, for what ``info`` describes: a whole tensor, or a part that lies in one piece."""
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        if info.file not in self._maps:
-            with info.file.open("rb") as stream:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._maps[info.file] = torch.frombuffer(mapped, dtype=torch.uint8)
-        data = self._maps[info.file][info.start : info.end]
+        data = self.mapped.data(info.file)[info.start : info.end]
         if info.start % info.dtype.itemsize:
             data = data.clone()
         return data.view(info.dtype).view(info.shape)
 
-    def read(self, info: TensorInfo) -> torch.Tensor:
-        """A copy in memory, read without touching its neighbours: for small tensors scattered over a large file."""
-        if info.file not in self._streams:
-            self._streams[info.file] = stream = info.file.open("rb", buffering=0)
-            if hasattr(os, "posix_fadvise"):  # a page fault, or a plain read, would bring in far more around each
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        stream = self._streams[info.file]
-        data = bytearray(info.nbytes)
+    def read_into(self, places: Iterable[tuple[TensorInfo, memoryview]]) -> None:
+        """Copy tensors into memory, each to its place, without touching what lies between them in the files.
+
+        For small tensors scattered over large files. Those that are neighbours in a file are read in one go.
+        """
+        by_file: dict[Path, list[tuple[TensorInfo, memoryview]]] = {}
+        for place in places:
+            by_file.setdefault(place[0].file, []).append(place)
+        for file, pieces in by_file.items():
+            pieces.sort(key=lambda piece: piece[0].start)
+            with self.mapped.open(file) as stream:
+                if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for run in _runs(pieces):
+                    _read_run(stream, run)
+
+
+def _runs(pieces: list[tuple[TensorInfo, memoryview]]) -> Iterator[list[tuple[TensorInfo, memoryview]]]:
+    """Split pieces of one file, by their start, into those that lie one right after the other."""
+    run: list[tuple[TensorInfo, memoryview]] = []
+    for piece in pieces:
+        if run and (run[-1][0].end != piece[0].start or len(run) == MAX_PIECES):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _read_run(stream: io.FileIO, run: list[tuple[TensorInfo, memoryview]]) -> None:
+    start, end = run[0][0].start, run[-1][0].end
+    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [memory for _, memory in run], start) == end - start:
+        return
+    # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
+    for info, memory in run:
         stream.seek(info.start)
-        if stream.readinto(data) != info.nbytes:
-            raise CheckpointError(f"{info.file}: tensor {info.name}: the file ended early, wanted {info.end} bytes")
-        return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
+        if stream.readinto(memory) != info.nbytes:
+            raise CheckpointError(f"{info.file}: tensor {info.name}: found the file's end, wanted {info.end} bytes")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ What reaches the model are views into the mapped files, or tensors put together 
 asks for them: expert stacks, and dequantised weights where the caller wants those.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
@@ -14,9 +15,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader, TensorInfo
+from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
+from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.moe.experts import DeepseekExperts, MappedExperts
 from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.scales import Scales
 from modeling_deepseek_moe.weights import (
     EXPERT_KEY,
     LAYER_KEY,
@@ -32,8 +35,10 @@ from modeling_deepseek_moe.weights import (
 
 logger = logging.get_logger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Whether the caller of `from_pretrained` asked for the loading info: what is missing is then told there.
+# What `from_pretrained` tells the functions that transformers calls in its course: whether the caller asked for the
+# loading info, where missing tensors are then told; and the reader of a local folder, whose headers it has read.
 _wants_loading_info = ContextVar("wants_loading_info", default=False)
+_opened = ContextVar("opened", default=None)
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,13 @@ class Release:
 
     def __init__(self, reader: CheckpointReader, config):
         self.reader, self.config = reader, config
-        self._scales: dict[str, torch.Tensor] = {}
+        self.scales: Scales | None = None  # once they are checked
         # a headless model is saved without the prefix
         self.is_bare = not any(name.startswith("model.") for name in reader)
-        entries = (part for info in reader.values() for part in unstack_info(info, config.n_routed_experts))
-        self.infos = {self.canonical(info.name): info for info in entries}
+        self.infos = {}
+        for info in reader.values():
+            for part in unstack_info(info, config.n_routed_experts):
+                self.infos[self.canonical(part.name)] = part
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None and not isinstance(quantization, Mapping):
             quantization = quantization.to_dict()
@@ -73,13 +80,9 @@ class Release:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.scale(name) if name.endswith(SCALE_SUFFIX) else self.reader.view(self.infos[name])
-
-    def scale(self, name: str) -> torch.Tensor:
-        """Scales are small and all of them are checked: they are read once, and kept in memory."""
-        if name not in self._scales:
-            self._scales[name] = self.reader.read(self.infos[name])
-        return self._scales[name]
+        if self.scales is not None and name in self.scales:
+            return self.scales[name]
+        return self.reader.view(self.infos[name])
 
     def is_quantized(self, name: str) -> bool:
         return name in self.infos and self.infos[name].dtype == block_fp8.FP8_DTYPE
@@ -108,11 +111,15 @@ class Release:
             raise CheckpointError(f"{file}: tensor {problem.name}: found {problem.found}, wanted {problem.wanted}")
 
     def problems(self, needs_head: bool, read_scales: bool = True) -> Iterator[Problem]:
-        """Every disagreement with the config; from the headers alone with ``read_scales=False``."""
+        """Every disagreement with the config; from the headers alone with ``read_scales=False``.
+
+        Scales come last: they are read when nothing in the headers stood against it, or when the caller goes on.
+        """
         expected = release_tensors(self.config)
         if self.is_bare or not needs_head:
             expected.pop("lm_head.weight", None)
         yield from self._surplus(expected)
+        scales = []
         for name, spec in expected.items():
             info = self.infos.get(name)
             if info is None:
@@ -124,10 +131,19 @@ class Release:
                 if len(info.shape) != len(spec.shape):
                     continue
             if info.dtype == block_fp8.FP8_DTYPE:
-                yield from self._quantized_problems(info, spec, read_scales)
+                scale = self.infos.get(name + SCALE_SUFFIX)
+                problem = self._quantized_problem(info, scale, spec)
+                if problem is None:
+                    scales.append((name + SCALE_SUFFIX, scale))
+                else:
+                    yield problem
             elif info.dtype not in FLOATS:
                 wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
                 yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
+        if read_scales:
+            self.scales = Scales(self.reader, scales)
+            for _, info, value, index in self.scales.unusable():
+                yield Problem("scale", info.name, info, f"{value} at {index}", "finite, non-negative scales")
 
     def where(self, name: str) -> str:
         """The file that holds the tensor's neighbours, to look in for what is missing."""
@@ -165,30 +181,30 @@ class Release:
                 wanted = f"n_routed_experts={self.config.n_routed_experts}"
                 yield Problem("surplus", info.name, info, f"expert {expert[2]}", wanted)
 
-    def _quantized_problems(self, info: TensorInfo, spec: TensorSpec, read_scales: bool) -> Iterator[Problem]:
+    def _quantized_problem(self, info: TensorInfo, scale: TensorInfo | None, spec: TensorSpec) -> Problem | None:
         if not (self.is_fp8 and spec.quantized):
             reason = (
                 "a floating-point tensor" if self.is_fp8 else "no FP8 without quantization_config (quant_method fp8)"
             )
-            yield Problem("dtype", info.name, info, f"dtype {info.dtype}", reason)
-            return
-        scale = self.infos.get(self.canonical(info.name) + SCALE_SUFFIX)
+            return Problem("dtype", info.name, info, f"dtype {info.dtype}", reason)
         wanted = block_fp8.scale_shape(info.shape, self.block)
         if scale is None:
             found = f"FP8 codes without {info.name}{SCALE_SUFFIX}"
-            yield Problem("scale", info.name, info, found, f"fp32 scales {list(wanted)}")
-        elif scale.dtype != torch.float32:
-            yield Problem("scale", scale.name, scale, f"dtype {scale.dtype}", "torch.float32")
-        elif scale.shape != wanted:
+            return Problem("scale", info.name, info, found, f"fp32 scales {list(wanted)}")
+        if scale.dtype != torch.float32:
+            return Problem("scale", scale.name, scale, f"dtype {scale.dtype}", "torch.float32")
+        if scale.shape != wanted:
             why = f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
-            yield Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
-        elif read_scales:
-            values = self.scale(self.canonical(scale.name))
-            bad = ~torch.isfinite(values) | (values < 0)
-            if bad.any():
-                row, col = bad.nonzero()[0].tolist()
-                found = f"{values[row, col].item()} at [{row}, {col}]"
-                yield Problem("scale", scale.name, scale, found, "finite, non-negative scales")
+            return Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
+        return None
+
+
+def open_release(checkpoint_files: Sequence[str | os.PathLike], config) -> Release:
+    """The release in the files that transformers found; headers that `from_pretrained` read are not read again."""
+    reader = _opened.get()
+    if reader is None or set(reader.files) != {Path(file).absolute() for file in checkpoint_files}:
+        reader = CheckpointReader(checkpoint_files)
+    return Release(reader, config)
 
 
 def prepare(model: PreTrainedModel, release: Release, ignored: Collection[str] = ()) -> None:
@@ -286,7 +302,7 @@ class ReleaseLoadingMixin:
         if state_dict is None and checkpoint_files:
             release = getattr(quantizer, "release", None)
             if release is None:
-                release = Release(CheckpointReader(checkpoint_files), model.config)
+                release = open_release(checkpoint_files, model.config)
                 ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
                 prepare(model, release, ignored | ({"missing"} if _wants_loading_info.get() else set()))
             state_dict = lazy_state_dict(model, release)
@@ -308,19 +324,23 @@ class ReleaseLoadingMixin:
         """
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
+        reader = None
         if path is not None and variant is None and kwargs.get("gguf_file") is None:
-            _check_folder(path, subfolder)
-        token = _wants_loading_info.set(bool(kwargs.get("output_loading_info")))
+            reader = _open_folder(path, subfolder)
+        wants_info = _wants_loading_info.set(bool(kwargs.get("output_loading_info")))
+        opened = _opened.set(reader)
         try:
             return super().from_pretrained(path, *args, **kwargs)
         finally:
-            _wants_loading_info.reset(token)
+            _wants_loading_info.reset(wants_info)
+            _opened.reset(opened)
 
 
-def _check_folder(path, subfolder: str) -> None:
+def _open_folder(path, subfolder: str) -> CheckpointReader | None:
     folder = Path(path) / subfolder
-    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        CheckpointReader.open(folder)
+    if any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        return CheckpointReader.open(folder)
+    return None
 
 
 def _remember_bias_dtypes(model: PreTrainedModel, release: Release) -> None:

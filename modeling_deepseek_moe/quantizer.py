@@ -9,13 +9,12 @@ import transformers
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader
 from modeling_deepseek_moe.config import FP8_METHOD, check_fp8_fields
 from modeling_deepseek_moe.fp8 import Fp8Linear
-from modeling_deepseek_moe.loading import Release, prepare
-from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, Fp8Matrix, MappedExperts, StackedFp8Experts
+from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.loading import Release, open_release, prepare
+from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, MappedExperts, StackedFp8Experts
 from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 
 @register_quantization_config(FP8_METHOD)
@@ -45,14 +44,14 @@ class DeepseekFp8Quantizer(HfQuantizer):
     it is and `lazy_state_dict` hands it floating-point weights.
     """
 
-    release: Release
+    release: Release | None = None  # while it is being loaded
 
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized:
             raise ValueError("this quantizer loads FP8 checkpoints; it does not quantise while loading")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
-        self.release = Release(CheckpointReader(checkpoint_files), model.config)
+        self.release = open_release(checkpoint_files, model.config)
         prepare(model, self.release)
         if self.quantization_config.dequantize:
             return
@@ -65,41 +64,37 @@ class DeepseekFp8Quantizer(HfQuantizer):
                         module.in_features, module.out_features, module.bias is not None, self.release.block
                     )
                 model.set_submodule(name, new)
-            elif isinstance(module, DeepseekExperts) and self._has_fp8_experts(prefix + name):
-                model.set_submodule(name, self._experts(model.config, prefix + name, on_cpu))
+            elif isinstance(module, DeepseekExperts) and (codes := self._fp8_experts(prefix + name)):
+                model.set_submodule(name, self._experts(model.config, prefix + name, codes, on_cpu))
 
-    def _has_fp8_experts(self, name: str) -> bool:
-        """Whether a layer's routed experts are FP8: all of them or none, since they share one home."""
+    def _fp8_experts(self, name: str) -> list[TensorInfo]:
+        """A layer's routed experts, if they are FP8: all of them or none, since they share one home."""
+        infos = self.release.infos
         experts = range(self.release.config.n_routed_experts)
-        weights = [f"{name}.{expert}.{projection}.weight" for expert in experts for projection in PROJECTIONS]
-        plain = [weight for weight in weights if not self.release.is_quantized(weight)]
+        # a gap was refused already
+        weights = [infos[f"{name}.{expert}.{projection}.weight"] for expert in experts for projection in PROJECTIONS]
+        plain = [info for info in weights if info.dtype != block_fp8.FP8_DTYPE]
         if plain and len(plain) < len(weights):
-            info = self.release.infos[plain[0]]
+            info = plain[0]
             raise CheckpointError(
                 f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {block_fp8.FP8_DTYPE} "
                 "like the layer's other experts"
             )
-        return not plain
+        return [] if plain else weights
 
-    def _experts(self, config, name: str, on_cpu: bool) -> nn.Module:
-        if not on_cpu:
-            with torch.device("meta"):
-                return StackedFp8Experts(config, self.release.block)
-
-        def matrix(expert: int, projection: str) -> Fp8Matrix:
-            weight = f"{name}.{expert}.{projection}.weight"
-            return Fp8Matrix(self.release.tensor(weight), self.release.tensor(weight + SCALE_SUFFIX))
-
-        experts = [
-            {projection: matrix(e, projection) for projection in PROJECTIONS} for e in range(config.n_routed_experts)
-        ]
-        return MappedExperts(config, self.release.block, experts)
+    def _experts(self, config, name: str, codes: list[TensorInfo], on_cpu: bool) -> nn.Module:
+        release = self.release
+        if on_cpu:
+            return MappedExperts(config, release.block, codes, release.scales.of_experts(name), release.reader.mapped)
+        with torch.device("meta"):
+            return StackedFp8Experts(config, release.block)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
             for name in getattr(module, "dtype_kept", ()):
                 if name in module._parameters:
                     module._parameters[name].requires_grad_(False)
+        self.release = None  # the headers of all tensors: nobody needs them now
         return model
 
     def is_serializable(self) -> bool:

@@ -5,7 +5,7 @@ The model stacks a layer's routed experts; a release stores them one by one. Eve
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +21,7 @@ LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.")
 MTP_KEY = re.compile(r"^model\.layers\.(\d+)\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """What a release stores under one name. ``quantized``: in an FP8 release it is FP8, with a scale beside it."""
 
     shape: tuple[int, ...]
@@ -126,7 +125,7 @@ def unstack_info(info: TensorInfo, num_experts: int) -> Iterator[TensorInfo]:
     shape, size = (info.shape[1] // projections, info.shape[2]), info.nbytes // len(names)
     for index, name in enumerate(names):
         start = info.start + index * size
-        yield replace(info, name=name, shape=shape, start=start, end=start + size)
+        yield info._replace(name=name, shape=shape, start=start, end=start + size)
 
 
 def unstack(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

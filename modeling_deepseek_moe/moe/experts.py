@@ -4,8 +4,10 @@ All take ``hidden [T, D]``, ``topk_indices [T, K]``, ``topk_weights [T, K]`` and
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width, R rows routed to one expert.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -15,7 +17,9 @@ from torch.func import functional_call
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from modeling_deepseek_moe.headers import TensorInfo
 from modeling_deepseek_moe.layers import KeepsDtype
+from modeling_deepseek_moe.mapped import MappedFiles
 from modeling_deepseek_moe.ops import block_fp8
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -154,27 +158,100 @@ class StackedFp8Experts(_Fp8Experts):
 class MappedExperts(_Fp8Experts):
     """FP8 experts that stay in the checkpoint's memory-mapped files: no copy, no load time, no private memory.
 
-    The matrices are views, not parameters: they have no place in ``state_dict`` and never leave the CPU.
-    Saving writes them from the mapped bytes.
+    Codes and scales are no parameters: they have no place in ``state_dict`` and never leave the CPU. What the module
+    holds for its E·3 matrices is where they are; views are made as they are asked for. Saving writes the mapped bytes.
+
+    Args:
+        codes: where the codes of ``gate_proj``, ``up_proj`` and ``down_proj`` are, of one expert after the other.
+        scales: the fp32 scales of the same matrices in the same order, in one piece.
+        files: the mappings of the files that ``codes`` names.
     """
 
-    def __init__(self, config, block: tuple[int, int], experts: Sequence[dict[str, Fp8Matrix]]):
+    # A file cut short while it is mapped kills the process, so it is looked at; more often would cost more than it saves.
+    check_seconds: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        config,
+        block: tuple[int, int],
+        codes: Sequence[TensorInfo],
+        scales: torch.Tensor,
+        files: MappedFiles,
+    ):
         super().__init__(config, block)
-        self._experts = tuple(experts)
+        self._files = files
+        self._paths = tuple(dict.fromkeys(info.file for info in codes))
+        for path in self._paths:
+            files.data(path)  # from here on the bytes are those that were checked, whatever becomes of the name
+        numbers = {path: number for number, path in enumerate(self._paths)}
+        self._prefix = codes[0].name.removesuffix(".0.gate_proj.weight")
+        self._shapes = tuple(info.shape for info in codes[: len(PROJECTIONS)])
+        self._scale_shapes = tuple(block_fp8.scale_shape(shape, self.block) for shape in self._shapes)
+        places = [(numbers[info.file], info.start) for info in codes]
+        self._places = torch.tensor(places, device="cpu").view(self.num_experts, len(PROJECTIONS), 2)
+        self._scales = scales.view(self.num_experts, -1)
+        self._addresses: torch.Tensor | None = None
+
+    def addresses(self) -> torch.Tensor:
+        """Where every matrix lies in memory: ``[E, 3, 2]`` int64 on the CPU, of its codes and of its fp32 scales.
+
+        Valid as long as this module lives. A copy of the module has its own.
+        """
+        if self._addresses is None:
+            bases = torch.tensor([self._files.data(path).data_ptr() for path in self._paths], device="cpu")
+            codes = bases[self._places[..., 0]] + self._places[..., 1]
+            rows = torch.arange(self.num_experts, device="cpu") * self._scales[0].nbytes
+            starts = [start * self._scales.itemsize for start, _ in self._scale_ranges()]
+            scales = self._scales.data_ptr() + rows[:, None] + torch.tensor(starts, device="cpu")
+            self._addresses = torch.stack((codes, scales), dim=-1)
+        return self._addresses
+
+    def infos(self, index: int) -> dict[str, TensorInfo]:
+        """Where the codes of one expert lie in the files: ``gate_proj``, ``up_proj`` and ``down_proj``."""
+        found = {}
+        for name, shape, (number, start) in zip(PROJECTIONS, self._shapes, self._places[index].tolist(), strict=True):
+            full = f"{self._prefix}.{index}.{name}.weight"
+            end = start + math.prod(shape)
+            found[name] = TensorInfo(full, block_fp8.FP8_DTYPE, shape, self._paths[number], start, end)
+        return found
 
     def matrices(self, index: int) -> dict[str, Fp8Matrix]:
-        return self._experts[index]
+        found = {}
+        ranges = zip(self.infos(index).items(), self._scale_ranges(), self._scale_shapes, strict=True)
+        for (name, info), (start, end), scale_shape in ranges:
+            codes = self._files.data(info.file)[info.start : info.end].view(info.dtype).view(info.shape)
+            found[name] = Fp8Matrix(codes, self._scales[index, start:end].view(scale_shape))
+        return found
 
     def named_matrices(self) -> Iterator[tuple[str, Fp8Matrix]]:
         """``("{expert}.{projection}", matrix)`` for every expert, as the release orders them."""
-        for index, expert in enumerate(self._experts):
-            for name, matrix in expert.items():
+        self._files.check_unchanged()
+        for index in range(self.num_experts):
+            for name, matrix in self.matrices(index).items():
                 yield f"{index}.{name}", matrix
+
+    def check_files(self) -> None:
+        """Before the codes are read: raise if their files, or others of the checkpoint, changed in place.
+
+        Looks once in `check_seconds` for all layers together, since they share ``files``.
+
+        Raises:
+            CheckpointError: a file was truncated, where reading on would kill the process, or rewritten.
+        """
+        self._files.check_unchanged(self.check_seconds)
 
     @property
     def num_mapped(self) -> int:
         """Parameters (codes, without scales) that are mapped."""
-        return sum(matrix.weight.numel() for _, matrix in self.named_matrices())
+        return self.num_experts * sum(math.prod(shape) for shape in self._shapes)
+
+    def _scale_ranges(self) -> Iterator[tuple[int, int]]:
+        """Of each projection's scales, within those of one expert."""
+        ends = list(accumulate(math.prod(shape) for shape in self._scale_shapes))
+        return zip([0, *ends], ends, strict=False)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_addresses": None}  # those of this module's memory
 
     def extra_repr(self):
         return f"{self.num_experts} experts mapped, block={self.block}"
