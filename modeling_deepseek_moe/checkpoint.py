@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -130,48 +131,45 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         """As `tensor`, for what ``info`` describes: a whole tensor, or a part that lies in one piece."""
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        data = self.mapped.data(info.file)[info.start : info.end]
-        if info.start % info.dtype.itemsize:
-            data = data.clone()
-        return data.view(info.dtype).view(info.shape)
+        return self.mapped.view(info)
 
-    def read_into(self, places: Iterable[tuple[TensorInfo, memoryview]]) -> None:
-        """Copy tensors into memory, each to its place, without touching what lies between them in the files.
+    def read_into(self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
+        """Copy tensors into memory, each to its ``place``, without touching what lies between them in the files.
 
         For small tensors scattered over large files. Those that are neighbours in a file are read in one go.
         """
-        by_file: dict[Path, list[tuple[TensorInfo, memoryview]]] = {}
-        for place in places:
-            by_file.setdefault(place[0].file, []).append(place)
-        for file, pieces in by_file.items():
-            pieces.sort(key=lambda piece: piece[0].start)
+        by_file: dict[Path, list[TensorInfo]] = {}
+        for info in infos:
+            by_file.setdefault(info.file, []).append(info)
+        for file, tensors in by_file.items():
+            tensors.sort(key=attrgetter("start"))
             with self.mapped.open(file) as stream:
                 if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                for run in _runs(pieces):
-                    _read_run(stream, run)
+                for run in _runs(tensors):
+                    _read_run(stream, run, place)
 
 
-def _runs(pieces: list[tuple[TensorInfo, memoryview]]) -> Iterator[list[tuple[TensorInfo, memoryview]]]:
-    """Split pieces of one file, by their start, into those that lie one right after the other."""
-    run: list[tuple[TensorInfo, memoryview]] = []
-    for piece in pieces:
-        if run and (run[-1][0].end != piece[0].start or len(run) == MAX_PIECES):
+def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Split tensors of one file, by their start, into those that lie one right after the other."""
+    run: list[TensorInfo] = []
+    for info in infos:
+        if run and (run[-1].end != info.start or len(run) == MAX_PIECES):
             yield run
             run = []
-        run.append(piece)
+        run.append(info)
     if run:
         yield run
 
 
-def _read_run(stream: io.FileIO, run: list[tuple[TensorInfo, memoryview]]) -> None:
-    start, end = run[0][0].start, run[-1][0].end
-    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [memory for _, memory in run], start) == end - start:
+def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
+    size = run[-1].end - run[0].start
+    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [place(info) for info in run], run[0].start) == size:
         return
     # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
-    for info, memory in run:
+    for info in run:
         stream.seek(info.start)
-        if stream.readinto(memory) != info.nbytes:
+        if stream.readinto(place(info)) != info.nbytes:
             raise CheckpointError(f"{info.file}: tensor {info.name}: found the file's end, wanted {info.end} bytes")
 
 

@@ -64,10 +64,11 @@ class Release:
         self.scales: Scales | None = None  # once they are checked
         # a headless model is saved without the prefix
         self.is_bare = not any(name.startswith("model.") for name in reader)
-        self.infos = {}
-        for info in reader.values():
-            for part in unstack_info(info, config.n_routed_experts):
-                self.infos[self.canonical(part.name)] = part
+        infos = reader.values()
+        if any(".experts.gate_up_proj" in name or ".experts.down_proj" in name for name in reader):
+            experts = config.n_routed_experts
+            infos = (part for info in infos for part in unstack_info(info, experts))
+        self.infos = {self.canonical(info.name): info for info in infos}
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None and not isinstance(quantization, Mapping):
             quantization = quantization.to_dict()
@@ -119,7 +120,7 @@ class Release:
         if self.is_bare or not needs_head:
             expected.pop("lm_head.weight", None)
         yield from self._surplus(expected)
-        scales = []
+        scales = {}
         for name, spec in expected.items():
             info = self.infos.get(name)
             if info is None:
@@ -134,7 +135,7 @@ class Release:
                 scale = self.infos.get(name + SCALE_SUFFIX)
                 problem = self._quantized_problem(info, scale, spec)
                 if problem is None:
-                    scales.append((name + SCALE_SUFFIX, scale))
+                    scales[name + SCALE_SUFFIX] = scale
                 else:
                     yield problem
             elif info.dtype not in FLOATS:
@@ -142,7 +143,7 @@ class Release:
                 yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
         if read_scales:
             self.scales = Scales(self.reader, scales)
-            for _, info, value, index in self.scales.unusable():
+            for info, value, index in self.scales.unusable():
                 yield Problem("scale", info.name, info, f"{value} at {index}", "finite, non-negative scales")
 
     def where(self, name: str) -> str:

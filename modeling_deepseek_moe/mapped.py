@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from modeling_deepseek_moe.headers import CheckpointError
+from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
 
 # asm-generic's value, which x86, Arm and RISC-V share; the mmap module has no name for it before Python 3.13
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -45,7 +45,7 @@ class _Identity(NamedTuple):
 class _Mapping(NamedTuple):
     identity: _Identity
     memory: mmap.mmap
-    data: torch.Tensor
+    address: int
 
 
 class MappedFiles:
@@ -61,23 +61,41 @@ class MappedFiles:
         self._wanted: dict[Path, _Identity] = {}
         self._checked_at = time.monotonic()
 
-    def data(self, file: Path) -> torch.Tensor:
-        """All bytes of a file, ``[size]`` uint8."""
+    def view(self, info: TensorInfo) -> torch.Tensor:
+        """The bytes that ``info`` describes, as a tensor with a storage of its own: saving it saves no more than that.
+
+        A copy only if they lie misaligned for their dtype.
+        """
+        memory = self._mapping(info.file).memory
+        if info.start % info.dtype.itemsize:
+            data = torch.frombuffer(memory, dtype=torch.uint8, count=info.nbytes, offset=info.start)
+            return data.clone().view(info.dtype).view(info.shape)
+        count = info.nbytes // info.dtype.itemsize
+        return torch.frombuffer(memory, dtype=info.dtype, count=count, offset=info.start).view(info.shape)
+
+    def address(self, file: Path) -> int:
+        """Where the first byte of a file is in memory, for as long as this object lives."""
+        return self._mapping(file).address
+
+    def _mapping(self, file: Path) -> _Mapping:
         mapping = self._mappings.get(file)
         if mapping is None:
             mapping = self._mappings[file] = self._map(file)
-        return mapping.data
+        return mapping
 
     def _map(self, file: Path) -> _Mapping:
         with self.open(file) as stream:
             identity = _Identity.of(os.fstat(stream.fileno()))
             memory = _map_privately(stream.fileno())
         self._wanted[file] = identity
-        return _Mapping(identity, memory, torch.frombuffer(memory, dtype=torch.uint8))
+        return _Mapping(identity, memory, torch.frombuffer(memory, dtype=torch.uint8).data_ptr())
 
     def expect(self, file: Path) -> None:
-        """From now on a file must stay as it is: `data` and `open` refuse another one."""
-        self._wanted[file] = _Identity.of(_stat(file))
+        """From now on a file must stay as it is: `view` and `open` refuse another one."""
+        try:
+            self._wanted[file] = _Identity.of(file.stat())
+        except FileNotFoundError:
+            raise _gone(file) from None
 
     def open(self, file: Path) -> io.FileIO:
         """A file to be read past its mapping, unbuffered: the same bytes as are mapped, or will be.
@@ -87,7 +105,10 @@ class MappedFiles:
         """
         if file not in self._wanted:
             self.expect(file)
-        stream = file.open("rb", buffering=0)
+        try:
+            stream = file.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise _gone(file) from None
         found = _Identity.of(os.fstat(stream.fileno()))
         if not found.is_like(self._wanted[file]):
             stream.close()
@@ -131,11 +152,8 @@ class MappedFiles:
                 raise _changed(file, self._wanted[file], wanted)
 
 
-def _stat(file: Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: found no such file, wanted a safetensors shard") from None
+def _gone(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file}: found no such file, wanted a safetensors shard")
 
 
 def _changed(file: Path, found: _Identity, wanted: _Identity) -> CheckpointError:

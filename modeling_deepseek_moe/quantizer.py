@@ -15,6 +15,7 @@ from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.loading import Release, open_release, prepare
 from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, MappedExperts, StackedFp8Experts
 from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 
 @register_quantization_config(FP8_METHOD)
@@ -85,7 +86,8 @@ class DeepseekFp8Quantizer(HfQuantizer):
     def _experts(self, config, name: str, codes: list[TensorInfo], on_cpu: bool) -> nn.Module:
         release = self.release
         if on_cpu:
-            return MappedExperts(config, release.block, codes, release.scales.of_experts(name), release.reader.mapped)
+            scales = release.scales.of_experts_beside(f"{name}.0.gate_proj.weight{SCALE_SUFFIX}")
+            return MappedExperts(config, release.block, codes, scales, release.reader.mapped)
         with torch.device("meta"):
             return StackedFp8Experts(config, release.block)
 

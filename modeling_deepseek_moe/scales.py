@@ -1,7 +1,7 @@
 """The fp32 scales of an FP8 release: small, scattered over the files, read once and kept in memory."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
@@ -14,43 +14,47 @@ EXPERTS = ".experts."
 class Scales:
     """Scales by name, as views. Those of a layer's routed experts lie in one tensor, one right after the other.
 
-    That is the order in which ``infos`` gives them: names (canonical), and what the headers say of them.
+    That is the order in which ``infos`` has them: what the headers say of them, by canonical name.
     """
 
-    def __init__(self, reader: CheckpointReader, infos: Sequence[tuple[str, TensorInfo]]):
-        self._places: dict[str, tuple[str, int, TensorInfo]] = {}
+    def __init__(self, reader: CheckpointReader, infos: dict[str, TensorInfo]):
+        self._infos = infos
+        self._starts: dict[str, int] = {}  # in its group, by the name in the file
         sizes: dict[str, int] = {}
-        for name, info in infos:
-            group = _group(name)
-            start = sizes.get(group, 0)
-            sizes[group] = start + math.prod(info.shape)
-            self._places[name] = group, start, info
+        for info in infos.values():
+            group = _group(info.name)
+            start = self._starts[info.name] = sizes.get(group, 0)
+            sizes[group] = start + info.nbytes // 4
         self._groups = {group: torch.empty(size, dtype=torch.float32, device="cpu") for group, size in sizes.items()}
         memory = {group: memoryview(values.view(torch.uint8).numpy()) for group, values in self._groups.items()}
-        reader.read_into(
-            (info, memory[group][4 * start : 4 * start + info.nbytes]) for group, start, info in self._places.values()
-        )
+
+        def place(info: TensorInfo) -> memoryview:
+            start = 4 * self._starts[info.name]
+            return memory[_group(info.name)][start : start + info.nbytes]
+
+        reader.read_into(infos.values(), place)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._infos
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        group, start, info = self._places[name]
-        return self._groups[group][start : start + math.prod(info.shape)].view(info.shape)
+        info = self._infos[name]
+        start = self._starts[info.name]
+        return self._groups[_group(info.name)][start : start + math.prod(info.shape)].view(info.shape)
 
-    def of_experts(self, experts: str) -> torch.Tensor:
-        """All scales of the layer whose experts are called ``experts.0`` and so on, one after the other."""
-        return self._groups[_group(f"{experts}.")]
+    def of_experts_beside(self, name: str) -> torch.Tensor:
+        """All scales of the routed experts of a layer, one after the other; ``name`` is one of them."""
+        return self._groups[_group(self._infos[name].name)]
 
-    def unusable(self) -> Iterator[tuple[str, TensorInfo, float, list[int]]]:
-        """Name, header entry, value and indices of the first NaN, Inf or negative value of each tensor that has one."""
+    def unusable(self) -> Iterator[tuple[TensorInfo, float, list[int]]]:
+        """Header entry, value and indices of the first NaN, Inf or negative value of each tensor that has one."""
         bad_groups = {group for group, values in self._groups.items() if not _are_usable(values)}
-        for name, (group, _, info) in self._places.items():
-            if group in bad_groups:
+        for name, info in self._infos.items() if bad_groups else ():
+            if _group(info.name) in bad_groups:
                 values = self[name]
                 bad = (~torch.isfinite(values) | (values < 0)).nonzero()
                 if len(bad):
-                    yield name, info, values[tuple(bad[0])].item(), bad[0].tolist()
+                    yield info, values[tuple(bad[0])].item(), bad[0].tolist()
 
 
 def _group(name: str) -> str:

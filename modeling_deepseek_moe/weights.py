@@ -45,7 +45,8 @@ def release_tensors(config: DeepseekMoeConfig) -> dict[str, TensorSpec]:
                 "shared_head.norm.weight": TensorSpec((hidden,), "mtp"),
                 "shared_head.head.weight": TensorSpec((vocab, hidden), "mtp"),
             }
-            specs = {name: TensorSpec(spec.shape, "mtp", spec.quantized) for name, spec in specs.items()}
+            mtp = {spec: spec._replace(part="mtp") for spec in set(specs.values())}
+            specs = {name: mtp[spec] for name, spec in specs.items()}
         tensors |= {f"model.layers.{layer}.{name}": spec for name, spec in specs.items()}
     tensors["model.norm.weight"] = TensorSpec((hidden,), "norms")
     if not config.tie_word_embeddings:
@@ -65,8 +66,9 @@ def _decoder_layer(config: DeepseekMoeConfig, layer: int) -> Iterator[tuple[str,
     if config.topk_method == "noaux_tc":
         yield "mlp.gate.e_score_correction_bias", TensorSpec((config.n_routed_experts,), "router")
     width = config.moe_intermediate_size
+    experts = list(_swiglu("", hidden, width, "routed experts"))  # 45,312 in DeepSeek-V3: one spec for all of a kind
     for expert in range(config.n_routed_experts):
-        yield from _swiglu(f"mlp.experts.{expert}.", hidden, width, "routed experts")
+        yield from ((f"mlp.experts.{expert}.{name}", spec) for name, spec in experts)
     if config.n_shared_experts:
         yield from _swiglu("mlp.shared_experts.", hidden, width * config.n_shared_experts, "shared experts")
 

@@ -244,6 +244,7 @@ def write_sparse(folder, fields, shards):
             start, end = end, end + math.prod(shape) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype]
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # as the safetensors library does: the data lie aligned
         with (folder / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.truncate(8 + len(text) + end)

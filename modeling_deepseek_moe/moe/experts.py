@@ -182,11 +182,13 @@ class MappedExperts(_Fp8Experts):
         self._files = files
         self._paths = tuple(dict.fromkeys(info.file for info in codes))
         for path in self._paths:
-            files.data(path)  # from here on the bytes are those that were checked, whatever becomes of the name
+            files.address(path)  # from here on the bytes are those that were checked, whatever becomes of the name
         numbers = {path: number for number, path in enumerate(self._paths)}
         self._prefix = codes[0].name.removesuffix(".0.gate_proj.weight")
         self._shapes = tuple(info.shape for info in codes[: len(PROJECTIONS)])
         self._scale_shapes = tuple(block_fp8.scale_shape(shape, self.block) for shape in self._shapes)
+        ends = list(accumulate(math.prod(shape) for shape in self._scale_shapes))
+        self._scale_ranges = tuple(zip([0, *ends[:-1]], ends, strict=True))  # within the scales of one expert
         places = [(numbers[info.file], info.start) for info in codes]
         self._places = torch.tensor(places, device="cpu").view(self.num_experts, len(PROJECTIONS), 2)
         self._scales = scales.view(self.num_experts, -1)
@@ -198,10 +200,10 @@ class MappedExperts(_Fp8Experts):
         Valid as long as this module lives. A copy of the module has its own.
         """
         if self._addresses is None:
-            bases = torch.tensor([self._files.data(path).data_ptr() for path in self._paths], device="cpu")
+            bases = torch.tensor([self._files.address(path) for path in self._paths], device="cpu")
             codes = bases[self._places[..., 0]] + self._places[..., 1]
             rows = torch.arange(self.num_experts, device="cpu") * self._scales[0].nbytes
-            starts = [start * self._scales.itemsize for start, _ in self._scale_ranges()]
+            starts = [start * self._scales.itemsize for start, _ in self._scale_ranges]
             scales = self._scales.data_ptr() + rows[:, None] + torch.tensor(starts, device="cpu")
             self._addresses = torch.stack((codes, scales), dim=-1)
         return self._addresses
@@ -217,10 +219,9 @@ class MappedExperts(_Fp8Experts):
 
     def matrices(self, index: int) -> dict[str, Fp8Matrix]:
         found = {}
-        ranges = zip(self.infos(index).items(), self._scale_ranges(), self._scale_shapes, strict=True)
+        ranges = zip(self.infos(index).items(), self._scale_ranges, self._scale_shapes, strict=True)
         for (name, info), (start, end), scale_shape in ranges:
-            codes = self._files.data(info.file)[info.start : info.end].view(info.dtype).view(info.shape)
-            found[name] = Fp8Matrix(codes, self._scales[index, start:end].view(scale_shape))
+            found[name] = Fp8Matrix(self._files.view(info), self._scales[index, start:end].view(scale_shape))
         return found
 
     def named_matrices(self) -> Iterator[tuple[str, Fp8Matrix]]:
@@ -244,11 +245,6 @@ class MappedExperts(_Fp8Experts):
     def num_mapped(self) -> int:
         """Parameters (codes, without scales) that are mapped."""
         return self.num_experts * sum(math.prod(shape) for shape in self._shapes)
-
-    def _scale_ranges(self) -> Iterator[tuple[int, int]]:
-        """Of each projection's scales, within those of one expert."""
-        ends = list(accumulate(math.prod(shape) for shape in self._scale_shapes))
-        return zip([0, *ends], ends, strict=False)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_addresses": None}  # those of this module's memory
