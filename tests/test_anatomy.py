@@ -4,15 +4,19 @@ import json
 import math
 import time
 import tracemalloc
+from collections import Counter
 
 import pytest
 import torch
 from releases import FP8, SHAPES, write_release
+from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe import CheckpointError, checkpoint
 from modeling_deepseek_moe.anatomy import CONFIGS, describe, dissect, read_config
 from modeling_deepseek_moe.checkpoint import CheckpointReader
 from modeling_deepseek_moe.inspection import inspect_checkpoint
+from modeling_deepseek_moe.mapped import MappedFiles
+from modeling_deepseek_moe.moe.experts import MappedExperts
 from modeling_deepseek_moe.weights import release_tensors
 
 # The architecture fields of the released config.json files, written out: nothing here relies on a default.
@@ -253,14 +257,21 @@ def write_sparse(folder, fields, shards):
     return weight_map
 
 
-def test_inspecting_the_layout_of_v3(tmp_path):
-    """61 + 1 layers, 91,991 tensors, 163 shards, 689 GB on the label: seconds, and little memory."""
+@pytest.fixture(scope="module")
+def v3_folder(tmp_path_factory):
+    """DeepSeek-V3's layout: 61 + 1 layers, 91,991 tensors, 163 shards, 689 GB on the label."""
+    folder = tmp_path_factory.mktemp("v3")
     try:
-        write_sparse(tmp_path, V3, 163)
+        write_sparse(folder, V3, 163)
     except OSError as error:
         pytest.skip(f"no sparse files of 4 GB here: {error}")
+    return folder
+
+
+def test_inspecting_the_layout_of_v3(v3_folder):
+    """Seconds, and little memory."""
     start = time.perf_counter()
-    found = inspect_checkpoint(tmp_path)
+    found = inspect_checkpoint(v3_folder)
     seconds = time.perf_counter() - start
     assert found.is_loadable and not found.findings
     assert (found.total.tensors, found.shards) == (91_991, 163)
@@ -268,6 +279,31 @@ def test_inspecting_the_layout_of_v3(tmp_path):
     assert sum(tally.values for part, tally in found.parts.items() if part != "scales") == 684_489_845_504
     assert found.dtypes["float8_e4m3fn"].tensors == found.parts["scales"].tensors == 45_808
     assert seconds < 30  # about 2 s on an idle core
+
+
+def test_loading_the_layout_of_v3(v3_folder, monkeypatch):
+    """Seconds too: each header is parsed once, and no expert's codes become a tensor. `benchmarks/load.py` times it."""
+    calls = Counter()
+
+    def count(owner, name):
+        real = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(checkpoint, "read_header")
+    count(MappedFiles, "open")
+    count(MappedFiles, "view")
+    model = AutoModelForCausalLM.from_pretrained(v3_folder)
+    assert calls["read_header"] == 163
+    assert calls["open"] == 2 * 163  # to read the scales, and to map
+    assert calls["view"] == 91_991 - 45_808 - 59 * 256 * 3  # neither scales nor experts
+    experts = [module for module in model.modules() if isinstance(module, MappedExperts)]
+    assert [module.num_mapped for module in experts] == 59 * [256 * 3 * 2048 * 7168]
+    assert experts[-1].addresses().shape == (256, 3, 2)
 
 
 def test_inspecting_takes_memory_for_headers_only(tmp_path):
@@ -313,8 +349,6 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_inspecting_finds_what_loading_refuses(tmp_path, kind):
-    from transformers import AutoModelForCausalLM
-
     write_release(tmp_path, SHAPES["v3"](), fp8=True)
     rewrite(tmp_path, BROKEN[kind])
     found = inspect_checkpoint(tmp_path)
