@@ -1,14 +1,19 @@
 """Loading a released FP8 checkpoint on a CPU: seconds, and memory by kind. Plain transformers beside it.
 
     python benchmarks/load.py [--keep FOLDER]
+    python benchmarks/load.py --v3
 
-Writes about 1.3 GB of random FP8 in the release format (hidden 2048, 16 heads with DeepSeek's real head dims, 56
+Without ``--v3`` it writes about 1.3 GB of random FP8 in the release format (hidden 2048, 16 heads with DeepSeek's real head dims, 56
 experts of width 1408), then loads it and runs one forward pass, each in a fresh process: as released (this package),
 and dequantised to bf16 (plain transformers, which on a CPU can do no other; its key dims are padded to multiples of
 128 in a second folder, since it cannot read a ragged one).
 
 ``peak`` is the high-water mark of resident memory, mapped file pages included; ``private`` is anonymous memory after
 the forward, which no page cache can give back. Both include Python, torch and transformers themselves.
+
+With ``--v3`` it writes DeepSeek-V3's own layout as sparse files (689 GB on the label, megabytes on the disk), in two
+orders: as released, where the scales of a shard lie together, and scattered, with each scale beside its weight. Both
+are loaded three times, each in a fresh process. Nothing is dropped from the page cache: the headers are in it.
 """
 
 import argparse
@@ -25,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.checkpoint import TensorPlan, write_checkpoint
+from modeling_deepseek_moe.checkpoint import INDEX_NAME, TensorPlan, plan_shards, write_checkpoint
+from modeling_deepseek_moe.headers import DTYPE_NAMES
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.saving import fp8_quantization_config
 from modeling_deepseek_moe.weights import release_tensors
@@ -49,7 +55,7 @@ CONFIG = {
 CHILD = """
 import json, sys, time
 import torch
-which, folder = sys.argv[1:]
+which, folder, tokens = sys.argv[1:]
 import transformers
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -68,13 +74,14 @@ start = time.perf_counter()
 model = model_class.from_pretrained(folder)
 load = time.perf_counter() - start
 peak_load, = status("VmHWM")
-start = time.perf_counter()
-with torch.no_grad():
-    model(torch.randint(0, 32000, (1, 16)))
-forward = time.perf_counter() - start
-peak, rss, private = status("VmHWM", "VmRSS", "RssAnon")
-print(json.dumps(dict(load_s=load, forward_16_tokens_s=forward, peak_load=peak_load, peak=peak, private=private,
-                      interpreter_rss=base[0], interpreter_private=base[1])))
+result = dict(load_s=load, peak_load=peak_load, interpreter_rss=base[0], interpreter_private=base[1])
+if int(tokens):
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(torch.randint(0, 32000, (1, int(tokens))))
+    result[f"forward_{tokens}_tokens_s"] = time.perf_counter() - start
+result["peak"], result["private"] = status("VmHWM", "RssAnon")
+print(json.dumps(result))
 """
 
 
@@ -115,19 +122,80 @@ def write_random_release(folder: Path, config) -> int:
     return sum(plan.nbytes for plan in plans)
 
 
-def run(which: str, folder: Path) -> dict:
+def write_sparse_v3(folder: Path, *, scattered: bool) -> int:
+    """Real headers and no data: every shard is a sparse file of the right size. Returns the bytes of the weights."""
+    config = dsm.DeepseekV3Config()
+    plans = []
+    for name, spec in release_tensors(config).items():
+        dtype = torch.float32 if name.endswith("bias") else torch.bfloat16
+        plans.append(TensorPlan(name, block_fp8.FP8_DTYPE if spec.quantized else dtype, spec.shape, lambda: None))
+        if spec.quantized:
+            scales = block_fp8.scale_shape(spec.shape)
+            plans.append(TensorPlan(name + "_scale_inv", torch.float32, scales, lambda: None))
+    fields = json.loads(config.to_json_string()) | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "quantization_config": fp8_quantization_config(),
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    weight_map = {}
+    for file, shard in plan_shards(plans, 4_300_000_000).items():
+        if not scattered:  # as the safetensors library orders them
+            shard = sorted(shard, key=lambda plan: (-plan.dtype.itemsize, plan.name))
+        header, end = {}, 0
+        for plan in shard:
+            start, end = end, end + plan.nbytes
+            header[plan.name] = {
+                "dtype": DTYPE_NAMES[plan.dtype],
+                "shape": list(plan.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+        weight_map |= dict.fromkeys(header, file)
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sum(plan.nbytes for plan in plans)
+
+
+def run(which: str, folder: Path, tokens: int = 16) -> dict:
     out = subprocess.run(
-        [sys.executable, "-c", CHILD, which, str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", CHILD, which, str(folder), str(tokens)], capture_output=True, text=True, check=False
     )
     if out.returncode:
         return {"error": out.stderr.strip().splitlines()[-1]}
     return json.loads(out.stdout.splitlines()[-1])
 
 
+def measure_v3() -> None:
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for order in ("as released", "scattered"):
+            size = write_sparse_v3(Path(folder, order), scattered=order == "scattered")
+            rows[order] = [run("ours", Path(folder, order), tokens=0) for _ in range(3)]
+    table = Table(title=f"DeepSeek-V3's layout, {size / 1e9:.0f} GB, sparse")
+    for column in ("", "load s", "private MB", "of them loaded", "loaded / file"):
+        table.add_column(column, justify="right")
+    for order, runs in rows.items():
+        for row in runs:
+            row["loaded_private"] = row["private"] - row["interpreter_private"]
+            values = (row["load_s"], row["private"] / 1e6, row["loaded_private"] / 1e6, row["loaded_private"] / size)
+            table.add_row(order, f"{values[0]:.2f}", f"{values[1]:.0f}", f"{values[2]:.0f}", f"{values[3]:.5f}")
+    Console().print(table)
+    print("written to", common.save("load-v3", {"file_bytes": size, "rows": rows, "at": time.strftime("%F")}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="write the checkpoints here and keep them")
+    parser.add_argument("--v3", action="store_true", help="load DeepSeek-V3's layout from sparse files instead")
     options = parser.parse_args()
+    if options.v3:
+        measure_v3()
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         size = write_random_release(folder / "release", dsm.DeepseekV3Config(**CONFIG))
