@@ -14,7 +14,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch goes first and alone, so that pip takes exactly that build of it.
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py constraints.txt $(wildcard modeling_deepseek_moe/ops/csrc/*)
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0
 	.venv/bin/python -m pip install -c constraints.txt -e ".[dev,peft,bnb]"

@@ -3,7 +3,8 @@
 import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 NAME = "modeling_deepseek_moe"
 ROOT = Path(__file__).parent
@@ -38,6 +39,40 @@ extras["dev"] = [
     "wheel",
 ]
 
+class BuildEngine(build_ext):
+    """The CPU engine: plain C, without Python's or torch's headers; OpenMP where the compiler has it.
+
+    ``optional``: with no compiler the package installs without it, and says so when it is missed.
+    """
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception:
+            self.announce(f"{ext.name}: trying again without OpenMP: one thread", level=3)
+            ext.extra_compile_args = [flag for flag in ext.extra_compile_args if flag != "-fopenmp"]
+            ext.extra_link_args = []
+            super().build_extension(ext)
+
+    def get_export_symbols(self, ext):
+        return []  # it is loaded by ctypes, not imported: there is no module init
+
+
+CSRC = Path(NAME) / "ops" / "csrc"
+engine = Extension(
+    f"{NAME}.ops._engine",
+    sources=sorted(str(file.relative_to(ROOT)) for file in (ROOT / CSRC).glob("*.c")),
+    depends=sorted(str(file.relative_to(ROOT)) for file in (ROOT / CSRC).glob("*.h")),
+    # No -march: each file names its instruction set, and the CPU's is looked up at run time.
+    extra_compile_args=[
+        *("-std=gnu11", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing"),
+        *("-Wno-psabi", "-Wno-unknown-pragmas"),
+    ],
+    extra_link_args=["-fopenmp"],
+    py_limited_api=True,
+    optional=True,
+)
+
 setup(
     name=NAME,
     version=runpy.run_path(str(ROOT / NAME / "_version.py"))["__version__"],
@@ -56,6 +91,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=packages,
+    ext_modules=[engine],
+    cmdclass={"build_ext": BuildEngine},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     package_dir=package_dir,
     package_data={"": ["**/*.yaml", "**/*.txt", "py.typed"]},
     install_requires=[

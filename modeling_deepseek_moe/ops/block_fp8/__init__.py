@@ -1,13 +1,14 @@
 """Block-scaled FP8: W = code · weight_scale_inv, one fp32 scale per 128×128 block, ragged at the edges.
 
-The functions check shapes and dtypes; what they compute is defined in `reference`.
+The functions check shapes and dtypes and choose a backend; what they compute is defined in `reference`.
 """
 
 import math
 
 import torch
 
-from modeling_deepseek_moe.ops.block_fp8 import reference
+from modeling_deepseek_moe.ops._dispatch import CPU, choose
+from modeling_deepseek_moe.ops.block_fp8 import cpu, reference
 
 FP8_DTYPE = torch.float8_e4m3fn
 BLOCK = (128, 128)
@@ -25,6 +26,11 @@ def dequantize(
 ) -> torch.Tensor:
     """``[N, K]`` E4M3 codes and their fp32 scales → the weight in ``dtype``, rounded once from the fp32 product."""
     _check(weight, scale_inv, block)
+    refusal = cpu.refuses_weight(weight, block)
+    if refusal is None and dtype not in cpu.OUTPUTS:
+        refusal = f"dequantises to {', '.join(str(output) for output in cpu.OUTPUTS)}, not {dtype}"
+    if choose("FP8 dequantize", {CPU: refusal}) == CPU:
+        return cpu.dequantize(weight, scale_inv, dtype)
     return reference.dequantize(weight, scale_inv, dtype, block)
 
 
@@ -35,12 +41,16 @@ def quantize(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torc
         ValueError: the weight is not a finite floating-point matrix.
     """
     _check_float(weight)
+    if choose("FP8 quantize", {CPU: cpu.refuses_values(weight, block)}) == CPU:
+        return cpu.quantize(weight.detach())
     return reference.quantize(weight, block)
 
 
 def scales(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
     """The scales of `quantize` alone."""
     _check_float(weight)
+    if choose("FP8 scales", {CPU: cpu.refuses_values(weight, block)}) == CPU:
+        return cpu.quantize(weight.detach(), codes=False)[1]
     return reference.scales(weight, block)
 
 
@@ -58,7 +68,13 @@ def linear(
     _check(weight, scale_inv, block)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"input has {x.shape[-1]} features, the weight {list(weight.shape)} wants {weight.shape[1]}")
-    return reference.BlockFp8Linear.apply(x, weight, scale_inv, bias, block)
+    refusal = cpu.refuses_weight(weight, block) or cpu.refuses_activations(x)
+    if choose("FP8 linear", {CPU: refusal}) == CPU:
+        needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+        if not (torch.is_grad_enabled() and needs_grad):
+            return cpu.linear(x, weight, scale_inv, bias)
+        return reference.BlockFp8Linear.apply(x, weight, scale_inv, bias, block, cpu)
+    return reference.BlockFp8Linear.apply(x, weight, scale_inv, bias, block, None)
 
 
 def _check_float(weight: torch.Tensor) -> None:

@@ -80,12 +80,17 @@ def tiles(n: int, k: int, block_n: int):
 
 
 class BlockFp8Linear(torch.autograd.Function):
-    """y = x·Wᵀ + b and dx = dy·W, with W dequantised tile by tile both times and never kept."""
+    """y = x·Wᵀ + b and dx = dy·W, with W dequantised tile by tile both times and never kept.
+
+    ``backend``, if it is not ``None``, has the ``linear`` and ``dequantize`` that run instead of those here.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight_NK, scale_inv, bias, block):
+    def forward(ctx, x, weight_NK, scale_inv, bias, block, backend):
         ctx.save_for_backward(weight_NK, scale_inv)
-        ctx.block = block
+        ctx.block, ctx.backend = block, backend
+        if backend is not None:
+            return backend.linear(x, weight_NK, scale_inv, bias)
         n, k = weight_NK.shape
         y = x.new_empty((*x.shape[:-1], n))
         for start, end in tiles(n, k, block[0]):
@@ -102,11 +107,12 @@ class BlockFp8Linear(torch.autograd.Function):
             n, k = weight_NK.shape
             dx = dy.new_zeros((*dy.shape[:-1], k))
             for start, end in tiles(n, k, ctx.block[0]):
-                dx += dy[..., start:end] @ _tile(weight_NK, scale_inv, start, end, dy.dtype, ctx.block)
+                dx += dy[..., start:end] @ _tile(weight_NK, scale_inv, start, end, dy.dtype, ctx.block, ctx.backend)
         if ctx.needs_input_grad[3]:
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, None, None, db, None
+        return dx, None, None, db, None, None
 
 
-def _tile(weight_NK, scale_inv, start, end, dtype, block):
-    return dequantize(weight_NK[start:end], scale_inv[start // block[0] : -(-end // block[0])], dtype, block)
+def _tile(weight_NK, scale_inv, start, end, dtype, block, backend=None):
+    rows, scales = weight_NK[start:end], scale_inv[start // block[0] : -(-end // block[0])]
+    return dequantize(rows, scales, dtype, block) if backend is None else backend.dequantize(rows, scales, dtype)

@@ -1,0 +1,154 @@
+/* What every file of the CPU engine shares.
+
+   The engine is plain C on pointers: it knows neither Python nor torch. A *matrix* is a row-major weight [rows, cols],
+   FP8 (E4M3 codes and one fp32 scale per 128 x 128 block, ragged at the edges) or bf16. A *packed* row of activations
+   is padded with zeros to whole blocks and permuted so that its elements meet the weights in the order in which a
+   kernel decodes them; each set of kernels has a packing of its own. All sums are fp32. */
+#ifndef DSM_ENGINE_H
+#define DSM_ENGINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DSM_VERSION 1 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_BLOCK 128
+#define DSM_INLINE static inline __attribute__((always_inline))
+#define DSM_API __attribute__((visibility("default")))
+
+/* The numbers are shared with `_native.py`. */
+enum { DSM_F32 = 0, DSM_BF16 = 1, DSM_F16 = 2, DSM_FP8 = 3 };
+enum { DSM_OK = 0, DSM_NO_MEMORY = -1, DSM_BAD_ARGUMENT = -2, DSM_NOT_FINITE = -3 };
+
+typedef struct {
+    const void *data;
+    const float *scale; /* NULL for bf16 */
+    int64_t rows, cols;
+    int dtype; /* DSM_FP8 or DSM_BF16 */
+} Matrix;
+
+/* One instruction set's kernels. `tokens` rows of packed activations lie `stride` bytes apart. */
+typedef struct {
+    const char *name;
+    int packed_bytes;  /* bytes of one packed activation: 4 (fp32) or 2 (bf16) */
+    int panel_columns; /* weight rows that `panel` multiplies at a time */
+    int64_t few_tokens; /* up to here `rows` is the faster of the two */
+    size_t scratch_bytes; /* for `panel` */
+
+    /* one row of activations of any dtype -> packed */
+    void (*pack)(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
+    /* out[t * ldo + r] = x_t . w[first + r], r < count: streams each weight row once */
+    void (*rows)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                 float *out, int64_t ldo);
+    /* the same for count <= panel_columns: decodes a panel beside the product; out is [tokens, panel_columns] */
+    void (*panel)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                  float *out, void *scratch);
+    /* out = silu(gate) * up */
+    void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
+    /* a run of codes of one row, first_col anywhere -> values of `dtype`; scale is the row's first */
+    void (*decode)(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
+    /* max |x| of a run, and whether all of it is finite */
+    float (*amax)(const void *x, int dtype, int64_t n, int *finite);
+    /* E4M3(x / scale), round to nearest even */
+    void (*encode)(const void *x, int dtype, int64_t n, float scale, uint8_t *out);
+} Kernels;
+
+/* The kernels of an instruction set (an index of `dsm_isa_name`; clipped to what this CPU has) for activations of a
+   dtype: fp32 activations are never rounded to bf16. */
+const Kernels *dsm_kernels(int isa, int activation_dtype);
+
+/* How many threads to use: `wanted`, fewer for little work, one in a forked process (OpenMP's threads stay behind). */
+int dsm_threads(int wanted, int64_t weight_bytes);
+
+void *dsm_alloc(size_t bytes); /* 64-byte aligned, free() releases it; NULL when there is no memory */
+
+DSM_INLINE size_t dsm_packed_stride(const Kernels *k, int64_t n) {
+    return (size_t)((n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK) * k->packed_bytes;
+}
+DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOCK; }
+DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+DSM_INLINE float dsm_from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+DSM_INLINE uint16_t dsm_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+DSM_INLINE float dsm_from_f16(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = bits & 0x7fff, wide;
+    float value;
+    if (magnitude >= 0x7c00) {
+        wide = sign | 0x7f800000u | (magnitude & 0x3ff) << 13;
+    } else { /* the exponent is short by 112; a multiplication also sets subnormals right */
+        wide = magnitude << 13;
+        memcpy(&value, &wide, 4);
+        value *= 0x1p112f;
+        memcpy(&wide, &value, 4);
+        wide |= sign;
+    }
+    memcpy(&value, &wide, 4);
+    return value;
+}
+DSM_INLINE uint16_t dsm_to_f16(float value) {
+    uint32_t bits, sign;
+    memcpy(&bits, &value, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x477ff000u) return (uint16_t)(sign | 0x7c00); /* 65520 and up */
+    if (bits < 0x38800000u) { /* below 2^-14: adding 0.5 leaves multiples of 2^-24 in the low bits, rounded to even */
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((bits + 0xfff + (bits >> 13 & 1) - 0x38000000u) >> 13));
+}
+DSM_INLINE float dsm_load(const void *x, int dtype, int64_t i) {
+    if (dtype == DSM_F32) return ((const float *)x)[i];
+    if (dtype == DSM_BF16) return dsm_from_bf16(((const uint16_t *)x)[i]);
+    return dsm_from_f16(((const uint16_t *)x)[i]);
+}
+DSM_INLINE void dsm_store(void *x, int dtype, int64_t i, float value) {
+    if (dtype == DSM_F32) ((float *)x)[i] = value;
+    else if (dtype == DSM_BF16) ((uint16_t *)x)[i] = dsm_to_bf16(value);
+    else ((uint16_t *)x)[i] = dsm_to_f16(value);
+}
+DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
+
+/* E4M3's subnormals are fp32 subnormals while they are decoded: a thread that treats those as zero must not. Returns
+   the thread's floating-point mode, for `dsm_restore_mode`. */
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+DSM_INLINE uint64_t dsm_exact_mode(void) {
+    unsigned mode = _mm_getcsr();
+    if (mode & 0x8040) _mm_setcsr(mode & ~0x8040u);
+    return mode;
+}
+DSM_INLINE void dsm_restore_mode(uint64_t mode) {
+    if (mode & 0x8040) _mm_setcsr((unsigned)mode);
+}
+#elif defined(__aarch64__)
+DSM_INLINE uint64_t dsm_exact_mode(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    if (mode & 1ull << 24) __asm__ volatile("msr fpcr, %0" : : "r"(mode & ~(1ull << 24)));
+    return mode;
+}
+DSM_INLINE void dsm_restore_mode(uint64_t mode) {
+    if (mode & 1ull << 24) __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+}
+#else
+DSM_INLINE uint64_t dsm_exact_mode(void) { return 0; }
+DSM_INLINE void dsm_restore_mode(uint64_t mode) { (void)mode; }
+#endif
+
+#endif

@@ -1,0 +1,11 @@
+/* The kernels for AVX2 and FMA (Haswell, Zen and later). */
+#if defined(__x86_64__)
+#include "target.h"
+DSM_TARGET_BEGIN("avx2,fma,f16c")
+#define WIDTH 8
+#define PANEL_VECTORS 2
+#define KERNELS dsm_kernels_avx2
+#define LABEL "avx2"
+#include "kernels_vector.h"
+DSM_TARGET_END
+#endif

@@ -1,0 +1,366 @@
+/* The kernels of `Kernels`, written once on vectors of WIDTH fp32 lanes. A file that sets WIDTH, PANEL_VECTORS (vectors
+   in a panel's row), KERNELS (the name of the table) and LABEL, and selects an instruction set, includes this.
+
+   Decoding E4M3: four codes share a 32-bit lane. A code moved to the lane's top byte and shifted down by four,
+   arithmetically, and masked, is an fp32 with the code's sign, exponent and mantissa, too small by 2^-120. Half of that
+   is made good in the activations when they are packed (GAIN), half in the scale. The packing puts activation 4l + j of
+   a group of 4 * WIDTH at j * WIDTH + l, where lane l of the j-th decoded vector finds it. bf16 weights go two to a lane
+   in the same way. The pattern 0x7f (NaN) would decode as 480: it is looked for, and makes its row's result NaN. */
+#include "engine.h"
+
+#include <math.h>
+
+typedef float F __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t I __attribute__((vector_size(WIDTH * 4)));
+typedef float LooseF __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t LooseI __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+typedef uint8_t LooseBytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
+
+#define GAIN 0x1p60f
+#define KEPT ((int32_t)0x87f00000)
+#define AHEAD 2048 /* bytes: how far a row's codes are fetched before they are used */
+#define TILE_TOKENS 6
+#define PANEL (PANEL_VECTORS * WIDTH)
+#define UNROLL _Pragma("GCC unroll 32")
+
+DSM_INLINE F zeros(void) { return (F){0}; }
+DSM_INLINE F spread(float x) { return x - zeros(); }
+DSM_INLINE F load(const float *p) { return *(const LooseF *)p; }
+DSM_INLINE void store(float *p, F v) { *(LooseF *)p = v; }
+DSM_INLINE I choose(I mask, I yes, I no) { return (mask & yes) | (~mask & no); }
+
+DSM_INLINE float sum(F v) {
+    float lanes[WIDTH] __attribute__((aligned(64)));
+    *(F *)lanes = v;
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* ---- few tokens: one dot product a weight row ---- */
+
+DSM_INLINE void codes_of(I raw, F out[4]) {
+    out[0] = (F)(((raw << 24) >> 4) & KEPT);
+    out[1] = (F)(((raw << 16) >> 4) & KEPT);
+    out[2] = (F)(((raw << 8) >> 4) & KEPT);
+    out[3] = (F)((raw >> 4) & KEPT);
+}
+
+/* 4 * WIDTH bytes of a row that has `rest` left, zeros behind its end */
+DSM_INLINE I load_bytes(const void *p, int64_t rest) {
+    if (rest >= 4 * WIDTH) return *(const LooseI *)p;
+    uint8_t padded[WIDTH * 4] __attribute__((aligned(64))) = {0};
+    memcpy(padded, p, (size_t)rest);
+    return *(const I *)padded;
+}
+
+/* One block of a weight row, of which `rest` columns exist: a constant but at a row's end. */
+DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t rest, float scale, F *total,
+                          I *found, const int tokens) {
+    F part[8];
+    UNROLL for (int i = 0; i < 2 * tokens; i++) part[i] = zeros();
+    for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
+        F code[4];
+        I raw = load_bytes(w + i, rest - i);
+        if (i % 64 == 0) __builtin_prefetch(w + i + AHEAD);
+        *found |= (raw & 0x7f7f7f7f) + 0x01010101; /* a byte's top bit: it was 0x7f */
+        codes_of(raw, code);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            const float *xt = (const float *)((const char *)x + t * stride) + i;
+            part[2 * t] += code[0] * load(xt);
+            part[2 * t + 1] += code[1] * load(xt + WIDTH);
+            part[2 * t] += code[2] * load(xt + 2 * WIDTH);
+            part[2 * t + 1] += code[3] * load(xt + 3 * WIDTH);
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) total[t] += scale * GAIN * (part[2 * t] + part[2 * t + 1]);
+}
+DSM_INLINE void row_fp8(const float *x, size_t stride, const uint8_t *w, const float *scale, int64_t cols, float *out,
+                        int64_t ldo, const int tokens) {
+    F total[4];
+    I found = {0};
+    int64_t k = 0;
+    int32_t any = 0;
+    UNROLL for (int t = 0; t < tokens; t++) total[t] = zeros();
+    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
+        add_block(x + k, stride, w + k, DSM_BLOCK, *scale++, total, &found, tokens);
+    if (k < cols) add_block(x + k, stride, w + k, cols - k, *scale, total, &found, tokens);
+    found &= (int32_t)0x80808080;
+    for (int i = 0; i < WIDTH; i++) any |= found[i];
+    UNROLL for (int t = 0; t < tokens; t++) out[t * ldo] = any ? NAN : sum(total[t]);
+}
+
+DSM_INLINE void row_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, float *out, int64_t ldo,
+                         const int tokens) {
+    F total[8];
+    UNROLL for (int t = 0; t < 2 * tokens; t++) total[t] = zeros();
+    for (int64_t k = 0; k < cols; k += 2 * WIDTH) {
+        I raw = load_bytes(w + k, 2 * (cols - k));
+        F low = (F)(raw << 16), high = (F)(raw & (int32_t)0xffff0000);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            const float *xt = (const float *)((const char *)x + t * stride) + k;
+            total[2 * t] += low * load(xt);
+            total[2 * t + 1] += high * load(xt + WIDTH);
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++) out[t * ldo] = sum(total[2 * t] + total[2 * t + 1]);
+}
+
+/* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
+#define ROW(N)                                                                                                         \
+    static __attribute__((noinline)) void row_##N(const void *x, size_t stride, const Matrix *w, int64_t r,            \
+                                                  float *out, int64_t ldo) {                                           \
+        if (w->dtype == DSM_FP8)                                                                                       \
+            row_fp8(x, stride, (const uint8_t *)w->data + r * w->cols,                                                 \
+                    w->scale + r / DSM_BLOCK * dsm_blocks(w->cols), w->cols, out, ldo, N);                             \
+        else                                                                                                           \
+            row_bf16(x, stride, (const uint16_t *)w->data + r * w->cols, w->cols, out, ldo, N);                        \
+    }
+ROW(1)
+ROW(2)
+ROW(4)
+
+static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                 float *out, int64_t ldo) {
+    for (int64_t r = 0; r < count; r++) {
+        const char *xt = x;
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4) row_4(xt + t * stride, stride, w, first + r, out + t * ldo + r, ldo);
+        if (t + 2 <= tokens) row_2(xt + t * stride, stride, w, first + r, out + t * ldo + r, ldo), t += 2;
+        if (t < tokens) row_1(xt + t * stride, stride, w, first + r, out + t * ldo + r, ldo);
+    }
+}
+
+/* ---- many tokens: a panel of PANEL weight rows, one block deep, is decoded and multiplied ---- */
+
+/* rows first .. of one block, transposed: panel[position of k][row]; rows that do not exist are zero */
+static void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_t k, float *panel) {
+    const int per_lane = w->dtype == DSM_FP8 ? 4 : 2;
+    const int bytes = 4 / per_lane;
+    const int group = per_lane * WIDTH;
+    int64_t deep = dsm_min(DSM_BLOCK, w->cols - k);
+    memset(panel, 0, sizeof(float) * DSM_BLOCK * PANEL);
+    for (int v = 0; v < PANEL_VECTORS && v * WIDTH < count; v++) {
+        for (int64_t i = 0; i < deep; i += per_lane) {
+            I raw = {0};
+            size_t size = (size_t)(dsm_min(per_lane, deep - i) * bytes);
+            for (int l = 0; l < WIDTH && v * WIDTH + l < count; l++) {
+                int32_t four = 0;
+                const char *p = (const char *)w->data + ((first + v * WIDTH + l) * w->cols + k + i) * bytes;
+                if (size == 4) memcpy(&four, p, 4);
+                else memcpy(&four, p, size);
+                raw[l] = four;
+            }
+            float *to = panel + (i / group * group + i % group / per_lane) * PANEL + v * WIDTH;
+            if (w->dtype == DSM_FP8) {
+                F code[4];
+                codes_of(raw, code);
+                for (int j = 0; j < 4; j++) {
+                    I magnitude = (I)code[j] & 0x7fffffff;
+                    F nan = (F)choose(magnitude == 0x07f00000, (I)spread(NAN), (I)code[j]);
+                    store(to + j * WIDTH * PANEL, nan);
+                }
+            } else {
+                store(to, (F)(raw << 16));
+                store(to + WIDTH * PANEL, (F)(raw & (int32_t)0xffff0000));
+            }
+        }
+    }
+}
+
+DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, float scale, float *out,
+                         const int tokens) {
+    F acc[TILE_TOKENS * PANEL_VECTORS];
+    UNROLL for (int i = 0; i < tokens * PANEL_VECTORS; i++) acc[i] = zeros();
+    for (int k = 0; k < DSM_BLOCK; k++) {
+        F b[PANEL_VECTORS];
+        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) b[v] = *(const F *)(panel + k * PANEL + v * WIDTH);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            float a = ((const float *)((const char *)x + t * stride))[k];
+            UNROLL for (int v = 0; v < PANEL_VECTORS; v++) acc[t * PANEL_VECTORS + v] += a * b[v];
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++)
+        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
+            float *to = out + t * PANEL + v * WIDTH;
+            store(to, load(to) + scale * acc[t * PANEL_VECTORS + v]);
+        }
+}
+#define MULTIPLY(N)                                                                                                    \
+    static __attribute__((noinline)) void multiply_##N(const float *x, size_t stride, const float *panel, float scale, \
+                                                       float *out) {                                                   \
+        multiply(x, stride, panel, scale, out, N);                                                                     \
+    }
+MULTIPLY(6)
+MULTIPLY(2)
+MULTIPLY(1)
+
+static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                  float *out, void *scratch) {
+    memset(out, 0, sizeof(float) * tokens * PANEL);
+    for (int64_t k = 0; k < w->cols; k += DSM_BLOCK) {
+        const char *xt = (const char *)x + k * sizeof(float);
+        float scale = 1.0f;
+        int64_t t = 0;
+        if (w->dtype == DSM_FP8)
+            scale = GAIN * w->scale[first / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
+        fill_panel(w, first, count, k, scratch);
+        for (; t + 6 <= tokens; t += 6) multiply_6((const float *)(xt + t * stride), stride, scratch, scale, out + t * PANEL);
+        for (; t + 2 <= tokens; t += 2) multiply_2((const float *)(xt + t * stride), stride, scratch, scale, out + t * PANEL);
+        if (t < tokens) multiply_1((const float *)(xt + t * stride), stride, scratch, scale, out + t * PANEL);
+    }
+}
+
+/* ---- activations ---- */
+
+DSM_INLINE F load_any(const void *x, int dtype, int64_t i) {
+    if (dtype == DSM_F32) return load((const float *)x + i);
+    if (dtype == DSM_BF16)
+        return (F)(__builtin_convertvector(*(const LooseHalves *)((const uint16_t *)x + i), I) << 16);
+    F out;
+    for (int l = 0; l < WIDTH; l++) out[l] = dsm_from_f16(((const uint16_t *)x)[i + l]);
+    return out;
+}
+
+static void pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
+    const int per_lane = weight_dtype == DSM_FP8 ? 4 : 2;
+    const int group = per_lane * WIDTH;
+    const float gain = weight_dtype == DSM_FP8 ? GAIN : 1.0f;
+    float *to = out;
+    for (int64_t k = 0; k < n; k += group) {
+        float natural[4 * WIDTH] __attribute__((aligned(64)));
+        int64_t have = dsm_min(group, n - k);
+        if (have == group)
+            for (int i = 0; i < group; i += WIDTH) *(F *)(natural + i) = gain * load_any(x, dtype, k + i);
+        else
+            for (int i = 0; i < group; i++) natural[i] = i < have ? gain * dsm_load(x, dtype, k + i) : 0.0f;
+        for (int j = 0; j < per_lane; j++)
+            for (int l = 0; l < WIDTH; l++) to[k + j * WIDTH + l] = natural[per_lane * l + j];
+    }
+    int64_t done = (n + group - 1) / group * group, wanted = (n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK;
+    if (done < wanted) memset(to + done, 0, sizeof(float) * (wanted - done));
+}
+
+/* e^x for x <= 88, to about one unit in the last place; below -87 it stays at e^-87, above 88 it is e^88 */
+DSM_INLINE F exponential(F x) {
+    x = (F)choose(x < -87.0f, (I)spread(-87.0f), (I)x);
+    x = (F)choose(x > 88.0f, (I)spread(88.0f), (I)x);
+    /* n = round(x / ln 2), read off the low bits of a large sum; ln 2 in two parts keeps the remainder exact */
+    F n = x * 1.44269504f + 0x1.8p23f;
+    I exponent = (I)n;
+    n -= 0x1.8p23f;
+    F f = x - n * 0.693145752f - n * 1.42860677e-6f;
+    F p = f * 1.98412698e-4f + 1.38888889e-3f;
+    p = p * f + 8.33333333e-3f;
+    p = p * f + 4.16666667e-2f;
+    p = p * f + 1.66666667e-1f;
+    p = p * f + 0.5f;
+    p = p * f * f + f + 1.0f;
+    return (F)((I)p + (exponent << 23));
+}
+
+static void swiglu(const float *gate, const float *up, float *out, int64_t n) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        F g = load(gate + i);
+        F y = g / (1.0f + exponential(-g)) * load(up + i);
+        store(out + i, y);
+    }
+    for (; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+/* ---- whole blocks to and from FP8 ---- */
+
+DSM_INLINE Halves to_bf16(F v) {
+    I bits = (I)v;
+    I rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    I nan = (bits & 0x7fffffff) > 0x7f800000;
+    return __builtin_convertvector(choose(nan, (bits >> 16) | 0x40, rounded >> 16) & 0xffff, Halves);
+}
+
+static void decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype) {
+    for (int64_t k = 0; k < n; k += DSM_BLOCK, scale++) {
+        int64_t end = dsm_min(n, k + DSM_BLOCK), i = k;
+        for (; i + WIDTH <= end; i += WIDTH) {
+            I code = __builtin_convertvector(*(const LooseBytes *)(codes + i), I);
+            /* exact: 2^120 is a power of two, and a code times it is no subnormal any more */
+            F value = (F)(((code << 24) >> 4) & KEPT) * 0x1p120f * *scale;
+            value = (F)choose((code & 0x7f) == 0x7f, (I)spread(NAN), (I)value);
+            if (dtype == DSM_F32) store((float *)out + i, value);
+            else if (dtype == DSM_BF16) *(LooseHalves *)((uint16_t *)out + i) = to_bf16(value);
+            else
+                for (int l = 0; l < WIDTH; l++) ((uint16_t *)out)[i + l] = dsm_to_f16(value[l]);
+        }
+        for (; i < end; i++) {
+            int32_t bits = (int32_t)((uint32_t)codes[i] << 24) >> 4 & KEPT;
+            float value;
+            memcpy(&value, &bits, 4);
+            value = (codes[i] & 0x7f) == 0x7f ? NAN : value * 0x1p120f * *scale;
+            dsm_store(out, dtype, i, value);
+        }
+    }
+}
+
+static float amax(const void *x, int dtype, int64_t n, int *finite) {
+    I most = {0};
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) { /* magnitudes compare as integers do, NaN above infinity */
+        I magnitude = (I)load_any(x, dtype, i) & 0x7fffffff;
+        most = choose(magnitude > most, magnitude, most);
+    }
+    int32_t all = 0;
+    for (int l = 0; l < WIDTH; l++) all = most[l] > all ? most[l] : all;
+    for (; i < n; i++) {
+        float value = dsm_load(x, dtype, i);
+        int32_t bits;
+        memcpy(&bits, &value, 4);
+        bits &= 0x7fffffff;
+        all = bits > all ? bits : all;
+    }
+    if (all >= 0x7f800000) *finite = 0;
+    float value;
+    memcpy(&value, &all, 4);
+    return value;
+}
+
+DSM_INLINE I encode_vector(F value) {
+    I bits = (I)value;
+    I sign = (bits >> 24) & 0x80;
+    I magnitude = bits & 0x7fffffff;
+    magnitude = choose(magnitude > 0x43e00000, (I)spread(448.0f), magnitude);
+    /* from 2^-6 on: drop 20 bits of the mantissa, to even, and rebase the exponent (127 -> 7) */
+    I normal = (magnitude + 0x7ffff + ((magnitude >> 20) & 1) - (120 << 23)) >> 20;
+    /* below: the multiples of 2^-9 are the low bits of a sum with 2^14 */
+    I subnormal = (I)((F)magnitude + 0x1p14f) - 0x46800000;
+    return sign | choose(magnitude < 0x3c800000, subnormal, normal);
+}
+
+static void encode(const void *x, int dtype, int64_t n, float scale, uint8_t *out) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH)
+        *(LooseBytes *)(out + i) = __builtin_convertvector(encode_vector(load_any(x, dtype, i) / scale), Bytes);
+    if (i < n) {
+        float rest[WIDTH] = {0};
+        for (int64_t l = i; l < n; l++) rest[l - i] = dsm_load(x, dtype, l);
+        I codes = encode_vector(load(rest) / scale);
+        for (int64_t l = i; l < n; l++) out[l] = (uint8_t)codes[l - i];
+    }
+}
+
+const Kernels KERNELS = {
+    .name = LABEL,
+    .packed_bytes = 4,
+    .panel_columns = PANEL,
+    .few_tokens = 15,
+    .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL,
+    .pack = pack,
+    .rows = rows,
+    .panel = panel,
+    .swiglu = swiglu,
+    .decode = decode,
+    .amax = amax,
+    .encode = encode,
+};

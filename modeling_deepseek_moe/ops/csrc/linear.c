@@ -1,0 +1,93 @@
+/* y = x W^T + bias for an FP8 or bf16 weight. */
+#include "engine.h"
+
+#define ROWS 16          /* weight rows of a task while tokens are few */
+#define TOKENS 512       /* tokens of a task while they are many: their packed block columns stay in the second cache */
+
+typedef struct {
+    const Kernels *kernels;
+    const Matrix *w;
+    const float *bias;
+    char *packed;
+    size_t stride;
+    int64_t tokens;
+    void *y;
+    int dtype;
+} Job;
+
+static void pack(const Job *job, const void *x, int64_t t) {
+    const char *from = (const char *)x + t * job->w->cols * dsm_itemsize(job->dtype);
+    job->kernels->pack(from, job->dtype, job->w->cols, job->w->dtype, job->packed + t * job->stride);
+}
+
+static void write(const Job *job, const float *from, int64_t ldf, int64_t t0, int64_t tokens, int64_t r0,
+                  int64_t rows) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < rows; r++) {
+            float value = from[t * ldf + r] + (job->bias ? job->bias[r0 + r] : 0.0f);
+            dsm_store(job->y, job->dtype, (t0 + t) * job->w->rows + r0 + r, value);
+        }
+}
+
+static void few_tokens(const Job *job, int64_t task) {
+    float out[16 * ROWS]; /* no set of kernels calls more than 16 tokens few */
+    int64_t r0 = task * ROWS, rows = dsm_min(ROWS, job->w->rows - r0);
+    job->kernels->rows(job->packed, job->stride, job->tokens, job->w, r0, rows, out, ROWS);
+    write(job, out, ROWS, 0, job->tokens, r0, rows);
+}
+
+static void many_tokens(const Job *job, int64_t task, float *out, void *scratch) {
+    const int64_t columns = job->kernels->panel_columns, panels = (job->w->rows + columns - 1) / columns;
+    int64_t t0 = task / panels * TOKENS, tokens = dsm_min(TOKENS, job->tokens - t0);
+    int64_t r0 = task % panels * columns, rows = dsm_min(columns, job->w->rows - r0);
+    job->kernels->panel(job->packed + t0 * job->stride, job->stride, tokens, job->w, r0, rows, out, scratch);
+    write(job, out, columns, t0, tokens, r0, rows);
+}
+
+/* y [tokens, rows] of `dtype` from x [tokens, cols] of the same; bias [rows] fp32 or NULL. */
+DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, int weight_dtype,
+                       const void *data, const float *scale, int64_t rows, int64_t cols, const float *bias, void *y) {
+    const Matrix w = {data, scale, rows, cols, weight_dtype};
+    const Kernels *kernels = dsm_kernels(isa, dtype);
+    const size_t stride = dsm_packed_stride(kernels, cols);
+    const int few = tokens <= kernels->few_tokens;
+    const int64_t columns = kernels->panel_columns;
+    int failed = 0;
+    if (tokens < 1 || rows < 1 || cols < 1) return tokens < 0 || rows < 0 || cols < 0 ? DSM_BAD_ARGUMENT : DSM_OK;
+    char *packed = dsm_alloc(tokens * stride);
+    if (!packed) return DSM_NO_MEMORY;
+    const Job job = {kernels, &w, bias, packed, stride, tokens, y, dtype};
+    const int64_t tasks = few ? (rows + ROWS - 1) / ROWS
+                              : (rows + columns - 1) / columns * ((tokens + TOKENS - 1) / TOKENS);
+    threads = dsm_threads(threads, rows * cols * (int64_t)dsm_itemsize(weight_dtype) * (few ? 1 : 1 + tokens / 16));
+    for (int64_t t = 0; few && t < tokens; t++) pack(&job, x, t); /* less work than a barrier */
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        uint64_t mode = dsm_exact_mode();
+        float *out = NULL;
+        void *scratch = NULL;
+        if (!few) {
+            out = dsm_alloc(sizeof(float) * TOKENS * columns);
+            scratch = dsm_alloc(kernels->scratch_bytes);
+            if (!out || !scratch) {
+#pragma omp atomic write
+                failed = 1;
+            }
+        }
+        if (!few) {
+            /* the loop's end is a barrier: every thread sees whether one has failed */
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; t++) pack(&job, x, t);
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < tasks; task++) {
+            if (few) few_tokens(&job, task);
+            else if (!failed) many_tokens(&job, task, out, scratch);
+        }
+        free(out);
+        free(scratch);
+        dsm_restore_mode(mode);
+    }
+    free(packed);
+    return failed ? DSM_NO_MEMORY : DSM_OK;
+}
