@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
@@ -112,10 +112,11 @@ class CheckpointReader(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def values(self):
+    # Mapping's own go by __getitem__, tensor by tensor.
+    def values(self) -> ValuesView[TensorInfo]:
         return self._tensors.values()
 
-    def items(self):
+    def items(self) -> ItemsView[str, TensorInfo]:
         return self._tensors.items()
 
     @property
