@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_deepseek_moe.fp8 import Fp8Linear
-from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm
 from modeling_deepseek_moe.rope import apply_rotary
 
 ABSORBED, EXPANDED = "absorbed", "expanded"
@@ -64,15 +64,15 @@ class DeepseekAttention(nn.Module):
 
         bias, hidden = config.attention_bias, config.hidden_size
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, self.num_heads * config.qk_head_dim, bias=False)
+            self.q_proj = DeepseekLinear(hidden, self.num_heads * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = DeepseekLinear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekRMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, sum(self.kv_dims), bias=bias)
+            self.q_b_proj = DeepseekLinear(config.q_lora_rank, self.num_heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = DeepseekLinear(hidden, sum(self.kv_dims), bias=bias)
         self.kv_a_layernorm = DeepseekRMSNorm(config.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.num_heads * sum(self.up_dims), bias=False)
-        self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, hidden, bias=bias)
+        self.kv_b_proj = DeepseekLinear(config.kv_lora_rank, self.num_heads * sum(self.up_dims), bias=False)
+        self.o_proj = DeepseekLinear(self.num_heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
         self,
@@ -155,7 +155,7 @@ class DeepseekAttention(nn.Module):
         module = self.kv_b_proj
         if type(module) is Fp8Linear and not hasattr(module, "_hf_hook"):
             weight = module.dequantized(like.dtype)
-        elif type(module) is nn.Linear and not hasattr(module, "_hf_hook"):
+        elif type(module) in (nn.Linear, DeepseekLinear) and not hasattr(module, "_hf_hook"):
             weight = module.weight.to(like.dtype)
         else:
             # An adapter, another quantiser or an offloading hook wraps the weight: read it through the module.

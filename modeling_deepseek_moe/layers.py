@@ -1,10 +1,14 @@
-"""The small layers: RMSNorm, SwiGLU, and the rule that some tensors keep their dtype."""
+"""The small layers: linear, RMSNorm, SwiGLU, and the rule that some tensors keep their dtype."""
 
 from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+
+from modeling_deepseek_moe.ops import block_fp8, experts
+from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops.linear import linear
 
 
 class KeepsDtype(nn.Module):
@@ -26,6 +30,21 @@ class KeepsDtype(nn.Module):
             return fn(tensor)
 
         return super()._apply(move, recurse)
+
+
+class DeepseekLinear(nn.Linear):
+    """``nn.Linear`` on this package's backends. FP8 weights (`Fp8Linear`) are a subclass with scales."""
+
+    weight_scale_inv: torch.Tensor | None = None
+    block: tuple[int, int] = block_fp8.BLOCK
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether reading the weight is as good as calling the module: no bias, and nothing hooked to the call."""
+        return self.bias is None and not (self._forward_hooks or self._forward_pre_hooks or hasattr(self, "_hf_hook"))
 
 
 class DeepseekRMSNorm(nn.Module):
@@ -50,10 +69,23 @@ class DeepseekMLP(nn.Module):
 
     def __init__(self, config, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = DeepseekLinear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = DeepseekLinear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = DeepseekLinear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        if may_use(CPU, self._refusal(x, parts)):
+            return experts.cpu.swiglu(x, *(p.weight for p in parts), *(p.weight_scale_inv for p in parts))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def _refusal(self, x: torch.Tensor, parts: tuple[nn.Module, ...]) -> str | None:
+        """Why the CPU engine cannot run the layer in one call; ``None`` if it can."""
+        if not all(isinstance(part, DeepseekLinear) and part.is_bare for part in parts):
+            return "needs plain linear layers, without adapters, biases or hooks"
+        if len({part.weight.dtype for part in parts}) > 1 or any(part.block != block_fp8.BLOCK for part in parts):
+            return f"needs weights of one dtype, in blocks of {block_fp8.BLOCK}"
+        if torch.is_autocast_enabled("cpu"):
+            return "does not run under autocast"
+        return experts.cpu.refuses(x, self.act_fn, *(part.weight for part in parts))

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
-from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
 from modeling_deepseek_moe.masks import build_mask
 from modeling_deepseek_moe.moe.experts import DeepseekExperts, MappedExperts
@@ -209,7 +209,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = DeepseekLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

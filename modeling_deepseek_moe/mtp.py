@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm
 
 
 class MtpHead(nn.Module):
@@ -17,7 +17,7 @@ class MtpHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = DeepseekLinear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class DeepseekMtpLayer(DeepseekDecoderLayer):
@@ -28,7 +28,7 @@ class DeepseekMtpLayer(DeepseekDecoderLayer):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.enorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = DeepseekLinear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = MtpHead(config)
 
     def forward(self, input_ids: torch.Tensor, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -19,6 +19,8 @@ MAX_LINES = 450
 LAYERS = (
     "_version",
     "ops._dispatch",
+    "ops._native",
+    "ops._library",
     "ops.*.reference",
     "ops.*.cpu",
     "ops.*.triton",

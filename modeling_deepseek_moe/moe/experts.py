@@ -5,7 +5,7 @@ Legend: T tokens, E experts, K experts per token, D hidden size, I expert width,
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -20,35 +20,11 @@ from transformers.integrations import use_experts_implementation
 from modeling_deepseek_moe.headers import TensorInfo
 from modeling_deepseek_moe.layers import KeepsDtype
 from modeling_deepseek_moe.mapped import MappedFiles
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.ops import block_fp8, experts
+from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops.experts import run_experts
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-def run_experts(
-    hidden_TD: torch.Tensor,
-    topk_indices: torch.Tensor,
-    topk_weights: torch.Tensor,
-    expert: Callable[[int, torch.Tensor], torch.Tensor],
-    num_experts: int,
-) -> torch.Tensor:
-    """Σ_k weight_k · expert_k(hidden): each expert that was hit runs once, on the rows routed to it.
-
-    An index of ``num_experts`` marks a slot that another expert-parallel rank serves, and is skipped.
-    """
-    top_k = topk_indices.shape[1]
-    order = topk_indices.flatten().argsort(stable=True)
-    counts = torch.bincount(topk_indices.flatten(), minlength=num_experts + 1)[:num_experts].tolist()
-    out_TD = torch.zeros_like(hidden_TD)
-    start = 0
-    for index, count in enumerate(counts):
-        if count:
-            slots_R = order[start : start + count]
-            tokens_R = slots_R // top_k
-            result_RD = expert(index, hidden_TD[tokens_R]) * topk_weights.flatten()[slots_R, None]
-            out_TD.index_add_(0, tokens_R, result_RD.to(out_TD.dtype))
-            start += count
-    return out_TD
 
 
 @use_experts_implementation
@@ -77,6 +53,14 @@ class DeepseekExperts(_StackedExperts):
 
     def forward(self, hidden_TD, topk_indices, topk_weights):
         device_type = hidden_TD.device.type
+        weights = (self.gate_up_proj, self.down_proj)
+        # "grouped_mm" is what transformers chooses when nobody does; another name is somebody's wish
+        if (
+            not torch.is_autocast_enabled(device_type)
+            and self.config._experts_implementation in (None, "grouped_mm")
+            and may_use(CPU, experts.cpu.refuses(hidden_TD, self.act_fn, *weights))
+        ):
+            return experts.cpu.stacked(hidden_TD, topk_indices, topk_weights, *weights, None, None)
         if torch.is_autocast_enabled(device_type):
             # The grouped kernels are no autocast ops: with fp32 weights they would run in fp32 throughout.
             dtype = torch.get_autocast_dtype(device_type)
@@ -110,9 +94,16 @@ class _Fp8Experts(KeepsDtype):
         """``gate_proj [I, D]``, ``up_proj [I, D]`` and ``down_proj [D, I]`` of one expert."""
         raise NotImplementedError
 
+    def engine(self, hidden_TD, topk_indices, topk_weights) -> torch.Tensor | None:
+        """The layer in one call of the CPU engine, or ``None`` where that cannot run."""
+        raise NotImplementedError
+
     def forward(self, hidden_TD, topk_indices, topk_weights):
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
+        out_TD = self.engine(hidden_TD, topk_indices, topk_weights)
+        if out_TD is not None:
+            return out_TD
 
         def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
             gate, up, down = self.matrices(index).values()
@@ -144,6 +135,16 @@ class StackedFp8Experts(_Fp8Experts):
             ("down_proj_scale_inv", (e, rows_DI, cols_DI), torch.float32),
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
+
+    def engine(self, hidden_TD, topk_indices, topk_weights):
+        weights = (self.gate_up_proj, self.down_proj)
+        refusal = experts.cpu.refuses(hidden_TD, self.act_fn, *weights) or block_fp8.cpu.refuses_blocks(
+            self.gate_up_proj, self.block
+        )
+        if not may_use(CPU, refusal):
+            return None
+        scales = (self.gate_up_proj_scale_inv, self.down_proj_scale_inv)
+        return experts.cpu.stacked(hidden_TD, topk_indices, topk_weights, *weights, *scales)
 
     def matrices(self, index: int) -> dict[str, Fp8Matrix]:
         gate, up = self.gate_up_proj[index].split(self.intermediate_dim)
@@ -216,6 +217,14 @@ class MappedExperts(_Fp8Experts):
             end = start + math.prod(shape)
             found[name] = TensorInfo(full, block_fp8.FP8_DTYPE, shape, self._paths[number], start, end)
         return found
+
+    def engine(self, hidden_TD, topk_indices, topk_weights):
+        self.check_files()
+        refusal = experts.cpu.refuses(hidden_TD, self.act_fn) or block_fp8.cpu.refuses_blocks(hidden_TD, self.block)
+        if not may_use(CPU, refusal):
+            return None
+        width = self._shapes[0][0]
+        return experts.cpu.routed(hidden_TD, topk_indices, topk_weights, self.addresses(), width, block_fp8.FP8_DTYPE)
 
     def matrices(self, index: int) -> dict[str, Fp8Matrix]:
         found = {}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -62,6 +63,12 @@ def use_backend(name: str) -> Iterator[None]:
         _request.reset(token)
 
 
+@torch.compiler.assume_constant_result
+def requested_backend() -> str:
+    """The backend of `requested`; a graph that is compiled keeps the one of that moment."""
+    return requested().backend
+
+
 def choose(operation: str, refusals: dict[str, str | None]) -> str:
     """The backend to run ``operation`` on.
 
@@ -69,7 +76,7 @@ def choose(operation: str, refusals: dict[str, str | None]) -> str:
         refusals: for each backend that the operation has, in order of preference, why it cannot run (``None``: it
             can). The reference is implied, last.
     """
-    wanted = requested().backend
+    wanted = requested_backend()
     if wanted == AUTO:
         return next((backend for backend, refusal in refusals.items() if refusal is None), REFERENCE)
     if wanted == REFERENCE:
@@ -78,3 +85,8 @@ def choose(operation: str, refusals: dict[str, str | None]) -> str:
     if refusal is not None:
         raise BackendError(f"{operation}: backend {wanted!r} {refusal}")
     return wanted
+
+
+def may_use(backend: str, refusal: str | None) -> bool:
+    """Whether to run an operation on ``backend`` in place of the smaller ones that it stands for, which all can run."""
+    return refusal is None and requested_backend() in (AUTO, backend)

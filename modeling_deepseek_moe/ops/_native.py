@@ -62,6 +62,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
+@torch.compiler.assume_constant_result
 def refusal() -> str | None:
     """Why the engine cannot run in this process; ``None`` if it can. What ``auto`` falls back from is logged, once."""
     reason = _load()[1]

@@ -1,0 +1,20 @@
+"""Linear layers with floating-point weights. The definition is ``torch.nn.functional.linear``.
+
+torch reads bf16 weights at about half of the memory bandwidth while tokens are few; the CPU engine reads them at nearly
+all of it. With many tokens torch is as fast.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops.linear import cpu
+
+__all__ = ["linear"]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x [..., K] · Wᵀ + bias → [..., N]``, in the dtype of ``x`` and ``weight [N, K]``."""
+    if weight.dtype == torch.bfloat16 and may_use(CPU, cpu.refuses(x, weight, bias)):
+        return cpu.linear(x, weight, bias)
+    return F.linear(x, weight, bias)

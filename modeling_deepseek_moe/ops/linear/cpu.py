@@ -1,0 +1,43 @@
+"""bf16 linear layers on the CPU engine: few tokens, no gradients."""
+
+import torch
+
+from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.ops._library import define
+
+FEW_TOKENS = 8  # above, torch's matrix product catches up
+
+
+def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Why the engine should not run this layer; ``None`` if it should."""
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        return f"needs CPU tensors, found {x.device} and {weight.device}"
+    if x.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+        return f"takes bf16 activations, found {x.dtype}"
+    if x.numel() > FEW_TOKENS * weight.shape[1]:
+        return f"is for up to {FEW_TOKENS} tokens, found {x.numel() // weight.shape[1]}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return "computes no gradients"
+    if not weight.is_contiguous():
+        return f"needs contiguous weights, found strides {weight.stride()}"
+    return _native.refusal()
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    n, k = weight.shape
+    x = x.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    _native.call(
+        "dsm_linear",
+        *(_native.DTYPES[x.dtype], x.data_ptr(), x.numel() // max(k, 1)),
+        *(_native.DTYPES[weight.dtype], weight.data_ptr(), None, n, k, _native.pointer(bias), y.data_ptr()),
+    )
+    return y
+
+
+linear = define(
+    "bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear,
+    lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
