@@ -181,6 +181,8 @@ def measure_v3() -> None:
         table.add_column(column, justify="right")
     for order, runs in rows.items():
         for row in runs:
+            if "error" in row:
+                raise SystemExit(f"{order}: {row['error']}")
             row["loaded_private"] = row["private"] - row["interpreter_private"]
             values = (row["load_s"], row["private"] / 1e6, row["loaded_private"] / 1e6, row["loaded_private"] / size)
             table.add_row(order, f"{values[0]:.2f}", f"{values[1]:.0f}", f"{values[2]:.0f}", f"{values[3]:.5f}")
