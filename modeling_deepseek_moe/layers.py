@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from modeling_deepseek_moe.ops import block_fp8, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
 from modeling_deepseek_moe.ops.linear import linear
+from modeling_deepseek_moe.ops.rms_norm import rms_norm
 
 
 class KeepsDtype(nn.Module):
@@ -35,11 +36,15 @@ class KeepsDtype(nn.Module):
 class DeepseekLinear(nn.Linear):
     """``nn.Linear`` on this package's backends. FP8 weights (`Fp8Linear`) are a subclass with scales."""
 
-    weight_scale_inv: torch.Tensor | None = None
     block: tuple[int, int] = block_fp8.BLOCK
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+    @property
+    def scale_inv(self) -> torch.Tensor | None:
+        """The scales of an FP8 weight, ``None`` for any other."""
+        return getattr(self, "weight_scale_inv", None)
 
     @property
     def is_bare(self) -> bool:
@@ -56,9 +61,7 @@ class DeepseekRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.variance_epsilon)
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -77,7 +80,7 @@ class DeepseekMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = (self.gate_proj, self.up_proj, self.down_proj)
         if may_use(CPU, self._refusal(x, parts)):
-            return experts.cpu.swiglu(x, *(p.weight for p in parts), *(p.weight_scale_inv for p in parts))
+            return experts.cpu.swiglu(x, *(p.weight for p in parts), *(p.scale_inv for p in parts))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     def _refusal(self, x: torch.Tensor, parts: tuple[nn.Module, ...]) -> str | None:

@@ -6,10 +6,10 @@ Legend: T tokens, E experts, G groups, K experts per token, D hidden size.
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from modeling_deepseek_moe.layers import KeepsDtype
+from modeling_deepseek_moe.ops.linear import linear
 
 
 class DeepseekTopkRouter(KeepsDtype):
@@ -40,7 +40,8 @@ class DeepseekTopkRouter(KeepsDtype):
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         # autocast would take this matmul to bf16, and one token in twelve to other experts
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            logits_TE = F.linear(hidden_TD.float(), self.weight.float())
+            weight = self.weight if self.weight.dtype == torch.bfloat16 else self.weight.float()
+            logits_TE = linear(hidden_TD.float(), weight)
         scores_TE = logits_TE.sigmoid() if self.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
         topk_indices = self._choose(scores_TE.detach())
         return logits_TE, self._weigh(scores_TE.gather(1, topk_indices)), topk_indices

@@ -7,7 +7,7 @@ share one pool of threads, which never compete for the cores.
 
 import ctypes
 import importlib.util
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -34,6 +34,7 @@ _SIGNATURES = {
         *(c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64),
         *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p),
     ),
+    "dsm_rms_norm": (c_int, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p),
     "dsm_dequantize": (c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int),
     "dsm_quantize": (c_int, c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p),
 }

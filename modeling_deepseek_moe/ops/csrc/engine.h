@@ -46,6 +46,8 @@ typedef struct {
                   float *out, void *scratch);
     /* out = silu(gate) * up */
     void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
+    /* one row: out = w * x / sqrt(mean(x^2) + eps), all of `dtype`, rounded before and after the product with w */
+    void (*norm)(const void *x, const void *w, int64_t n, float eps, void *out, int dtype);
     /* a run of codes of one row, first_col anywhere -> values of `dtype`; scale is the row's first */
     void (*decode)(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
     /* max |x| of a run, and whether all of it is finite */

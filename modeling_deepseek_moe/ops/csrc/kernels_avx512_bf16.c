@@ -383,6 +383,9 @@ extern const Kernels dsm_kernels_avx512;
 static void swiglu(const float *gate, const float *up, float *out, int64_t n) {
     dsm_kernels_avx512.swiglu(gate, up, out, n);
 }
+static void norm(const void *x, const void *w, int64_t n, float eps, void *out, int dtype) {
+    dsm_kernels_avx512.norm(x, w, n, eps, out, dtype);
+}
 static void decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype) {
     dsm_kernels_avx512.decode(codes, scale, n, out, dtype);
 }
@@ -403,6 +406,7 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .rows = rows,
     .panel = panel,
     .swiglu = swiglu,
+    .norm = norm,
     .decode = decode,
     .amax = amax,
     .encode = encode,

@@ -272,14 +272,40 @@ static void swiglu(const float *gate, const float *up, float *out, int64_t n) {
     for (; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
-/* ---- whole blocks to and from FP8 ---- */
-
 DSM_INLINE Halves to_bf16(F v) {
     I bits = (I)v;
     I rounded = bits + 0x7fff + ((bits >> 16) & 1);
     I nan = (bits & 0x7fffffff) > 0x7f800000;
     return __builtin_convertvector(choose(nan, (bits >> 16) | 0x40, rounded >> 16) & 0xffff, Halves);
 }
+DSM_INLINE void store_any(void *x, int dtype, int64_t i, F v) {
+    if (dtype == DSM_F32) store((float *)x + i, v);
+    else if (dtype == DSM_BF16) *(LooseHalves *)((uint16_t *)x + i) = to_bf16(v);
+    else
+        for (int l = 0; l < WIDTH; l++) ((uint16_t *)x)[i + l] = dsm_to_f16(v[l]);
+}
+
+static void norm(const void *x, const void *w, int64_t n, float eps, void *out, int dtype) {
+    F squares = zeros();
+    float all = 0.0f;
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        F v = load_any(x, dtype, i);
+        squares += v * v;
+    }
+    for (; i < n; i++) all += dsm_load(x, dtype, i) * dsm_load(x, dtype, i);
+    float factor = 1.0f / sqrtf((all + sum(squares)) / (float)n + eps);
+    for (i = 0; i + WIDTH <= n; i += WIDTH) {
+        store_any(out, dtype, i, factor * load_any(x, dtype, i));
+        store_any(out, dtype, i, load_any(out, dtype, i) * load_any(w, dtype, i));
+    }
+    for (; i < n; i++) {
+        dsm_store(out, dtype, i, factor * dsm_load(x, dtype, i));
+        dsm_store(out, dtype, i, dsm_load(out, dtype, i) * dsm_load(w, dtype, i));
+    }
+}
+
+/* ---- whole blocks to and from FP8 ---- */
 
 static void decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype) {
     for (int64_t k = 0; k < n; k += DSM_BLOCK, scale++) {
@@ -289,10 +315,7 @@ static void decode(const uint8_t *codes, const float *scale, int64_t n, void *ou
             /* exact: 2^120 is a power of two, and a code times it is no subnormal any more */
             F value = (F)(((code << 24) >> 4) & KEPT) * 0x1p120f * *scale;
             value = (F)choose((code & 0x7f) == 0x7f, (I)spread(NAN), (I)value);
-            if (dtype == DSM_F32) store((float *)out + i, value);
-            else if (dtype == DSM_BF16) *(LooseHalves *)((uint16_t *)out + i) = to_bf16(value);
-            else
-                for (int l = 0; l < WIDTH; l++) ((uint16_t *)out)[i + l] = dsm_to_f16(value[l]);
+            store_any(out, dtype, i, value);
         }
         for (; i < end; i++) {
             int32_t bits = (int32_t)((uint32_t)codes[i] << 24) >> 4 & KEPT;
@@ -360,6 +383,7 @@ const Kernels KERNELS = {
     .rows = rows,
     .panel = panel,
     .swiglu = swiglu,
+    .norm = norm,
     .decode = decode,
     .amax = amax,
     .encode = encode,

@@ -1,4 +1,4 @@
-/* y = x W^T + bias for an FP8 or bf16 weight. */
+/* y = x W^T + bias for an FP8 or bf16 weight; and RMSNorm. */
 #include "engine.h"
 
 #define ROWS 16          /* weight rows of a task while tokens are few */
@@ -90,4 +90,16 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     }
     free(packed);
     return failed ? DSM_NO_MEMORY : DSM_OK;
+}
+
+/* out [tokens, n] = RMSNorm(x), see `Kernels.norm`. */
+DSM_API int dsm_rms_norm(int isa, int threads, int dtype, const void *x, const void *w, int64_t tokens, int64_t n,
+                         float eps, void *out) {
+    const Kernels *kernels = dsm_kernels(isa, DSM_F32);
+    const size_t row = n * dsm_itemsize(dtype);
+    threads = dsm_threads(threads, tokens * n);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < tokens; t++)
+        kernels->norm((const char *)x + t * row, w, n, eps, (char *)out + t * row, dtype);
+    return DSM_OK;
 }

@@ -14,7 +14,12 @@ __all__ = ["linear"]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x [..., K] · Wᵀ + bias → [..., N]``, in the dtype of ``x`` and ``weight [N, K]``."""
+    """``x [..., K] · Wᵀ + bias → [..., N]`` in the dtype of ``x``.
+
+    fp32 activations take a bf16 ``weight [N, K]`` at its fp32 values; else both have one dtype.
+    """
     if weight.dtype == torch.bfloat16 and may_use(CPU, cpu.refuses(x, weight, bias)):
         return cpu.linear(x, weight, bias)
+    if x.dtype == torch.float32 and weight.dtype == torch.bfloat16:
+        weight = weight.float()
     return F.linear(x, weight, bias)

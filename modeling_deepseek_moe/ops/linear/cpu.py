@@ -12,8 +12,8 @@ def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     """Why the engine should not run this layer; ``None`` if it should."""
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"needs CPU tensors, found {x.device} and {weight.device}"
-    if x.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
-        return f"takes bf16 activations, found {x.dtype}"
+    if x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):
+        return f"takes bf16 or fp32 activations outside of autocast, found {x.dtype}"
     if x.numel() > FEW_TOKENS * weight.shape[1]:
         return f"is for up to {FEW_TOKENS} tokens, found {x.numel() // weight.shape[1]}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
