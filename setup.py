@@ -39,6 +39,7 @@ extras["dev"] = [
     "wheel",
 ]
 
+
 class BuildEngine(build_ext):
     """The CPU engine: plain C, without Python's or torch's headers; OpenMP where the compiler has it.
 

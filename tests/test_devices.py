@@ -24,15 +24,16 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 @pytest.mark.parametrize("fp8", [False, True], ids=["float", "fp8"])
 def test_device_map(tmp_path, fp8, device_map):
     write_release(tmp_path / "release", SHAPES["v3-mtp"](), fp8=fp8)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "release")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "release", dtype=torch.float32)
     placed = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "release", device_map=device_map, offload_folder=tmp_path / "offload"
+        tmp_path / "release", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload"
     )
     home = (StackedFp8Experts if device_map is OFFLOADED else MappedExperts) if fp8 else DeepseekExperts
     assert type(placed.model.layers[1].mlp.experts) is home
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():
-        assert torch.equal(placed(ids).logits, plain(ids).logits)
+        # offloading hooks keep a SwiGLU from running in one call: other sums, same values
+        torch.testing.assert_close(placed(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
     mask = torch.ones_like(ids)
     found = placed.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(found, plain.generate(ids, attention_mask=mask, **GREEDY))
