@@ -164,8 +164,8 @@ def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
 
 
 def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
-    size = run[-1].end - run[0].start
-    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [place(info) for info in run], run[0].start) == size:
+    start, end = run[0].start, run[-1].end
+    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [place(info) for info in run], start) == end - start:
         return
     # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
     for info in run:

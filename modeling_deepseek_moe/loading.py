@@ -4,6 +4,8 @@ What reaches the model are views into the mapped files, or tensors put together 
 asks for them: expert stacks, and dequantised weights where the caller wants those.
 """
 
+import contextlib
+import gc
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -325,16 +327,32 @@ class ReleaseLoadingMixin:
         """
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
-        reader = None
-        if path is not None and variant is None and kwargs.get("gguf_file") is None:
-            reader = _open_folder(path, subfolder)
-        wants_info = _wants_loading_info.set(bool(kwargs.get("output_loading_info")))
-        opened = _opened.set(reader)
-        try:
-            return super().from_pretrained(path, *args, **kwargs)
-        finally:
-            _wants_loading_info.reset(wants_info)
-            _opened.reset(opened)
+        with _collector_paused():
+            reader = None
+            if path is not None and variant is None and kwargs.get("gguf_file") is None:
+                reader = _open_folder(path, subfolder)
+            wants_info = _wants_loading_info.set(bool(kwargs.get("output_loading_info")))
+            opened = _opened.set(reader)
+            try:
+                return super().from_pretrained(path, *args, **kwargs)
+            finally:
+                _wants_loading_info.reset(wants_info)
+                _opened.reset(opened)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A load makes hundreds of thousands of small objects and no garbage in cycles.
+
+    Python's collector, set off by their number, would go over the whole process to find that out, several times.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _open_folder(path, subfolder: str) -> CheckpointReader | None:

@@ -1,6 +1,7 @@
 """Mapped files and the experts in them: addresses, copies, and files that change while they are mapped."""
 
 import copy
+import gc
 import io
 import json
 import os
@@ -267,3 +268,18 @@ def test_headers_are_read_once(loaded, monkeypatch):
     monkeypatch.chdir(loaded.folder.parent)
     AutoModelForCausalLM.from_pretrained(loaded.folder.name)
     assert len(files) == 6
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["on", "off"])
+def test_the_garbage_collector_is_left_as_it_was(loaded, enabled):
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        AutoModelForCausalLM.from_pretrained(loaded.folder)
+        assert gc.isenabled() == enabled
+        (loaded.folder / "model-00001-of-00003.safetensors").unlink()
+        with pytest.raises(CheckpointError):
+            AutoModelForCausalLM.from_pretrained(loaded.folder)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
