@@ -11,7 +11,8 @@
 
 DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c")
 
-#define AHEAD 512
+#define AHEAD 512 /* bytes */
+#define FAR_AHEAD 8192
 #define PANEL 64
 #define SLAB 256 /* columns of four weight rows that are decoded at a time beside three and more tokens */
 #define SLAB_TOKENS 32
@@ -59,7 +60,7 @@ DSM_INLINE __m512i load_codes(const uint8_t *p, int64_t rest) {
 }
 DSM_INLINE __m512bh load_pairs(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-/* ---- few tokens: one contiguous stream of codes, which the hardware's prefetcher follows better than we do ---- */
+/* ---- few tokens: one contiguous stream of codes, fetched into the second cache far ahead (the first is x's) ---- */
 
 /* One block of a weight row, of which `rest` columns exist: a constant but at a row's end. */
 DSM_INLINE void add_block(Tables t, const char *x, size_t stride, const uint8_t *w, int64_t rest, float scale,
@@ -68,6 +69,7 @@ DSM_INLINE void add_block(Tables t, const char *x, size_t stride, const uint8_t 
     UNROLL for (int i = 0; i < 2 * tokens; i++) part[i] = _mm512_setzero_ps();
     UNROLL for (int i = 0; i < DSM_BLOCK; i += 64) {
         __m512bh first, second;
+        _mm_prefetch((const char *)(w + i + FAR_AHEAD), _MM_HINT_T1);
         decode64(t, load_codes(w + i, rest - i), &first, &second);
         UNROLL for (int m = 0; m < tokens; m++) {
             const uint16_t *xm = (const uint16_t *)(x + m * stride) + i;

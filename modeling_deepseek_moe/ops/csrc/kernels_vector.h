@@ -21,7 +21,9 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 
 #define GAIN 0x1p60f
 #define KEPT ((int32_t)0x87f00000)
-#define AHEAD 2048 /* bytes: how far a row's codes are fetched before they are used */
+#define AHEAD 4096   /* bytes: how far a stream of codes is fetched before it is used */
+#define SEGMENT 1024 /* columns */
+#define ROWS 16
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
 #define UNROLL _Pragma("GCC unroll 32")
@@ -58,14 +60,14 @@ DSM_INLINE I load_bytes(const void *p, int64_t rest) {
 }
 
 /* One block of a weight row, of which `rest` columns exist: a constant but at a row's end. */
-DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t rest, float scale, F *total,
-                          I *found, const int tokens) {
+DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t rest, float scale,
+                          const char *ahead, F *total, I *found, const int tokens) {
     F part[8];
     UNROLL for (int i = 0; i < 2 * tokens; i++) part[i] = zeros();
     for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
         F code[4];
         I raw = load_bytes(w + i, rest - i);
-        if (i % 64 == 0) __builtin_prefetch(w + i + AHEAD);
+        if (i % 64 == 0) __builtin_prefetch(ahead + i, 0, 2); /* into the second cache: the first is x's */
         *found |= (raw & 0x7f7f7f7f) + 0x01010101; /* a byte's top bit: it was 0x7f */
         codes_of(raw, code);
         UNROLL for (int t = 0; t < tokens; t++) {
@@ -78,23 +80,21 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
     }
     UNROLL for (int t = 0; t < tokens; t++) total[t] += scale * GAIN * (part[2 * t] + part[2 * t + 1]);
 }
-DSM_INLINE void row_fp8(const float *x, size_t stride, const uint8_t *w, const float *scale, int64_t cols, float *out,
-                        int64_t ldo, const int tokens) {
+DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, const float *scale, int64_t cols,
+                        const char *ahead, F *sums, const int tokens) {
     F total[4];
     I found = {0};
     int64_t k = 0;
     int32_t any = 0;
-    UNROLL for (int t = 0; t < tokens; t++) total[t] = zeros();
+    UNROLL for (int t = 0; t < tokens; t++) total[t] = sums[t];
     for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
-        add_block(x + k, stride, w + k, DSM_BLOCK, *scale++, total, &found, tokens);
-    if (k < cols) add_block(x + k, stride, w + k, cols - k, *scale, total, &found, tokens);
+        add_block(x + k, stride, w + k, DSM_BLOCK, *scale++, ahead + k, total, &found, tokens);
+    if (k < cols) add_block(x + k, stride, w + k, cols - k, *scale, ahead + k, total, &found, tokens);
     found &= (int32_t)0x80808080;
     for (int i = 0; i < WIDTH; i++) any |= found[i];
-    UNROLL for (int t = 0; t < tokens; t++) out[t * ldo] = any ? NAN : sum(total[t]);
+    UNROLL for (int t = 0; t < tokens; t++) sums[t] = any ? spread(NAN) : total[t];
 }
-
-DSM_INLINE void row_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, float *out, int64_t ldo,
-                         const int tokens) {
+DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, F *sums, const int tokens) {
     F total[8];
     UNROLL for (int t = 0; t < 2 * tokens; t++) total[t] = zeros();
     for (int64_t k = 0; k < cols; k += 2 * WIDTH) {
@@ -106,31 +106,53 @@ DSM_INLINE void row_bf16(const float *x, size_t stride, const uint16_t *w, int64
             total[2 * t + 1] += high * load(xt + WIDTH);
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++) out[t * ldo] = sum(total[2 * t] + total[2 * t + 1]);
+    UNROLL for (int t = 0; t < tokens; t++) sums[t] += total[2 * t] + total[2 * t + 1];
 }
 
-/* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
-#define ROW(N)                                                                                                         \
-    static __attribute__((noinline)) void row_##N(const void *x, size_t stride, const Matrix *w, int64_t r,            \
-                                                  float *out, int64_t ldo) {                                           \
-        if (w->dtype == DSM_FP8)                                                                                       \
-            row_fp8(x, stride, (const uint8_t *)w->data + r * w->cols,                                                 \
-                    w->scale + r / DSM_BLOCK * dsm_blocks(w->cols), w->cols, out, ldo, N);                             \
-        else                                                                                                           \
-            row_bf16(x, stride, (const uint16_t *)w->data + r * w->cols, w->cols, out, ldo, N);                        \
+/* Up to ROWS weight rows. One token's rows are one stream. Beside several, long rows go a segment at a time, so that the
+   segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
+DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
+                          int64_t ldo, const int tokens) {
+    F sums[ROWS * 4];
+    const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2;
+    const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
+    for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
+    for (int64_t k = 0; k < cols; k += segment) {
+        const float *xk = (const float *)x + k;
+        const int64_t length = dsm_min(segment, cols - k);
+        for (int64_t r = 0; r < count; r++) {
+            const char *row = (const char *)w->data + ((first + r) * cols + k) * itemsize;
+            const char *ahead = segment == cols ? row + AHEAD
+                                : r + 1 < count ? row + cols * itemsize
+                                                : row + (segment - (count - 1) * cols) * itemsize;
+            const float *scale = w->scale + (first + r) / DSM_BLOCK * dsm_blocks(cols) + k / DSM_BLOCK;
+            if (w->dtype == DSM_FP8)
+                add_fp8(xk, stride, (const uint8_t *)row, scale, length, ahead, sums + r * tokens, tokens);
+            else add_bf16(xk, stride, (const uint16_t *)row, length, sums + r * tokens, tokens);
+        }
     }
-ROW(1)
-ROW(2)
-ROW(4)
+    for (int64_t r = 0; r < count; r++)
+        UNROLL for (int t = 0; t < tokens; t++) out[t * ldo + r] = sum(sums[r * tokens + t]);
+}
+/* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
+#define SOME_ROWS(N)                                                                                                   \
+    static __attribute__((noinline)) void rows_##N(const char *x, size_t stride, const Matrix *w, int64_t first,       \
+                                                   int64_t count, float *out, int64_t ldo) {                           \
+        some_rows(x, stride, w, first, count, out, ldo, N);                                                            \
+    }
+SOME_ROWS(1)
+SOME_ROWS(2)
+SOME_ROWS(4)
 
 static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo) {
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < count; r += ROWS) {
+        const int64_t n = dsm_min(ROWS, count - r);
         const char *xt = x;
         int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) row_4(xt + t * stride, stride, w, first + r, out + t * ldo + r, ldo);
-        if (t + 2 <= tokens) row_2(xt + t * stride, stride, w, first + r, out + t * ldo + r, ldo), t += 2;
-        if (t < tokens) row_1(xt + t * stride, stride, w, first + r, out + t * ldo + r, ldo);
+        for (; t + 4 <= tokens; t += 4) rows_4(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
+        if (t + 2 <= tokens) rows_2(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo), t += 2;
+        if (t < tokens) rows_1(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
     }
 }
 
