@@ -1,10 +1,13 @@
 """What the benchmarks share: the machine's own limits, interleaved timing, and result files."""
 
 import json
+import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,17 +28,65 @@ def gemm_flops(dtype: torch.dtype = torch.bfloat16, size: int = 2048, repeats: i
     return 2 * size**3 / min(_seconds(lambda: a @ b) for _ in range(repeats))
 
 
-def interleave(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant, one after the other in every round, so that a noisy neighbour meets them all."""
-    times = {name: [] for name in contestants}
-    for _ in range(rounds):
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contestant in every round, and which of them other programs disturbed.
+
+    A sample is disturbed when the kernel took the processor from a thread of this process, once, or more than
+    `QUIET_SWITCHES` times a second in a long one. ``median`` is that of the others, or, if they are fewer than three,
+    of the fastest third.
+    """
+
+    seconds: tuple[float, ...]
+    disturbed: tuple[bool, ...]
+
+    @property
+    def counted(self) -> list[float]:
+        clean = [value for value, bad in zip(self.seconds, self.disturbed, strict=True) if not bad]
+        return clean if len(clean) >= 3 else sorted(self.seconds)[: max(1, len(self.seconds) // 3)]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.counted)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(ninth decile - first) / median, of all samples: below 0.1 on a quiet machine."""
+        if len(self.seconds) < 2:
+            return 0.0
+        deciles = statistics.quantiles(self.seconds, n=10, method="inclusive")
+        return (deciles[-1] - deciles[0]) / statistics.median(self.seconds)
+
+    def fields(self) -> dict[str, float | int]:
+        return {
+            "ms": self.median * 1e3,
+            "min_ms": self.minimum * 1e3,
+            "spread": self.spread,
+            "samples": len(self.seconds),
+            "disturbed": sum(self.disturbed),
+        }
+
+
+QUIET_SWITCHES = 20
+
+
+def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, Timing]:
+    """Time the contestants, one after the other in every round, so that a noisy neighbour meets them all."""
+    seconds = {name: [] for name in contestants}
+    disturbed = {name: [] for name in contestants}
+    for index in range(warm_up + rounds):
         for name, run in contestants.items():
-            times[name].append(_seconds(run))
-    return times
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+            taken = _seconds(run)
+            if index >= warm_up:
+                switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+                seconds[name].append(taken)
+                disturbed[name].append(switches > QUIET_SWITCHES * taken)
+    return {name: Timing(tuple(seconds[name]), tuple(disturbed[name])) for name in contestants}
 
 
 def machine() -> dict[str, str | int]:
@@ -47,6 +98,7 @@ def machine() -> dict[str, str | int]:
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

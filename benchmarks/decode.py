@@ -116,8 +116,9 @@ def measure(ours, plain, context: int, rounds: int, bandwidth: float) -> dict:
             "transformers": lambda: step(plain, caches[1], context),
         },
         rounds,
+        warm_up=0,
     )
-    mine, theirs = common.median(times["ours"]), common.median(times["transformers"])
+    mine, theirs = times["ours"].median, times["transformers"].median
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
     experts = ours.config.num_experts_per_tok / ours.config.n_routed_experts
     read = cache_bytes + sum(

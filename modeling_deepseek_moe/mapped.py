@@ -77,6 +77,14 @@ class MappedFiles:
         """Where the first byte of a file is in memory, for as long as this object lives."""
         return self._mapping(file).address
 
+    def find(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
+        """The file that a tensor is a view into, and at which byte; ``None`` if it is none."""
+        address = tensor.data_ptr() if tensor.device.type == "cpu" else 0
+        for file, mapping in self._mappings.items():
+            if mapping.address <= address < mapping.address + len(mapping.memory):
+                return file, address - mapping.address
+        return None
+
     def _mapping(self, file: Path) -> _Mapping:
         mapping = self._mappings.get(file)
         if mapping is None:

@@ -30,9 +30,10 @@ from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.mtp import DeepseekMtpLayer
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin
+from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 
-class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, PreTrainedModel):
+class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, StreamingMixin, PreTrainedModel):
     """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""
 
     config_class = DeepseekMoeConfig

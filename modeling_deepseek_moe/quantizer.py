@@ -15,6 +15,7 @@ from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.loading import Release, open_release, prepare
 from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, MappedExperts, StackedFp8Experts
 from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.streaming.model import fit_experts
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 
@@ -97,6 +98,7 @@ class DeepseekFp8Quantizer(HfQuantizer):
                 if name in module._parameters:
                     module._parameters[name].requires_grad_(False)
         self.release = None  # the headers of all tensors: nobody needs them now
+        fit_experts(model)
         return model
 
     def is_serializable(self) -> bool:

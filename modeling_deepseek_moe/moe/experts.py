@@ -5,7 +5,7 @@ Legend: T tokens, E experts, K experts per token, D hidden size, I expert width,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -106,10 +106,14 @@ class _Fp8Experts(KeepsDtype):
             return out_TD
 
         def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
-            gate, up, down = self.matrices(index).values()
-            return down.linear(self.act_fn(gate.linear(x_RD, self.block)) * up.linear(x_RD, self.block), self.block)
+            return self.expert(self.matrices(index).values(), x_RD)
 
         return run_experts(hidden_TD, topk_indices, topk_weights, expert, self.num_experts)
+
+    def expert(self, matrices: Iterable[Fp8Matrix], x_RD: torch.Tensor) -> torch.Tensor:
+        """One expert, of gate, up and down, by the reference."""
+        gate, up, down = matrices
+        return down.linear(self.act_fn(gate.linear(x_RD, self.block)) * up.linear(x_RD, self.block), self.block)
 
 
 class StackedFp8Experts(_Fp8Experts):
@@ -194,6 +198,17 @@ class MappedExperts(_Fp8Experts):
         self._places = torch.tensor(places, device="cpu").view(self.num_experts, len(PROJECTIONS), 2)
         self._scales = scales.view(self.num_experts, -1)
         self._addresses: torch.Tensor | None = None
+        self.stream = None  # a `streaming.layer.LayerStream`, if experts are held in memory of their own
+
+    @property
+    def files(self) -> MappedFiles:
+        """The mappings of the checkpoint's files."""
+        return self._files
+
+    @property
+    def matrix_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of gate, up and down."""
+        return self._shapes
 
     def addresses(self) -> torch.Tensor:
         """Where every matrix lies in memory: ``[E, 3, 2]`` int64 on the CPU, of its codes and of its fp32 scales.
@@ -221,7 +236,11 @@ class MappedExperts(_Fp8Experts):
     def engine(self, hidden_TD, topk_indices, topk_weights):
         self.check_files()
         refusal = experts.cpu.refuses(hidden_TD, self.act_fn) or block_fp8.cpu.refuses_blocks(hidden_TD, self.block)
-        if not may_use(CPU, refusal):
+        may_run = may_use(CPU, refusal)
+        # a backward pass reads the weights again, when streamed ones may be gone
+        if self.stream is not None and not (torch.is_grad_enabled() and hidden_TD.requires_grad):
+            return self.stream.run(self, hidden_TD, topk_indices, topk_weights, may_run)
+        if not may_run:
             return None
         width = self._shapes[0][0]
         return experts.cpu.routed(hidden_TD, topk_indices, topk_weights, self.addresses(), width, block_fp8.FP8_DTYPE)

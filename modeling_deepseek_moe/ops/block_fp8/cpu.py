@@ -38,7 +38,7 @@ def refuses_values(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     n, k = weight.shape
-    x, scale_inv = x.contiguous(), scale_inv.contiguous()
+    x, scale_inv = x.contiguous(), scale_inv.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty((*x.shape[:-1], n))
     _native.call(

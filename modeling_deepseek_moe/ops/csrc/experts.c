@@ -136,6 +136,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;
     /* gate and up of a chunk, and a panel beside them where one is multiplied */
     const size_t floats = (size_t)(many ? 3 * MANY_TOKENS : 2 * MANY_TOKENS) * CHUNK;
+    const uint64_t caller = dsm_exact_mode();
     for (int64_t i = 0; !many && i < slots; i++) pack_slot(layer, x, dtype, i); /* less work than a barrier */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -171,6 +172,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
         free(scratch);
         dsm_restore_mode(mode);
     }
+    dsm_restore_mode(caller);
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 

@@ -60,6 +60,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     const int64_t tasks = few ? (rows + ROWS - 1) / ROWS
                               : (rows + columns - 1) / columns * ((tokens + TOKENS - 1) / TOKENS);
     threads = dsm_threads(threads, rows * cols * (int64_t)dsm_itemsize(weight_dtype) * (few ? 1 : 1 + tokens / 16));
+    const uint64_t caller = dsm_exact_mode();
     for (int64_t t = 0; few && t < tokens; t++) pack(&job, x, t); /* less work than a barrier */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -88,6 +89,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
         free(scratch);
         dsm_restore_mode(mode);
     }
+    dsm_restore_mode(caller);
     free(packed);
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
@@ -98,8 +100,13 @@ DSM_API int dsm_rms_norm(int isa, int threads, int dtype, const void *x, const v
     const Kernels *kernels = dsm_kernels(isa, DSM_F32);
     const size_t row = n * dsm_itemsize(dtype);
     threads = dsm_threads(threads, tokens * n);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < tokens; t++)
-        kernels->norm((const char *)x + t * row, w, n, eps, (char *)out + t * row, dtype);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        uint64_t mode = dsm_exact_mode();
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < tokens; t++)
+            kernels->norm((const char *)x + t * row, w, n, eps, (char *)out + t * row, dtype);
+        dsm_restore_mode(mode);
+    }
     return DSM_OK;
 }

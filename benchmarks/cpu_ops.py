@@ -1,0 +1,103 @@
+"""FP8 and bf16 linear layers: one row, a few, many; every instruction set; beside torch's bf16 linear."""
+
+import argparse
+import itertools
+
+import torch
+import torch.nn.functional as F
+from cpu_readers import Readers, race, relative_error, row
+
+from modeling_deepseek_moe.ops import _native, block_fp8
+from modeling_deepseek_moe.ops._dispatch import use_backend
+from modeling_deepseek_moe.ops.linear import linear
+
+SHAPE = (4096, 7168)
+HEAD = (102400, 2048)
+ROWS = (1, 4, 512)
+COPIES = 6  # FP8: 176 MB
+TORCH = "torch bf16"
+GEMM_SIZE = 2048
+
+
+def random_fp8(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of normal weights with σ = 0.02, as `block_fp8.quantize` makes them."""
+    return block_fp8.quantize(torch.randn(shape, dtype=torch.bfloat16) * 0.02)
+
+
+def on(isa: str, function, *arguments):
+    with use_backend(f"cpu:{isa}"):
+        return function(*arguments)
+
+
+def measure(options: argparse.Namespace) -> dict:
+    weights = [random_fp8(SHAPE) for _ in range(COPIES)]
+    dense = [block_fp8.dequantize(*weight, torch.bfloat16) for weight in weights[: COPIES // 2]]
+    heads = torch.randn(HEAD, dtype=torch.bfloat16)
+    readers = Readers()
+    counts = [options.threads] if options.quick else sorted({1, options.threads})
+    found = []
+    for threads in counts:
+        torch.set_num_threads(threads)
+        for rows in ROWS:
+            found += fp8_linear(weights, dense, rows, threads, options.rounds * 4, readers)
+        found += head(heads, threads, options.rounds * 2, readers)
+        found += gemm(threads, options.rounds)
+    return {"rows": found, "errors": errors(weights[0], dense[0])}
+
+
+def fp8_linear(weights, dense, rows: int, threads: int, rounds: int, readers: Readers) -> list[dict]:
+    case = {"case": f"FP8 linear {SHAPE[0]}×{SHAPE[1]}, {rows} row{'s' * (rows > 1)}", "threads": threads}
+    x = torch.randn(rows, SHAPE[1], dtype=torch.bfloat16)
+    turn, turn_dense = itertools.cycle(weights), itertools.cycle(dense)
+    contestants = {TORCH: lambda: F.linear(x, next(turn_dense))}
+    for isa in _native.instruction_sets():
+        if isa == "baseline" and rows > ROWS[1]:
+            continue  # seconds a call, and nobody's choice
+        contestants[f"FP8 {isa}"] = lambda isa=isa: on(isa, block_fp8.linear, x, *next(turn))
+    times, bandwidth = race(contestants, rounds if rows < 100 else max(3, rounds // 2), readers)
+    found = list(readers.rows(case, times)) if rows == 1 else []
+    for name in contestants:
+        nbytes = dense[0].nbytes if name == TORCH else sum(part.nbytes for part in weights[0])
+        flops = 2 * rows * SHAPE[0] * SHAPE[1]
+        found.append(row(case, name, times[name], nbytes, bandwidth, flops))
+        found[-1]["ratio"] = times[TORCH].median / times[name].median
+    return found
+
+
+def head(weight, threads: int, rounds: int, readers: Readers) -> list[dict]:
+    case = {"case": f"bf16 linear {HEAD[0]}×{HEAD[1]}, 1 row", "threads": threads}
+    x = torch.randn(1, HEAD[1], dtype=torch.bfloat16)
+    contestants = {TORCH: lambda: F.linear(x, weight)}
+    for isa in _native.instruction_sets():
+        contestants[f"bf16 {isa}"] = lambda isa=isa: on(isa, linear, x, weight)
+    times, bandwidth = race(contestants, rounds, readers)
+    found = [row(case, name, times[name], weight.nbytes, bandwidth) for name in contestants]
+    for fields in found:
+        fields["ratio"] = times[TORCH].median / times[fields["contestant"]].median
+    return found
+
+
+def gemm(threads: int, rounds: int) -> list[dict]:
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16) for _ in range(2))
+    times, _ = race({TORCH: lambda: a @ b}, rounds, None)
+    case = {"case": f"bf16 matrix product {GEMM_SIZE}³", "threads": threads}
+    return [row(case, TORCH, times[TORCH], flops=2 * GEMM_SIZE**3)]
+
+
+def errors(weight, dense) -> list[dict]:
+    """Relative error against fp64 on the exact FP8 weights. bf16 output alone costs 1.7e-3."""
+    found = []
+    exact_weight = block_fp8.dequantize(*weight, torch.float32).double()
+    for rows in ROWS:
+        x = torch.randn(rows, SHAPE[1], dtype=torch.bfloat16)
+        exact = x.double() @ exact_weight.T
+        fields = {"rows": rows, TORCH: relative_error(F.linear(x, dense), exact)}
+        for isa in _native.instruction_sets():
+            if isa == "baseline" and rows > ROWS[1]:
+                continue
+            fields[f"FP8 {isa}"] = relative_error(on(isa, block_fp8.linear, x, *weight), exact)
+            fields[f"FP8 {isa}, fp32 in and out"] = relative_error(
+                on(isa, block_fp8.linear, x.float(), *weight), exact
+            )
+        found.append(fields)
+    return found

@@ -1,0 +1,93 @@
+"""The figures of `cpu.py` as tables in the terminal, and as a plot."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "ms": ("ms", "{:.3g}"),
+    "min_ms": ("least", "{:.3g}"),
+    "spread": ("spread", "{:.0%}"),
+    "disturbed": ("disturbed", "{}"),
+    "gb_s": ("GB/s", "{:.1f}"),
+    "share_of_read": ("of reading", "{:.0%}"),
+    "gflop_s": ("GFLOP/s", "{:.0f}"),
+    "tokens_s": ("tokens/s", "{:.3g}"),
+    "ratio": ("ratio", "{:.2f}×"),
+}
+
+
+def show(part: str, found: dict) -> None:
+    console = Console(width=140)
+    rows = found["rows"]
+    table = Table(title=f"{part}: {found['machine']['cpu']}, {found['at']}")
+    table.add_column("", no_wrap=True)
+    table.add_column("threads", justify="right")
+    table.add_column("", no_wrap=True)
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    for name in columns:
+        table.add_column(COLUMNS[name][0], justify="right")
+    last = None
+    for row in rows:
+        case = (row["case"], row["threads"])
+        if case != last and last is not None:
+            table.add_section()
+        head = (row["case"], str(row["threads"])) if case != last else ("", "")
+        cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
+        if "disturbed" in columns:
+            cells[columns.index("disturbed")] += f"/{row['samples']}"
+        table.add_row(*head, row["contestant"], *cells)
+        last = case
+    console.print(table)
+    for name in ("errors", "agreement", "notes"):
+        for line in found.get(name, ()):
+            if isinstance(line, dict):
+                line = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            console.print(f"{name}: {line}")
+
+
+def plot(result: dict, file: Path) -> Path | None:
+    """Bars for each part; ``None`` without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = []
+    for part, unit in (("ops", "gb_s"), ("experts", "ms"), ("mla", "ms"), ("e2e", "tokens_s")):
+        rows = result.get(part, {}).get("rows", [])
+        most = max((row["threads"] for row in rows), default=0)
+        for case in dict.fromkeys(row["case"] for row in rows if row["threads"] == most and unit in row):
+            panels.append((case, unit, [row for row in rows if row["case"] == case and row["threads"] == most]))
+    if not panels:
+        return None
+    across = 3
+    down = -(-len(panels) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(5.2 * across, 2.3 * down), squeeze=False)
+    for axis, (case, unit, rows) in zip(axes.flat, panels, strict=False):
+        rows = [row for row in rows if unit in row][::-1]
+        colours = [
+            "#4c78a8"
+            if "torch" in r["contestant"] or "transformers" in r["contestant"]
+            else "#bab0ac"
+            if r["contestant"].startswith("read")
+            else "#f58518"
+            for r in rows
+        ]
+        bars = axis.barh([row["contestant"] for row in rows], [row[unit] for row in rows], color=colours)
+        axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axis.set_title(f"{case} ({COLUMNS[unit][0]})", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    machine = next(iter(result.values()))["machine"]
+    figure.suptitle(f"{machine['cpu']}, {most} threads, torch {machine['torch']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return file

@@ -1,0 +1,106 @@
+"""One layer's experts, computed as they arrive in memory.
+
+Legend: T tokens, E experts, K experts per token, D hidden size, R rows routed to one expert.
+"""
+
+from contextlib import closing
+
+import torch
+
+from modeling_deepseek_moe.moe.experts import Fp8Matrix, MappedExperts
+from modeling_deepseek_moe.ops import block_fp8, experts
+from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, Foresight
+from modeling_deepseek_moe.streaming.cache import ExpertCache, Key
+from modeling_deepseek_moe.streaming.resident import ResidentWeights
+
+
+class LayerStream:
+    """Layer ``number`` of an expert cache. Copies and pickles of it are ``None``: memory and threads are not copied.
+
+    Args:
+        resident: the model's other weights, read in before the first expert is.
+        foresight: of the next layer, ``None`` for the last.
+        here: what the layer before foresees of this one.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        number: int,
+        resident: ResidentWeights,
+        foresight: Foresight | None = None,
+        here: Foresight | None = None,
+    ):
+        self.cache, self.number = cache, number
+        self._resident, self._foresight, self._here = resident, foresight, here
+        self._table: torch.Tensor | None = None
+
+    @torch.compiler.disable
+    def run(
+        self,
+        module: MappedExperts,
+        hidden_TD: torch.Tensor,
+        topk_indices: torch.Tensor,
+        topk_weights: torch.Tensor,
+        on_engine: bool,
+    ) -> torch.Tensor:
+        """The layer's result, with the same bits as from the mapped files.
+
+        Args:
+            on_engine: use the CPU engine, not the reference.
+        """
+        self._resident.read()
+        wanted = _experts_hit(topk_indices, module.num_experts)
+        if self._here is not None:
+            self._here.judge(wanted)
+        ahead = None
+        if self._foresight is not None and len(hidden_TD) <= FEW_TOKENS:
+            ahead = lambda: self._foresee(hidden_TD)  # noqa: E731 - asked for later, or never
+        groups = self.cache.serve(self.number, wanted, len(hidden_TD), None if on_engine else 1, ahead)
+        with closing(groups):
+            if not on_engine:
+                return self._reference(module, hidden_TD, topk_indices, topk_weights, groups)
+            if self._table is None:
+                self._table = module.addresses().clone()
+                self._table[..., 0] = 0
+            out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32)
+            width = module.matrix_shapes[0][0]
+            for group in groups:
+                rows = [slot.key[1] for slot in group]
+                self._table[rows, :, 0] = torch.tensor([self.cache.addresses(slot) for slot in group])
+                experts.cpu.accumulate(
+                    out_TD, hidden_TD, topk_indices, topk_weights, self._table, width, block_fp8.FP8_DTYPE
+                )
+                self._table[rows, :, 0] = 0
+            return out_TD.to(hidden_TD.dtype)
+
+    def _reference(self, module, hidden_TD, topk_indices, topk_weights, groups) -> torch.Tensor:
+        def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
+            (slot,) = next(groups)
+            weights = self.cache.views(slot, module.matrix_shapes, block_fp8.FP8_DTYPE)
+            matrices = [
+                Fp8Matrix(weight, mapped.scale_inv)
+                for weight, mapped in zip(weights, module.matrices(index).values(), strict=True)
+            ]
+            return module.expert(matrices, x_RD)
+
+        return experts.run_experts(hidden_TD, topk_indices, topk_weights, expert, module.num_experts)
+
+    def _foresee(self, hidden_TD: torch.Tensor) -> list[Key]:
+        following = self._foresight.layer
+        if not self.cache.layers[following].missed:
+            return []
+        missing = [expert for expert in self._foresight.rank(hidden_TD) if not self.cache.holds((following, expert))]
+        return [(following, expert) for expert in self._foresight.guess(missing)]
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _experts_hit(topk_indices: torch.Tensor, num_experts: int) -> list[int]:
+    """Ascending; indices beyond the experts mark slots that are served elsewhere."""
+    if topk_indices.numel() <= 64:
+        found = sorted(set(topk_indices.flatten().tolist()))
+    else:
+        found = topk_indices.unique().tolist()
+    return [index for index in found if 0 <= index < num_experts]
