@@ -1,0 +1,189 @@
+"""What an evaluation leaves on disk, and reading it back: ``evaluation.json`` and ``samples/<task>.jsonl``.
+
+The samples hold every prompt, output and verdict, one question a line; scores and intervals are computed from them, never
+stored beside them. ``evaluation.json`` holds what it takes to run the same again.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+FORMAT = 1
+EVALUATION_FILE = "evaluation.json"
+SAMPLES_FOLDER = "samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One answer of the model to a question, and how it was judged.
+
+    Args:
+        text: what the model wrote; empty for a log-likelihood task.
+        answer: what was read from it, or None: no answer.
+        right: the verdict.
+        stock_answer, stock_right: the same by lm-eval's own task; ``stock_right`` None where it has none.
+        tokens: how many the model wrote; None where unknown.
+        truncated: the token limit ended it; None where unknown.
+        scores: log-likelihood of each option, for a log-likelihood task.
+    """
+
+    text: str
+    answer: str | None
+    right: bool
+    stock_answer: str | None = None
+    stock_right: bool | None = None
+    tokens: int | None = None
+    truncated: bool | None = None
+    scores: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question with its ``k`` outputs. ``id`` is unique in its task and the same in every run of the same data.
+
+    ``prompt`` is what the model saw, special tokens and all; ``question`` the problem alone, for people.
+    """
+
+    id: str
+    question: str
+    prompt: str
+    gold: str
+    outputs: tuple[Output, ...]
+    category: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """One task of an evaluation.
+
+    Args:
+        benchmark: key of the published figures, one of `BENCHMARKS`.
+        data: ``{"source": "hub" | "folder" | "sample", "path", "revision", "sha256"}``; ``sample`` are rows of this
+            project in the benchmark's format: their score is not the benchmark's.
+        rows: questions in the data; fewer may have been asked.
+        settings: the protocol's fields as they were used: ``{"max_tokens": 8192, "temperature": 0.0, ...}``.
+        changed: what departs from the protocol, in words; empty when nothing does.
+        harness: lm-eval's own figures for the task.
+    """
+
+    task: str
+    benchmark: str
+    data: dict
+    rows: int
+    settings: dict
+    changed: tuple[str, ...] = ()
+    harness: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A run: of which model, under which protocol, with what.
+
+    Args:
+        model: ``{"label", "path", "config_sha256", "checkpoint_sha256", "dtype", "parameters", "quantization"}``.
+        protocol: ``{"name", "fields": {name: {"value", "status": "documented" | "assumed", "source"}}}``.
+    """
+
+    model: dict
+    suite: str
+    protocol: dict
+    tasks: tuple[TaskRun, ...]
+    versions: dict
+    seeds: dict
+    date: str
+    seconds: float
+    command: str = ""
+    machine: str = ""
+    format: int = FORMAT
+
+
+# Benchmark -> its name in the published figures.
+BENCHMARKS = {
+    "mmlu_pro": "MMLU-Pro",
+    "gpqa_diamond": "GPQA-Diamond",
+    "math500": "MATH-500",
+    "math": "MATH",
+    "aime24": "AIME 2024",
+    "codeforces": "Codeforces",
+    "swebench": "SWE-bench Verified",
+}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole file or, interrupted, what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, samples: dict[str, Iterable[Question]]) -> None:
+    """Write ``samples`` (by task), then the evaluation: a folder with an ``evaluation.json`` is complete."""
+    for task, questions in samples.items():
+        lines = (json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions)
+        write_atomically(folder / SAMPLES_FOLDER / f"{task}.jsonl", "".join(lines))
+    text = json.dumps(asdict(evaluation), indent=1, ensure_ascii=False, default=str)
+    write_atomically(folder / EVALUATION_FILE, text + "\n")
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """
+    Raises:
+        FileNotFoundError: no finished evaluation in the folder.
+        ValueError: it is damaged, or of a later format.
+    """
+    file = Path(folder) / EVALUATION_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: found no {EVALUATION_FILE}, wanted the folder of a finished evaluation")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{file}: found format {found!r}, wanted {FORMAT}")
+    values = _checked(Evaluation, values, file)
+    tasks = tuple(TaskRun(**_checked(TaskRun, task, file)) for task in values["tasks"])
+    return Evaluation(**{**values, "tasks": tasks})
+
+
+def read_questions(folder: Path, task: str) -> list[Question]:
+    """
+    Raises:
+        FileNotFoundError: the task's samples are missing.
+        ValueError: a line is damaged; the message names it.
+    """
+    file = Path(folder) / SAMPLES_FOLDER / f"{task}.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: found no samples, wanted those of the task {task!r}")
+    questions = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{file}:{number}"
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from None
+            values = _checked(Question, values, where)
+            outputs = tuple(Output(**_checked(Output, output, where)) for output in values["outputs"])
+            if not outputs:
+                raise ValueError(f"{where}: found no outputs, wanted at least one")
+            questions.append(Question(**{**values, "outputs": outputs}))
+    return questions
+
+
+def _checked(kind: type, values: object, where: object) -> dict:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: found {type(values).__name__}, wanted the fields of {kind.__name__}")
+    known = {one.name for one in fields(kind)}
+    needed = {name for name in known if name not in kind.__dict__ and name not in ("harness",)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"{where}: found unknown field {unknown[0]!r} of {kind.__name__}")
+    if missing := sorted(needed - values.keys()):
+        raise ValueError(f"{where}: found no field {missing[0]!r} of {kind.__name__}")
+    return {name: tuple(value) if name == "changed" else value for name, value in values.items()}
