@@ -14,6 +14,7 @@ _LETTER = re.compile(r"\b[A-J]\b")
 _SIMPLE_EVALS = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?")
 _BRACES = re.compile(r"\\.|\{+|\}+", re.DOTALL)
 _SPACE, _BARE = re.compile(r"\s*"), re.compile(r"[^\s$.,]*")
+_FINAL = re.compile(r"(?i)final answer is(.*)")
 _BOXES = ("\\boxed", "\\fbox")
 THINK_END = "</think>"
 
@@ -90,3 +91,12 @@ def after_thinking(text: str) -> str:
     """What follows the last ``</think>``; empty when thinking never ended, as then nothing was answered."""
     _, mark, answer = text.rpartition(THINK_END)
     return answer.lstrip() if mark else ""
+
+
+def minerva_answer(text: str) -> str | None:
+    r"""What a base model gives after Minerva's examples: "The final answer is $X$. I hope it is correct."; else the last box."""
+    stated = _FINAL.search(text)
+    if not stated:
+        return boxed(text)
+    line = stated[1].partition("I hope it is correct")[0]
+    return line.strip().removesuffix(".").strip().strip("$").strip() or boxed(text)
