@@ -99,7 +99,11 @@ def load_rows(benchmark: str, split: str = "test", data: str | Path = HUB) -> tu
         sample = str(data) == SAMPLE
         file = _find(SAMPLES if sample else Path(data), benchmark, split, sample)
         rows, where = _read(file), file
-        facts = {"source": SAMPLE if sample else "folder", "path": file.name if sample else str(file), "revision": None}
+        facts = {
+            "source": SAMPLE if sample else "folder",
+            "path": file.name if sample else str(file),
+            "revision": None,
+        }
     rows = [_pick(source, row, where, number) for number, row in enumerate(rows, 1)]
     if not rows:
         raise ValueError(f"{where}: found no rows, wanted at least one question")
@@ -156,7 +160,9 @@ def _find(folder: Path, benchmark: str, split: str, sample: bool) -> Path:
     if sample:
         raise FileNotFoundError(f"the package ships no rows of {benchmark}: use --data FOLDER or --data hub")
     wanted = ", ".join(f"{stem}.jsonl" for stem in stems)
-    raise FileNotFoundError(f"{folder}: found no {split} rows of {benchmark}, wanted {wanted} (.json, .parquet, .csv too)")
+    raise FileNotFoundError(
+        f"{folder}: found no {split} rows of {benchmark}, wanted {wanted} (.json, .parquet, .csv too)"
+    )
 
 
 def _read(file: Path) -> list[dict]:

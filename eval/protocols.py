@@ -48,7 +48,9 @@ def read_protocols(file: Path = FILE) -> dict[str, Protocol]:
     for name, values in yaml.safe_load(file.read_text(encoding="utf-8")).items():
         shared = {key: _field(f"{name}.{key}", values[key]) for key in SHARED_FIELDS}
         fields = {
-            benchmark: {key: _field(f"{name}.{benchmark}.{key}", value) for key, value in entry.items() if key != "task"}
+            benchmark: {
+                key: _field(f"{name}.{benchmark}.{key}", value) for key, value in entry.items() if key != "task"
+            }
             for benchmark, entry in values["tasks"].items()
         }
         tasks = {benchmark: entry["task"] for benchmark, entry in values["tasks"].items()}

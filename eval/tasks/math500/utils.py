@@ -1,0 +1,10 @@
+"""math500 for lm-eval: see README.md beside this file."""
+
+from modeling_deepseek_moe.eval import benchmarks
+from modeling_deepseek_moe.eval.harness import dataset, keep_all, verdicts
+
+__all__ = ["keep_all", "r1_questions", "r1_verdicts", "v3_questions", "v3_verdicts"]
+
+v3_questions = r1_questions = dataset(benchmarks.math500)
+v3_verdicts = verdicts("math500")
+r1_verdicts = verdicts("math500", thinking=True)
