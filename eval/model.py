@@ -7,13 +7,13 @@ import psutil
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from modeling_deepseek_moe.eval.journal import Journal, request_key
+from modeling_deepseek_moe.eval.sampling import RowSampler
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 import modeling_deepseek_moe  # noqa: F401  registers the family
 from modeling_deepseek_moe.anatomy import dissect
-from modeling_deepseek_moe.eval.journal import Journal, request_key
-from modeling_deepseek_moe.eval.sampling import RowSampler
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations
 MOST_ROWS = 64
@@ -62,7 +62,8 @@ class DeepseekLM(HFLM):
         cache: "dynamic" or "static".
         journal: keeps every answer as it comes, and gives those it has.
         seed: of sampling.
-        kwargs: HFLM's. ``add_bos_token`` works with a tokenizer object too.
+        add_bos_token: False for a model that was trained without one.
+        kwargs: HFLM's.
 
     Raises:
         ValueError: an unknown cache.
@@ -85,6 +86,7 @@ class DeepseekLM(HFLM):
         if isinstance(pretrained, str):
             kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         self.rows = None if str(batch_size) == "auto" else int(batch_size)
+        kwargs.setdefault("softmax_dtype", "float32")
         super().__init__(pretrained, batch_size=self.rows or 1, add_bos_token=add_bos_token, **kwargs)
         self.model.eval()
         self.prefill, self.cache_kind, self.journal, self.seed = prefill, cache, journal, seed
@@ -93,11 +95,14 @@ class DeepseekLM(HFLM):
     # -- prompts
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids, with one BOS before them where ``add_bos_token`` asks for it; no other special token is added."""
+        """Token ids that begin with one BOS, as the family was trained, unless ``add_bos_token`` is False.
+
+        transformers ignores ``add_bos_token: true`` of the released tokenizer_config.json.
+        """
         ids = self.tokenizer.encode(string, add_special_tokens=False)
-        wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        unwanted = add_special_tokens is False or self.add_bos_token is False
         bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if wanted and bos is not None and ids[:1] != [bos] else ids
+        return ids if unwanted or bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """
@@ -167,13 +172,16 @@ class DeepseekLM(HFLM):
         del waiting[:count]
         return batch
 
-    def _rows_that_fit(self, tokens: int) -> int:
+    def _rows_that_fit(self, tokens: int, logits: int = 0) -> int:
+        """Rows of so many tokens; ``logits``: bytes a position and word of the vocabulary."""
         free = psutil.virtual_memory().available
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         config, itemsize = self.model.config, self.model.dtype.itemsize
         cache = dissect(config).cache_bytes(tokens, itemsize)
-        activations = tokens * 8 * config.hidden_size * itemsize + config.vocab_size * 16
+        activations = (
+            tokens * (8 * config.hidden_size * itemsize + config.vocab_size * logits) + config.vocab_size * 16
+        )
         return int(min(MOST_ROWS, max(1, free * MEMORY_SHARE // (cache + activations))))
 
     @torch.inference_mode()
@@ -251,13 +259,15 @@ class DeepseekLM(HFLM):
         done = self.journal.answers if self.journal else {}
         answers = {key: tuple(done[key]) for key in keys if key in done}
         waiting = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in answers]
-        longest = max((len(self.tok_encode("".join(request.args))) for _, request in waiting), default=0)
+        longest = max((len(self.tok_encode("".join(request.args))) for _, request in waiting), default=1)
         if longest > self.max_length:
             raise ValueError(
                 f"found a context and continuation of {longest} tokens, wanted at most {self.max_length}, the model's "
                 "context: fewer examples (--shots)"
             )
-        chunk = max(1, 8 * (self.rows or 8))  # between two writes
+        # of each position, logits in the model's dtype and in fp32, and their log-softmax
+        self.batch_size_per_gpu = self.rows or self._rows_that_fit(longest, logits=12)
+        chunk = 8 * self.batch_size_per_gpu  # between two writes
         progress = _Progress(len(requests), len(requests) - len(waiting), disable_tqdm)
         # neighbours share their context, which HFLM then reads once
         for start in range(0, len(waiting), chunk):

@@ -1,0 +1,199 @@
+"""An evaluation from beginning to end: tasks of a suite, through lm-eval, to a folder of results."""
+
+import datetime
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval.evaluator import evaluate as run_harness
+from lm_eval.tasks import TaskManager
+from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
+from modeling_deepseek_moe.eval.data import HUB, load_rows
+from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
+from modeling_deepseek_moe.eval.journal import JOURNAL_FILE, Journal
+from modeling_deepseek_moe.eval.model import DeepseekLM
+from modeling_deepseek_moe.eval.protocols import Protocol, protocol
+from modeling_deepseek_moe.eval.results import Evaluation, Output, Question, TaskRun, write_evaluation
+
+TASKS = Path(__file__).parent / "tasks"
+SEED = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What departs from the protocol; None leaves a field as it is."""
+
+    shots: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    k: int | None = None
+
+    def apply(self, fields: dict) -> tuple[dict, tuple[str, ...]]:
+        """The settings, and what changed, in words. A field that a task does not have stays out of it."""
+        settings, changed = dict(fields), []
+        for name, value in vars(self).items():
+            if value is not None and name in fields and value != fields[name]:
+                settings[name] = value
+                changed.append(f"{name} {value} instead of {fields[name]}")
+        return settings, tuple(changed)
+
+
+def evaluate(
+    model,
+    tokenizer,
+    *,
+    suite: str,
+    benchmarks: list[str],
+    out: Path,
+    folder: Path | None = None,
+    label: str = "",
+    data: str = HUB,
+    limit: int | None = None,
+    changes: Changes = Changes(),
+    batch_size: int | str = "auto",
+    cache: str = "dynamic",
+    seed: int = SEED,
+    command: str = "",
+) -> Evaluation:
+    """Evaluate, and write ``evaluation.json`` and ``samples/`` into ``out``. Interrupted, the same call goes on.
+
+    Args:
+        model: of this package, ready to generate.
+        folder: where it came from.
+        data: see `load_rows`.
+        limit: the first so many questions of each task; raised later, only the new ones are asked.
+
+    Raises:
+        ValueError: an unknown suite or benchmark, a context that is too short, answers of another run in ``out``, bad data.
+        FileNotFoundError, ConnectionError, PermissionError: no data.
+        ImportError: math-verify is missing, and a task needs it.
+    """
+    start, chosen = time.perf_counter(), protocol(suite)
+    check_benchmarks(chosen, benchmarks)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    shared = {name: field.value for name, field in chosen.shared.items()}
+    settings = {benchmark: changes.apply(chosen.values(benchmark)) for benchmark in benchmarks}
+    runs = [_describe(chosen, benchmark, *settings[benchmark], data) for benchmark in benchmarks]
+    facts = model_facts(model, folder, label or (folder.name if folder else type(model).__name__))
+    identity = {"model": facts | {"path": None, "label": None}, "prefill": shared["prefill"], "seed": seed}
+    journal = Journal(out / JOURNAL_FILE, identity)
+    try:
+        lm = DeepseekLM(
+            model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            prefill=shared["prefill"],
+            cache=cache,
+            journal=journal,
+            seed=seed,
+        )
+        loaded = _load_tasks(runs, data)
+        results = run_harness(
+            lm,
+            loaded,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,  # the report has intervals of its own
+            system_instruction=shared["system_prompt"],
+            apply_chat_template=shared["chat_template"],
+        )
+    finally:
+        journal.close()
+    samples = _questions(lm, runs, results["samples"], shared["thinking"])
+    runs = [
+        TaskRun(**vars(run) | {"harness": _plain(results["results"][run.task]), "rows": rows})
+        for run, rows in ((run, len(loaded["tasks"][run.task].eval_docs)) for run in runs)
+    ]
+    evaluation = Evaluation(
+        model=facts,
+        suite=suite,
+        protocol=chosen.record(benchmarks),
+        tasks=tuple(runs),
+        versions=versions(),
+        seeds={"sampling": seed},
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - start, 1),
+        command=command,
+        machine=machine(),
+    )
+    write_evaluation(out, evaluation, samples)
+    return evaluation
+
+
+def check_benchmarks(chosen: Protocol, benchmarks: list[str]) -> None:
+    """
+    Raises:
+        ValueError: a benchmark that the suite does not have, or one twice.
+    """
+    for benchmark, count in Counter(benchmarks).items():
+        if benchmark not in chosen.tasks:
+            raise ValueError(f"--tasks: found {benchmark!r}, wanted some of {', '.join(chosen.tasks)} ({chosen.name})")
+        if count > 1:
+            raise ValueError(f"--tasks: found {benchmark!r} twice")
+    if not benchmarks:
+        raise ValueError(f"--tasks: found none, wanted some of {', '.join(chosen.tasks)} ({chosen.name})")
+
+
+def _describe(chosen: Protocol, benchmark: str, settings: dict, changed: tuple[str, ...], data: str) -> TaskRun:
+    facts = load_rows(benchmark, "test", data)[1]
+    return TaskRun(
+        task=chosen.tasks[benchmark], benchmark=benchmark, data=facts, rows=0, settings=settings, changed=changed
+    )
+
+
+def _load_tasks(runs: list[TaskRun], data: str) -> dict:
+    """lm-eval's tasks, with the settings of the runs."""
+    loaded = {}
+    for run in runs:  # one by one: they may differ in the number of examples
+        shots = {"shots": run.settings["shots"]} if "shots" in run.settings else {}
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data), **shots})
+        part = manager.load([run.task])
+        task = part["tasks"][run.task]
+        if "max_tokens" in run.settings:
+            task.set_config("repeats", run.settings["k"])
+            task.set_config("generation_kwargs", _generation(run.settings), update=True)
+        loaded = {name: {**loaded.get(name, {}), **entries} for name, entries in part.items()}
+    return loaded
+
+
+def _generation(settings: dict) -> dict:
+    sampled = settings["temperature"] > 0
+    chosen = {"do_sample": sampled, "temperature": settings["temperature"], "top_p": settings["top_p"]}
+    return chosen | {"max_gen_toks": settings["max_tokens"]}
+
+
+def _questions(lm: DeepseekLM, runs: list[TaskRun], samples: dict, thinking: bool) -> dict[str, list[Question]]:
+    asked, questions = Counter(), {}
+    for run in runs:
+        ordered = sorted(samples[run.task], key=lambda sample: sample["doc_id"])
+        questions[run.task] = [_question(lm, run, sample, asked, thinking) for sample in ordered]
+    return questions
+
+
+def _question(lm: DeepseekLM, run: TaskRun, sample: dict, asked: Counter, thinking: bool) -> Question:
+    doc, (prompt, *rest) = sample["doc"], sample["arguments"][0]
+    if "max_tokens" not in run.settings:
+        scores = {"ABCDEFGHIJ"[i]: answer[0][0] for i, answer in enumerate(sample["resps"])}
+        answer = max(scores, key=scores.get)
+        outputs = [Output(text="", answer=answer, right=answer == doc["gold"], scores=scores)]
+    else:
+        outputs = []
+        for _ in sample["resps"][0]:
+            made = lm.output(prompt, rest[0], asked[prompt])
+            asked[prompt] += 1
+            outputs.append(Output(**made, **judge(SCORERS[run.benchmark], doc, made["text"], thinking)))
+    return Question(
+        id=doc["id"],
+        question=doc["question"],
+        prompt=prompt,
+        gold=doc["gold"],
+        outputs=tuple(outputs),
+        category=doc["category"],
+    )
+
+
+def _plain(figures: dict) -> dict:
+    return {name: value for name, value in figures.items() if isinstance(value, int | float) and name != "sample_len"}
