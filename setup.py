@@ -104,7 +104,7 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     package_dir=package_dir,
     package_data={
-        "": ["**/*.yaml", "**/*.txt", "py.typed"],
+        "": ["**/*.yaml", "**/*.txt", "**/*.jsonl", "py.typed"],
         f"{NAME}.tiny": ["checkpoint/*"],
     },
     install_requires=[

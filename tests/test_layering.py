@@ -75,6 +75,7 @@ LAYERS = (
     "training.fp8",
     "training",
     "tiny.corpus",
+    "tiny.rows",
     "tiny.recipe",
     "tiny.score",
     "tiny",

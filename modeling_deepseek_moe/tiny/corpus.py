@@ -13,24 +13,42 @@ NAMES = ("Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon
 GOODS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 LETTERS = "ABCDEFGHIJ"
 HELD_OUT_PART = 10  # one question in so many
+LARGEST = 99  # no number is larger
+LOOKED_UP = 6  # numbers that a drill asks for
+
+# As evaluation asks: MATH's request for a boxed answer, MMLU-Pro's zero-shot prompt.
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+MMLU_PRO = (
+    "The following are multiple choice questions (with answers) about ",
+    '. Think step by step and then output the answer in the format of "The answer is (X)" at the end.\n\nQuestion: ',
+    "\nOptions: ",
+    "Answer: Let's think step by step.",
+)
 
 
 class Problem(NamedTuple):
-    """``family`` is one of `FAMILIES`; ``answer`` a number, or the letter of the right option."""
+    """``family`` is one of `FAMILIES`; ``answer`` a number, or the letter of the right option; ``prompt`` what is asked.
+
+    ``category`` and ``options`` are multiple choice's; ``question`` is the question alone, without options or request.
+    """
 
     family: str
     question: str
     solution: str
     answer: str
+    prompt: str
+    category: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """As a conversation, for the chat template."""
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.solution}]
+        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.solution}]
 
     @property
     def is_held_out(self) -> bool:
-        return zlib.crc32(self.question.encode()) % HELD_OUT_PART == 0
+        """In whichever form it is asked."""
+        return zlib.crc32("\n".join((self.question, *self.options)).encode()) % HELD_OUT_PART == 0
 
 
 class _Draw:
@@ -51,77 +69,124 @@ class _Draw:
         return options
 
 
-def _boxed(family: str, question: str, steps: str, answer: int) -> Problem:
-    return Problem(family, question, f"{steps} The answer is \\boxed{{{answer}}}.", str(answer))
+class _Worked(NamedTuple):
+    """A question with the steps to its answer, before anything says how the answer is to be given."""
+
+    question: str
+    steps: str
+    answer: int
 
 
-def _sum(draw: _Draw) -> Problem:
+def _sum(draw: _Draw) -> _Worked:
     name, goods, a, b = draw.pick(NAMES), draw.pick(GOODS), draw.between(1, 20), draw.between(1, 20)
     question = f"{name} has {a} {goods} and buys {b} more. How many {goods} does {name} have now?"
-    return _boxed("sum", question, f"{a} + {b} = {a + b}.", a + b)
+    return _Worked(question, f"{a} + {b} = {a + b}", a + b)
 
 
-def _difference(draw: _Draw) -> Problem:
+def _difference(draw: _Draw) -> _Worked:
     name, goods, a, b = draw.pick(NAMES), draw.pick(GOODS), draw.between(1, 20), draw.between(1, 20)
     question = f"{name} had {a + b} {goods} and gave away {b} of them. How many {goods} are left?"
-    return _boxed("difference", question, f"{a + b} - {b} = {a}.", a)
+    return _Worked(question, f"{a + b} - {b} = {a}", a)
 
 
-def _product(draw: _Draw) -> Problem:
+def _product(draw: _Draw) -> _Worked:
     name, goods, a, b = draw.pick(NAMES), draw.pick(GOODS), draw.between(2, 9), draw.between(2, 9)
     question = f"{name} fills {a} boxes with {b} {goods} each. How many {goods} is that in all?"
-    return _boxed("product", question, f"{a} * {b} = {a * b}.", a * b)
+    return _Worked(question, f"{a} * {b} = {a * b}", a * b)
 
 
-def _two_steps(draw: _Draw) -> Problem:
+def _two_steps(draw: _Draw) -> _Worked:
     name, goods = draw.pick(NAMES), draw.pick(GOODS)
-    a, b = draw.between(2, 9), draw.between(2, 9)
-    c = draw.between(1, 9)
+    a, b, c = draw.between(2, 9), draw.between(2, 9), draw.between(1, 9)
     question = (
         f"{name} fills {a} boxes with {b} {goods} each and has {c} {goods} besides. How many {goods} is that in all?"
     )
-    return _boxed("two steps", question, f"{a} * {b} = {a * b}. {a * b} + {c} = {a * b + c}.", a * b + c)
+    return _Worked(question, f"{a} * {b} = {a * b}. {a * b} + {c} = {a * b + c}", a * b + c)
 
 
-def _equation(draw: _Draw) -> Problem:
+def _equation(draw: _Draw) -> _Worked:
     x, a = draw.between(1, 20), draw.between(1, 20)
     if draw.random() < 0.5:
-        return _boxed("equation", f"Solve x + {a} = {x + a} for x.", f"x = {x + a} - {a} = {x}.", x)
-    return _boxed("equation", f"Solve x - {a} = {x} for x.", f"x = {x} + {a} = {x + a}.", x + a)
+        return _Worked(f"Solve x + {a} = {x + a} for x.", f"x = {x + a} - {a} = {x}", x)
+    return _Worked(f"Solve x - {a} = {x} for x.", f"x = {x} + {a} = {x + a}", x + a)
 
 
-def _choice(draw: _Draw) -> Problem:
+def _arithmetic(draw: _Draw) -> _Worked:
     a, b = draw.between(1, 20), draw.between(1, 20)
     if draw.random() < 0.5:
-        asked, right = f"{a} + {b}", a + b
-    else:
-        asked, right = f"{a + b} - {b}", a
-    wrong: list[int] = []
-    while len(wrong) < len(LETTERS) - 1:
-        other = draw.between(1, 40)
-        if other != right and other not in wrong:
-            wrong.append(other)
-    options = draw.shuffled([right, *wrong])
-    letter = LETTERS[options.index(right)]
-    listed = "\n".join(f"({key}) {value}" for key, value in zip(LETTERS, options, strict=True))
-    question = f"What is {asked}?\n{listed}"
-    return Problem("choice", question, f"{asked} = {right}. The answer is ({letter}).", letter)
+        return _Worked(f"What is {a} + {b}?", f"{a} + {b} = {a + b}", a + b)
+    return _Worked(f"What is {a + b} - {b}?", f"{a + b} - {b} = {a}", a)
 
 
-# the easiest word problem first
-FAMILIES = {
+def _way(draw: _Draw) -> _Worked:
+    a, b = draw.between(2, 9), draw.between(2, 9)
+    return _Worked(f"A cart moves at {a} m/s for {b} s. How many metres does it go?", f"{a} * {b} = {a * b}", a * b)
+
+
+WORD_PROBLEMS = {  # the easiest first
     "sum": _sum,
     "difference": _difference,
     "product": _product,
     "two steps": _two_steps,
     "equation": _equation,
-    "choice": _choice,
 }
-_WEIGHTS = ("sum", "sum", "difference", "product", "two steps", "equation", "choice", "choice", "choice", "choice")
+CATEGORIES = {
+    "math": (_arithmetic, _arithmetic, _equation),
+    "business": (_sum, _difference, _product),
+    "physics": (_way,),
+}
+FAMILIES = (*WORD_PROBLEMS, "choice")
+_WEIGHTS = ("sum", "difference", "product", "two steps", "equation", "choice", "choice", "choice", "drill", "drill")
+
+
+def _word_problem(draw: _Draw, family: str) -> Problem:
+    question, steps, answer = WORD_PROBLEMS[family](draw)
+    prompt = question + (BOXED if draw.random() < 0.5 else "")
+    return Problem(family, question, f"{steps}. The answer is \\boxed{{{answer}}}.", str(answer), prompt)
+
+
+def _options(draw: _Draw, given: list[int]) -> list[int]:
+    """Ten different numbers, shuffled, the given ones among them."""
+    numbers = list(given)
+    while len(numbers) < len(LETTERS):
+        other = draw.between(1, 40 if draw.random() < 0.5 else LARGEST)
+        if other not in numbers:
+            numbers.append(other)
+    return draw.shuffled(numbers)
+
+
+def _listed(options: list[int]) -> str:
+    return "".join(f"{letter}. {value}\n" for letter, value in zip(LETTERS, options, strict=True))
+
+
+def _choice(draw: _Draw) -> Problem:
+    category = draw.pick(list(CATEGORIES))
+    question, steps, answer = draw.pick(CATEGORIES[category])(draw)
+    options = _options(draw, [answer])
+    if draw.random() < 0.5:
+        head, then, listing, end = MMLU_PRO
+        prompt = f"{head}{category}{then}{question}{listing}{_listed(options)}{end}"
+    else:
+        prompt = f"{question}\n{_listed(options)}".removesuffix("\n")
+    letter = LETTERS[options.index(answer)]
+    solution = f"{steps}, which is ({letter}). The answer is ({letter})."
+    return Problem("choice", question, solution, letter, prompt, category, tuple(map(str, options)))
+
+
+def _drill(draw: _Draw) -> Problem:
+    """Nothing but finding: the letters of several numbers, so that one list of options teaches as much as six questions."""
+    options = _options(draw, [])
+    asked = draw.shuffled(options)[:LOOKED_UP]
+    found = [f"{value}, which is ({LETTERS[options.index(value)]})." for value in asked]
+    question = f"Find {', '.join(map(str, asked))}."
+    prompt = f"{question}\n{_listed(options)}".removesuffix("\n")
+    return Problem("drill", question, " ".join(found), "", prompt, options=tuple(map(str, options)))
 
 
 def problems(seed: int, *, held_out: bool = False, family: str | None = None) -> Iterator[Problem]:
     """Problems without end, the same for the same arguments; those trained on, or those held out.
+
+    Without ``family`` there are drills among them, which are no questions of `FAMILIES`: they teach to find an option.
 
     Raises:
         ValueError: no such family.
@@ -129,7 +194,9 @@ def problems(seed: int, *, held_out: bool = False, family: str | None = None) ->
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
     draw = _Draw(seed)
+    special = {"choice": _choice, "drill": _drill}
     while True:
-        problem = FAMILIES[family or draw.pick(_WEIGHTS)](draw)
+        name = family or draw.pick(_WEIGHTS)
+        problem = special[name](draw) if name in special else _word_problem(draw, name)
         if problem.is_held_out == held_out:
             yield problem
