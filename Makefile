@@ -17,7 +17,7 @@ help: ## Show this list
 $(STAMP): setup.py constraints.txt $(wildcard modeling_deepseek_moe/ops/csrc/*)
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0
-	.venv/bin/python -m pip install -c constraints.txt -e ".[dev,peft,bnb]"
+	.venv/bin/python -m pip install -c constraints.txt -e ".[dev,eval,peft,bnb]"
 	touch $@
 
 demo: $(READY) ## Train, write as FP8, load and generate with a small model

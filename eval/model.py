@@ -99,7 +99,7 @@ class DeepseekLM(HFLM):
 
         transformers ignores ``add_bos_token: true`` of the released tokenizer_config.json.
         """
-        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        ids = self.tokenizer.encode(string, add_special_tokens=False, verbose=False)
         unwanted = add_special_tokens is False or self.add_bos_token is False
         bos = self.tokenizer.bos_token_id
         return ids if unwanted or bos is None or ids[:1] == [bos] else [bos, *ids]

@@ -10,13 +10,14 @@ from modeling_deepseek_moe.cli.bench import bench
 from modeling_deepseek_moe.cli.chat import chat
 from modeling_deepseek_moe.cli.convert import convert
 from modeling_deepseek_moe.cli.demo import demo
+from modeling_deepseek_moe.cli.eval import eval  # noqa: A004  the command's name
 from modeling_deepseek_moe.cli.generate import generate
 from modeling_deepseek_moe.cli.inspect import inspect
 from modeling_deepseek_moe.cli.plan import plan
 from modeling_deepseek_moe.cli.report import report
 from modeling_deepseek_moe.cli.train import train
 
-COMMANDS = (plan, inspect, bench, generate, chat, convert, train, report, demo)
+COMMANDS = (plan, inspect, bench, generate, chat, convert, train, eval, report, demo)
 FREE_OPTIONS = {train: {"allow_extra_args": True, "ignore_unknown_options": True}}  # read by the command itself
 
 app = typer.Typer(

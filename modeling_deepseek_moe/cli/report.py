@@ -1,4 +1,4 @@
-"""``deepseek-moe report``: what the experts and the losses did in a training, drawn."""
+"""``deepseek-moe report``: a training's curves and expert loads, or the scores of evaluations, as a page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,28 +9,45 @@ from modeling_deepseek_moe.cli._console import print_json, stdout
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="The output folder of a training, or one of its checkpoints.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the drawings.", show_default="FOLDER/report")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the last figures as JSON.")] = False,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="The output folder of a training or one of its checkpoints; or those of one or more evaluations.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the report.", show_default="FOLDER/report")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Draw expert loads and losses of a training: PNG files, and one HTML page that holds them all.
+    """Report a training or an evaluation: one HTML page that needs no network, PNG files, figures as JSON.
 
-    It reads what Trainer and the telemetry callback wrote: trainer_state.json and expert_load.jsonl. Heat maps show the load
-    of each expert as a multiple of the mean, by layer and over time.
+    Of a training, losses and expert loads, from trainer_state.json and expert_load.jsonl: heat maps show the load of each expert
+    as a multiple of the mean, by layer and over time. Of evaluations, scores with intervals beside the published ones, and
+    every question with its answers; of two or more, where they differ and whether that can be chance.
 
     \b
     Examples:
       [cyan]deepseek-moe report runs/sft[/]
       [cyan]deepseek-moe report runs/sft/checkpoint-500 --out drawings --json[/]
+      [cyan]deepseek-moe report runs/eval-before runs/eval-after --out runs/comparison[/]
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError("report draws with matplotlib: pip install matplotlib") from None
-    from modeling_deepseek_moe.cli._report_draw import draw
+    out = out or folders[0] / "report"
+    if any((folder / "evaluation.json").is_file() for folder in folders):
+        from modeling_deepseek_moe.eval.report import read_figures, write_report
 
-    page, last = draw(folder, out or folder / "report")
+        page = write_report(folders, out)
+        figures = read_figures(out)
+    elif len(folders) > 1:
+        raise ValueError(f"{folders[0]}: found no evaluation.json; only evaluations are reported together")
+    else:
+        from modeling_deepseek_moe.cli._report_draw import draw
+
+        page, figures = draw(folders[0], out)
     if as_json:
-        print_json(last)
+        print_json(figures)
     else:
         stdout().print(f"wrote {page}", soft_wrap=True)

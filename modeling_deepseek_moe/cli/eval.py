@@ -1,0 +1,208 @@
+"""``deepseek-moe eval``: a model on MMLU-Pro, MATH and others, as DeepSeek measured, with an interval."""
+
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from modeling_deepseek_moe.cli import _model
+from modeling_deepseek_moe.cli._console import duration, print_json, stderr, stdout
+
+DEFAULT_TASKS = "mmlu_pro,math500"
+# The small model that ships writes short answers and has a short context: how it departs from the protocol.
+SMALL = {"shots": 0, "max_tokens": 160}
+WHAT, HOW, CHANGES = "What", "How", "Departures from the suite's protocol (the report names them)"
+
+
+class Suite(StrEnum):
+    """Whose protocol."""
+
+    V3_CHAT = "v3-chat"
+    R1 = "r1"
+    V3_BASE = "v3-base"
+
+
+class CacheKind(StrEnum):
+    DYNAMIC = "dynamic"
+    STATIC = "static"
+
+
+def eval(  # noqa: A001  the command's name
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", help="A checkpoint folder.", show_default="the small one that ships", rich_help_panel=WHAT
+        ),
+    ] = None,
+    suite: Annotated[
+        Suite, typer.Option(help="DeepSeek-V3 chat, R1, or V3-Base: prompts, limits, sampling.", rich_help_panel=WHAT)
+    ] = Suite.V3_CHAT,
+    tasks: Annotated[
+        str,
+        typer.Option(help="mmlu_pro, math500, gpqa_diamond, aime24; v3-base: mmlu_pro, math.", rich_help_panel=WHAT),
+    ] = DEFAULT_TASKS,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="hub; a folder with mmlu_pro_test.jsonl, math500.jsonl ...; or sample: rows written for this project.",
+            show_default="hub; sample without --model",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many questions of each task.", rich_help_panel=WHAT)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results; the same folder again goes on where it was interrupted.",
+            show_default="runs/eval-MODEL-SUITE",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="The model's name in the report.", show_default="the folder's", rich_help_panel=WHAT),
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Rows at a time; auto: as many as fit into memory.", rich_help_panel=HOW)
+    ] = "auto",
+    cache: Annotated[
+        CacheKind, typer.Option(help="Kind of key-value cache.", rich_help_panel=HOW)
+    ] = CacheKind.DYNAMIC,
+    seed: Annotated[int, typer.Option(help="Of sampling.", rich_help_panel=HOW)] = 1234,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel=CHANGES)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.", rich_help_panel=CHANGES)] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Answers to each question.", rich_help_panel=CHANGES)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy.", rich_help_panel=CHANGES)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Of sampling.", rich_help_panel=CHANGES)
+    ] = None,
+    dtype: _model.DtypeOption = _model.Dtype.AUTO,
+    dequantize: _model.DequantizeOption = False,
+    attention: _model.AttentionOption = None,
+    device: _model.DeviceOption = "auto",
+    expert_memory: _model.ExpertMemoryOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Score a model on MMLU-Pro, MATH-500 and others under DeepSeek's own protocol, and report it beside the published figures.
+
+    With no options it shows the whole path in minutes: the small model that ships, on rows written for this project in the
+    benchmarks' formats. Such scores are no benchmark's. Results go to a folder: every prompt, output and verdict, and a report
+    page; an interrupted run goes on when called again.
+
+    \b
+    Examples:
+      [cyan]deepseek-moe eval[/]
+      [cyan]deepseek-moe eval --model DeepSeek-V3 --suite v3-chat --tasks mmlu_pro,math500 --limit 200[/]
+      [cyan]deepseek-moe eval -m DeepSeek-R1 --suite r1 --tasks aime24 --k 8[/]
+      [cyan]deepseek-moe eval -m my-model --data my-rows --tasks math500 --out runs/mine[/]
+      [cyan]deepseek-moe report runs/mine runs/other[/]   two models, question by question
+    """
+    _check_installed()
+    from modeling_deepseek_moe.eval.protocols import protocol
+    from modeling_deepseek_moe.eval.run import Changes, check_benchmarks, evaluate
+
+    benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
+    check_benchmarks(protocol(suite.value), benchmarks)
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise ValueError(f"--batch-size: found {batch_size!r}, wanted a number of at least 1, or auto")
+    changes = {"shots": shots, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "k": k}
+    if model is None:
+        from modeling_deepseek_moe.tiny import tiny_checkpoint
+
+        model, label, data = Path(tiny_checkpoint()), label or "tiny checkpoint", data or "sample"
+        changes |= {name: value for name, value in SMALL.items() if changes[name] is None}
+        stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
+    label = label or model.resolve().name
+    out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
+    tokenizer = _model.load_tokenizer(model)
+    loaded = _model.load_model(
+        model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
+    )
+    done = evaluate(
+        loaded,
+        tokenizer,
+        suite=suite.value,
+        benchmarks=benchmarks,
+        out=out,
+        folder=model,
+        label=label,
+        data=data or "hub",
+        limit=limit,
+        changes=Changes(**changes),
+        batch_size=batch_size,
+        cache=cache.value,
+        seed=seed,
+        command=shlex.join(["deepseek-moe", *sys.argv[1:]]),
+    )
+    scores = summarise(out, done)
+    if as_json:
+        print_json({"folder": str(out), "seconds": done.seconds, "tasks": scores})
+    else:
+        stdout().print(_table(label, suite.value, scores))
+        for task in done.tasks:
+            if task.changed:
+                stdout().print(
+                    f"{task.benchmark} departs from {suite.value}: {'; '.join(task.changed)}", soft_wrap=True
+                )
+        stdout().print(
+            f"{out} in {duration(done.seconds)}; page: deepseek-moe report {shlex.quote(str(out))}", soft_wrap=True
+        )
+
+
+def _check_installed() -> None:
+    for module, package in (("lm_eval", "lm-eval"), ("math_verify", "math-verify")):
+        try:
+            __import__(module)
+        except ImportError:
+            raise ImportError(f'eval needs {package}: pip install "modeling_deepseek_moe[eval]"') from None
+
+
+def summarise(folder: Path, done) -> list[dict]:
+    """Score, interval and rates of each task, in percent."""
+    from modeling_deepseek_moe.eval import statistics
+    from modeling_deepseek_moe.eval.results import read_questions
+
+    return [
+        {"task": task.benchmark, "data": task.data["source"], "rows": task.rows}
+        | statistics.summary(read_questions(folder, task.task))
+        for task in done.tasks
+    ]
+
+
+def _table(label: str, suite: str, scores: list[dict]) -> Table:
+    table = Table(title=f"{label}, {suite}", title_justify="left")
+    for name in (
+        "",
+        "score %",
+        "95 % interval",
+        "questions",
+        "answers each",
+        "no answer",
+        "cut off",
+        "lm-eval's own reading",
+    ):
+        table.add_column(name, justify="left" if not name else "right")
+    for one in scores:
+        low, high = one["interval"]
+        name = one["task"] + (" (sample rows)" if one["data"] == "sample" else "")
+        table.add_row(
+            name,
+            f"{one['score']:.1%}".rstrip("%"),
+            f"{low:.1%} to {high:.1%}".replace("%", ""),
+            f"{one['n']:,} of {one['rows']:,}",
+            str(one["k"]),
+            _percent(one["no_answer"]),
+            _percent(one["truncated"]),
+            _percent(one["stock"]),
+        )
+    return table
+
+
+def _percent(part: float | None) -> str:
+    return "–" if part is None else f"{part:.1%}"
