@@ -1,5 +1,6 @@
 """lm-eval's HFLM for this package: stop strings by row, explicit sampling, batches by memory, answers kept as they come."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -192,7 +193,6 @@ class DeepseekLM(HFLM):
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt, device=self.device)
             mask[row, width - len(prompt) :] = 1
-        # from scratch: nothing is inherited from the model's generation_config but its end
         ends = self._end_ids
         config = GenerationConfig(
             max_new_tokens=settings.max_tokens,
@@ -208,8 +208,11 @@ class DeepseekLM(HFLM):
             cache = StaticCache(config=self.model.config, max_cache_len=width + settings.max_tokens)
         else:
             cache = DynamicCache(config=self.model.config)
-        with torch.autocast(
-            self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        with (
+            self._no_defaults(),
+            torch.autocast(
+                self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+            ),
         ):
             made = self.model.generate(
                 ids,
@@ -232,6 +235,15 @@ class DeepseekLM(HFLM):
             ids = ids[:-1]
         tokens = len(ids) if end is None else end + 1
         return {"text": text[: min(stops)] if stops else text, "tokens": tokens, "truncated": not ended}
+
+    @contextlib.contextmanager
+    def _no_defaults(self):
+        """Nothing is inherited from the model's generation_config: ``generate`` fills unset fields from it."""
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            yield
+        finally:
+            self.model.generation_config = own
 
     @property
     def _pad_id(self) -> int:
