@@ -104,7 +104,10 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     package_dir=package_dir,
     package_data={
-        "": ["**/*.yaml", "**/*.txt", "**/*.jsonl", "py.typed"],
+        "": [
+            *("**/*.yaml", "**/*.txt", "**/*.jsonl", "py.typed"),
+            *("**/*.json", "**/*.html", "**/*.js", "**/*.css"),  # of the evaluation report
+        ],
         f"{NAME}.tiny": ["checkpoint/*"],
     },
     install_requires=[

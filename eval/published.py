@@ -1,0 +1,46 @@
+"""The figures that DeepSeek published (``published.json``), by suite and benchmark. Percent, as printed there."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+FILE = Path(__file__).with_name("published.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A published model: ``scores`` by benchmark, percent; ``figure``: whether the figure shows it, or only the table."""
+
+    name: str
+    color: str
+    scores: dict[str, float]
+    hatch: bool = False
+    figure: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A published table. ``metrics``: benchmark -> how it was scored, in the order of the figure."""
+
+    title: str
+    source: str
+    url: str
+    y_label: str
+    metrics: dict[str, str]
+    models: tuple[Model, ...]
+    notes: tuple[str, ...] = ()
+
+
+def published(suite: str) -> Published | None:
+    """What was published of the models that a suite is for; None where the suite has no published figures."""
+    return _tables().get(suite)
+
+
+@cache
+def _tables() -> dict[str, Published]:
+    tables = {}
+    for suite, values in json.loads(FILE.read_text(encoding="utf-8")).items():
+        models = tuple(Model(name=name, **fields) for name, fields in values["models"].items())
+        tables[suite] = Published(**values | {"models": models, "notes": tuple(values["notes"])})
+    return tables
