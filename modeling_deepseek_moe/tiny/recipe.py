@@ -6,24 +6,30 @@ DeepSeek-V3's architecture in small and its report's recipe: balancing without a
 import argparse
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from modeling_deepseek_moe.config import DeepseekV3Config
 from modeling_deepseek_moe.modeling import DeepseekV3ForCausalLM
-from modeling_deepseek_moe.tiny.corpus import problems
+from modeling_deepseek_moe.tiny.corpus import BOXED, LARGEST, LETTERS, MMLU_PRO, Problem, problems
 from modeling_deepseek_moe.training.load_balance import LoadBalanceCallback
 from modeling_deepseek_moe.training.losses import BalanceLossCallback, MtpLossCallback
 from modeling_deepseek_moe.training.telemetry import MoeTelemetryCallback
 
 ROW_TOKENS = 256
+CONTEXT_TOKENS = 1024
 BATCH_ROWS = 4
-VOCAB_SIZE = 448
+VOCAB_SIZE = 640  # and the phrases
 SPECIAL = ("<bos>", "<eos>", "<pad>")
+PHRASES = (  # a token each: what every question repeats costs a place in the row and teaches nothing
+    *(BOXED, *MMLU_PRO, ", which is (", "). The answer is (", ". The answer is \\boxed{"),
+    *(f"{letter}." for letter in LETTERS),  # so that an option's letter stands right before its number
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
     "{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}"
@@ -32,10 +38,12 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(seed: int = 0, count: int = 3000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of generated problems; a number is split from what surrounds it."""
+    """Byte-level BPE of generated problems. Numbers up to `LARGEST`, letters of options and `PHRASES` are a token each."""
     texts = [f"Question: {p.question}\nAnswer: {p.solution}" for p in itertools.islice(problems(seed), count)]
+    numbers = [str(number) for number in range(LARGEST + 1)]
+    texts += [" " + " ".join(numbers), ",".join(numbers)] * count  # often enough to be merged first
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r"\d+"), "isolated")
+    split = pre_tokenizers.Split(Regex(r" ?\d+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -43,6 +51,7 @@ def make_tokenizer(seed: int = 0, count: int = 3000) -> PreTrainedTokenizerFast:
         vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
     bos, eos, pad = SPECIAL
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -50,7 +59,7 @@ def make_tokenizer(seed: int = 0, count: int = 3000) -> PreTrainedTokenizerFast:
         eos_token=eos,
         pad_token=pad,
         chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
+        model_max_length=CONTEXT_TOKENS,
     )
 
 
@@ -76,7 +85,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
         qk_rope_head_dim=32,
         v_head_dim=32,
         initializer_range=0.05,
-        max_position_embeddings=512,
+        max_position_embeddings=CONTEXT_TOKENS,
         rope_theta=10000.0,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -85,12 +94,16 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
 
 
 class PackedProblems(Dataset):
-    """Rows of `ROW_TOKENS` tokens, each of as many whole problems as fit; positions begin again with each problem."""
+    """Rows of `ROW_TOKENS` tokens, each of as many whole problems as fit; positions begin again with each problem.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: int, seed: int, *, held_out: bool = False):
+    The numbers of options are no labels: nothing foretells them, and their loss would drown what can be learned.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: int, source: Iterator[Problem]):
         self.rows, self.pad = [], tokenizer.pad_token_id
+        self.before_option = torch.tensor(tokenizer.convert_tokens_to_ids([f"{letter}." for letter in LETTERS]))
         row: list[list[int]] = []
-        for problem in problems(seed, held_out=held_out):
+        for problem in source:
             text = tokenizer.apply_chat_template(problem.messages, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if sum(map(len, row)) + len(ids) > ROW_TOKENS:
@@ -108,6 +121,7 @@ class PackedProblems(Dataset):
         ids = torch.tensor(list(itertools.chain(*row)))
         padding = ROW_TOKENS - len(ids)
         labels = torch.cat([torch.tensor([-100, *part[1:]]) for part in row])
+        labels[1:][torch.isin(ids[:-1], self.before_option)] = -100
         positions = torch.cat([torch.arange(len(part)) for part in row] + [torch.arange(padding)])
         mask = torch.cat((torch.ones(len(ids), dtype=torch.long), torch.zeros(padding, dtype=torch.long)))
         return {
@@ -118,30 +132,41 @@ class PackedProblems(Dataset):
         }
 
 
-def train(folder: Path, *, steps: int, seed: int, gamma: float) -> None:
-    """Train and write ``folder/fp8`` (the release's format), ``folder/bf16`` and ``folder/trainer_state.json``."""
-    set_seed(seed)
-    tokenizer = make_tokenizer()
-    model = DeepseekV3ForCausalLM(make_config(tokenizer))
+def make_trainer(
+    model: DeepseekV3ForCausalLM,
+    rows: PackedProblems,
+    folder: Path,
+    *,
+    seed: int,
+    gamma: float = 0.001,
+    **settings,
+) -> Trainer:
+    """A `Trainer` that goes once through the rows on a CPU, with the report's balancing, MTP loss and telemetry.
+
+    ``gamma`` is the bias's step; 0 turns all balancing off. ``settings`` are `TrainingArguments`.
+    """
     arguments = TrainingArguments(
         str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_ROWS,
-        learning_rate=2.5e-3,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.05},
-        warmup_steps=100,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        bf16=True,
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=seed,
+        **{
+            "max_steps": len(rows) // BATCH_ROWS,
+            "per_device_train_batch_size": BATCH_ROWS,
+            "learning_rate": 2.5e-3,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
+            "warmup_steps": 100,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "max_grad_norm": 1.0,
+            "logging_steps": 20,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": True,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "seed": seed,
+            **settings,
+        },
     )
     callbacks = [
         LoadBalanceCallback(gamma, until=14.3 / 14.8),
@@ -149,19 +174,33 @@ def train(folder: Path, *, steps: int, seed: int, gamma: float) -> None:
         MtpLossCallback(),
         MoeTelemetryCallback(),
     ]
-    rows = PackedProblems(tokenizer, rows=BATCH_ROWS * steps, seed=seed + 1)
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+    return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+
+
+def train(folder: Path, *, steps: int, seed: int, gamma: float) -> None:
+    """Train and write ``folder/fp8`` (the release's format), ``folder/bf16`` and ``folder/trainer_state.json``."""
+    set_seed(seed)
+    tokenizer = make_tokenizer()
+    model = DeepseekV3ForCausalLM(make_config(tokenizer))
+    rows = PackedProblems(tokenizer, BATCH_ROWS * steps, problems(seed + 1))
+    trainer = make_trainer(model, rows, folder, seed=seed, gamma=gamma)
     trainer.train()
     trainer.save_state()
+    write(model, tokenizer, folder)
+
+
+def write(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """``folder/fp8`` and ``folder/bf16``: one model, cast to bf16 in place, in the two formats of the releases."""
+    model.to(torch.bfloat16)
     for name, settings in (("fp8", {"quantize": "fp8"}), ("bf16", {})):
-        model.to(torch.bfloat16).save_pretrained(folder / name, **settings)
+        model.save_pretrained(folder / name, **settings)
         tokenizer.save_pretrained(folder / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gamma", type=float, default=0.001)
     given = parser.parse_args()
