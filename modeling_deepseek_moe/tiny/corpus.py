@@ -169,7 +169,7 @@ def _choice(draw: _Draw) -> Problem:
     else:
         prompt = f"{question}\n{_listed(options)}".removesuffix("\n")
     letter = LETTERS[options.index(answer)]
-    solution = f"{steps}, which is ({letter}). The answer is ({letter})."
+    solution = f"{steps} ({letter}). The answer is ({letter})."
     return Problem("choice", question, solution, letter, prompt, category, tuple(map(str, options)))
 
 
@@ -177,7 +177,7 @@ def _drill(draw: _Draw) -> Problem:
     """Nothing but finding: the letters of several numbers, so that one list of options teaches as much as six questions."""
     options = _options(draw, [])
     asked = draw.shuffled(options)[:LOOKED_UP]
-    found = [f"{value}, which is ({LETTERS[options.index(value)]})." for value in asked]
+    found = [f"{value} ({LETTERS[options.index(value)]})." for value in asked]
     question = f"Find {', '.join(map(str, asked))}."
     prompt = f"{question}\n{_listed(options)}".removesuffix("\n")
     return Problem("drill", question, " ".join(found), "", prompt, options=tuple(map(str, options)))

@@ -27,8 +27,9 @@ BATCH_ROWS = 4
 VOCAB_SIZE = 640  # and the phrases
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 PHRASES = (  # a token each: what every question repeats costs a place in the row and teaches nothing
-    *(BOXED, *MMLU_PRO, ", which is (", "). The answer is (", ". The answer is \\boxed{"),
+    *(BOXED, *MMLU_PRO, "). The answer is", ". The answer is \\boxed{"),
     *(f"{letter}." for letter in LETTERS),  # so that an option's letter stands right before its number
+    *(f" ({letter}" for letter in LETTERS),  # and is asked for right after it
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
@@ -200,7 +201,7 @@ def write(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gamma", type=float, default=0.001)
     given = parser.parse_args()
