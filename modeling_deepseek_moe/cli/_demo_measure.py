@@ -16,16 +16,19 @@ PREFILL_TOKENS = 1024  # a prompt is read in pieces of this size
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, rows: torch.Tensor, batch: int = 16) -> float:
-    """exp of the mean surprise at tokens ``1:`` of ``rows [N, S]``, the sum taken in fp64."""
-    surprise = 0.0
-    for part in rows.split(batch):
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        surprise += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").double().item()
-    return math.exp(surprise / rows[:, 1:].numel())
+def perplexity(model: PreTrainedModel, rows: dict[str, torch.Tensor], batch: int = 16) -> float:
+    """exp of the mean surprise at the labels that are not -100, the sum taken in fp64.
+
+    ``rows``: ``input_ids``, ``attention_mask`` and ``labels``, ``[N, S]`` each.
+    """
+    surprise, (ids, mask, labels) = 0.0, (rows[name] for name in ("input_ids", "attention_mask", "labels"))
+    for part, seen, wanted in zip(ids.split(batch), mask.split(batch), labels.split(batch), strict=True):
+        logits = model(input_ids=part, attention_mask=seen, use_cache=False).logits[:, :-1].float()
+        surprise += F.cross_entropy(logits.flatten(0, 1), wanted[:, 1:].flatten(), reduction="sum").double().item()
+    return math.exp(surprise / int((labels[:, 1:] != -100).sum()))
 
 
-def fastest_threads(model: PreTrainedModel, rows: torch.Tensor) -> int:
+def fastest_threads(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> int:
     """As many threads as help to read ``rows`` right now: 1, 2, 4 … up to the cores, while more are not slower.
 
     A container may grant far less time than it shows cores, and threads that wait for each other then only cost.

@@ -104,8 +104,11 @@ def eval(  # noqa: A001  the command's name
       [cyan]deepseek-moe report runs/mine runs/other[/]   two models, question by question
     """
     _check_installed()
+    from modeling_deepseek_moe.eval.data import load_rows
     from modeling_deepseek_moe.eval.protocols import protocol
+    from modeling_deepseek_moe.eval.results import read_questions
     from modeling_deepseek_moe.eval.run import Changes, check_benchmarks, evaluate
+    from modeling_deepseek_moe.eval.statistics import summarise
 
     benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
     check_benchmarks(protocol(suite.value), benchmarks)
@@ -120,6 +123,8 @@ def eval(  # noqa: A001  the command's name
         stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
     label = label or model.resolve().name
     out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
+    for benchmark in benchmarks:  # before a large model is loaded
+        load_rows(benchmark, "test", data or "hub")
     tokenizer = _model.load_tokenizer(model)
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
@@ -140,9 +145,10 @@ def eval(  # noqa: A001  the command's name
         seed=seed,
         command=shlex.join(["deepseek-moe", *sys.argv[1:]]),
     )
-    scores = summarise(out, done)
+    scores = [(task, summarise(read_questions(out, task.task))) for task in done.tasks]
     if as_json:
-        print_json({"folder": str(out), "seconds": done.seconds, "tasks": scores})
+        tasks = {task.benchmark: vars(one) | {"rows": task.rows, "data": task.data["source"]} for task, one in scores}
+        print_json({"folder": str(out), "seconds": done.seconds, "tasks": tasks})
     else:
         stdout().print(_table(label, suite.value, scores))
         for task in done.tasks:
@@ -163,46 +169,22 @@ def _check_installed() -> None:
             raise ImportError(f'eval needs {package}: pip install "modeling_deepseek_moe[eval]"') from None
 
 
-def summarise(folder: Path, done) -> list[dict]:
-    """Score, interval and rates of each task, in percent."""
-    from modeling_deepseek_moe.eval import statistics
-    from modeling_deepseek_moe.eval.results import read_questions
-
-    return [
-        {"task": task.benchmark, "data": task.data["source"], "rows": task.rows}
-        | statistics.summary(read_questions(folder, task.task))
-        for task in done.tasks
-    ]
-
-
-def _table(label: str, suite: str, scores: list[dict]) -> Table:
-    table = Table(title=f"{label}, {suite}", title_justify="left")
-    for name in (
-        "",
-        "score %",
-        "95 % interval",
-        "questions",
-        "answers each",
-        "no answer",
-        "cut off",
-        "lm-eval's own reading",
-    ):
-        table.add_column(name, justify="left" if not name else "right")
-    for one in scores:
-        low, high = one["interval"]
-        name = one["task"] + (" (sample rows)" if one["data"] == "sample" else "")
+def _table(label: str, suite: str, scores: list[tuple]) -> Table:
+    table = Table(title=f"{label}, {suite}, in %; with 95 % intervals", title_justify="left")
+    for name in ("", "score", "questions", "each", "no answer", "cut off", "lm-eval reads"):
+        table.add_column(name, justify="right" if name else "left")
+    for task, one in scores:
         table.add_row(
-            name,
-            f"{one['score']:.1%}".rstrip("%"),
-            f"{low:.1%} to {high:.1%}".replace("%", ""),
-            f"{one['n']:,} of {one['rows']:,}",
-            str(one["k"]),
-            _percent(one["no_answer"]),
-            _percent(one["truncated"]),
-            _percent(one["stock"]),
+            task.benchmark + (", sample rows" if task.data["source"] == "sample" else ""),
+            f"{_percent(one.score)} ({_percent(one.low)} to {_percent(one.high)})",
+            f"{one.n:,}" if one.n == task.rows else f"{one.n:,} of {task.rows:,}",
+            f"×{one.k}",
+            _percent(one.no_answer),
+            _percent(one.truncated),
+            _percent(one.stock),
         )
     return table
 
 
 def _percent(part: float | None) -> str:
-    return "–" if part is None else f"{part:.1%}"
+    return "–" if part is None else f"{100 * part:.1f}"
