@@ -1,5 +1,6 @@
-"""The demo in miniature: its text, its tokenizer, its training, and the checkpoints and figures it leaves behind."""
+"""The demo in miniature: what it teaches, and the checkpoints and figures it leaves behind."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -12,34 +13,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointReader
-from modeling_deepseek_moe.cli import _demo_model, _demo_run, app
+from modeling_deepseek_moe.cli import _demo_run, app
 from modeling_deepseek_moe.cli._demo_measure import decode_speeds, fastest_threads, perplexity, resident_bytes
-from modeling_deepseek_moe.cli._demo_text import write_corpus
+from modeling_deepseek_moe.cli._demo_train import Budget, lessons, make_demo_trainer, sharing
+from modeling_deepseek_moe.tiny.score import ANSWER
 
-STEPS = 12
-SMALL = {
-    _demo_model: {"BATCH_ROWS": 4},
-    _demo_run: {"HELD_OUT_ROWS": 16, "SHORT": 32, "LONG": 160, "DECODE_TOKENS": 2, "SAMPLE_TOKENS": 4},
-}
+STEPS = 20
+SMALL = {"HELD_OUT": 12, "SHORT": 32, "LONG": 160, "DECODE_TOKENS": 2, "SAMPLE_TOKENS": 4}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Output folder and figures of one small run over the demo's own text."""
+    """Output folder and figures of one small run."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    text = out.parent / "text.txt"
-    text.write_text(write_corpus(size=40_000), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        for module, constants in SMALL.items():
-            for name, value in constants.items():
-                patch.setattr(module, name, value)
-        return out, _demo_run.run(out, text, steps=STEPS, seconds=1000, seed=0, threads=1)
+        for name, value in SMALL.items():
+            patch.setattr(_demo_run, name, value)
+        return out, _demo_run.run(out, steps=STEPS, seconds=1000, seed=0, threads=1)
 
 
-def test_loss_falls(demo):
+def test_it_learns_the_new_and_keeps_the_old(demo):
     _, figures = demo
+    before, after = figures["before"], figures["after"]
     assert figures["steps"] == STEPS
-    assert figures["loss_after"] < figures["loss_before"] - 0.5
+    assert before["sharing (new)"] < 0.5 <= after["sum (known)"]
+    assert after["sharing (new)"] > before["sharing (new)"]
+    assert after["MTP agreement"] > 0.6
 
 
 def test_fp8_keeps_the_perplexity_in_about_half_the_bytes(demo):
@@ -56,7 +55,7 @@ def test_both_checkpoints_load_and_speak(demo):
     for name in ("bf16", "fp8"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
         tokenizer = AutoTokenizer.from_pretrained(out / name)
-        messages = [{"role": "user", "content": "Who?"}]
+        messages = [{"role": "user", "content": "What is 2 + 3?"}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         assert ids[0, 0] == tokenizer.bos_token_id and (ids == tokenizer.bos_token_id).sum() == 1
         assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
@@ -76,66 +75,35 @@ def test_resident_bytes_are_the_file(demo):
 def test_measures_agree_with_the_model(demo):
     out, _ = demo
     model = AutoModelForCausalLM.from_pretrained(out / "bf16", dtype=torch.float32).eval()
-    rows = torch.randint(3, 1000, (3, 20), generator=torch.Generator().manual_seed(0))
-    loss = torch.stack([model(row[None], labels=row[None]).loss for row in rows]).mean()
-    assert perplexity(model, rows, batch=2) == pytest.approx(loss.exp().item(), rel=1e-5)
+    asked = list(itertools.islice(sharing(0, held_out=True), 3))
+    rows = _demo_run.held_out_rows(AutoTokenizer.from_pretrained(out / "bf16"), asked)
+    losses, counts = [], (rows["labels"] != -100).sum(1)
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        losses.append(model(ids[None], labels=labels[None]).loss)
+    mean = (torch.stack(losses) * counts).sum() / counts.sum()
+    assert perplexity(model, rows, batch=2) == pytest.approx(mean.exp().item(), rel=1e-5)
     assert fastest_threads(model, rows) == torch.get_num_threads() >= 1
-    speeds = decode_speeds({"a": model, "b": model}, rows[:1], tokens=2)
+    speeds = decode_speeds({"a": model, "b": model}, rows["input_ids"][:1, :20], tokens=2)
     assert set(speeds) == {"a", "b"} and all(speed > 0 for speed in speeds.values())
 
 
-def test_training_stops_when_time_runs_out():
-    budget = _demo_model.Budget(steps=100, seconds=1e-9, console=Console(quiet=True))
-    assert budget.fraction_done(50) == 0.5  # not started
-    budget.start = 0.0
-    assert budget.fraction_done(1) == 1.0
-    assert budget.learning_rate_factor(99) == pytest.approx(0.05)
+def test_training_stops_when_time_runs_out(tmp_path):
+    tokenizer, model = _demo_run.open_tiny(Console(quiet=True))
+    budget = Budget(steps=5, seconds=1e-9, console=Console(quiet=True))
+    trainer = make_demo_trainer(model, tokenizer, tmp_path, budget=budget, seed=0)
+    trainer.train()
+    assert trainer.state.global_step == 1 and budget.out_of_time
 
 
-def test_corpus_follows_from_its_seed():
-    text = write_corpus(seed=3, size=30_000)
-    assert text == write_corpus(seed=3, size=30_000)
-    assert text != write_corpus(seed=4, size=30_000)
-    assert 30_000 <= len(text) < 32_000
-    assert "{" not in text
-
-
-def test_corpus_is_consistent():
-    text = write_corpus(size=200_000)
-    sums = re.findall(r"(\d+) ([+−×]) (\d+) = (\d+)", text)
-    operations = {"+": int.__add__, "−": int.__sub__, "×": int.__mul__}
-    assert len(sums) > 100
-    assert all(operations[sign](int(a), int(b)) == int(result) for a, sign, b, result in sums)
-    rivers = {}
-    for town, river in re.findall(r"(\w+) lies on the (\w+)", text):
-        rivers.setdefault(town, set()).add(river)
-    assert len(rivers) > 30 and all(len(found) == 1 for found in rivers.values())
-
-
-def test_tokenizer_is_reproducible_and_lossless():
-    documents = write_corpus(size=20_000).split("\n\n")
-    first, second = (_demo_model.train_tokenizer(documents, vocab_size=512) for _ in range(2))
-    assert first.get_vocab() == second.get_vocab() and len(first) == 512
-    text = "Ünïcode, 2026 − 19 = 2007;\n\ttabs"
-    ids = first(text)["input_ids"]
-    assert ids[0] == first.bos_token_id
-    assert first.decode(ids, skip_special_tokens=True) == text
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        pytest.param(b"one line", "found 1 paragraphs or lines", id="one-line"),
-        pytest.param(b"too\nshort", "found 0 rows of 128 tokens", id="short"),
-        pytest.param(b"\xff\xfe\x00binary", "found no UTF-8 text", id="binary"),
-    ],
-)
-def test_unusable_text_is_refused(tmp_path, content, message):
-    text = tmp_path / "text.txt"
-    text.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        _demo_run.run(tmp_path / "out", text, steps=1, seconds=1, seed=0, threads=1)
-    assert not (tmp_path / "out").exists()
+def test_sharing_is_solved_rightly_and_held_out():
+    taught = list(itertools.islice(sharing(3), 2000))
+    assert taught[:50] == list(itertools.islice(sharing(3), 50)) != list(itertools.islice(sharing(4), 50))
+    for problem in taught:
+        total, friends = map(int, re.findall(r"\d+", problem.question))
+        assert total == friends * int(problem.answer) and ANSWER.search(problem.solution)[1] == problem.answer
+    asked = {problem.question for problem in itertools.islice(sharing(5, held_out=True), 200)}
+    assert not asked & {problem.question for problem in taught}
+    assert [problem.family == "sharing" for problem in itertools.islice(lessons(0), 6)] == [True, False] * 3
 
 
 def test_the_command_runs_in_a_child_whose_threads_sleep(monkeypatch):
@@ -147,15 +115,10 @@ def test_the_command_runs_in_a_child_whose_threads_sleep(monkeypatch):
     [(command, env)] = calls
     assert env["OMP_WAIT_POLICY"] == "PASSIVE"
     assert command[0] == sys.executable
-    assert command[3:] == ["demo", "--out", "somewhere", "--steps", "5", "--minutes", "3.0", "--seed", "0"]
-
-
-def test_absent_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="found no such file"):
-        _demo_run.run(tmp_path / "out", tmp_path / "none", steps=1, seconds=1, seed=0, threads=1)
+    assert command[3:] == ["demo", "--out", "somewhere", "--steps", "5", "--minutes", "2.0", "--seed", "0"]
 
 
 def test_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match="found a file"):
-        _demo_run.run(tmp_path / "out", None, steps=1, seconds=1, seed=0, threads=1)
+        _demo_run.run(tmp_path / "out", steps=1, seconds=1, seed=0, threads=1)
