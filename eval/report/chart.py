@@ -1,0 +1,117 @@
+"""``chart.png``: grouped bars in the manner of Figure 1 of the DeepSeek-V3 report, drawn with matplotlib.
+
+Published bars are filled; measured ones are hollow with a thick outline and an error bar, dashed where part was asked.
+"""
+
+import io
+from collections.abc import Sequence
+
+from modeling_deepseek_moe.eval.report.figure import Bar, Figure
+
+WIDTH = 0.82  # of the room of a group that its bars take up
+
+
+def draw(figures: Sequence[Figure]) -> bytes:
+    """PNG of the figures, one above the other.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ImportError:
+        raise ImportError("the report draws with matplotlib: pip install matplotlib") from None
+    canvas = Canvas(figsize=(15, 6.4 * max(1, len(figures))), layout="constrained", facecolor="white")
+    canvas.get_layout_engine().set(h_pad=0.25)
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(max(1, len(figures)), squeeze=False)[:, 0]
+    for axis, figure in zip(axes, figures, strict=False):
+        _draw(axis, figure)
+    if not figures:
+        axes[0].set_axis_off()
+        axes[0].text(0.5, 0.5, "no question was asked", ha="center")
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _draw(axis, figure: Figure) -> None:
+    most = max(len(group.bars) for group in figure.groups)
+    width = WIDTH / most
+    for i, group in enumerate(figure.groups):
+        start = i - width * (len(group.bars) - 1) / 2
+        for j, bar in enumerate(group.bars):
+            _draw_bar(axis, bar, start + j * width, width, best=bar.value == max(b.value for b in group.bars))
+    axis.set_xlim(-0.6, len(figure.groups) - 0.4)
+    axis.set_ylim(0, 108)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_ylabel(_plain(figure.y_label), fontsize=12)
+    axis.set_xticks(range(len(figure.groups)), [_tick(group) for group in figure.groups], fontsize=12, linespacing=1.4)
+    axis.tick_params(axis="x", length=0)
+    axis.yaxis.grid(True, linestyle="--", color="#D5D8DF", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(_plain(figure.title), fontsize=14, fontweight="bold", loc="left", pad=42)
+    if figure.note:
+        axis.text(0, -0.2, _plain(figure.note), transform=axis.transAxes, fontsize=10.5, color="#555B66", va="top")
+    _legend(axis, figure)
+
+
+def _draw_bar(axis, bar: Bar, x: float, width: float, best: bool) -> None:
+    if bar.measured:
+        look = {"facecolor": "white", "edgecolor": bar.color, "linewidth": 2.4}
+        axis.bar(x, bar.value, width * 0.78, linestyle="--" if bar.note else "-", **look)
+    else:
+        edge = "white" if bar.hatch else "#8A8F99"
+        look = {"facecolor": bar.color, "edgecolor": edge, "hatch": "//" if bar.hatch else None}
+        axis.bar(x, bar.value, width * 0.94, linewidth=0 if bar.hatch else 0.5, **look)
+    if bar.low is not None:
+        reach = [[bar.value - bar.low], [bar.high - bar.value]]
+        axis.errorbar(x, bar.value, yerr=reach, color=bar.color, capsize=5, elinewidth=1.8, capthick=1.8)
+    top = bar.value if bar.high is None else bar.high
+    text = f"{bar.value:.1f}" + ("*" if bar.changed else "")
+    color = bar.color if bar.measured else "#23262D"
+    weight = "bold" if bar.measured or best else "normal"
+    axis.text(x, top + 1.2, text, ha="center", va="bottom", fontsize=10, color=color, fontweight=weight)
+
+
+def _legend(axis, figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    handles = []
+    for bar in figure.legend:
+        if bar.measured:
+            patch = Patch(facecolor="white", edgecolor=bar.color, linewidth=2.2, label=_name(bar))
+        else:
+            edge = "white" if bar.hatch else "#8A8F99"
+            patch = Patch(facecolor=bar.color, edgecolor=edge, linewidth=0.5, label=_name(bar))
+            patch.set_hatch("//" if bar.hatch else None)
+        handles.append(patch)
+    columns = min(4, len(handles)) or 1
+    axis.legend(
+        handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=10.5
+    )
+    axis.set_title(
+        axis.get_title(loc="left"),
+        fontsize=14,
+        fontweight="bold",
+        loc="left",
+        pad=18 + 19 * -(-len(handles) // columns),
+    )
+
+
+def _name(bar: Bar) -> str:
+    return _plain(f"{bar.label} ({'measured here' if bar.measured else 'published'})")
+
+
+def _tick(group) -> str:
+    lines = [_plain(group.title), f"({group.metric})" if group.metric else ""]
+    lines += [f"measured on {bar.note}" for bar in group.bars if bar.note]
+    lines += ["* departs from the protocol"] if any(bar.changed for bar in group.bars) else []
+    return "\n".join(line for line in lines if line)
+
+
+def _plain(text: str) -> str:
+    """A model's name is text, not mathematics: matplotlib would set what stands between dollar signs as a formula."""
+    return text.replace("$", r"\$")
