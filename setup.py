@@ -109,6 +109,7 @@ setup(
             *("**/*.json", "**/*.html", "**/*.js", "**/*.css"),  # of the evaluation report
         ],
         f"{NAME}.tiny": ["checkpoint/*"],
+        f"{NAME}.eval": ["tasks/**/*"],  # read by lm-eval as files
     },
     install_requires=[
         "accelerate",

@@ -1,1 +1,1 @@
-"""Evaluation under DeepSeek's protocols: reading and judging answers; no task is here yet."""
+"""Evaluation under DeepSeek's protocols: questions, a model class for lm-eval, verdicts, statistics, reports."""

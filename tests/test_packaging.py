@@ -46,6 +46,13 @@ def test_holds_every_module(wheel):
 
 
 @pytest.mark.long
+def test_holds_what_evaluation_reads(wheel):
+    files = [path for path in (ROOT / "eval").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    expected = {f"{PACKAGE}/{path.relative_to(ROOT).as_posix()}" for path in files}
+    assert len(expected) > 20 and expected <= set(wheel.namelist())
+
+
+@pytest.mark.long
 def test_console_script(wheel):
     name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     assert f"deepseek-moe = {PACKAGE}.cli:main" in wheel.read(name).decode()
