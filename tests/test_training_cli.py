@@ -7,7 +7,7 @@ import pytest
 import torch
 from releases import SHAPES, same_bits, write_release
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe.cli import app
@@ -170,6 +170,37 @@ def test_untouched_tensors_keep_their_bytes(tuned):
     before, after = tensors(tuned / "release"), tensors(tuned / "still")
     moved = {name for name in before if not same_bits(before[name], after[name])}
     assert moved == {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    "optim, dtype, moments",
+    [
+        pytest.param("adamw_bnb_8bit", "float32", {torch.uint8, torch.float32}, id="bitsandbytes-8bit"),
+        pytest.param("adamw_torch", "bfloat16", {torch.bfloat16}, id="bf16-weights"),
+        pytest.param("stable_adamw", "bfloat16", {torch.bfloat16}, id="optimi-kahan"),
+    ],
+)
+def test_moments_of_low_precision(tuned, monkeypatch, optim, dtype, moments):
+    """As docs/training.md says: 8 bits by bitsandbytes, small tensors in fp32; bf16 where the weights are."""
+    pytest.importorskip({"adamw_bnb_8bit": "bitsandbytes", "stable_adamw": "optimi"}.get(optim, "torch"))
+    seen = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, *a, **k: (seen.append(self), train(self, *a, **k))[1])
+    flags = {"optim": optim, "dtype": dtype, "learning_rate": 1e-3, "output_dir": tuned / optim}
+    flags = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    result = CliRunner().invoke(app, ["train", str(tuned / "recipe.yaml"), *flags])
+    assert result.exit_code == 0, result.output
+    states = seen[0].optimizer.state.values()
+    found = {
+        state[name].dtype
+        for state in states
+        for name in ("exp_avg", "exp_avg_sq", "state1", "state2")
+        if name in state
+    }
+    assert found == moments
+    before, after = tensors(tuned / "release"), tensors(tuned / optim)
+    assert not same_bits(before["model.layers.1.mlp.gate.weight"], after["model.layers.1.mlp.gate.weight"])
+    AutoModelForCausalLM.from_pretrained(tuned / optim)
 
 
 def test_errors_are_one_line(tuned):
