@@ -1,5 +1,6 @@
 """``deepseek-moe report``: a training's curves and expert loads, or the scores of evaluations, as a page."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -37,10 +38,10 @@ def report(
         raise ImportError("report draws with matplotlib: pip install matplotlib") from None
     out = out or folders[0] / "report"
     if any((folder / "evaluation.json").is_file() for folder in folders):
-        from modeling_deepseek_moe.eval.report import read_figures, write_report
+        from modeling_deepseek_moe.eval.report import write_report
 
         page = write_report(folders, out)
-        figures = read_figures(out)
+        figures = json.loads((out / "report.json").read_text(encoding="utf-8"))
     elif len(folders) > 1:
         raise ValueError(f"{folders[0]}: found no evaluation.json; only evaluations are reported together")
     else:
