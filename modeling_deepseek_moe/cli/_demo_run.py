@@ -79,7 +79,7 @@ def open_tiny(console: Console) -> tuple[PreTrainedTokenizerFast, PreTrainedMode
     """The checkpoint that ships, its FP8 weights expanded to fp32 so that they can be trained."""
     path = tiny_checkpoint()
     dequantize = transformers.FineGrainedFP8Config(dequantize=True)
-    with _no_bars():
+    with _quiet():
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=dequantize, dtype=torch.float32)
     config = model.config
     console.print(
@@ -137,7 +137,7 @@ def train(
 
 def write_checkpoints(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, console: Console) -> None:
     """``out/bf16`` and ``out/fp8``: one model, cast to bf16, in the two formats of the releases."""
-    with _no_bars():
+    with _quiet():
         write(model, tokenizer, out)
     for name in ("bf16", "fp8"):
         console.print(f"Wrote {escape(str(out / name))}: {size(_weight_bytes(out / name))}")
@@ -148,7 +148,7 @@ def load(out: Path) -> dict[str, PreTrainedModel]:
     plain = transformers.DeepseekV3ForCausalLM  # the built-in class: the Auto classes give this package's
     bf16 = {"dtype": torch.bfloat16}
     dequantize = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
-    with _no_bars():
+    with _quiet():
         models = {
             PLAIN: plain.from_pretrained(out / "bf16", **bf16),
             PLAIN_FP8: plain.from_pretrained(out / "fp8", **bf16, **dequantize),
@@ -175,6 +175,7 @@ def compare(
         mapped = size(held.mapped) if held.mapped else ""
         table.add_row(name, f"{figures['perplexity'][name]:.3f}", size(held.total), mapped)
     console.print(table)
+    console.print("Plain transformers leaves the MTP layer out.")
     ratio = figures["perplexity"][FP8] / figures["perplexity"][BF16]
     memory = figures["resident_bytes"][FP8] / figures["resident_bytes"][BF16]
     console.print(f"FP8 against bf16: perplexity {ratio - 1:+.2%}, {memory:.0%} of the bytes.")
@@ -215,13 +216,15 @@ def show_sample(model: PreTrainedModel, tokenizer, asked: Iterable[Problem], con
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers' own progress bars off: these files are written and read in a moment."""
-    shown = transformers.logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """transformers' progress bars and warnings off: the files are small, and plain transformers lists each MTP tensor."""
+    shown, level = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers.logging.set_verbosity(level)
         if shown:
             transformers.logging.enable_progress_bar()
 
