@@ -1,11 +1,14 @@
 """The bar charts as SVG in the page: one panel a group, so that they wrap on a phone; colours follow the page's theme."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 
 from modeling_deepseek_moe.eval.report.figure import Bar, Figure, Group
 
-BAR, GUTTER, HEIGHT, HEADROOM = 25, 30, 200, 26  # pixels
+# Pixels. A measured bar has more room: its number is bold, and may carry a star.
+BAR, MEASURED_BAR, GUTTER, HEIGHT, HEADROOM, GAP, LEAST = 22, 32, 26, 200, 26, 6, 140
+ROW = 1200  # what one row of panels may take; more are set three abreast
 
 PATTERN = (
     '<svg width="0" height="0" class="defs" aria-hidden="true"><defs><pattern id="hatch" width="7" height="7" '
@@ -20,12 +23,14 @@ def draw(figures: Sequence[Figure]) -> str:
 
 def _figure(figure: Figure) -> str:
     panels = "".join(_panel(group) for group in figure.groups)
+    widths = [_width(group) + GAP for group in figure.groups]
+    row = sum(widths) if sum(widths) <= ROW else 3 * max(widths)
     note = f'<p class="note">{escape(figure.note)}</p>' if figure.note else ""
     marks = "".join(f"<li>{text}</li>" for text in _marks(figure))
     return (
         f'<figure class="chart"><figcaption>{escape(figure.title)}</figcaption>{note}<ul class="legend">'
         f'{"".join(_key(bar) for bar in figure.legend)}</ul><p class="axis">{escape(figure.y_label)}</p>'
-        f'<div class="panels">{panels}</div><ul class="marks">{marks}</ul></figure>'
+        f'<div class="panels" style="max-width:{row}px">{panels}</div><ul class="marks">{marks}</ul></figure>'
     )
 
 
@@ -43,22 +48,27 @@ def _marks(figure: Figure) -> list[str]:
 
 def _key(bar: Bar) -> str:
     x, width, height = (1.5, 15, 11) if bar.measured else (0, 18, 14)
+    bar = replace(bar, note="")  # solid: whether part was asked is a fact of each bar
     swatch = f'<svg width="18" height="14" aria-hidden="true">{_rect(bar, x, x, width, height)}</svg>'
     kind = "measured here" if bar.measured else "published"
     return f"<li{' class=measured' if bar.measured else ''}>{swatch}{escape(bar.label)} <span>{kind}</span></li>"
 
 
 def _panel(group: Group) -> str:
-    width = GUTTER + BAR * len(group.bars) + 8
+    width = _width(group)
     lines = "".join(
         f'<line x1="{GUTTER - 4}" x2="{width}" y1="{_y(value):g}" y2="{_y(value):g}" class="grid"/>'
         f'<text x="{GUTTER - 8}" y="{_y(value) + 3.5:g}" class="tick">{value}</text>'
         for value in range(0, 101, 20)
     )
     best = max(bar.value for bar in group.bars)
-    bars = "".join(_bar(bar, GUTTER + i * BAR, bar.value == best) for i, bar in enumerate(group.bars))
+    left = GUTTER + (width - GUTTER - 4 - sum(map(_room, group.bars))) / 2
+    starts = [left + sum(map(_room, group.bars[:i])) for i in range(len(group.bars))]
+    bars = "".join(_bar(bar, x, bar.value == best) for bar, x in zip(group.bars, starts, strict=True))
     notes = "".join(
-        f'<span class="partial">{escape(bar.label)}: {escape(bar.note)}</span>' for bar in group.bars if bar.note
+        f'<span class="partial">{escape(bar.label)}: {escape(bar.note).replace(" ", "&nbsp;")}</span>'
+        for bar in group.bars
+        if bar.note
     )
     return (
         f'<div class="panel" style="width:{width}px"><svg width="{width}" height="{HEIGHT + HEADROOM + 4}" '
@@ -68,9 +78,9 @@ def _panel(group: Group) -> str:
 
 
 def _bar(bar: Bar, x: float, best: bool) -> str:
-    inset = 3.5 if bar.measured else 1
-    body = _rect(bar, x + inset, _y(bar.value), BAR - 2 * inset, HEIGHT * bar.value / 100)
-    middle, top = x + BAR / 2, _y(bar.value if bar.high is None else bar.high)
+    inset = 6 if bar.measured else 1
+    body = _rect(bar, x + inset, _y(bar.value), _room(bar) - 2 * inset, HEIGHT * bar.value / 100)
+    middle, top = x + _room(bar) / 2, _y(bar.value if bar.high is None else bar.high)
     if bar.low is not None:
         low, high = _y(bar.low), _y(bar.high)
         path = f"M{middle - 4:g} {high:.1f}h8M{middle - 4:g} {low:.1f}h8M{middle:g} {high:.1f}V{low:.1f}"
@@ -96,6 +106,14 @@ def _words(bar: Bar) -> str:
     asked = f", on {bar.note} questions" if bar.note else ""
     changed = ", departs from the protocol" if bar.changed else ""
     return f"{bar.label}: {bar.value:.1f}{interval}, measured here{asked}{changed}"
+
+
+def _room(bar: Bar) -> int:
+    return MEASURED_BAR if bar.measured else BAR
+
+
+def _width(group: Group) -> int:
+    return max(LEAST, GUTTER + sum(map(_room, group.bars)) + 4)
 
 
 def _y(value: float) -> float:

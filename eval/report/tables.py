@@ -17,7 +17,7 @@ SCORE_HEADS += ("No answer %", "Truncated %", "Tokens")
 
 def scores(runs: Sequence[Run]) -> str:
     rows = [_score_row(task, runs) for run in runs for task in run.tasks]
-    return _table(SCORE_HEADS, rows, caption="Scores")
+    return _table(SCORE_HEADS, rows, kind="named")
 
 
 def several(runs: Sequence[Run]) -> str:
@@ -135,7 +135,7 @@ def _protocol(run: Run) -> str:
         for field, entry in fields.items()
     ]
     count = sum(entry.get("status") == "documented" for entry in fields.values())
-    table = _table(("Field", "Value", "Status", "Source or reason"), rows, words=True)
+    table = _table(("Field", "Value", "Status", "Source or reason"), rows, kind="words")
     return (
         f"<h3>{escape(run.label)}: protocol {name}</h3><p>{about}</p><h4>What departs from it</h4>{departs}"
         f"<details><summary>{len(fields)} fields: {count} documented, {len(fields) - count} assumed</summary>{table}"
@@ -154,7 +154,7 @@ def _facts(run: Run) -> str:
         facts |= {f"{task.facts.task}.data.{name}": value for name, value in task.facts.data.items()}
         facts |= {f"{task.facts.task}.{name}": value for name, value in task.facts.settings.items()}
     rows = [[f"<code>{escape(name)}</code>", f"<code>{escape(_text(value))}</code>"] for name, value in facts.items()]
-    return _table(("Field", "Value"), rows, words=True)
+    return _table(("Field", "Value"), rows, kind="words")
 
 
 def _comparison(pair: Pair, shown: int | None, runs: Sequence[Run]) -> str:
@@ -216,15 +216,14 @@ def _range(low: float | None, high: float | None) -> str:
     return NONE if low is None else f"{100 * low:.1f} – {100 * high:.1f}"
 
 
-def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], caption: str = "", words: bool = False) -> str:
-    """``heads`` and ``caption`` are plain text; the cells of ``rows`` are HTML."""
+def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], caption: str = "", kind: str = "") -> str:
+    """``heads`` and ``caption`` are plain text; the cells of ``rows`` are HTML. ``kind``: class for the style."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
     )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    kind = ' class="words"' if words else ""
     return (
-        f'<div class="scroll" tabindex="0"><table{kind}>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+        f'<div class="scroll" tabindex="0"><table class="{kind}">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
         f"</table></div>"
     )
