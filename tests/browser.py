@@ -84,9 +84,7 @@ class Page:
         """Size of the window in CSS pixels, and the colour scheme."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.devtools("Emulation.setDeviceMetricsOverride", **metrics)
-        self.devtools(
-            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
-        )
+        self.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def devtools(self, command: str, **params):
         return self.call("/goog/cdp/execute", cmd=command, params=params)
@@ -105,7 +103,13 @@ def browse(browser: str, driver: str):
     try:
         page = Page(f"http://127.0.0.1:{port}")
         _wait_until_ready(page, process)
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,900"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--window-size=1280,900",
+        ]
         options = {"binary": browser, "args": flags}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = page.call("/session", capabilities={"alwaysMatch": wanted})["sessionId"]

@@ -38,7 +38,7 @@ def _marks(figure: Figure) -> list[str]:
     measured = [bar for group in figure.groups for bar in group.bars if bar.measured]
     found = []
     if any(bar.low is not None for bar in measured):
-        found.append("Whiskers: 95% interval over questions; published figures come without one.")
+        found.append("Whiskers: 95% interval over questions.")
     if any(bar.note for bar in measured):
         found.append("Dashed outline: only part of the questions was asked.")
     if any(bar.changed for bar in measured):
