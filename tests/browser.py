@@ -51,10 +51,9 @@ class Page:
         self.call(f"/element/{element}/click")
 
     def type(self, selector: str, text: str) -> None:
-        element = self.find(selector)
-        self.call(f"/element/{element}/clear")
-        if text:
-            self.call(f"/element/{element}/value", text=text)
+        """In place of what stands there, key by key."""
+        select_all, release, backspace = "\ue009a", "\ue000", "\ue003"
+        self.call(f"/element/{self.find(selector)}/value", text=f"{select_all}{release}{backspace}{text}")
 
     def choose(self, selector: str, label: str) -> None:
         found = self.run(

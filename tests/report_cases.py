@@ -25,7 +25,7 @@ def make_questions(n, accuracy=0.7, *, k=1, seed=0, chars=200, choices="ABCDEFGH
         for _ in range(k):
             right, blank = rng.random() < accuracy, rng.random() < 0.03
             answer = None if blank else gold if right else choices[(i + 1) % len(choices)]
-            text = f"Step by step, for question {i}. " + "".join(rng.choices("abcdefgh ", k=chars))
+            text = f"Step by step, for question {i}. " + rng.randbytes(chars // 2).hex()
             text += "" if blank else f" The answer is ({answer})."
             made = {"right": right and not blank, "stock_right": right and not blank and rng.random() < 0.8}
             made |= {"stock_answer": answer, "tokens": len(text) // 4, "truncated": blank}
