@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from modeling_deepseek_moe.eval import published, report
+from modeling_deepseek_moe.eval import extraction, published, report
 from modeling_deepseek_moe.eval.report import explorer, page
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import gather, pairs
@@ -17,7 +17,8 @@ from modeling_deepseek_moe.eval.results import BENCHMARKS, Question
 from report_cases import make_questions, make_task, output, write_run
 
 pytest.importorskip("matplotlib")
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "published_scores.json"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED, REPLAY = DATA / "published_scores.json", DATA / "mmlu_pro_280_replay.jsonl"
 ATTACK = "<script>alert(1)</script></script><img src=x onerror=alert(1)><!--"
 
 
@@ -256,6 +257,37 @@ def test_comparison(tmp_path):
     assert (len(pair["first"]), pair["second"]) == (ones, [])
     words = " ".join(markup.words)
     assert f"Show the {ones} questions where they differ" in words and "20 only in Small-MoE (b)" in words
+
+
+def recorded(model):
+    """The 280 recorded outputs of a model to MMLU-Pro, judged as a run judges them."""
+    made = []
+    for row in map(json.loads, REPLAY.read_text(encoding="utf-8").splitlines()):
+        text, gold = row["recorded"][model]["output"], row["answer"]
+        answer, stock = extraction.mmlu_pro_letter(text), extraction.stock_mmlu_pro_letter(text)
+        one = output(answer == gold, text, answer=answer, stock_answer=stock, stock_right=stock == gold)
+        fields = {"question": row["question"], "prompt": row["question"], "category": row["category"]}
+        made.append(Question(id=row["question_id"], gold=gold, outputs=(one,), **fields))
+    return made
+
+
+@pytest.mark.skipif(not REPLAY.is_file(), reason=f"needs {REPLAY.name}")
+def test_recorded_outputs_of_two_models(tmp_path):
+    """139 by lm-eval's own scorer and 168 by the authors' chain, of 280; and two real models beside each other."""
+    models = ("DeepSeek-Coder-V2", "gemini-1.5-pro-002")
+    runs = [
+        write_run(tmp_path / model, [(make_task(rows=12_032, changed=["280 rows"]), recorded(model))], label=model)
+        for model in models
+    ]
+    _, numbers = written(tmp_path / "out", *runs)
+    coder, gemini = (run["tasks"]["dsv3_mmlu_pro"] for run in numbers["runs"])
+    assert (round(280 * coder["stock"]), round(280 * coder["score"])) == (139, 168)
+    assert (round(280 * gemini["stock"]), round(280 * gemini["score"])) == (183, 183)
+    (pair,) = numbers["comparisons"]
+    found = pair["found"]
+    assert 280 * found["difference"] == pytest.approx(15)
+    assert len(found["second_better"]) - len(found["first_better"]) == 15
+    assert found["low"] < 15 / 280 < found["high"]
 
 
 def test_runs_that_cannot_be_compared_say_why(tmp_path):
