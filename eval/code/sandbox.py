@@ -55,7 +55,7 @@ class Result:
     stderr: bytes
     status: int
     seconds: float
-    peak_memory: int  # bytes
+    peak_memory: int  # bytes resident, as seen every 20 ms
 
 
 def run(
@@ -64,18 +64,20 @@ def run(
     """Run ``command`` in a folder of its own, which is gone afterwards.
 
     Args:
-        command: the program, found on PATH, and its arguments.
+        command: the program, found on PATH or, as ``./name``, among ``files``; and its arguments.
         files: name -> content, put into the folder first.
 
     Raises:
         OSError: this machine cannot confine it; nothing was run. FileNotFoundError: no such program.
     """
-    program = shutil.which(command[0])
+    own = command[0].removeprefix("./") if command[0].startswith("./") else None
+    program = command[0] if own in (files or {}) else shutil.which(command[0])
     if program is None:
         raise FileNotFoundError(f"{command[0]}: found no such program")
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
         for name, content in (files or {}).items():
             (Path(folder) / name).write_bytes(content)
+            (Path(folder) / name).chmod(0o700 if name == own else 0o600)
         return _watch([program, *command[1:]], stdin, Path(folder).resolve(), limits)
 
 
@@ -146,26 +148,27 @@ def _watch(command: list[str], stdin: bytes, folder: Path, limits: Limits) -> Re
             if failure := status.read():  # ends when the program has started, or the jail has not
                 process.wait()
                 raise OSError(f"the sandbox cannot run here: {failure.decode(errors='replace')}")
-        texts, stopped = _collect(process, folder, start, limits)
+        texts, stopped, peak = _collect(process, folder, start, limits)
     finally:
         _end(process)
-    _, wait_status, usage = _reap(process)
+    _, wait_status = os.waitpid(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(wait_status)
     seconds = time.monotonic() - start
     return Result(
         verdict=stopped or _verdict(wait_status, texts[1]),
         stdout=bytes(texts[0]),
         stderr=bytes(texts[1]),
-        status=os.waitstatus_to_exitcode(wait_status),
+        status=process.returncode,
         seconds=seconds,
-        peak_memory=usage.ru_maxrss * 1024,
+        peak_memory=peak,
     )
 
 
 def _collect(
     process: subprocess.Popen, folder: Path, start: float, limits: Limits
-) -> tuple[tuple[bytearray, bytearray], str | None]:
-    """What it writes until it ends, and what it was stopped for, if it was."""
-    texts = (bytearray(), bytearray())
+) -> tuple[tuple[bytearray, bytearray], str | None, int]:
+    """What it writes until it ends, what it was stopped for, if it was, and its peak memory."""
+    texts, peak = (bytearray(), bytearray()), 0
     with selectors.DefaultSelector() as selector:
         for pipe, text in zip((process.stdout, process.stderr), texts, strict=True):
             os.set_blocking(pipe.fileno(), False)
@@ -176,17 +179,16 @@ def _collect(
                 key.data.extend(part)
                 if not part:
                     selector.unregister(key.fileobj)
+            peak = max(peak, _resident(process.pid))
             if sum(map(len, texts)) > limits.output:
-                return texts, "output"
+                return texts, "output", peak
             if time.monotonic() - start > limits.seconds:
-                return texts, "timeout"
+                return texts, "timeout", peak
             if _disk_used(folder) > limits.disk:
-                return texts, "disk"
-            # the pipes may be closed long before it ends
-            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-            if ended and not selector.get_map():
-                return texts, None
-            if not ended and not selector.get_map():
+                return texts, "disk", peak
+            if not selector.get_map():  # the pipes may be closed long before it ends
+                if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                    return texts, None, peak
                 time.sleep(WATCH)
 
 
@@ -209,10 +211,13 @@ def _end(process: subprocess.Popen) -> None:
     process.stderr.close()
 
 
-def _reap(process: subprocess.Popen):
-    pid, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return pid, status, usage
+def _resident(pid: int) -> int:
+    """Peak resident bytes of a process; 0 when it has ended. `wait4` would count the process that it was forked from."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _verdict(wait_status: int, stderr: bytearray) -> str:

@@ -1,0 +1,86 @@
+"""SWE-bench: predictions for the official harness, its command, and its report read back. Nothing is judged here."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from modeling_deepseek_moe.eval.code.problems import blocks
+from modeling_deepseek_moe.eval.results import write_atomically
+
+VERIFIED = "SWE-bench/SWE-bench_Verified"
+FIELDS = ("instance_id", "model_name_or_path", "model_patch")  # of a prediction, swebench.harness.constants
+_START = re.compile(r"^(?:diff --git |--- )", re.MULTILINE)
+
+
+def patch(text: str) -> str | None:
+    """The unified diff of a model's text: in its last code block that has one, else from where one begins; None without one."""
+    fenced = [content for _, content in blocks(text) if _is_diff(content)]
+    if fenced:
+        return fenced[-1]
+    start = _START.search(text)
+    rest = text[start.start() :] if start else ""
+    return rest.rstrip("\n") + "\n" if _is_diff(rest) else None
+
+
+def _is_diff(text: str) -> bool:
+    return all(re.search(pattern, text, re.MULTILINE) for pattern in (r"^--- ", r"^\+\+\+ ", r"^@@ "))
+
+
+def read_instances(file: Path) -> list[str]:
+    """Ids from JSON lines with ``instance_id``.
+
+    Raises:
+        ValueError: a line has none, or one comes twice.
+    """
+    ids = []
+    with Path(file).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                ids.append(json.loads(line)["instance_id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}:{number}: no instance: {error}; wanted instance_id") from None
+            if not isinstance(ids[-1], str) or ids[-1] in ids[:-1]:
+                raise ValueError(f"{file}:{number}: found instance_id {ids[-1]!r} twice or not as text")
+    return ids
+
+
+def write_predictions(file: Path, model: str, texts: Iterable[tuple[str, str]]) -> tuple[int, int]:
+    """The official harness' JSON lines; an instance without a diff has an empty patch, which it counts. How many, and how many empty.
+
+    Args:
+        texts: instance id and what the model wrote.
+    """
+    lines, empty = [], 0
+    for instance, text in texts:
+        diff = patch(text)
+        empty += diff is None
+        lines.append(json.dumps(dict(zip(FIELDS, (instance, model, diff or ""), strict=True))) + "\n")
+    write_atomically(Path(file), "".join(lines))
+    return len(lines), empty
+
+
+def command(predictions: Path, run_id: str, workers: int = 4) -> str:
+    """What judges them, with Docker and ``pip install swebench``."""
+    parts = ["python", "-m", "swebench.harness.run_evaluation", "--dataset_name", VERIFIED, "--predictions_path"]
+    return shlex.join([*parts, str(predictions), "--run_id", run_id, "--max_workers", str(workers)])
+
+
+def read_report(file: Path) -> tuple[int, int]:
+    """Resolved and all instances, of the report that the official harness writes.
+
+    Raises:
+        ValueError: it is no such report, or of a run that has not ended.
+    """
+    try:
+        report = json.loads(Path(file).read_text(encoding="utf-8"))
+        resolved, total = report["resolved_instances"], report["total_instances"]
+        unfinished, failures = len(report["incomplete_ids"]), report.get("infra_failure_instances", 0)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no report of swebench: {error}") from None
+    if unfinished or failures:  # what fails by the patch's fault counts as not resolved, and is no failure here
+        raise ValueError(
+            f"{file}: found {unfinished} unfinished instances and {failures} that the machine failed, wanted none: run it again"
+        )
+    return resolved, total
