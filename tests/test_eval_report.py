@@ -103,7 +103,7 @@ def test_writes_three_files_and_every_number(tmp_path):
     words = " ".join(markup.words)
     for shown in (
         f"{100 * task['score']:.1f}",
-        "of 400",
+        "of 12,032",
         "asked 50 of 400",
         "documented",
         "assumed",
@@ -200,6 +200,13 @@ def test_measured_bars_stand_beside_published_ones(tmp_path):
     assert not [bar for group in found[0].groups[1:] for bar in group.bars if bar.measured]
 
 
+def test_a_folder_with_part_of_a_benchmark_is_a_part(tmp_path):
+    whole, part = make_task("dsv3_aime24", "aime24"), make_task(source="folder")
+    run = write_run(tmp_path / "run", [(whole, make_questions(30)), (part, make_questions(280))])
+    found = next(iter(bars(run).values()))
+    assert [bar.note for bar in (*found["AIME 2024"], *found["MMLU-Pro"])] == ["", "280 of 12,032"]
+
+
 def test_sample_rows_never_stand_beside_published_bars(tmp_path):
     run = write_run(tmp_path / "run", [(make_task(source="sample"), make_questions(40))])
     (real, sample) = figures(gather([run]))
@@ -237,7 +244,7 @@ def test_empty_task(tmp_path, source):
     run = write_run(tmp_path / "run", [(make_task(rows=500, source=source), [])], suite="mine")
     markup, numbers = written(tmp_path / "out", run)
     assert numbers["runs"][0]["tasks"]["dsv3_mmlu_pro"]["score"] is None
-    assert "of 500" in markup.words
+    assert ("of 500" if source == "sample" else "of 12,032") in markup.words
     assert json.loads(markup.scripts["index"])["runs"][0]["tasks"][0]["rows"] == []
 
 

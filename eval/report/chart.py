@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from modeling_deepseek_moe.eval.report.figure import Bar, Figure, Group
 
 # Along the axis, in bars: the room of a measured bar, the least of a group, the gap between groups, the least of a figure.
-MEASURED_ROOM, GROUP_LEAST, GAP, LEAST = 1.5, 5, 1.7, 22
+MEASURED_ROOM, GROUP_LEAST, GAP, LEAST = 1.5, 7, 1.7, 26
 INCHES = 0.36  # of a bar
 
 
@@ -53,14 +53,14 @@ def _draw(axis, figure: Figure, extent: float) -> None:
     axis.set_ylim(0, 108)
     axis.set_yticks(range(0, 101, 20))
     axis.set_ylabel(_plain(figure.y_label), fontsize=12)
-    axis.set_xticks(middles, [_tick(group) for group in figure.groups], fontsize=12, linespacing=1.4)
+    axis.set_xticks(middles, [_tick(group) for group in figure.groups], fontsize=11, linespacing=1.4)
     axis.tick_params(axis="x", length=0)
     axis.yaxis.grid(True, linestyle="--", color="#D5D8DF", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(_plain(figure.title), fontsize=14, fontweight="bold", loc="left", pad=42)
     if figure.note:
-        axis.text(0, -0.2, _plain(figure.note), transform=axis.transAxes, fontsize=10.5, color="#555B66", va="top")
+        axis.set_xlabel(_plain(figure.note), loc="left", fontsize=10.5, color="#555B66", labelpad=10)
     _legend(axis, figure)
 
 

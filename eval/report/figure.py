@@ -23,7 +23,7 @@ SAMPLE_NOTE = (
 class Bar:
     """A bar, percent. ``low`` and ``high``: its interval; ``note``: "80 of 500" where part of the questions was asked.
 
-    ``changed``: the run departs from the protocol.
+    ``changed``: the run departs from the protocol; ``run``: its index, where measured.
     """
 
     label: str
@@ -35,6 +35,7 @@ class Bar:
     high: float | None = None
     note: str = ""
     changed: bool = False
+    run: int = -1
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Figure:
 
     @property
     def legend(self) -> list[Bar]:
-        """The first bar of each model, the published ones before the measured."""
+        """The first bar of each model: the published ones, then the measured in the order of their runs."""
         first = {}
         for bar in (bar for group in self.groups for bar in group.bars):
             first.setdefault((bar.label, bar.measured), bar)
-        return sorted(first.values(), key=lambda bar: bar.measured)
+        return sorted(first.values(), key=lambda bar: bar.run)
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
@@ -111,7 +112,7 @@ def _measured(tasks: Sequence[Task], runs: Sequence[Run]) -> list[Bar]:
         if task.headline is None:
             continue
         value, low, high = task.headline
-        note = f"{len(task.questions):,} of {task.facts.rows:,}" if task.partial else ""
+        note = f"{len(task.questions):,} of {task.rows:,}" if task.partial else ""
         bars.append(
             Bar(
                 runs[task.run].label,
@@ -122,6 +123,7 @@ def _measured(tasks: Sequence[Task], runs: Sequence[Run]) -> list[Bar]:
                 high=high,
                 note=note,
                 changed=bool(task.facts.changed),
+                run=task.run,
             )
         )
     return bars

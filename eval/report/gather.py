@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modeling_deepseek_moe.eval.data import SAMPLE
 from modeling_deepseek_moe.eval.math_scoring import is_equal
+from modeling_deepseek_moe.eval.published import SIZES
 from modeling_deepseek_moe.eval.results import (
     BENCHMARKS,
     Evaluation,
@@ -27,7 +28,8 @@ class Task:
 
     Args:
         run: index of the run that it belongs to.
-        partial: fewer questions were asked than the data has.
+        rows: questions in the whole benchmark, which a local folder may hold in part; of sample rows, all there are.
+        partial: fewer questions were asked than that.
         sample: asked on rows of this project, so that its score is not the benchmark's.
     """
 
@@ -41,8 +43,12 @@ class Task:
         return BENCHMARKS.get(self.facts.benchmark, self.facts.benchmark)
 
     @property
+    def rows(self) -> int:
+        return self.facts.rows if self.sample else max(self.facts.rows, SIZES.get(self.facts.benchmark, 0))
+
+    @property
     def partial(self) -> bool:
-        return len(self.questions) < self.facts.rows
+        return len(self.questions) < self.rows
 
     @property
     def sample(self) -> bool:
@@ -163,5 +169,5 @@ def _pair(runs: tuple[int, int], tasks: tuple[int, int], every: Sequence[Run]) -
         unlike.insert(0, f"suite: {suites[0]} and {suites[1]}")
     hashes = [task.facts.data.get("sha256") for task in (first, second)]
     if hashes[0] != hashes[1]:
-        unlike.append("the data files differ; the questions that both have are compared")
+        unlike.append("the data files differ")
     return Pair(first.facts.benchmark, runs, tasks, found, refused, tuple(unlike))

@@ -106,7 +106,13 @@ def _run_numbers(run: Run) -> dict:
         "folder": str(run.folder),
         "evaluation": asdict(run.evaluation),
         "tasks": {
-            task.facts.task: {"name": task.name, "partial": task.partial, "sample": task.sample, **asdict(task.scores)}
+            task.facts.task: {
+                "name": task.name,
+                "rows": task.rows,
+                "partial": task.partial,
+                "sample": task.sample,
+                **asdict(task.scores),
+            }
             for task in run.tasks
         },
     }
@@ -114,7 +120,10 @@ def _run_numbers(run: Run) -> dict:
 
 def _about(run: Run) -> str:
     model = run.evaluation.model
-    facts = [str(model[name]) for name in ("dtype", "quantization") if model.get(name)]
+    quantization = model.get("quantization") or ""
+    if isinstance(quantization, dict):
+        quantization = str(quantization.get("quant_method", "quantized"))
+    facts = [str(fact) for fact in (model.get("dtype"), quantization) if fact]
     if isinstance(model.get("parameters"), int):
         facts.insert(0, f"{model['parameters']:,} parameters")
     facts += [f"suite {run.evaluation.suite}", run.evaluation.date, f"{run.evaluation.seconds:,.0f} s"]

@@ -29,8 +29,9 @@ def several(runs: Sequence[Run]) -> str:
         steps = list(task.scores.pass_at)
         rows = [
             ["pass@k %", *(_percent(task.scores.pass_at[k]) for k in steps)],
-            ["maj@k %", *(_percent(task.scores.majority_at.get(k)) for k in steps)],
         ]
+        if task.scores.majority_at:
+            rows.append(["maj@k %", *(_percent(task.scores.majority_at.get(k)) for k in steps)])
         caption = f"{runs[task.run].label}, {task.name}"
         parts.append(_table(["", *(f"k = {k}" for k in steps)], rows, caption=caption))
     return "".join(parts)
@@ -45,7 +46,9 @@ def categories(runs: Sequence[Run]) -> str:
         ]
         table = _table(("Category", "Questions", "Score %", "95% interval"), rows)
         title = escape(f"{runs[task.run].label}, {task.name}")
-        parts.append(f"<details><summary>{title}: {len(rows)} categories</summary>{table}</details>")
+        parts.append(
+            f"<details><summary>{title}: {len(rows)} {'category' if len(rows) == 1 else 'categories'}</summary>{table}</details>"
+        )
     return "".join(parts)
 
 
@@ -65,7 +68,7 @@ def comparisons(pairs: Sequence[Pair], runs: Sequence[Run]) -> str:
 
 def _score_row(task: Task, runs: Sequence[Run]) -> list[str]:
     scores = task.scores
-    asked = f"{scores.n:,}" + (f' <span class="tag part">of {task.facts.rows:,}</span>' if task.partial else "")
+    asked = f"{scores.n:,}" + (f' <span class="tag part">of {task.rows:,}</span>' if task.partial else "")
     sample = ' <span class="tag sample">sample rows</span>' if task.sample else ""
     changed = ' <span class="tag">changed *</span>' if task.facts.changed else ""
     return [
@@ -108,7 +111,7 @@ def _measured_cell(run: Run, benchmark: str, color: str) -> str:
         elif task.headline is not None:
             value, low, high = task.headline
             interval = "" if low is None else f"<small>{low:.1f} – {high:.1f}</small>"
-            part = f'<small class="part">{task.scores.n:,} of {task.facts.rows:,}</small>' if task.partial else ""
+            part = f'<small class="part">{task.scores.n:,} of {task.rows:,}</small>' if task.partial else ""
             mark = "*" if task.facts.changed else ""
             cells.append(f'<b style="--run:{color}" class="run">{value:.1f}{mark}</b>{interval}{part}')
     return "".join(cells) or '<span class="none">not measured</span>'
