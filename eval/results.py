@@ -108,6 +108,7 @@ BENCHMARKS = {
     "aime24": "AIME 2024",
     "codeforces": "Codeforces",
     "swebench": "SWE-bench Verified",
+    "programs": "Programs",
 }
 
 

@@ -5,9 +5,13 @@ import shlex
 import time
 
 import pytest
-from modeling_deepseek_moe.eval.code import codeforces, swebench
+from modeling_deepseek_moe.eval.code import codeforces, handover, swebench
 from modeling_deepseek_moe.eval.code.problems import SAMPLES, Problem, judge, program, read_problems, same_output
 from modeling_deepseek_moe.eval.code.sandbox import check
+from modeling_deepseek_moe.eval.results import read_evaluation, read_questions
+from typer.testing import CliRunner
+
+from modeling_deepseek_moe.cli.app import app
 
 try:
     check()
@@ -202,13 +206,88 @@ def test_instances_and_the_official_report(tmp_path):
         file.write_text('{"instance_id": "a"}\n' + line)
         with pytest.raises(ValueError, match=r"i.jsonl:2: "):
             swebench.read_instances(file)
-    report = {"total_instances": 500, "resolved_instances": 210, "incomplete_ids": [], "error_instances": 3}
+    report = {"total_instances": 500, "resolved_ids": ["a"], "incomplete_ids": ["c"], "infra_failure_ids": []}
     file.write_text(json.dumps(report))
-    assert swebench.read_report(file) == (210, 500)
-    for change in ({"incomplete_ids": ["a"]}, {"infra_failure_instances": 2}):
+    assert swebench.read_report(file, ["a", "b"]) == ({"a"}, 500)
+    for change in ({"incomplete_ids": ["b"]}, {"infra_failure_ids": ["b"]}):
         file.write_text(json.dumps(report | change))
-        with pytest.raises(ValueError, match="wanted none: run it again"):
-            swebench.read_report(file)
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="no report of swebench"):
-        swebench.read_report(file)
+        with pytest.raises(ValueError, match=r"'b' the first, wanted none: run it again"):
+            swebench.read_report(file, ["a", "b"])
+    file.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="found 'a' resolved, which was not asked"):
+        swebench.read_report(file, ["b"])
+    for text in ("{}", "[]", "x"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="no report of swebench"):
+            swebench.read_report(file, [])
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)])
+
+
+@sandboxed
+def test_own_problems_from_the_model_to_the_report(tmp_path):
+    result = invoke("programs", "--out", tmp_path, "--max-tokens", "8")
+    assert result.exit_code == 0 and "programs: 0.0 % of 6 right" in result.output
+    questions = read_questions(tmp_path, "programs")
+    assert {question.outputs[0].answer for question in questions} == {None}
+    # what a better model would have written, judged by the same call
+    rows = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
+    answers = [json.loads(line) for line in (tmp_path / handover.ANSWERS).read_text().splitlines()]
+    for answer, row in zip(answers, rows, strict=True):
+        answer["text"] = block(row["solution"])
+    (tmp_path / handover.ANSWERS).write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    done = handover.judge_programs(tmp_path, read_problems(), "sample")
+    assert all(question.outputs[0].right for question in read_questions(tmp_path, "programs"))
+    assert done.tasks[0].data["source"] == "sample" and done.tasks[0].rows == 6
+
+
+def test_swebench_there_and_back(tmp_path):
+    (tmp_path / "i.jsonl").write_text('{"instance_id": "a", "text": "fix"}\n{"instance_id": "b", "text": "mend"}\n')
+    result = invoke("swebench", "--data", tmp_path / "i.jsonl", "--out", tmp_path / "o", "--max-tokens", "8")
+    assert result.exit_code == 0 and "2 predictions, 2 of them without a patch" in result.output
+    assert [
+        json.loads(line)["instance_id"] for line in (tmp_path / "o/predictions.jsonl").read_text().splitlines()
+    ] == ["a", "b"]
+    report = {"total_instances": 500, "resolved_ids": ["a"], "incomplete_ids": []}
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    assert (
+        "swebench: 50.0 % of 2 right"
+        in invoke("swebench", "--out", tmp_path / "o", "--judged", tmp_path / "r.json").output
+    )
+    assert read_evaluation(tmp_path / "o").tasks[0].rows == 500
+    refused = invoke("codeforces", "--out", tmp_path / "o", "--judged", tmp_path / "r.json")
+    assert refused.exit_code == 2 and "found answers to swebench, wanted codeforces" in refused.output
+
+
+def test_codeforces_there_and_back(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem": "1A", "statement": "x"}\n{"problem": "1B", "statement": "y"}\n')
+    out = tmp_path / "o"
+    assert invoke("codeforces", "--data", tmp_path / "p.jsonl", "--out", out, "--max-tokens", "8").exit_code == 0
+    judged = tmp_path / "j.jsonl"
+    judged.write_text(
+        '{"problem": "1A", "rating": 900, "solved": true}\n{"problem": "1B", "rating": 1300, "solved": false}\n'
+    )
+    assert "rating 1100;" in invoke("codeforces", "--out", out, "--judged", judged).output
+    assert read_evaluation(out).tasks[0].harness == {"rating": 1100}  # no table, no percentile
+    (tmp_path / "t.csv").write_text("rating,percentile\n0,0\n2000,90\n")
+    invoke("codeforces", "--out", out, "--judged", judged, "--ratings", tmp_path / "t.csv")
+    assert read_evaluation(out).tasks[0].harness == {"rating": 1100, "percentile": 49.5}
+    judged.write_text('{"problem": "9Z", "rating": 900, "solved": true}\n')
+    assert (
+        "found a verdict on '9Z', which was not asked" in invoke("codeforces", "--out", out, "--judged", judged).output
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["swebench"], "found no --data"),
+        (["programs", "--judged", "x"], "found --judged, which programs have no use for"),
+        (["swebench", "--judged", "x"], "found no asked.json"),
+    ],
+)
+def test_predict_refuses(tmp_path, arguments, message):
+    result = invoke(*arguments, "--out", tmp_path)
+    assert result.exit_code == 2 and message in result.output

@@ -12,7 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "modeling_deepseek_moe"
 FOLDERS = ("conversion", "eval")  # installed as subpackages; they stand on the package
-COMMANDS = {("cli.convert", "conversion"), ("cli.eval", "eval"), ("cli.report", "eval")}  # and the folder of each
+COMMANDS = {
+    ("cli.convert", "conversion"),
+    ("cli.eval", "eval"),
+    ("cli.predict", "eval"),
+    ("cli.report", "eval"),
+}  # and the folder of each
 MAX_LINES = 450
 
 # Lowest first. A module may import only from layers above its own line; those that share a line may not import each

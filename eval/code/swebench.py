@@ -67,20 +67,28 @@ def command(predictions: Path, run_id: str, workers: int = 4) -> str:
     return shlex.join([*parts, str(predictions), "--run_id", run_id, "--max_workers", str(workers)])
 
 
-def read_report(file: Path) -> tuple[int, int]:
-    """Resolved and all instances, of the report that the official harness writes.
+def read_report(file: Path, asked: Iterable[str]) -> tuple[set[str], int]:
+    """Of the report that the official harness writes: the ids that are resolved, and how many instances the data set has.
+
+    Args:
+        asked: ids that have a prediction; the harness calls all others incomplete.
 
     Raises:
-        ValueError: it is no such report, or of a run that has not ended.
+        ValueError: it is no such report, or some that were asked were not run, or failed by the machine's fault.
     """
     try:
         report = json.loads(Path(file).read_text(encoding="utf-8"))
-        resolved, total = report["resolved_instances"], report["total_instances"]
-        unfinished, failures = len(report["incomplete_ids"]), report.get("infra_failure_instances", 0)
-    except (ValueError, KeyError, TypeError) as error:
+        resolved, total = set(report["resolved_ids"]), report["total_instances"]
+        undone = set(report["incomplete_ids"]) & set(asked)
+        failures = set(report.get("infra_failure_ids", ()))  # a patch that does not apply is not among them
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: no report of swebench: {error}") from None
-    if unfinished or failures:  # what fails by the patch's fault counts as not resolved, and is no failure here
+    if unknown := sorted(resolved - set(asked)):
+        raise ValueError(f"{file}: found {unknown[0]!r} resolved, which was not asked")
+    if undone or failures:
+        name = min(undone | failures)
         raise ValueError(
-            f"{file}: found {unfinished} unfinished instances and {failures} that the machine failed, wanted none: run it again"
+            f"{file}: found {len(undone)} instances not run and {len(failures)} that the machine failed, {name!r} the first, "
+            "wanted none: run it again"
         )
     return resolved, total

@@ -14,10 +14,11 @@ from modeling_deepseek_moe.cli.eval import eval  # noqa: A004  the command's nam
 from modeling_deepseek_moe.cli.generate import generate
 from modeling_deepseek_moe.cli.inspect import inspect
 from modeling_deepseek_moe.cli.plan import plan
+from modeling_deepseek_moe.cli.predict import predict
 from modeling_deepseek_moe.cli.report import report
 from modeling_deepseek_moe.cli.train import train
 
-COMMANDS = (plan, inspect, bench, generate, chat, convert, train, eval, report, demo)
+COMMANDS = (plan, inspect, bench, generate, chat, convert, train, eval, predict, report, demo)
 FREE_OPTIONS = {train: {"allow_extra_args": True, "ignore_unknown_options": True}}  # read by the command itself
 
 app = typer.Typer(

@@ -1,0 +1,191 @@
+"""Ask a model for programs or patches, keep what it wrote, and make an evaluation of it once somebody has judged.
+
+``answers.jsonl`` holds a question a line with what the model wrote; ``asked.json`` the model and how it was asked. Own problems are
+judged here, in the sandbox; Codeforces and SWE-bench by their own judges, whose verdicts come back in a file.
+"""
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from modeling_deepseek_moe.eval.code import codeforces, swebench
+from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, judge
+from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
+from modeling_deepseek_moe.eval.journal import JOURNAL_FILE, Journal
+from modeling_deepseek_moe.eval.results import (
+    Evaluation,
+    Output,
+    Question,
+    TaskRun,
+    write_atomically,
+    write_evaluation,
+)
+
+ANSWERS, ASKED = "answers.jsonl", "asked.json"
+ASSUMED = {"status": "assumed", "source": "no wording is documented"}
+
+
+def read_prompts(file: Path, key: str, text: str, prompt: Callable[[str], str] = str) -> dict[str, str]:
+    """Id -> prompt, of JSON lines with the fields ``key`` and ``text``.
+
+    Raises:
+        ValueError: a line lacks them, or an id comes twice; the message names it.
+    """
+    prompts = {}
+    with Path(file).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                name, words = row[key], row[text]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}:{number}: {error}; wanted JSON with {key!r} and {text!r}") from None
+            if not isinstance(name, str) or not isinstance(words, str) or name in prompts:
+                raise ValueError(f"{file}:{number}: found {key} {name!r} twice, or not as text")
+            prompts[name] = prompt(words)
+    if not prompts:
+        raise ValueError(f"{file}: found no lines, wanted at least one with {key!r} and {text!r}")
+    return prompts
+
+
+def program_prompt(statement: str) -> str:
+    return PROMPT + statement
+
+
+def ask(
+    model,
+    tokenizer,
+    prompts: dict[str, str],
+    out: Path,
+    *,
+    kind: str,
+    folder: Path,
+    label: str,
+    settings: dict,
+    **options,
+) -> dict[str, dict]:
+    """Id -> ``{"prompt", "text", "tokens", "truncated"}``; written to ``out`` too. Interrupted, the same call goes on.
+
+    Args:
+        settings: ``max_tokens``, ``temperature``, ``top_p``.
+        options: of `DeepseekLM`.
+    """
+    from lm_eval.api.instance import Instance
+    from modeling_deepseek_moe.eval.model import DeepseekLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    start, facts = time.perf_counter(), model_facts(model, folder, label)
+    journal = Journal(out / JOURNAL_FILE, {"model": facts | {"path": None, "label": None}, "kind": kind})
+    lm = DeepseekLM(model, tokenizer=tokenizer, journal=journal, **options)
+    given = {
+        "max_gen_toks": settings["max_tokens"],
+        "temperature": settings["temperature"],
+        "top_p": settings["top_p"],
+        "until": [],
+    }
+    turns = {
+        name: lm.apply_chat_template([{"role": "user", "content": prompt}]) if tokenizer.chat_template else prompt
+        for name, prompt in prompts.items()
+    }
+    try:
+        lm.generate_until([Instance("generate_until", {}, (turn, given), i) for i, turn in enumerate(turns.values())])
+    finally:
+        journal.close()
+    seen: dict[str, int] = {}
+    answers = {}
+    for name, turn in turns.items():
+        seen[turn] = seen.get(turn, -1) + 1
+        answers[name] = {"question": prompts[name], "prompt": turn, **lm.output(turn, given, seen[turn])}
+    asked = {"kind": kind, "model": facts, "settings": settings, "seconds": round(time.perf_counter() - start, 1)}
+    lines = (json.dumps({"id": name, **answer}, ensure_ascii=False) + "\n" for name, answer in answers.items())
+    write_atomically(out / ANSWERS, "".join(lines))
+    write_atomically(out / ASKED, json.dumps(asked, indent=1) + "\n")
+    return answers
+
+
+def read_answers(out: Path, kind: str) -> tuple[dict, dict[str, dict]]:
+    """What `ask` left.
+
+    Raises:
+        FileNotFoundError: nothing was asked there. ValueError: something else was.
+    """
+    if not (out / ASKED).is_file():
+        raise FileNotFoundError(f"{out}: found no {ASKED}, wanted a folder in which a model was asked for {kind}")
+    asked = json.loads((out / ASKED).read_text(encoding="utf-8"))
+    if asked["kind"] != kind:
+        raise ValueError(f"{out}: found answers to {asked['kind']}, wanted {kind}")
+    rows = [json.loads(line) for line in (out / ANSWERS).read_text(encoding="utf-8").splitlines()]
+    return asked, {row.pop("id"): row for row in rows}
+
+
+def judge_programs(out: Path, problems: Iterable[Problem], source: str) -> Evaluation:
+    """Run every program of the answers in ``out`` in the sandbox.
+
+    Args:
+        source: "sample", or the file of the problems.
+
+    Raises:
+        OSError: this machine has no sandbox.
+    """
+    asked, answers = read_answers(out, "programs")
+    verdicts = {problem.id: judge(problem, answers[problem.id]["text"]) for problem in problems}
+    judged = {name: (verdict.verdict, verdict.accepted) for name, verdict in verdicts.items()}
+    return _write(out, asked, answers, judged, len(judged), source, {})
+
+
+def judge_codeforces(out: Path, judged: Path, table: Path | None) -> Evaluation:
+    """Of the judge's verdicts: the rating and, with a table, the percentile. See `codeforces`."""
+    asked, answers = read_answers(out, "codeforces")
+    ratings = codeforces.read_judged(judged)
+    names = [json.loads(line)["problem"] for line in Path(judged).read_text(encoding="utf-8").splitlines()]
+    if unknown := sorted(set(names) - answers.keys()):
+        raise ValueError(f"{judged}: found a verdict on {unknown[0]!r}, which was not asked in {out}")
+    value = codeforces.rating(ratings)
+    figures = {"rating": round(value)} | (
+        {"percentile": round(codeforces.percentile(value, table), 1)} if table else {}
+    )
+    verdicts = {
+        name: ("solved" if solved else "not solved", solved) for name, (_, solved) in zip(names, ratings, strict=True)
+    }
+    return _write(out, asked, answers, verdicts, len(names), str(judged), figures)
+
+
+def judge_swebench(out: Path, report: Path) -> Evaluation:
+    """Of the official harness' report: every instance that was asked, resolved or not."""
+    asked, answers = read_answers(out, "swebench")
+    resolved, total = swebench.read_report(report, answers)
+    verdicts = {name: ("resolved" if name in resolved else "not resolved", name in resolved) for name in answers}
+    return _write(out, asked, answers, verdicts, total, str(report), {})
+
+
+def _write(
+    out: Path, asked: dict, answers: dict, verdicts: dict[str, tuple[str, bool]], rows: int, source: str, figures: dict
+) -> Evaluation:
+    kind = asked["kind"]
+    questions = []
+    for name, (verdict, right) in verdicts.items():
+        answer = answers[name]
+        made = {field: answer[field] for field in ("text", "tokens", "truncated")}
+        output = Output(**made, answer=None if verdict == "no program" else verdict, right=right)
+        questions.append(
+            Question(
+                id=name, question=answer["question"], prompt=answer["prompt"], gold="", outputs=(output,), category=""
+            )
+        )
+    data = {"source": "sample" if source == "sample" else "folder", "path": source, "revision": None, "sha256": None}
+    task = TaskRun(task=kind, benchmark=kind, data=data, rows=rows, settings=asked["settings"], harness=figures)
+    evaluation = Evaluation(
+        model=asked["model"],
+        suite=kind,
+        protocol={"name": kind, "fields": {name: {"value": v} | ASSUMED for name, v in asked["settings"].items()}},
+        tasks=(task,),
+        versions=versions(),
+        seeds={},
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=asked["seconds"],
+        machine=machine(),
+    )
+    write_evaluation(out, evaluation, {kind: questions})
+    return evaluation

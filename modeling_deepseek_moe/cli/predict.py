@@ -1,0 +1,138 @@
+"""``deepseek-moe predict``: programs and patches by a model, for a judge; and the judge's verdicts as an evaluation."""
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modeling_deepseek_moe.cli import _model
+from modeling_deepseek_moe.cli._console import stderr, stdout
+
+
+class Kind(StrEnum):
+    PROGRAMS = "programs"
+    CODEFORCES = "codeforces"
+    SWEBENCH = "swebench"
+
+
+def predict(
+    kind: Annotated[Kind, typer.Argument(help="What for: own problems, Codeforces, or SWE-bench Verified.")],
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="A checkpoint folder.", show_default="the small one that ships"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines: id, statement, tests; for codeforces problem, statement; for swebench instance_id, text.",
+            show_default="for programs, problems written for this project",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/KIND")] = None,
+    judged: Annotated[
+        Path | None,
+        typer.Option(help="Verdicts: JSON lines problem, rating, solved; for swebench the official harness' report."),
+    ] = None,
+    ratings: Annotated[
+        Path | None, typer.Option(help="CSV of rating, percentile: for codeforces' percentile.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="The model's name.", show_default="the folder's")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 8192,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Of sampling.")] = 1.0,
+    batch_size: Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")] = "auto",
+    dtype: _model.DtypeOption = _model.Dtype.AUTO,
+    dequantize: _model.DequantizeOption = False,
+    attention: _model.AttentionOption = None,
+    device: _model.DeviceOption = "auto",
+    expert_memory: _model.ExpertMemoryOption = None,
+) -> None:
+    """Have a model write programs or patches, in the format of their judges, and read the verdicts back.
+
+    Own problems are judged at once, in a sandbox without network, processes or files (Linux 5.13 or later). Codeforces and SWE-bench
+    are judged by nobody but their own tools: this writes what they take, says how to go on, and with --judged makes an evaluation
+    for deepseek-moe report. No figure is made without a verdict.
+
+    \b
+    Examples:
+      [cyan]deepseek-moe predict programs --max-tokens 200[/]
+      [cyan]deepseek-moe predict swebench -m DeepSeek-V3 --data instances.jsonl --out runs/swe[/]
+      [cyan]deepseek-moe predict swebench --out runs/swe --judged report.json[/]
+      [cyan]deepseek-moe predict codeforces --out runs/cf --judged judged.jsonl --ratings ratings.csv[/]
+    """
+    from modeling_deepseek_moe.eval.code import handover
+    from modeling_deepseek_moe.eval.code.problems import SAMPLES, read_problems
+    from modeling_deepseek_moe.eval.code.sandbox import check
+
+    out = out or Path("runs") / kind.value
+    if judged is not None:
+        if kind is Kind.PROGRAMS:
+            raise ValueError("found --judged, which programs have no use for: the sandbox judges them")
+        if kind is Kind.CODEFORCES:
+            _say(out, handover.judge_codeforces(out, judged, ratings))
+        else:
+            _say(out, handover.judge_swebench(out, judged))
+        return
+    if kind is Kind.PROGRAMS:
+        check()
+        problems = read_problems(data or SAMPLES)
+        prompts = {problem.id: problem.prompt for problem in problems}
+    elif data is None:
+        raise ValueError(f"found no --data, wanted the questions of {kind.value} (or --judged, their verdicts)")
+    elif kind is Kind.CODEFORCES:
+        prompts = handover.read_prompts(data, "problem", "statement", handover.program_prompt)
+    else:
+        prompts = handover.read_prompts(data, "instance_id", "text")
+    if model is None:
+        from modeling_deepseek_moe.tiny import tiny_checkpoint
+
+        model, label = Path(tiny_checkpoint()), label or "tiny checkpoint"
+        stderr().print("[dim]no --model: the small one that ships, which writes no programs[/]")
+    tokenizer = _model.load_tokenizer(model)
+    loaded = _model.load_model(
+        model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
+    )
+    answers = handover.ask(
+        loaded,
+        tokenizer,
+        prompts,
+        out,
+        kind=kind.value,
+        folder=model,
+        label=label or model.resolve().name,
+        settings={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p},
+        batch_size=batch_size,
+    )
+    texts = [(name, answer["text"]) for name, answer in answers.items()]
+    if kind is Kind.PROGRAMS:
+        _say(out, handover.judge_programs(out, problems, str(data) if data else "sample"))
+    elif kind is Kind.CODEFORCES:
+        count, missing = handover.codeforces.write_submissions(out / "submissions.jsonl", texts)
+        stdout().print(f"{out / 'submissions.jsonl'}: {count} programs; {missing} answers without one", soft_wrap=True)
+        stdout().print(
+            f"have them judged, then: deepseek-moe predict codeforces --out {shlex.quote(str(out))} --judged FILE"
+        )
+    else:
+        file = out / "predictions.jsonl"
+        count, empty = handover.swebench.write_predictions(file, label or model.resolve().name, texts)
+        stdout().print(f"{file}: {count} predictions, {empty} of them without a patch", soft_wrap=True)
+        stdout().print("with Docker and swebench:", handover.swebench.command(file, out.name), soft_wrap=True)
+        stdout().print(
+            f"then: deepseek-moe predict swebench --out {shlex.quote(str(out))} --judged REPORT.json", soft_wrap=True
+        )
+
+
+def _say(out: Path, evaluation) -> None:
+    from modeling_deepseek_moe.eval.results import read_questions
+    from modeling_deepseek_moe.eval.statistics import summarise
+
+    (task,) = evaluation.tasks
+    scores = summarise(read_questions(out, task.task))
+    figures = "".join(f", {name} {value}" for name, value in task.harness.items())
+    stdout().print(
+        f"{task.benchmark}: {100 * scores.score:.1f} % of {scores.n} right ({100 * scores.low:.1f} to "
+        f"{100 * scores.high:.1f}){figures}; page: deepseek-moe report {shlex.quote(str(out))}",
+        soft_wrap=True,
+    )
