@@ -10,9 +10,10 @@ import re
 _STATED = re.compile(r"answer is \(?([A-J])\)?")
 # a lookahead, since one match may begin on the letter that ends the match before it: "answer: Answer: B"
 _LABELLED = re.compile(r"(?=[aA]nswer:\s*([A-J]))")
-_LETTER = re.compile(r"\b[A-J]\b")
+# greedy, and tried at the text's beginning only: it walks back from the end once
+_LAST_LETTER = re.compile(r".*\b([A-J])\b", re.DOTALL)
 _SIMPLE_EVALS = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?")
-_BRACES = re.compile(r"\\.|\{+|\}+", re.DOTALL)
+_BRACES = re.compile(r"(?:\\.)+|\{+|\}+", re.DOTALL)
 _SPACE, _BARE = re.compile(r"\s*"), re.compile(r"[^\s$.,]*")
 _FINAL = re.compile(r"(?i)final answer is(.*)")
 _BOXES = ("\\boxed", "\\fbox")
@@ -50,10 +51,8 @@ def _labelled_letter(text: str) -> str | None:
 
 
 def _last_letter(text: str) -> str | None:
-    found = None
-    for match in _LETTER.finditer(text):
-        found = match[0]
-    return found
+    match = _LAST_LETTER.match(text)
+    return match[1] if match else None
 
 
 def simple_evals_letter(text: str) -> str | None:
@@ -76,7 +75,7 @@ def boxed(text: str) -> str | None:
     if text[rest] != "{":
         return _BARE.match(text, rest)[0] or None
     depth = 0
-    for match in _BRACES.finditer(text, rest):  # runs of braces, or what a backslash escapes
+    for match in _BRACES.finditer(text, rest):  # runs of braces, or of what backslashes escape
         first, count = match[0][0], match.end() - match.start()
         if first == "{":
             depth += count

@@ -5,12 +5,14 @@ import json
 import os
 from pathlib import Path
 
+from modeling_deepseek_moe.eval.results import to_json
+
 JOURNAL_FILE = "journal.jsonl"
 
 
 def request_key(kind: str, arguments: object, repeat: int) -> str:
     """Names the ``repeat``-th request with these arguments, in any process."""
-    text = json.dumps([kind, arguments, repeat], sort_keys=True, ensure_ascii=False)
+    text = json.dumps([kind, arguments, repeat], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -68,7 +70,7 @@ class Journal:
         self.answers |= answers
 
     def _write(self, entries: list[dict]) -> None:
-        self._out.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
+        self._out.write("".join(to_json(entry) + "\n" for entry in entries).encode())
         self._out.flush()
         os.fsync(self._out.fileno())
 

@@ -82,7 +82,7 @@ class Evaluation:
     """A run: of which model, under which protocol, with what.
 
     Args:
-        model: ``{"label", "path", "config_sha256", "checkpoint_sha256", "dtype", "parameters", "quantization"}``.
+        model: ``{"label", "path", "config_sha256", "checkpoint_fingerprint", "dtype", "parameters", "quantization"}``.
         protocol: ``{"name", "fields": {name: {"value", "status": "documented" | "assumed", "source"}}}``.
     """
 
@@ -123,10 +123,20 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def to_json(value: object) -> str:
+    """One line, as people read it; half a surrogate pair, which UTF-8 cannot hold, makes the line plain ASCII."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
 def write_evaluation(folder: Path, evaluation: Evaluation, samples: dict[str, Iterable[Question]]) -> None:
     """Write ``samples`` (by task), then the evaluation: a folder with an ``evaluation.json`` is complete."""
     for task, questions in samples.items():
-        lines = (json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions)
+        lines = (to_json(asdict(question)) + "\n" for question in questions)
         write_atomically(folder / SAMPLES_FOLDER / f"{task}.jsonl", "".join(lines))
     text = json.dumps(asdict(evaluation), indent=1, ensure_ascii=False, default=str)
     write_atomically(folder / EVALUATION_FILE, text + "\n")

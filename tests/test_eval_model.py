@@ -209,6 +209,16 @@ def test_journal_gives_what_it_has_and_takes_no_other_run(tmp_path, ours):
         Journal(file, run)
 
 
+def test_journal_keeps_any_text(tmp_path):
+    texts = ["plain", "中文 é 😀", "half \ud800 a pair", "line\u2028break\x85 and\r\n"]
+    journal = Journal(tmp_path / "j", {})
+    journal.add({str(i): {"text": text} for i, text in enumerate(texts)})
+    journal.close()
+    journal = Journal(tmp_path / "j", {})
+    assert [journal.answers[str(i)]["text"] for i in range(len(texts))] == texts
+    journal.close()
+
+
 def test_settings_are_part_of_a_key(ours):
     model = lm(ours)
     model.generate_until(generations(TEXTS[:1]), disable_tqdm=True)

@@ -20,6 +20,7 @@ from modeling_deepseek_moe.eval.results import (
     Output,
     Question,
     TaskRun,
+    to_json,
     write_atomically,
     write_evaluation,
 )
@@ -99,7 +100,7 @@ def ask(
         seen[turn] = seen.get(turn, -1) + 1
         answers[name] = {"question": prompts[name], "prompt": turn, **lm.output(turn, given, seen[turn])}
     asked = {"kind": kind, "model": facts, "settings": settings, "seconds": round(time.perf_counter() - start, 1)}
-    lines = (json.dumps({"id": name, **answer}, ensure_ascii=False) + "\n" for name, answer in answers.items())
+    lines = (to_json({"id": name, **answer}) + "\n" for name, answer in answers.items())
     write_atomically(out / ANSWERS, "".join(lines))
     write_atomically(out / ASKED, json.dumps(asked, indent=1) + "\n")
     return answers
