@@ -13,7 +13,8 @@ _LABELLED = re.compile(r"(?=[aA]nswer:\s*([A-J]))")
 # greedy, and tried at the text's beginning only: it walks back from the end once
 _LAST_LETTER = re.compile(r".*\b([A-J])\b", re.DOTALL)
 _SIMPLE_EVALS = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?")
-_BRACES = re.compile(r"(?:\\.)+|\{+|\}+", re.DOTALL)
+# what backslashes escape and pairs with no brace inside are passed over in runs
+_BRACES = re.compile(r"(?:\\.|\{[^{}\\]*\})+|(\{+)|(\}+)", re.DOTALL)
 _SPACE, _BARE = re.compile(r"\s*"), re.compile(r"[^\s$.,]*")
 _FINAL = re.compile(r"(?i)final answer is(.*)")
 _BOXES = ("\\boxed", "\\fbox")
@@ -74,12 +75,12 @@ def boxed(text: str) -> str | None:
         return None
     if text[rest] != "{":
         return _BARE.match(text, rest)[0] or None
-    depth = 0
-    for match in _BRACES.finditer(text, rest):  # runs of braces, or of what backslashes escape
-        first, count = match[0][0], match.end() - match.start()
-        if first == "{":
+    depth = 1
+    for match in _BRACES.finditer(text, rest + 1):  # runs of braces, or of what backslashes escape
+        count = match.end() - match.start()
+        if match[1]:
             depth += count
-        elif first == "}":
+        elif match[2]:
             if count >= depth:
                 return text[rest + 1 : match.start() + depth - 1].strip()
             depth -= count

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 import time
 from pathlib import Path
@@ -150,3 +151,27 @@ def test_math500_gold_equals_itself():
 )
 def test_math_verdict(gold, text, want):
     assert math_scoring.is_right(gold, text) is want
+
+
+def scanned(text):
+    """The content of a box, character by character."""
+    depth, position = 1, len("\\boxed{")
+    while position < len(text):
+        if text[position] == "\\":
+            position += 2
+            continue
+        depth += (text[position] == "{") - (text[position] == "}")
+        if depth == 0:
+            return text[len("\\boxed{") : position].strip()
+        position += 1
+    return None
+
+
+def test_boxes_equal_a_scan_by_character():
+    draw, found = random.Random(0), 0
+    for _ in range(20_000):
+        pieces = draw.choices(["{", "}", "\\", "a", "{}", "\\{", " ", "{b}"], k=draw.randint(0, 12))
+        text = "\\boxed{" + "".join(pieces)
+        assert extraction.boxed(text) == scanned(text), text
+        found += scanned(text) is not None
+    assert found > 5000
