@@ -14,7 +14,8 @@ GOODS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"
 LETTERS = "ABCDEFGHIJ"
 HELD_OUT_PART = 10  # one question in so many
 LARGEST = 99  # no number is larger
-LOOKED_UP = 6  # numbers that a drill asks for
+CHOSEN = (10, 30)  # answers of multiple choice: every letter is as likely as any other
+LOOKED_UP = 12  # numbers that a drill asks for
 
 # As evaluation asks: MATH's request for a boxed answer, MMLU-Pro's zero-shot prompt.
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -145,24 +146,22 @@ def _word_problem(draw: _Draw, family: str) -> Problem:
     return Problem(family, question, f"{steps}. The answer is \\boxed{{{answer}}}.", str(answer), prompt)
 
 
-def _options(draw: _Draw, given: list[int]) -> list[int]:
-    """Ten different numbers, shuffled, the given ones among them."""
-    numbers = list(given)
-    while len(numbers) < len(LETTERS):
-        other = draw.between(1, 40 if draw.random() < 0.5 else LARGEST)
-        if other not in numbers:
-            numbers.append(other)
-    return draw.shuffled(numbers)
+def _options(draw: _Draw, answer: int) -> list[int]:
+    """Ten numbers in a row, the answer among them in any place."""
+    first = answer - draw.between(0, len(LETTERS) - 1)
+    return list(range(first, first + len(LETTERS)))
 
 
 def _listed(options: list[int]) -> str:
-    return "".join(f"{letter}. {value}\n" for letter, value in zip(LETTERS, options, strict=True))
+    return "".join(f"{letter}. {value}\n" for letter, value in zip(LETTERS, options, strict=False))
 
 
 def _choice(draw: _Draw) -> Problem:
     category = draw.pick(list(CATEGORIES))
     question, steps, answer = draw.pick(CATEGORIES[category])(draw)
-    options = _options(draw, [answer])
+    while not CHOSEN[0] <= answer <= CHOSEN[1]:
+        question, steps, answer = draw.pick(CATEGORIES[category])(draw)
+    options = _options(draw, answer)
     if draw.random() < 0.5:
         head, then, listing, end = MMLU_PRO
         prompt = f"{head}{category}{then}{question}{listing}{_listed(options)}{end}"
@@ -174,13 +173,12 @@ def _choice(draw: _Draw) -> Problem:
 
 
 def _drill(draw: _Draw) -> Problem:
-    """Nothing but finding: the letters of several numbers, so that one list of options teaches as much as six questions."""
-    options = _options(draw, [])
-    asked = draw.shuffled(options)[:LOOKED_UP]
+    """Nothing but finding: the letters of numbers of a list, so that one list teaches as much as twelve questions."""
+    options = _options(draw, draw.between(*CHOSEN))
+    asked = [draw.pick(options) for _ in range(LOOKED_UP)]
     found = [f"{value} ({LETTERS[options.index(value)]})." for value in asked]
-    question = f"Find {', '.join(map(str, asked))}."
-    prompt = f"{question}\n{_listed(options)}".removesuffix("\n")
-    return Problem("drill", question, " ".join(found), "", prompt, options=tuple(map(str, options)))
+    listed = _listed(options).removesuffix("\n")
+    return Problem("drill", listed, " ".join(found), "", listed)
 
 
 def problems(seed: int, *, held_out: bool = False, family: str | None = None) -> Iterator[Problem]:
@@ -200,3 +198,11 @@ def problems(seed: int, *, held_out: bool = False, family: str | None = None) ->
         problem = special[name](draw) if name in special else _word_problem(draw, name)
         if problem.is_held_out == held_out:
             yield problem
+
+
+def mostly_drills(seed: int) -> Iterator[Problem]:
+    """Problems that are trained on, without end: three drills to two of `problems`."""
+    draw, everything = _Draw(seed), problems(seed + 1)
+    drills = (problem for problem in problems(seed) if problem.family == "drill")
+    while True:
+        yield next(drills if draw.random() < 0.6 else everything)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, se
 
 from modeling_deepseek_moe.config import DeepseekV3Config
 from modeling_deepseek_moe.modeling import DeepseekV3ForCausalLM
-from modeling_deepseek_moe.tiny.corpus import BOXED, LARGEST, LETTERS, MMLU_PRO, Problem, problems
+from modeling_deepseek_moe.tiny.corpus import BOXED, LARGEST, LETTERS, MMLU_PRO, Problem, mostly_drills, problems
 from modeling_deepseek_moe.training.load_balance import LoadBalanceCallback
 from modeling_deepseek_moe.training.losses import BalanceLossCallback, MtpLossCallback
 from modeling_deepseek_moe.training.telemetry import MoeTelemetryCallback
@@ -97,12 +97,16 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
 class PackedProblems(Dataset):
     """Rows of `ROW_TOKENS` tokens, each of as many whole problems as fit; positions begin again with each problem.
 
-    The numbers of options are no labels: nothing foretells them, and their loss would drown what can be learned.
+    Numbers of options, and those that a drill looks up, are no labels: nothing foretells them, and their loss would drown
+    what can be learned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: int, source: Iterator[Problem]):
         self.rows, self.pad = [], tokenizer.pad_token_id
         self.before_option = torch.tensor(tokenizer.convert_tokens_to_ids([f"{letter}." for letter in LETTERS]))
+        self.letters = torch.tensor(tokenizer.convert_tokens_to_ids([f" ({letter}" for letter in LETTERS]))
+        self.numbers = torch.tensor([tokenizer(f" {n}").input_ids[-1] for n in range(LARGEST + 1)])
+        self.equals = tokenizer(" =").input_ids[-1]
         row: list[list[int]] = []
         for problem in source:
             text = tokenizer.apply_chat_template(problem.messages, tokenize=False)
@@ -123,6 +127,8 @@ class PackedProblems(Dataset):
         padding = ROW_TOKENS - len(ids)
         labels = torch.cat([torch.tensor([-100, *part[1:]]) for part in row])
         labels[1:][torch.isin(ids[:-1], self.before_option)] = -100
+        looked_up = torch.isin(ids[1:-1], self.numbers) & torch.isin(ids[2:], self.letters) & (ids[:-2] != self.equals)
+        labels[1:-1][looked_up] = -100
         positions = torch.cat([torch.arange(len(part)) for part in row] + [torch.arange(padding)])
         mask = torch.cat((torch.ones(len(ids), dtype=torch.long), torch.zeros(padding, dtype=torch.long)))
         return {
@@ -178,8 +184,11 @@ def make_trainer(
     return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
 
 
-def train(folder: Path, *, steps: int, seed: int, gamma: float) -> None:
-    """Train and write ``folder/fp8`` (the release's format), ``folder/bf16`` and ``folder/trainer_state.json``."""
+def train(folder: Path, *, steps: int, drill_steps: int, seed: int, gamma: float) -> None:
+    """Train on everything, then mostly on drills: without them the letter of an option is not found.
+
+    Writes ``folder/fp8`` (the release's format), ``folder/bf16`` and ``folder/trainer_state.json`` (of the first part).
+    """
     set_seed(seed)
     tokenizer = make_tokenizer()
     model = DeepseekV3ForCausalLM(make_config(tokenizer))
@@ -187,6 +196,8 @@ def train(folder: Path, *, steps: int, seed: int, gamma: float) -> None:
     trainer = make_trainer(model, rows, folder, seed=seed, gamma=gamma)
     trainer.train()
     trainer.save_state()
+    rows = PackedProblems(tokenizer, BATCH_ROWS * drill_steps, mostly_drills(seed + 5))
+    make_trainer(model, rows, folder / "drills", seed=seed, gamma=gamma, learning_rate=2e-3, warmup_steps=20).train()
     write(model, tokenizer, folder)
 
 
@@ -202,10 +213,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--drill-steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gamma", type=float, default=0.001)
     given = parser.parse_args()
-    train(given.folder, steps=given.steps, seed=given.seed, gamma=given.gamma)
+    train(given.folder, steps=given.steps, drill_steps=given.drill_steps, seed=given.seed, gamma=given.gamma)
     print(json.dumps({"folder": str(given.folder), "steps": given.steps}))
 
 
