@@ -15,7 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGr
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.tiny import recipe, rows
-from modeling_deepseek_moe.tiny.corpus import CATEGORIES, FAMILIES, LARGEST, LETTERS, LOOKED_UP, Problem, mostly_drills, problems
+from modeling_deepseek_moe.tiny.corpus import (
+    CATEGORIES,
+    FAMILIES,
+    LARGEST,
+    LETTERS,
+    LOOKED_UP,
+    Problem,
+    mostly_drills,
+    problems,
+)
 from modeling_deepseek_moe.tiny.score import ANSWER, accuracy, held_out, interval, mtp_agreement
 from modeling_deepseek_moe.weights import release_tensors
 
