@@ -111,6 +111,11 @@ def mmlu_pro(
 
 
 def _options(row: dict) -> dict:
+    if not isinstance(row["options"], list | tuple):  # as a CSV file has them
+        raise ValueError(
+            f"mmlu_pro: question {row['question_id']}: found options as {type(row['options']).__name__}, wanted a list: "
+            "JSON lines or parquet hold one"
+        )
     options = [str(option) for option in row["options"] if option != "N/A"]  # as the authors' script
     if row["answer"] not in tuple(LETTERS[: len(options)]):
         raise ValueError(

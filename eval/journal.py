@@ -1,5 +1,6 @@
 """What a run has answered so far, one line an answer, so that an interrupted run goes on where it was."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -25,18 +26,29 @@ class Journal:
 
     Raises:
         ValueError: the file is of another run, or a line in its middle is damaged.
+        BlockingIOError: another process writes to it.
     """
 
     def __init__(self, file: Path, run: dict):
         self.file, self.answers = Path(file), {}
         run = json.loads(json.dumps(run))
-        complete = self._read(run) if self.file.is_file() else 0
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._out = self.file.open("r+b" if self.file.is_file() else "w+b")
+        self._out = self.file.open("a+b")
+        try:
+            self._lock()
+            complete = self._read(run)
+        except (ValueError, OSError):
+            self._out.close()
+            raise
         self._out.truncate(complete)
-        self._out.seek(complete)
         if not complete:
             self._write([{"run": run}])
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{self.file}: another process writes to it; wait, or give another --out") from None
 
     def _read(self, run: dict) -> int:
         """Fill ``answers``; the bytes of whole lines."""

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def evaluate(
 
     Args:
         model: of this package, ready to generate.
-        folder: where it came from.
+        folder: where it came from; without one no run is gone on with, since nothing tells two models apart.
         data: see `load_rows`.
         limit: the first so many questions of each task; raised later, only the new ones are asked.
 
@@ -79,6 +80,8 @@ def evaluate(
     runs = [_describe(chosen, benchmark, *settings[benchmark], data) for benchmark in benchmarks]
     facts = model_facts(model, folder, label or (folder.name if folder else type(model).__name__))
     identity = {"model": facts | {"path": None, "label": None}, "prefill": shared["prefill"], "seed": seed}
+    if folder is None:
+        (out / JOURNAL_FILE).unlink(missing_ok=True)
     journal = Journal(out / JOURNAL_FILE, identity)
     try:
         lm = DeepseekLM(
@@ -177,6 +180,10 @@ def _question(lm: DeepseekLM, run: TaskRun, sample: dict, asked: Counter, thinki
     doc, (prompt, *rest) = sample["doc"], sample["arguments"][0]
     if "max_tokens" not in run.settings:
         scores = {"ABCDEFGHIJ"[i]: answer[0][0] for i, answer in enumerate(sample["resps"])}
+        if any(math.isnan(score) for score in scores.values()):
+            raise ValueError(
+                f"{run.task}: question {doc['id']}: found a log-likelihood of NaN: the model's weights or dtype are at fault"
+            )
         answer = max(scores, key=scores.get)
         outputs = [Output(text="", answer=answer, right=answer == doc["gold"], scores=scores)]
     else:

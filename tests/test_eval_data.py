@@ -128,6 +128,12 @@ def test_an_answer_that_is_no_option_is_refused(tmp_path, answer):
         benchmarks.mmlu_pro(folder, shots=0)
 
 
+def test_options_that_are_no_list_are_refused(tmp_path):
+    folder = write(tmp_path, "mmlu_pro.jsonl", [MMLU | {"options": "['3', '4']"}])
+    with pytest.raises(ValueError, match=r"question 7: found options as str, wanted a list"):
+        benchmarks.mmlu_pro(folder, shots=0)
+
+
 def test_mmlu_pro_examples_are_of_the_category_and_in_order(tmp_path):
     shots = [SHOT | {"question": f"shot {i}", "category": "math" if i % 2 else "law"} for i in range(8)]
     write(tmp_path, "mmlu_pro_validation.jsonl", shots)

@@ -204,6 +204,10 @@ def test_journal_gives_what_it_has_and_takes_no_other_run(tmp_path, ours):
     journal.close()
     with pytest.raises(ValueError, match=r"answers of another run, with seed 1, wanted 2: give another --out"):
         Journal(file, {**run, "seed": 2})
+    held = Journal(file, run)
+    with pytest.raises(BlockingIOError, match=r"another process writes to it"):
+        Journal(file, run)
+    held.close()
     file.write_bytes(lines[0] + b"garbage\n" + lines[1])
     with pytest.raises(ValueError, match=r"journal.jsonl:2: damaged"):
         Journal(file, run)

@@ -125,7 +125,10 @@ def test_task_files_say_what_the_protocols_say():
 def test_a_run_and_its_folder(tmp_path):
     write_math(tmp_path, 5)
     options = {"suite": "r1", "benchmarks": ["math500"], "data": str(tmp_path), "changes": Changes(max_tokens=12, k=3)}
-    first = evaluate(small_model(), tokenizer(), out=tmp_path / "a", limit=4, **options)
+    model, other = tmp_path / "model", tmp_path / "other"
+    small_model().save_pretrained(model)
+    small_model(initializer_range=0.1).save_pretrained(other)
+    first = evaluate(small_model(), tokenizer(), out=tmp_path / "a", folder=model, limit=4, **options)
     assert read_evaluation(tmp_path / "a") == first
     (task,) = first.tasks
     assert task.rows == 5 and task.task == "dsr1_math500" and task.data["source"] == "folder"
@@ -137,12 +140,11 @@ def test_a_run_and_its_folder(tmp_path):
         assert question.prompt.endswith("<think>\n") and question.prompt.startswith("<bos>")
         assert len({output.text for output in question.outputs}) == 3
         assert all(output.truncated is not None and output.tokens <= 12 for output in question.outputs)
-    evaluate(
-        small_model(), tokenizer(), out=tmp_path / "a", limit=5, batch_size=1, **options
-    )  # more: the old ones stay
+    more = options | {"limit": 5, "batch_size": 1}  # the old ones stay
+    evaluate(small_model(), tokenizer(), out=tmp_path / "a", folder=model, **more)
     assert read_questions(tmp_path / "a", "dsr1_math500")[:4] == questions
     with pytest.raises(ValueError, match="answers of another run, with model"):
-        evaluate(small_model(initializer_range=0.1).bfloat16(), tokenizer(), out=tmp_path / "a", **options)
+        evaluate(small_model(initializer_range=0.1), tokenizer(), out=tmp_path / "a", folder=other, **options)
 
 
 def test_likelihoods_of_letters(tmp_path):

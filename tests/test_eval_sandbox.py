@@ -162,13 +162,17 @@ def test_only_the_system_is_read(tmp_path, monkeypatch):
         "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
         "os.setpriority(os.PRIO_PROCESS, 0, 19)",
         "os.sched_setaffinity(os.getppid(), {0})",
+        "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+        "os.chmod('/tmp', 0)",
+        "os.utime('/tmp')",
+        "os.setxattr('/tmp', 'user.evil', b'1')",
         "os.unshare(os.CLONE_NEWUSER)" if sys.version_info >= (3, 12) else "os.chroot('.')",
         "ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) and fail()",
     ],
 )
 def test_other_processes_are_out_of_reach(call):
     source = f"""
-import ctypes, os, signal
+import ctypes, os, resource, signal
 def fail():
     raise OSError(ctypes.get_errno(), "refused")
 {call}
@@ -188,6 +192,15 @@ def test_output_and_disk_are_limited():
     assert run_python(many, limits=Limits(seconds=20, disk=16 << 20)).verdict == "disk"
     empty = "i = 0\nwhile True:\n    open(str(i), 'w').close()\n    i += 1"
     assert run_python(empty, limits=Limits(seconds=20, disk=1 << 20)).verdict == "disk"
+
+
+def test_folders_that_are_hard_to_look_at_stop_nothing():
+    deep = (
+        "import os\nfor i in range(60):\n    os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('f' * 200, 'w').write('x')"
+    )
+    assert run_python(deep, limits=QUICK).verdict in ("ok", "disk")
+    many = "import os\ni = 0\nwhile True:\n    os.mkdir(str(i)); i += 1"
+    assert run_python(many, limits=Limits(seconds=20, disk=1 << 20)).verdict == "disk"
 
 
 def test_stdin_that_is_never_read_and_binary_output():

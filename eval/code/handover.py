@@ -117,7 +117,8 @@ def read_answers(out: Path, kind: str) -> tuple[dict, dict[str, dict]]:
     asked = json.loads((out / ASKED).read_text(encoding="utf-8"))
     if asked["kind"] != kind:
         raise ValueError(f"{out}: found answers to {asked['kind']}, wanted {kind}")
-    rows = [json.loads(line) for line in (out / ANSWERS).read_text(encoding="utf-8").splitlines()]
+    with (out / ANSWERS).open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     return asked, {row.pop("id"): row for row in rows}
 
 
@@ -140,7 +141,10 @@ def judge_codeforces(out: Path, judged: Path, table: Path | None) -> Evaluation:
     """Of the judge's verdicts: the rating and, with a table, the percentile. See `codeforces`."""
     asked, answers = read_answers(out, "codeforces")
     ratings = codeforces.read_judged(judged)
-    names = [json.loads(line)["problem"] for line in Path(judged).read_text(encoding="utf-8").splitlines()]
+    with Path(judged).open(encoding="utf-8") as lines:
+        names = [json.loads(line).get("problem") for line in lines]
+    if len(set(names)) < len(names) or None in names:
+        raise ValueError(f"{judged}: found a line without problem, or one problem twice, wanted each once")
     if unknown := sorted(set(names) - answers.keys()):
         raise ValueError(f"{judged}: found a verdict on {unknown[0]!r}, which was not asked in {out}")
     value = codeforces.rating(ratings)

@@ -35,6 +35,7 @@ KILLED = {  # a program that asks for these is ended: a new process
 }
 CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, {"x86_64": 435, "aarch64": 435}
 SOCKET, KILL, TGKILL = {"x86_64": 41, "aarch64": 198}, {"x86_64": 62, "aarch64": 129}, {"x86_64": 234, "aarch64": 131}
+PRLIMIT = {"x86_64": 302, "aarch64": 261}
 CLONE_THREAD, AF_UNIX = 0x10000, 1
 REFUSED = {  # fail with EPERM
     "x86_64": {
@@ -81,6 +82,29 @@ REFUSED = {  # fail with EPERM
             "sched_setaffinity": 203,
         },
         "sched_setscheduler": 144,
+        # of files that are not its own: modes, owners, times, attributes, which Landlock leaves alone
+        **{
+            "chmod": 90,
+            "fchmod": 91,
+            "fchmodat": 268,
+            "chown": 92,
+            "fchown": 93,
+            "lchown": 94,
+            "fchownat": 260,
+            "utime": 132,
+        },
+        **{"utimes": 235, "futimesat": 261, "utimensat": 280, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190},
+        **{
+            "removexattr": 197,
+            "lremovexattr": 198,
+            "fremovexattr": 199,
+            "shmat": 30,
+            "shmctl": 31,
+            "semop": 65,
+            "semctl": 66,
+        },
+        **{"semtimedop": 220, "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "mq_unlink": 241, "sched_setattr": 314},
+        **{"sched_setparam": 142, "ioprio_set": 251},
     },
     "aarch64": {
         **{"socketpair": 199, "connect": 203, "bind": 200, "ptrace": 117, "tkill": 130, "shmget": 194, "semget": 190},
@@ -105,7 +129,32 @@ REFUSED = {  # fail with EPERM
         **{"memfd_create": 279, "process_vm_readv": 270, "process_vm_writev": 271, "userfaultfd": 282, "setgid": 144},
         **{"rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "reboot": 142, "swapon": 224, "init_module": 105},
         **{"finit_module": 273, "kexec_load": 104, "open_by_handle_at": 265, "personality": 92, "setpriority": 140},
-        **{"sched_setaffinity": 122, "sched_setscheduler": 119},
+        **{
+            "sched_setaffinity": 122,
+            "sched_setscheduler": 119,
+            "fchmod": 52,
+            "fchmodat": 53,
+            "fchownat": 54,
+            "fchown": 55,
+        },
+        **{"utimensat": 88, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15},
+        **{
+            "fremovexattr": 16,
+            "shmctl": 195,
+            "shmat": 196,
+            "semctl": 191,
+            "semop": 193,
+            "semtimedop": 192,
+            "msgctl": 187,
+        },
+        **{
+            "msgrcv": 188,
+            "msgsnd": 189,
+            "mq_unlink": 181,
+            "sched_setattr": 274,
+            "sched_setparam": 118,
+            "ioprio_set": 30,
+        },
     },
 }
 REFUSED_EVERYWHERE = {  # newer calls have one number on all architectures
@@ -117,7 +166,7 @@ REFUSED_EVERYWHERE = {  # newer calls have one number on all architectures
         "open_tree": 428,
     },
     **{"move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "pidfd_open": 434, "pidfd_getfd": 438},
-    **{"process_madvise": 440, "memfd_secret": 447},
+    **{"process_madvise": 440, "memfd_secret": 447, "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466},
 }
 LOAD, EQUAL, GREATER_EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, END, FAIL = 0x7FFF0000, 0x80000000, 0x00050000
@@ -221,6 +270,8 @@ def filter_calls(machine: str) -> None:
     for number in (KILL[machine], TGKILL[machine]):  # signals to oneself, as abort() sends, and to nobody else
         program += [(EQUAL, 0, 4, number), (LOAD, 0, 0, 16), (EQUAL, 0, 1, os.getpid())]
         program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, refuse)]
+    program += [(EQUAL, 0, 4, PRLIMIT[machine]), (LOAD, 0, 0, 16), (EQUAL, 0, 1, 0)]  # its own limits only
+    program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, refuse)]
     for number in (REFUSED[machine] | REFUSED_EVERYWHERE).values():
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, refuse)]
     program.append((RETURN, 0, 0, ALLOW))

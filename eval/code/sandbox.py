@@ -74,7 +74,7 @@ def run(
     program = command[0] if own in (files or {}) else shutil.which(command[0])
     if program is None:
         raise FileNotFoundError(f"{command[0]}: found no such program")
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
         for name, content in (files or {}).items():
             (Path(folder) / name).write_bytes(content)
             (Path(folder) / name).chmod(0o700 if name == own else 0o600)
@@ -194,12 +194,13 @@ def _collect(
 
 def _disk_used(folder: Path) -> int:
     total = 0
-    for root, _, files in os.walk(folder):
+    for root, folders, files in os.walk(folder):
         for name in files:
             try:
                 total += 4096 + os.lstat(os.path.join(root, name)).st_blocks * 512
-            except FileNotFoundError:
+            except OSError:  # gone, or a path too long to look at: its blocks are not seen, its folders are
                 continue
+        total += 4096 * len(folders)
     return total
 
 
