@@ -26,14 +26,19 @@ def verdicts(benchmark: str, thinking: bool = False) -> Callable[[dict, list], d
     scorer = benchmarks.SCORERS[benchmark]
 
     def process(doc: dict, results: list) -> dict[str, float]:
-        outputs = results[0] if isinstance(results[0], list) else results
-        judged = [benchmarks.judge(scorer, doc, text, thinking) for text in outputs]
+        judged = [benchmarks.judge(scorer, doc, text, thinking) for text in results[0]]  # all, by `keep_all`
         scores = {"exact_match": sum(one["right"] for one in judged) / len(judged)}
         if scorer.stock is not None:
             scores["stock"] = sum(one["stock_right"] for one in judged) / len(judged)
         return scores
 
     return process
+
+
+def generation_kwargs(settings: dict) -> dict:
+    """lm-eval's, of a protocol's ``max_tokens``, ``temperature`` and ``top_p``."""
+    chosen = {name: settings[name] for name in ("temperature", "top_p")}
+    return {"do_sample": settings["temperature"] > 0, **chosen, "max_gen_toks": settings["max_tokens"]}
 
 
 def keep_all(outputs: list[list[str]], docs: list[dict]) -> list[list[str]]:

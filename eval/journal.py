@@ -62,7 +62,7 @@ class Journal:
                     self._check(entry["run"], run)
                 else:
                     self.answers[entry["key"]] = entry["answer"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{self.file}:{number}: damaged ({error}); remove it to begin anew") from None
             complete += len(line)
         return complete

@@ -113,12 +113,18 @@ class DeepseekLM(HFLM):
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self.tokenizer.name_or_path}: found no chat template, wanted one: is it a base model?")
         prompt = super().apply_chat_template(chat_history, add_generation_prompt)
-        return prompt if prompt.endswith(self.prefill) else prompt + self.prefill
+        begun = prompt.rstrip().endswith(self.prefill.strip())  # by the template, with or without the line's end
+        return prompt if begun else prompt + self.prefill
 
     # -- generation
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """
+        """The texts of `outputs`."""
+        return [output["text"] for output in self.outputs(requests, disable_tqdm)]
+
+    def outputs(self, requests: list, disable_tqdm: bool = False) -> list[dict]:
+        """``{"text", "tokens", "truncated"}`` of each request.
+
         Raises:
             ValueError: a prompt and its ``max_gen_toks`` that do not fit into the context: no prompt is ever cut.
         """
@@ -148,10 +154,10 @@ class DeepseekLM(HFLM):
                 self.cache_hook.add_partial("generate_until", request.args, output["text"])
             progress.add(len(batch), sum(output["tokens"] for output in outputs))
         progress.close()
-        return [self.generated[key]["text"] for key in keys]
+        return [self.generated[key] for key in keys]
 
     def output(self, prompt: str, settings: dict, repeat: int) -> dict:
-        """What `generate_until` gave for the ``repeat``-th request of this kind: ``{"text", "tokens", "truncated"}``."""
+        """What `outputs` gave for the ``repeat``-th request of this kind."""
         return self.generated[request_key("generate_until", (prompt, settings), repeat)]
 
     def _check_lengths(self, waiting: list) -> None:

@@ -112,12 +112,12 @@ BENCHMARKS = {
 }
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole file or, interrupted, what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -135,6 +135,7 @@ def to_json(value: object) -> str:
 
 def write_evaluation(folder: Path, evaluation: Evaluation, samples: dict[str, Iterable[Question]]) -> None:
     """Write ``samples`` (by task), then the evaluation: a folder with an ``evaluation.json`` is complete."""
+    (folder / EVALUATION_FILE).unlink(missing_ok=True)
     for task, questions in samples.items():
         lines = (to_json(asdict(question)) + "\n" for question in questions)
         write_atomically(folder / SAMPLES_FOLDER / f"{task}.jsonl", "".join(lines))

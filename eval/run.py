@@ -12,6 +12,7 @@ from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
 from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
 from modeling_deepseek_moe.eval.data import HUB, load_rows
+from modeling_deepseek_moe.eval.harness import generation_kwargs
 from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
 from modeling_deepseek_moe.eval.journal import JOURNAL_FILE, Journal
 from modeling_deepseek_moe.eval.model import DeepseekLM
@@ -157,15 +158,9 @@ def _load_tasks(runs: list[TaskRun], data: str) -> dict:
         task = part["tasks"][run.task]
         if "max_tokens" in run.settings:
             task.set_config("repeats", run.settings["k"])
-            task.set_config("generation_kwargs", _generation(run.settings), update=True)
+            task.set_config("generation_kwargs", generation_kwargs(run.settings), update=True)
         loaded = {name: {**loaded.get(name, {}), **entries} for name, entries in part.items()}
     return loaded
-
-
-def _generation(settings: dict) -> dict:
-    sampled = settings["temperature"] > 0
-    chosen = {"do_sample": sampled, "temperature": settings["temperature"], "top_p": settings["top_p"]}
-    return chosen | {"max_gen_toks": settings["max_tokens"]}
 
 
 def _questions(lm: DeepseekLM, runs: list[TaskRun], samples: dict, thinking: bool) -> dict[str, list[Question]]:

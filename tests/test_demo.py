@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe import CheckpointReader
 from modeling_deepseek_moe.cli import _demo_run, app
 from modeling_deepseek_moe.cli._demo_measure import decode_speeds, fastest_threads, perplexity, resident_bytes
 from modeling_deepseek_moe.cli._demo_train import Budget, lessons, make_demo_trainer, sharing
-from modeling_deepseek_moe.tiny.score import ANSWER
+from modeling_deepseek_moe.tiny.score import ANSWER, held_out
 
 STEPS = 50  # at 20 it has not begun to divide
 SMALL = {"HELD_OUT": 12, "SHORT": 32, "LONG": 160, "DECODE_TOKENS": 2, "SAMPLE_TOKENS": 4}
@@ -49,6 +49,18 @@ def test_fp8_keeps_the_perplexity_in_about_half_the_bytes(demo):
     # plain transformers scales rows 80 to 127 of the 160 of kv_a_proj by the wrong block
     assert perplexities[_demo_run.FP8] == pytest.approx(perplexities[_demo_run.PLAIN_FP8], rel=0.03)
     assert 0.5 < resident[_demo_run.FP8] / resident[_demo_run.BF16] < 0.6
+
+
+def test_fp8_reads_as_its_weights_expanded(demo):
+    folder = demo[0] / "fp8"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = _demo_run.held_out_rows(tokenizer, held_out("sum", 40))
+    expanded = FineGrainedFP8Config(dequantize=True)
+    resident, wide = (
+        perplexity(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), rows)
+        for options in ({}, {"quantization_config": expanded, "dtype": "float32"})
+    )
+    assert resident == pytest.approx(wide, rel=3e-3)
 
 
 def test_both_checkpoints_load_and_speak(demo):

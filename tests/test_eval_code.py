@@ -119,8 +119,17 @@ def test_submissions_and_judged_ones(tmp_path):
     file.write_text(
         '{"problem": "1A", "rating": 800, "solved": true}\n{"problem": "1B", "rating": 1200, "solved": false}\n'
     )
-    assert codeforces.read_judged(file) == [(800, True), (1200, False)]
-    for line in ('{"rating": 800}', '{"rating": "800", "solved": true}', '{"rating": 800, "solved": 1}', "x"):
+    assert codeforces.read_judged(file) == {"1A": (800, True), "1B": (1200, False)}
+    file.write_text('{"problem": "1A", "rating": 800, "solved": true}\n' * 2)
+    with pytest.raises(ValueError, match=r"s.jsonl:2: found '1A' twice"):
+        codeforces.read_judged(file)
+    for line in (
+        '{"problem": "1A", "rating": 800}',
+        '{"problem": "1A", "rating": "800", "solved": true}',
+        '{"problem": "1A", "rating": 800, "solved": 1}',
+        '{"rating": 800, "solved": true}',
+        "x",
+    ):
         file.write_text(line + "\n")
         with pytest.raises(ValueError, match=r"s.jsonl:1: "):
             codeforces.read_judged(file)

@@ -7,7 +7,7 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from modeling_deepseek_moe.eval.code.problems import program
@@ -33,18 +33,18 @@ def write_submissions(file: Path, texts: Iterable[tuple[str, str]]) -> tuple[int
     return len(lines), missing
 
 
-def read_judged(file: Path) -> list[tuple[float, bool]]:
-    """Rating of the problem, and whether it was solved, from JSON lines ``{"problem", "rating", "solved"}``.
+def read_judged(file: Path) -> dict[str, tuple[float, bool]]:
+    """Problem -> its rating, and whether it was solved, from JSON lines ``{"problem", "rating", "solved"}``.
 
     Raises:
-        ValueError: a line has no rating or verdict; the message names it.
+        ValueError: a line has no problem, rating or verdict, or a problem comes twice; the message names it.
     """
-    judged = []
+    judged = {}
     with Path(file).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                rating, solved = row["rating"], row["solved"]
+                name, rating, solved = row["problem"], row["rating"], row["solved"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{file}:{number}: no judged submission: {error}; wanted problem, rating, solved"
@@ -53,13 +53,15 @@ def read_judged(file: Path) -> list[tuple[float, bool]]:
                 raise ValueError(
                     f"{file}:{number}: found rating {rating!r} and solved {solved!r}, wanted a number and a bool"
                 )
-            judged.append((float(rating), solved))
+            if name in judged:
+                raise ValueError(f"{file}:{number}: found {name!r} twice, wanted one verdict a problem")
+            judged[name] = (float(rating), solved)
     if not judged:
         raise ValueError(f"{file}: found no judged submissions")
     return judged
 
 
-def rating(judged: Sequence[tuple[float, bool]]) -> float:
+def rating(judged: Collection[tuple[float, bool]]) -> float:
     """The rating under which as many problems are expected solved as were: its maximum-likelihood estimate.
 
     P(solved) = 1 / (1 + 10^((problem - rating) / 400)); the sum of P over the problems equals the number solved.

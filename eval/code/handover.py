@@ -13,6 +13,8 @@ from pathlib import Path
 
 from modeling_deepseek_moe.eval.code import codeforces, swebench
 from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, judge
+from modeling_deepseek_moe.eval.data import SAMPLE
+from modeling_deepseek_moe.eval.harness import generation_kwargs
 from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
 from modeling_deepseek_moe.eval.journal import JOURNAL_FILE, Journal
 from modeling_deepseek_moe.eval.results import (
@@ -80,25 +82,21 @@ def ask(
     start, facts = time.perf_counter(), model_facts(model, folder, label)
     journal = Journal(out / JOURNAL_FILE, {"model": facts | {"path": None, "label": None}, "kind": kind})
     lm = DeepseekLM(model, tokenizer=tokenizer, journal=journal, **options)
-    given = {
-        "max_gen_toks": settings["max_tokens"],
-        "temperature": settings["temperature"],
-        "top_p": settings["top_p"],
-        "until": [],
-    }
+    given = {**generation_kwargs(settings), "until": []}
     turns = {
         name: lm.apply_chat_template([{"role": "user", "content": prompt}]) if tokenizer.chat_template else prompt
         for name, prompt in prompts.items()
     }
     try:
-        lm.generate_until([Instance("generate_until", {}, (turn, given), i) for i, turn in enumerate(turns.values())])
+        outputs = lm.outputs(
+            [Instance("generate_until", {}, (turn, given), i) for i, turn in enumerate(turns.values())]
+        )
     finally:
         journal.close()
-    seen: dict[str, int] = {}
-    answers = {}
-    for name, turn in turns.items():
-        seen[turn] = seen.get(turn, -1) + 1
-        answers[name] = {"question": prompts[name], "prompt": turn, **lm.output(turn, given, seen[turn])}
+    answers = {
+        name: {"question": prompts[name], "prompt": turn, **output}
+        for (name, turn), output in zip(turns.items(), outputs, strict=True)
+    }
     asked = {"kind": kind, "model": facts, "settings": settings, "seconds": round(time.perf_counter() - start, 1)}
     lines = (to_json({"id": name, **answer}) + "\n" for name, answer in answers.items())
     write_atomically(out / ANSWERS, "".join(lines))
@@ -140,21 +138,15 @@ def judge_programs(out: Path, problems: Iterable[Problem], source: str) -> Evalu
 def judge_codeforces(out: Path, judged: Path, table: Path | None) -> Evaluation:
     """Of the judge's verdicts: the rating and, with a table, the percentile. See `codeforces`."""
     asked, answers = read_answers(out, "codeforces")
-    ratings = codeforces.read_judged(judged)
-    with Path(judged).open(encoding="utf-8") as lines:
-        names = [json.loads(line).get("problem") for line in lines]
-    if len(set(names)) < len(names) or None in names:
-        raise ValueError(f"{judged}: found a line without problem, or one problem twice, wanted each once")
-    if unknown := sorted(set(names) - answers.keys()):
+    verdicts = codeforces.read_judged(judged)
+    if unknown := sorted(verdicts.keys() - answers.keys()):
         raise ValueError(f"{judged}: found a verdict on {unknown[0]!r}, which was not asked in {out}")
-    value = codeforces.rating(ratings)
+    value = codeforces.rating(verdicts.values())
     figures = {"rating": round(value)} | (
         {"percentile": round(codeforces.percentile(value, table), 1)} if table else {}
     )
-    verdicts = {
-        name: ("solved" if solved else "not solved", solved) for name, (_, solved) in zip(names, ratings, strict=True)
-    }
-    return _write(out, asked, answers, verdicts, len(names), str(judged), figures)
+    told = {name: ("solved" if solved else "not solved", solved) for name, (_, solved) in verdicts.items()}
+    return _write(out, asked, answers, told, len(told), str(judged), figures)
 
 
 def judge_swebench(out: Path, report: Path) -> Evaluation:
@@ -179,7 +171,7 @@ def _write(
                 id=name, question=answer["question"], prompt=answer["prompt"], gold="", outputs=(output,), category=""
             )
         )
-    data = {"source": "sample" if source == "sample" else "folder", "path": source, "revision": None, "sha256": None}
+    data = {"source": SAMPLE if source == SAMPLE else "folder", "path": source, "revision": None, "sha256": None}
     task = TaskRun(task=kind, benchmark=kind, data=data, rows=rows, settings=asked["settings"], harness=figures)
     evaluation = Evaluation(
         model=asked["model"],

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling_deepseek_moe.eval.benchmarks import SCORERS
 from modeling_deepseek_moe.eval.data import SAMPLE
-from modeling_deepseek_moe.eval.math_scoring import is_equal
 from modeling_deepseek_moe.eval.published import SIZES
 from modeling_deepseek_moe.eval.results import (
     BENCHMARKS,
@@ -19,7 +19,6 @@ from modeling_deepseek_moe.eval.results import (
 from modeling_deepseek_moe.eval.statistics import Comparison, Scores, compare, summarise
 
 SEED = 0
-MATH_ANSWERS = ("math500", "math", "aime24")
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _task(run: int, folder: Path, facts: TaskRun) -> Task:
 
 
 def _equal(benchmark: str) -> Callable[[str, str], bool]:
-    return is_equal if benchmark in MATH_ANSWERS else str.__eq__
+    return SCORERS[benchmark].equal if benchmark in SCORERS else str.__eq__
 
 
 def _labels(folders: Sequence[Path], evaluations: Sequence[Evaluation]) -> list[str]:

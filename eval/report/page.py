@@ -35,7 +35,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     image = chart.draw(drawn)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(out / CHART, image)
+    write_atomically(out / CHART, image)
     write_atomically(out / NUMBERS, json.dumps(numbers(runs, compared), indent=1, default=str) + "\n")
     write_atomically(out / PAGE, page(runs, compared, svg.draw(drawn)))
     return out / PAGE
@@ -88,16 +88,6 @@ def page(runs: Sequence[Run], compared: Sequence[Pair], charts: str) -> str:
         script=script,
         version=escape(__version__),
     )
-
-
-def write_bytes_atomically(path: Path, data: bytes) -> None:
-    """The whole file or, interrupted, what was there before."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _run_numbers(run: Run) -> dict:
