@@ -20,9 +20,7 @@ from modeling_deepseek_moe.tiny.corpus import (
     FAMILIES,
     LARGEST,
     LETTERS,
-    LOOKED_UP,
     Problem,
-    mostly_drills,
     problems,
 )
 from modeling_deepseek_moe.tiny.score import ANSWER, accuracy, held_out, interval, mtp_agreement
@@ -52,14 +50,23 @@ def test_problems_are_solved_rightly(family):
             assert boxed(problem.solution) == problem.answer
 
 
-def test_drills_find_the_right_letters():
-    drills = [problem for problem in itertools.islice(problems(7), 300) if problem.family == "drill"]
-    assert len(drills) > 30
-    for drill in drills:
-        found = re.findall(r"(\d+) \(([A-J])\)\.", drill.solution)
-        listed = dict(re.findall(r"(?m)^([A-J])\. (\d+)$", drill.prompt))
-        assert len(found) == LOOKED_UP and len(listed) == len(LETTERS)
-        assert all(listed[letter] == value for value, letter in found)
+def test_solutions_of_multiple_choice_read_the_options_up_to_the_answer():
+    """Each an answer of a question alike, each letter as likely; and the numbers of a question's options are no labels."""
+    asked = list(itertools.islice(problems(7, family="choice"), 500))
+    for problem in asked:
+        read = re.findall(r"(?m)^([A-J])\. (\d+)", problem.solution)
+        assert read == list(zip(LETTERS, problem.options, strict=True))[: LETTERS.index(problem.answer) + 1]
+    assert all(25 <= sum(problem.answer == letter for problem in asked) <= 80 for letter in LETTERS)
+
+    tokenizer = AutoTokenizer.from_pretrained(dsm.tiny_checkpoint())
+    for row in recipe.PackedProblems(tokenizer, 5, iter(asked)):
+        hidden = [
+            tokenizer.decode(token)
+            for token in row["input_ids"][(row["labels"] == -100) & (row["attention_mask"] == 1)]
+        ]
+        starts = hidden.count("<bos>")
+        assert starts > 1 and len(hidden) == starts * (1 + len(LETTERS))
+        assert all(text == "<bos>" or text.strip().isdigit() for text in hidden)
 
 
 def test_held_out_problems_are_never_trained_on():
@@ -171,7 +178,7 @@ def test_scores_of_the_tiny_checkpoint(tiny):
 
 
 def test_its_experts_share_the_load(tiny):
-    """By the trained bias, on the mixture that it was trained on last: without it the same router prefers some."""
+    """By the trained bias, on held-out problems: without it the same router prefers some."""
     _, tokenizer = tiny
     model = AutoModelForCausalLM.from_pretrained(
         dsm.tiny_checkpoint(), quantization_config=FineGrainedFP8Config(dequantize=True), dtype="float32"
@@ -181,7 +188,7 @@ def test_its_experts_share_the_load(tiny):
 
     def violation():
         model.train().model.training_state = TrainingState()
-        packed = recipe.PackedProblems(tokenizer, 24, mostly_drills(99))
+        packed = recipe.PackedProblems(tokenizer, 24, problems(99, held_out=True))
         with torch.no_grad():
             batch = {name: torch.stack([row[name] for row in packed]) for name in packed[0]}
             model(**batch)
@@ -201,7 +208,7 @@ def test_recipe_runs(tmp_path, monkeypatch):
     seen = []
     train = Trainer.train
     monkeypatch.setattr(Trainer, "train", lambda self, *a, **k: (seen.append(self), train(self, *a, **k))[1])
-    recipe.train(tmp_path, steps=2, drill_steps=1, seed=0, gamma=0.001)
+    recipe.train(tmp_path, steps=2, seed=0, gamma=0.001)
     for name in ("fp8", "bf16"):
         AutoModelForCausalLM.from_pretrained(tmp_path / name)
     assert seen[0].state.global_step == 2

@@ -14,8 +14,6 @@ GOODS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"
 LETTERS = "ABCDEFGHIJ"
 HELD_OUT_PART = 10  # one question in so many
 LARGEST = 99  # no number is larger
-CHOSEN = (10, 30)  # answers of multiple choice: every letter is as likely as any other
-LOOKED_UP = 12  # numbers that a drill asks for
 
 # As evaluation asks: MATH's request for a boxed answer, MMLU-Pro's zero-shot prompt.
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -137,7 +135,7 @@ CATEGORIES = {
     "physics": (_way,),
 }
 FAMILIES = (*WORD_PROBLEMS, "choice")
-_WEIGHTS = ("sum", "difference", "product", "two steps", "equation", "choice", "choice", "choice", "drill", "drill")
+_WEIGHTS = (*WORD_PROBLEMS, "choice", "choice", "choice", "choice")
 
 
 def _word_problem(draw: _Draw, family: str) -> Problem:
@@ -146,45 +144,32 @@ def _word_problem(draw: _Draw, family: str) -> Problem:
     return Problem(family, question, f"{steps}. The answer is \\boxed{{{answer}}}.", str(answer), prompt)
 
 
-def _options(draw: _Draw, answer: int) -> list[int]:
-    """Ten numbers in a row, the answer among them in any place."""
-    first = answer - draw.between(0, len(LETTERS) - 1)
-    return list(range(first, first + len(LETTERS)))
-
-
 def _listed(options: list[int]) -> str:
-    return "".join(f"{letter}. {value}\n" for letter, value in zip(LETTERS, options, strict=False))
+    return "\n".join(f"{letter}. {value}" for letter, value in zip(LETTERS, options, strict=False))
 
 
 def _choice(draw: _Draw) -> Problem:
+    """The options are the answers of ten questions alike, so that none stands out; the solution reads them up to its own."""
     category = draw.pick(list(CATEGORIES))
     question, steps, answer = draw.pick(CATEGORIES[category])(draw)
-    while not CHOSEN[0] <= answer <= CHOSEN[1]:
-        question, steps, answer = draw.pick(CATEGORIES[category])(draw)
-    options = _options(draw, answer)
+    options = [answer]
+    while len(options) < len(LETTERS):
+        other = draw.pick(CATEGORIES[category])(draw).answer
+        if other not in options:
+            options.append(other)
+    options = draw.shuffled(options)
+    place = options.index(answer)
     if draw.random() < 0.5:
         head, then, listing, end = MMLU_PRO
-        prompt = f"{head}{category}{then}{question}{listing}{_listed(options)}{end}"
+        prompt = f"{head}{category}{then}{question}{listing}{_listed(options)}\n{end}"
     else:
-        prompt = f"{question}\n{_listed(options)}".removesuffix("\n")
-    letter = LETTERS[options.index(answer)]
-    solution = f"{steps} ({letter}). The answer is ({letter})."
-    return Problem("choice", question, solution, letter, prompt, category, tuple(map(str, options)))
-
-
-def _drill(draw: _Draw) -> Problem:
-    """Nothing but finding: the letters of numbers of a list, so that one list teaches as much as twelve questions."""
-    options = _options(draw, draw.between(*CHOSEN))
-    asked = [draw.pick(options) for _ in range(LOOKED_UP)]
-    found = [f"{value} ({LETTERS[options.index(value)]})." for value in asked]
-    listed = _listed(options).removesuffix("\n")
-    return Problem("drill", listed, " ".join(found), "", listed)
+        prompt = f"{question}\n{_listed(options)}"
+    solution = f"{steps}\n{_listed(options[: place + 1])}. The answer is ({LETTERS[place]})."
+    return Problem("choice", question, solution, LETTERS[place], prompt, category, tuple(map(str, options)))
 
 
 def problems(seed: int, *, held_out: bool = False, family: str | None = None) -> Iterator[Problem]:
     """Problems without end, the same for the same arguments; those trained on, or those held out.
-
-    Without ``family`` there are drills among them, which are no questions of `FAMILIES`: they teach to find an option.
 
     Raises:
         ValueError: no such family.
@@ -192,17 +177,8 @@ def problems(seed: int, *, held_out: bool = False, family: str | None = None) ->
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
     draw = _Draw(seed)
-    special = {"choice": _choice, "drill": _drill}
     while True:
         name = family or draw.pick(_WEIGHTS)
-        problem = special[name](draw) if name in special else _word_problem(draw, name)
+        problem = _choice(draw) if name == "choice" else _word_problem(draw, name)
         if problem.is_held_out == held_out:
             yield problem
-
-
-def mostly_drills(seed: int) -> Iterator[Problem]:
-    """Problems that are trained on, without end: three drills to two of `problems`."""
-    draw, everything = _Draw(seed), problems(seed + 1)
-    drills = (problem for problem in problems(seed) if problem.family == "drill")
-    while True:
-        yield next(drills if draw.random() < 0.6 else everything)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, se
 
 from modeling_deepseek_moe.config import DeepseekV3Config
 from modeling_deepseek_moe.modeling import DeepseekV3ForCausalLM
-from modeling_deepseek_moe.tiny.corpus import BOXED, LARGEST, LETTERS, MMLU_PRO, Problem, mostly_drills, problems
+from modeling_deepseek_moe.tiny.corpus import BOXED, LARGEST, LETTERS, MMLU_PRO, Problem, problems
 from modeling_deepseek_moe.training.load_balance import LoadBalanceCallback
 from modeling_deepseek_moe.training.losses import BalanceLossCallback, MtpLossCallback
 from modeling_deepseek_moe.training.telemetry import MoeTelemetryCallback
@@ -27,7 +27,7 @@ BATCH_ROWS = 4
 VOCAB_SIZE = 640  # and the phrases
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 PHRASES = (  # a token each: what every question repeats costs a place in the row and teaches nothing
-    *(BOXED, *MMLU_PRO, "). The answer is", ". The answer is \\boxed{"),
+    *(BOXED, *MMLU_PRO, ". The answer is", ". The answer is \\boxed{"),
     *(f"{letter}." for letter in LETTERS),  # so that an option's letter stands right before its number
     *(f" ({letter}" for letter in LETTERS),  # and is asked for right after it
 )
@@ -97,39 +97,36 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
 class PackedProblems(Dataset):
     """Rows of `ROW_TOKENS` tokens, each of as many whole problems as fit; positions begin again with each problem.
 
-    Numbers of options, and those that a drill looks up, are no labels: nothing foretells them, and their loss would drown
-    what can be learned.
+    The numbers of a question's options are no labels: nothing foretells them, and their loss would drown what can be learned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: int, source: Iterator[Problem]):
         self.rows, self.pad = [], tokenizer.pad_token_id
-        self.before_option = torch.tensor(tokenizer.convert_tokens_to_ids([f"{letter}." for letter in LETTERS]))
-        self.letters = torch.tensor(tokenizer.convert_tokens_to_ids([f" ({letter}" for letter in LETTERS]))
-        self.numbers = torch.tensor([tokenizer(f" {n}").input_ids[-1] for n in range(LARGEST + 1)])
-        self.equals = tokenizer(" =").input_ids[-1]
-        row: list[list[int]] = []
+        before_option = torch.tensor(tokenizer.convert_tokens_to_ids([f"{letter}." for letter in LETTERS]))
+        row: list[tuple[torch.Tensor, torch.Tensor]] = []
         for problem in source:
-            text = tokenizer.apply_chat_template(problem.messages, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if sum(map(len, row)) + len(ids) > ROW_TOKENS:
+            encoded = tokenizer.apply_chat_template(
+                problem.messages, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+            )
+            ids, is_solution = encoded["input_ids"][0], encoded["assistant_masks"][0].bool()
+            labels = ids.clone()
+            labels[0] = -100
+            labels[1:][torch.isin(ids[:-1], before_option) & ~is_solution[1:]] = -100
+            if sum(len(part) for part, _ in row) + len(ids) > ROW_TOKENS:
                 self.rows.append(row)
                 row = []
                 if len(self.rows) == rows:
                     return
-            row.append(ids)
+            row.append((ids, labels))
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        row = self.rows[index]
-        ids = torch.tensor(list(itertools.chain(*row)))
+        parts = self.rows[index]
+        ids, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         padding = ROW_TOKENS - len(ids)
-        labels = torch.cat([torch.tensor([-100, *part[1:]]) for part in row])
-        labels[1:][torch.isin(ids[:-1], self.before_option)] = -100
-        looked_up = torch.isin(ids[1:-1], self.numbers) & torch.isin(ids[2:], self.letters) & (ids[:-2] != self.equals)
-        labels[1:-1][looked_up] = -100
-        positions = torch.cat([torch.arange(len(part)) for part in row] + [torch.arange(padding)])
+        positions = torch.cat([torch.arange(len(part)) for part, _ in parts] + [torch.arange(padding)])
         mask = torch.cat((torch.ones(len(ids), dtype=torch.long), torch.zeros(padding, dtype=torch.long)))
         return {
             "input_ids": torch.nn.functional.pad(ids, (0, padding), value=self.pad),
@@ -184,11 +181,8 @@ def make_trainer(
     return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
 
 
-def train(folder: Path, *, steps: int, drill_steps: int, seed: int, gamma: float) -> None:
-    """Train on everything, then mostly on drills: without them the letter of an option is not found.
-
-    Writes ``folder/fp8`` (the release's format), ``folder/bf16`` and ``folder/trainer_state.json`` (of the first part).
-    """
+def train(folder: Path, *, steps: int, seed: int, gamma: float) -> None:
+    """Writes ``folder/fp8`` (the release's format), ``folder/bf16`` and ``folder/trainer_state.json``."""
     set_seed(seed)
     tokenizer = make_tokenizer()
     model = DeepseekV3ForCausalLM(make_config(tokenizer))
@@ -196,8 +190,6 @@ def train(folder: Path, *, steps: int, drill_steps: int, seed: int, gamma: float
     trainer = make_trainer(model, rows, folder, seed=seed, gamma=gamma)
     trainer.train()
     trainer.save_state()
-    rows = PackedProblems(tokenizer, BATCH_ROWS * drill_steps, mostly_drills(seed + 5))
-    make_trainer(model, rows, folder / "drills", seed=seed, gamma=gamma, learning_rate=2e-3, warmup_steps=20).train()
     write(model, tokenizer, folder)
 
 
@@ -212,12 +204,11 @@ def write(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--drill-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gamma", type=float, default=0.001)
     given = parser.parse_args()
-    train(given.folder, steps=given.steps, drill_steps=given.drill_steps, seed=given.seed, gamma=given.gamma)
+    train(given.folder, steps=given.steps, seed=given.seed, gamma=given.gamma)
     print(json.dumps({"folder": str(given.folder), "steps": given.steps}))
 
 

@@ -34,7 +34,7 @@ def accuracy(
             prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(model.device)
         out = model.generate(
-            inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=48, do_sample=False
+            inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=80, do_sample=False
         )
         texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         for problem, text in zip(part, texts, strict=True):

@@ -78,7 +78,7 @@ class MtpLossCallback(TrainerCallback):
         language_model = find_language_model(model)
         if not len(language_model.model.mtp_layers):
             raise ValueError("MtpLossCallback: found a model without MTP layers, wanted num_nextn_predict_layers >= 1")
-        if share_mtp_weights(language_model):
+        if share_mtp_weights(language_model) and language_model.name_or_path:  # a new model's always differ
             logger.warning(
                 "the MTP layers' copies of embedding and head differed from the model's, which replace them"
             )
