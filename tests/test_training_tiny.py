@@ -51,22 +51,12 @@ def test_problems_are_solved_rightly(family):
 
 
 def test_solutions_of_multiple_choice_read_the_options_up_to_the_answer():
-    """Each an answer of a question alike, each letter as likely; and the numbers of a question's options are no labels."""
+    """Each an answer of a question alike, each letter as likely."""
     asked = list(itertools.islice(problems(7, family="choice"), 500))
     for problem in asked:
         read = re.findall(r"(?m)^([A-J])\. (\d+)", problem.solution)
         assert read == list(zip(LETTERS, problem.options, strict=True))[: LETTERS.index(problem.answer) + 1]
     assert all(25 <= sum(problem.answer == letter for problem in asked) <= 80 for letter in LETTERS)
-
-    tokenizer = AutoTokenizer.from_pretrained(dsm.tiny_checkpoint())
-    for row in recipe.PackedProblems(tokenizer, 5, iter(asked)):
-        hidden = [
-            tokenizer.decode(token)
-            for token in row["input_ids"][(row["labels"] == -100) & (row["attention_mask"] == 1)]
-        ]
-        starts = hidden.count("<bos>")
-        assert starts > 1 and len(hidden) == starts * (1 + len(LETTERS))
-        assert all(text == "<bos>" or text.strip().isdigit() for text in hidden)
 
 
 def test_held_out_problems_are_never_trained_on():
@@ -121,15 +111,13 @@ def test_packed_problems_are_whole(tokenizer):
         starts = [place for place, token in enumerate(ids) if token == tokenizer.bos_token_id]
         assert (row["position_ids"][:length] == 0).nonzero().flatten().tolist() == starts
         assert ids[length - 1] == tokenizer.eos_token_id
-        listed = [place for place in range(1, length) if re.fullmatch(r"[A-J]\.", tokenizer.decode(ids[place - 1]))]
-        asked = [
+        listed = [  # the numbers of a question's options, which nothing foretells; not those that its solution reads again
             place
-            for place in range(1, length - 1)
-            if re.fullmatch(r" \([A-J]", tokenizer.decode(ids[place + 1]))
-            and tokenizer.decode(ids[place]).strip().isdigit()
-            and tokenizer.decode(ids[place - 1]) != " ="
+            for place in range(1, length)
+            if re.fullmatch(r"[A-J]\.", tokenizer.decode(ids[place - 1]))
+            and "Answer" not in tokenizer.decode(ids[max(start for start in starts if start <= place) : place])
         ]
-        unlabelled = sorted([*starts, *listed, *asked, *range(length, recipe.ROW_TOKENS)])
+        unlabelled = sorted([*starts, *listed, *range(length, recipe.ROW_TOKENS)])
         assert (row["labels"] == -100).nonzero().flatten().tolist() == unlabelled
         options += len(listed)
     assert options >= 20
@@ -188,7 +176,7 @@ def test_its_experts_share_the_load(tiny):
 
     def violation():
         model.train().model.training_state = TrainingState()
-        packed = recipe.PackedProblems(tokenizer, 24, problems(99, held_out=True))
+        packed = recipe.PackedProblems(tokenizer, 96, problems(99, held_out=True))
         with torch.no_grad():
             batch = {name: torch.stack([row[name] for row in packed]) for name in packed[0]}
             model(**batch)
@@ -200,7 +188,7 @@ def test_its_experts_share_the_load(tiny):
         if name.endswith("e_score_correction_bias"):
             buffer.zero_()
     assert balanced < 0.3
-    assert violation() > 2 * balanced
+    assert violation() > 1.4 * balanced
 
 
 def test_recipe_runs(tmp_path, monkeypatch):
