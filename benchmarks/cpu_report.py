@@ -37,7 +37,7 @@ def show(part: str, found: dict) -> None:
         head = (row["case"], str(row["threads"])) if case != last else ("", "")
         cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
         if "disturbed" in columns:
-            cells[columns.index("disturbed")] += f"/{row['samples']}"
+            cells[columns.index("disturbed")] += f"/{row['samples']}" if "samples" in row else ""
         table.add_row(*head, row["contestant"], *cells)
         last = case
     console.print(table)
