@@ -15,9 +15,16 @@
 #define DSM_VERSION 2 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_MIX_TOKENS 64
+#define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
 #define DSM_STEP_TOKENS 16 /* most tokens of the operations that are for few */
 #define DSM_INLINE static inline __attribute__((always_inline))
 #define DSM_API __attribute__((visibility("default")))
+/* whether the compiler knows AMX */
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define DSM_AMX 1
+#else
+#define DSM_AMX 0
+#endif
 
 /* The numbers are shared with `_native.py`. */
 enum { DSM_F32 = 0, DSM_BF16 = 1, DSM_F16 = 2, DSM_FP8 = 3 };
@@ -40,22 +47,31 @@ typedef struct {
 typedef struct {
     const char *name;
     int packed_bytes;  /* bytes of one packed activation: 4 (fp32) or 2 (bf16) */
-    int panel_columns; /* weight rows that `panel` multiplies at a time */
+    int panel_columns; /* weight rows of a panel */
+    int panels;        /* most panels of one call of `panel` */
+    int panel_tokens;  /* tokens that are packed together for `panel`, and that it writes results for: 1, or `place` packs */
     int64_t few_tokens; /* up to here `rows` is the faster of the two */
     size_t scratch_bytes; /* for `panel` and `mix` */
 
     /* one row of activations of any dtype -> packed */
     void (*pack)(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
+    /* columns [first, first + n) of `tokens` rows for `panel`, from the `lane`th place of a group on; zeros up to a whole
+       group of 64 behind them; first: whole groups of 64 */
+    void (*place)(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group, int64_t lane,
+                  int64_t first);
     /* out[t * ldo + r] = x_t . w[first + r], r < count: streams each weight row once */
     void (*rows)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo);
-    /* the same for count <= panel_columns: decodes a panel beside the product; out is [tokens, panel_columns] */
+    /* the same for count <= panels * panel_columns: decodes panels beside the product; out is [tokens, count in whole
+       panels] */
     void (*panel)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                   float *out, void *scratch, Ahead *ahead);
     /* out = silu(gate) * up */
     void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
     /* one row: out = w * x / sqrt(mean(x^2) + eps), all of `dtype`, rounded before and after the product with w */
     void (*norm)(const void *x, const void *w, int64_t n, float eps, void *out, int dtype);
+    /* sums (+ bias unless NULL), rounded */
+    void (*write)(const float *sums, const float *bias, int64_t n, void *out, int dtype);
     /* a run of codes of one row, first_col anywhere -> values of `dtype`; scale is the row's first */
     void (*decode)(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
     /* max |x| of a run, and whether all of it is finite */
@@ -84,6 +100,28 @@ void *dsm_alloc(size_t bytes); /* 64-byte aligned, free() releases it; NULL when
 
 DSM_INLINE size_t dsm_packed_stride(const Kernels *k, int64_t n) {
     return (size_t)((n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK) * k->packed_bytes;
+}
+/* tokens of a packing, those of an unfinished group included */
+DSM_INLINE int64_t dsm_packed_tokens(const Kernels *k, int64_t tokens) {
+    return (tokens + k->panel_tokens - 1) / k->panel_tokens * k->panel_tokens;
+}
+/* packs whole rows of activations, tokens t .. of one group, for `panel` or for `rows` */
+DSM_INLINE void dsm_pack(const Kernels *k, int panel, const void *const *x, int64_t tokens, int dtype, int64_t n,
+                         int weight_dtype, char *packed, size_t stride, int64_t t) {
+    const int64_t lane = t % k->panel_tokens;
+    if (panel && k->place) k->place(x, tokens, dtype, n, weight_dtype, packed + (t - lane) * stride, lane, 0);
+    else
+        for (int64_t i = 0; i < tokens; i++) k->pack(x[i], dtype, n, weight_dtype, packed + (t + i) * stride);
+}
+/* rows in whole panels */
+DSM_INLINE int64_t dsm_panels(const Kernels *k, int64_t rows) {
+    return (rows + k->panel_columns - 1) / k->panel_columns * k->panel_columns;
+}
+/* rows of one call of `panel`: as many as it takes, if every thread still has some calls */
+DSM_INLINE int64_t dsm_panel_rows(const Kernels *k, int64_t rows, int threads) {
+    int64_t panels = k->panels;
+    while (panels > 1 && rows < 4 * threads * panels * k->panel_columns) panels /= 2;
+    return panels * k->panel_columns;
 }
 DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOCK; }
 DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }

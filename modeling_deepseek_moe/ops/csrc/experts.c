@@ -5,31 +5,38 @@
    the bits that one call with all of them gives, since each output is summed over ascending experts in fp32. */
 #include "lanes.h"
 
-#define CHUNK 64      /* rows of gate and up of a task: whole groups of every packing */
+#define CHUNK 64      /* rows of gate and up of a task, or a multiple: whole groups of every packing */
 #define FEW_ROWS 16   /* rows of down of a task while tokens are few */
 #define MANY_TOKENS 512
 
 typedef struct {
     Matrix gate, up, down;
     int64_t first, tokens; /* its slots in `order` */
+    int64_t packed;        /* where they begin among the packed rows */
 } Expert;
 
 typedef struct {
     const Kernels *kernels;
     Expert *experts;
-    int64_t active, hidden, width;
+    int64_t active, hidden, width, chunk;
     int64_t *order; /* slots (token * top_k + k) sorted by expert */
     int64_t top_k;
     const float *weights;
-    char *x, *h; /* packed: inputs and SwiGLU outputs of each slot in `order` */
+    char *x, *h; /* packed: inputs and SwiGLU outputs of each slot in `order`, an expert's in whole groups */
     size_t x_stride, h_stride;
     float *out;
     int64_t weight_dtype;
 } Layer;
 
+static int is_many(const Layer *layer, const Expert *e) { return e->tokens > layer->kernels->few_tokens; }
+static int64_t packed_rows(const Layer *layer) {
+    const Expert *last = layer->experts + layer->active - 1;
+    return last->packed + dsm_packed_tokens(layer->kernels, last->tokens);
+}
+
 /* Buckets the slots by expert. Returns the number of active experts, -1 without memory. */
 static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, const int64_t *table, int64_t count) {
-    int64_t *starts = calloc((size_t)count + 1, sizeof *starts), active = 0, placed = 0;
+    int64_t *starts = calloc((size_t)count + 1, sizeof *starts), active = 0, placed = 0, packed = 0;
     if (!starts) return -1;
     for (int64_t s = 0; s < slots; s++)
         if (indices[s] >= 0 && indices[s] < count && table[indices[s] * 6]) starts[indices[s] + 1]++;
@@ -45,7 +52,9 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
                 {(const void *)(intptr_t)at[4], (const float *)(intptr_t)at[5], d, i, dtype},
                 placed,
                 tokens,
+                packed,
             };
+            packed += dsm_packed_tokens(layer->kernels, tokens);
         }
         starts[e + 1] = placed;
         placed += tokens;
@@ -58,34 +67,53 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
     return active;
 }
 
-/* h rows [r0, r0 + CHUNK) of one expert's tokens [t0, t0 + tokens) */
-static void gate_and_up(const Layer *layer, const Expert *e, int64_t r0, int64_t t0, int64_t tokens, float *gate,
-                        float *up, void *scratch) {
-    const Kernels *k = layer->kernels;
-    const int64_t rows = dsm_min(CHUNK, layer->width - r0), columns = k->panel_columns;
-    const char *x = layer->x + (e->first + t0) * layer->x_stride;
-    float values[CHUNK];
-    if (e->tokens <= k->few_tokens) {
-        k->rows(x, layer->x_stride, tokens, &e->gate, r0, rows, gate, CHUNK);
-        k->rows(x, layer->x_stride, tokens, &e->up, r0, rows, up, CHUNK);
+/* A product's rows [r0, r0 + rows) for one expert's tokens. Returns how far its results' rows lie apart. */
+static int64_t multiply_chunk(const Kernels *k, int many, const char *x, size_t stride, int64_t tokens, const Matrix *w,
+                              int64_t r0, int64_t rows, float *out, float *panel, void *scratch) {
+    Ahead none = {0};
+    if (!many) {
+        k->rows(x, stride, tokens, w, r0, rows, out, rows);
+    } else if (rows <= k->panels * k->panel_columns) {
+        k->panel(x, stride, tokens, w, r0, rows, out, scratch, &none);
+        return dsm_panels(k, rows);
     } else {
-        float *panel = up + MANY_TOKENS * CHUNK; /* room behind both */
-        Ahead none = {0};
-        for (int64_t c = 0; c < rows; c += columns)
-            for (int half = 0; half < 2; half++) {
-                float *to = half ? up : gate;
-                int64_t n = dsm_min(columns, rows - c);
-                k->panel(x, layer->x_stride, tokens, half ? &e->up : &e->gate, r0 + c, n, panel, scratch, &none);
-                for (int64_t t = 0; t < tokens; t++)
-                    memcpy(to + t * CHUNK + c, panel + t * columns, sizeof(float) * n);
-            }
+        for (int64_t c = 0; c < rows; c += k->panel_columns) {
+            const int64_t n = dsm_min(k->panel_columns, rows - c);
+            k->panel(x, stride, tokens, w, r0 + c, n, panel, scratch, &none);
+            for (int64_t t = 0; t < tokens; t++)
+                memcpy(out + t * rows + c, panel + t * k->panel_columns, sizeof(float) * n);
+        }
     }
-    for (int64_t t = 0; t < tokens; t++) {
-        char packed[DSM_BLOCK * 4] __attribute__((aligned(64)));
-        k->swiglu(gate + t * CHUNK, up + t * CHUNK, values, rows);
-        k->pack(values, DSM_F32, rows, (int)layer->weight_dtype, packed); /* zeros behind the last row */
-        memcpy(layer->h + (e->first + t0 + t) * layer->h_stride + r0 * k->packed_bytes, packed,
-               CHUNK * k->packed_bytes);
+    return rows;
+}
+
+/* h rows [r0, r0 + chunk) of one expert's tokens [t0, t0 + tokens) */
+static void gate_and_up(const Layer *layer, const Expert *e, int64_t r0, int64_t t0, int64_t tokens, float *gate,
+                        float *up, float *panel, void *scratch) {
+    const Kernels *k = layer->kernels;
+    const int64_t rows = dsm_min(layer->chunk, layer->width - r0), step = k->panel_tokens;
+    const int many = is_many(layer, e), dtype = (int)layer->weight_dtype;
+    const char *x = layer->x + (e->packed + t0) * layer->x_stride;
+    char *h = layer->h + (e->packed + t0) * layer->h_stride;
+    multiply_chunk(k, many, x, layer->x_stride, tokens, &e->gate, r0, rows, gate, panel, scratch);
+    const int64_t ld = multiply_chunk(k, many, x, layer->x_stride, tokens, &e->up, r0, rows, up, panel, scratch);
+    for (int64_t t = 0; t < tokens; t += step) {
+        const int64_t n = dsm_min(step, tokens - t);
+        const void *values[DSM_GROUP_TOKENS];
+        for (int64_t i = 0; i < n; i++) {
+            values[i] = gate + (t + i) * ld;
+            k->swiglu(gate + (t + i) * ld, up + (t + i) * ld, gate + (t + i) * ld, rows);
+        }
+        if (many && k->place) {
+            k->place(values, n, DSM_F32, rows, dtype, h + t * layer->h_stride, 0, r0);
+        } else { /* a group of 64 at a time: whole blocks are packed, and the next is another task's */
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t r = 0; r < rows; r += CHUNK) {
+                    char packed[DSM_BLOCK * 4] __attribute__((aligned(64)));
+                    k->pack((const float *)values[i] + r, DSM_F32, dsm_min(CHUNK, rows - r), dtype, packed);
+                    memcpy(h + (t + i) * layer->h_stride + (r0 + r) * k->packed_bytes, packed, CHUNK * k->packed_bytes);
+                }
+        }
     }
 }
 
@@ -95,18 +123,19 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
     Ahead none = {0};
     for (int64_t i = 0; i < layer->active; i++) {
         const Expert *e = layer->experts + i;
-        const int few = e->tokens <= k->few_tokens;
+        const int few = !is_many(layer, e);
         for (int64_t t0 = 0; t0 < e->tokens; t0 += MANY_TOKENS) {
-            const int64_t tokens = dsm_min(MANY_TOKENS, e->tokens - t0), step = few ? columns : k->panel_columns;
-            const char *h = layer->h + (e->first + t0) * layer->h_stride;
+            const int64_t tokens = dsm_min(MANY_TOKENS, e->tokens - t0), step = few ? columns : k->panels * k->panel_columns;
+            const char *h = layer->h + (e->packed + t0) * layer->h_stride;
             for (int64_t c = c0; c < c0 + columns; c += step) {
                 const int64_t n = dsm_min(step, c0 + columns - c);
-                if (few) k->rows(h, layer->h_stride, tokens, &e->down, c, n, part, step);
+                const int64_t ld = few ? n : dsm_panels(k, n);
+                if (few) k->rows(h, layer->h_stride, tokens, &e->down, c, n, part, ld);
                 else k->panel(h, layer->h_stride, tokens, &e->down, c, n, part, scratch, &none);
                 for (int64_t t = 0; t < tokens; t++) {
                     const int64_t slot = layer->order[e->first + t0 + t];
                     float *to = layer->out + slot / layer->top_k * layer->hidden + c;
-                    const float weight = layer->weights[slot], *from = part + t * step;
+                    const float weight = layer->weights[slot], *from = part + t * ld;
                     for (int64_t r = 0; r < n; r++) to[r] += weight * from[r];
                 }
             }
@@ -114,21 +143,30 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
     }
 }
 
-static void pack_slot(const Layer *layer, const void *x, int dtype, int64_t i) {
-    const char *from = (const char *)x + layer->order[i] / layer->top_k * layer->hidden * dsm_itemsize(dtype);
-    layer->kernels->pack(from, dtype, layer->hidden, (int)layer->weight_dtype, layer->x + i * layer->x_stride);
+/* tokens t .. of one group */
+static void pack_tokens(const Layer *layer, const void *x, int dtype, const Expert *e, int64_t t) {
+    const Kernels *k = layer->kernels;
+    const int64_t tokens = dsm_min(k->panel_tokens, e->tokens - t);
+    const size_t row = layer->hidden * dsm_itemsize(dtype);
+    const void *rows[DSM_GROUP_TOKENS];
+    for (int64_t i = 0; i < tokens; i++) rows[i] = (const char *)x + layer->order[e->first + t + i] / layer->top_k * row;
+    dsm_pack(k, is_many(layer, e), rows, tokens, dtype, layer->hidden, (int)layer->weight_dtype,
+             layer->x + e->packed * layer->x_stride, layer->x_stride, t);
 }
 
 static int run(Layer *layer, const void *x, int dtype, int threads) {
     const Kernels *k = layer->kernels;
-    int64_t most = 0, chunks = (layer->width + CHUNK - 1) / CHUNK, tasks = 0;
+    int64_t most = 0, tasks = 0;
     int failed = 0;
-    for (int64_t i = 0; i < layer->active; i++) {
+    for (int64_t i = 0; i < layer->active; i++)
         most = layer->experts[i].tokens > most ? layer->experts[i].tokens : most;
+    layer->chunk = CHUNK;
+    if (most > k->few_tokens) layer->chunk = dsm_panel_rows(k, layer->width * layer->active, threads);
+    if (layer->chunk < CHUNK) layer->chunk = CHUNK;
+    const int64_t chunks = (layer->width + layer->chunk - 1) / layer->chunk;
+    for (int64_t i = 0; i < layer->active; i++)
         tasks += chunks * ((layer->experts[i].tokens + MANY_TOKENS - 1) / MANY_TOKENS);
-    }
     const int many = most > k->few_tokens;
-    const int64_t slots = layer->experts[layer->active - 1].first + layer->experts[layer->active - 1].tokens;
     const int64_t room = dsm_min(most, MANY_TOKENS);
     threads = dsm_threads(threads, layer->active * 3 * layer->hidden * layer->width *
                                        (int64_t)dsm_itemsize((int)layer->weight_dtype) * (many ? 1 + most / 16 : 1));
@@ -137,7 +175,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;
     /* gate and up of a chunk, and a panel beside them where one is multiplied */
-    const size_t floats = (size_t)(many ? 3 * MANY_TOKENS : 2 * MANY_TOKENS) * CHUNK;
+    const int64_t half = dsm_packed_tokens(k, room) * layer->chunk, columns_of_down = dsm_packed_tokens(k, room) * columns;
+    const int64_t floats = (many ? 3 : 2) * half > columns_of_down ? (many ? 3 : 2) * half : columns_of_down;
     Lane *lanes = dsm_lanes(threads, tasks), *down_lanes = dsm_lanes(threads, down_tasks);
     if (!lanes || !down_lanes) {
         free(lanes);
@@ -145,20 +184,24 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
         return DSM_NO_MEMORY;
     }
     const uint64_t caller = dsm_exact_mode();
-    for (int64_t i = 0; !many && i < slots; i++) pack_slot(layer, x, dtype, i); /* less work than a barrier */
+    for (int64_t i = 0; !many && i < layer->active; i++) /* less work than a barrier */
+        for (int64_t t = 0; t < layer->experts[i].tokens; t += k->panel_tokens)
+            pack_tokens(layer, x, dtype, layer->experts + i, t);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint64_t mode = dsm_exact_mode();
-        float *buffer = dsm_alloc(sizeof(float) * (many ? floats : (size_t)(2 * room * CHUNK)));
+        float *buffer = dsm_alloc(sizeof(float) * floats);
         void *scratch = dsm_alloc(k->scratch_bytes);
         if (!buffer || !scratch) {
 #pragma omp atomic write
             failed = 1;
         }
-        if (many) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < slots; i++) pack_slot(layer, x, dtype, i);
+        for (int64_t i = 0; many && i < layer->active; i++) {
+            const Expert *e = layer->experts + i;
+#pragma omp for schedule(static) nowait
+            for (int64_t t = 0; t < e->tokens; t += k->panel_tokens) pack_tokens(layer, x, dtype, e, t);
         }
+#pragma omp barrier
         for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
             int64_t rest = task, i = 0;
             for (;; i++) {
@@ -168,8 +211,9 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
             }
             const Expert *e = layer->experts + i;
             const int64_t t0 = rest / chunks * MANY_TOKENS, tokens = dsm_min(MANY_TOKENS, e->tokens - t0);
-            float *up = buffer + (many ? MANY_TOKENS : room) * CHUNK;
-            if (!failed) gate_and_up(layer, e, rest % chunks * CHUNK, t0, tokens, buffer, up, scratch);
+            if (!failed)
+                gate_and_up(layer, e, rest % chunks * layer->chunk, t0, tokens, buffer, buffer + half, buffer + 2 * half,
+                            scratch);
         }
 #pragma omp barrier
         for (int64_t task; (task = dsm_take(down_lanes, threads, dsm_me())) >= 0;)
@@ -213,17 +257,13 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
     if (layer.order && layer.experts) layer.active = sort_slots(&layer, indices, slots, table, count);
     else layer.active = -1;
     if (layer.active > 0) {
-        const Expert *last = layer.experts + layer.active - 1;
-        layer.x = dsm_alloc((last->first + last->tokens) * layer.x_stride);
-        layer.h = dsm_alloc((last->first + last->tokens) * layer.h_stride);
+        layer.x = dsm_alloc(packed_rows(&layer) * layer.x_stride);
+        layer.h = dsm_alloc(packed_rows(&layer) * layer.h_stride);
     }
     if (layer.active < 0 || (layer.active > 0 && (!layer.x || !layer.h))) result = DSM_NO_MEMORY;
     else if (layer.active > 0) {
         /* a ragged width's last block has no values to pack behind them */
-        if (width % CHUNK || width / CHUNK % 2) {
-            const Expert *last = layer.experts + layer.active - 1;
-            memset(layer.h, 0, (last->first + last->tokens) * layer.h_stride);
-        }
+        if (width % CHUNK || width / CHUNK % 2) memset(layer.h, 0, packed_rows(&layer) * layer.h_stride);
         result = run(&layer, x, dtype, threads);
     }
     free(layer.order);

@@ -5,15 +5,25 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if DSM_AMX && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 extern const Kernels dsm_kernels_baseline;
 #if defined(__x86_64__)
-extern const Kernels dsm_kernels_avx2, dsm_kernels_avx512, dsm_kernels_avx512_bf16;
+extern const Kernels dsm_kernels_avx2, dsm_kernels_avx512, dsm_kernels_avx512_bf16, dsm_kernels_amx;
 static const Kernels *const LEVELS[] = {
     &dsm_kernels_baseline,
     &dsm_kernels_avx2,
     &dsm_kernels_avx512,
     &dsm_kernels_avx512_bf16,
+#if DSM_AMX
+    &dsm_kernels_amx,
+#endif
 };
 #else
 static const Kernels *const LEVELS[] = {&dsm_kernels_baseline};
@@ -30,12 +40,23 @@ static int has_avx512_bf16(void) {
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
 }
+/* Linux hands out the tiles' state, 8 kB a thread, to processes that ask for it. */
+static int has_amx(void) {
+#if DSM_AMX && defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1) || !(c >> 8 & 1))
+        return 0; /* amx-tile, amx-bf16, gfni */
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
 #endif
 
 DSM_API int dsm_version(void) { return DSM_VERSION; }
 
-/* The highest level that this CPU can run. */
-DSM_API int dsm_isa_best(void) {
+static int find_best(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())) return 0;
@@ -43,10 +64,21 @@ DSM_API int dsm_isa_best(void) {
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
         return 1;
     if (!(__builtin_cpu_supports("avx512vbmi") && has_avx512_bf16())) return 2;
-    return 3;
+    return has_amx() ? 4 : 3;
 #else
     return 0;
 #endif
+}
+
+/* The highest level that this CPU can run. Asked once: a virtual machine takes microseconds over each `cpuid`. */
+DSM_API int dsm_isa_best(void) {
+    static int found; /* the level + 1; threads that ask at the same time find the same */
+    int best = __atomic_load_n(&found, __ATOMIC_RELAXED);
+    if (!best) {
+        best = find_best() + 1;
+        __atomic_store_n(&found, best, __ATOMIC_RELAXED);
+    }
+    return best - 1;
 }
 
 /* The name of a level, NULL past the last. */
@@ -79,4 +111,13 @@ int dsm_threads(int wanted, int64_t weight_bytes) {
     return (int)dsm_min(wanted, useful);
 }
 
-void *dsm_alloc(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64 + 64); }
+/* Large buffers lie on huge pages where there are some: they are crossed with long strides. */
+void *dsm_alloc(size_t bytes) {
+    enum { HUGE_PAGE = 2 << 20 };
+    const size_t grain = bytes < HUGE_PAGE ? 64 : HUGE_PAGE, room = (bytes + 63) / 64 * 64 + 64;
+    void *memory = aligned_alloc(grain, (room + grain - 1) / grain * grain);
+#if defined(__linux__)
+    if (memory && grain == HUGE_PAGE) madvise(memory, room, MADV_HUGEPAGE);
+#endif
+    return memory;
+}

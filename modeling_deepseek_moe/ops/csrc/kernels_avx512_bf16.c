@@ -365,32 +365,37 @@ static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w,
 
 /* ---- activations ---- */
 
-static void pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
-    uint16_t *to = out;
-    for (int64_t k = 0; k < (n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK; k += 64) {
-        uint16_t group[64] __attribute__((aligned(64))) = {0};
-        int64_t have = dsm_min(64, n - k);
-        __m512i a, b;
-        if (dtype == DSM_BF16) {
-            if (have > 0) memcpy(group, (const uint16_t *)x + k, sizeof(uint16_t) * have);
-        } else {
-            for (int64_t i = 0; i < have; i++) group[i] = dsm_to_bf16(dsm_load(x, dtype, k + i));
-        }
-        a = _mm512_load_si512(group);
-        b = _mm512_load_si512(group + 32);
-        if (weight_dtype == DSM_FP8) {
-            _mm512_storeu_si512(to + k, _mm512_shuffle_i64x2(a, b, 0x88));
-            _mm512_storeu_si512(to + k + 32, _mm512_shuffle_i64x2(a, b, 0xdd));
-        } else {
-            _mm512_storeu_si512(to + k, a);
-            _mm512_storeu_si512(to + k + 32, b);
-        }
+/* the first 64 of n values, in the order in which weights of that dtype are decoded */
+DSM_INLINE void pack_group(const void *x, int dtype, int64_t n, int weight_dtype, uint16_t *out) {
+    uint16_t group[64] __attribute__((aligned(64)));
+    __m512i a, b;
+    if (n < 64) memset(group, 0, sizeof group);
+    if (dtype == DSM_BF16) {
+        if (n > 0) memcpy(group, x, sizeof(uint16_t) * dsm_min(64, n));
+    } else {
+        for (int64_t i = 0; i < dsm_min(64, n); i++) group[i] = dsm_to_bf16(dsm_load(x, dtype, i));
     }
+    a = _mm512_load_si512(group);
+    b = _mm512_load_si512(group + 32);
+    if (weight_dtype == DSM_FP8) {
+        _mm512_storeu_si512(out, _mm512_shuffle_i64x2(a, b, 0x88));
+        _mm512_storeu_si512(out + 32, _mm512_shuffle_i64x2(a, b, 0xdd));
+    } else {
+        _mm512_storeu_si512(out, a);
+        _mm512_storeu_si512(out + 32, b);
+    }
+}
+static void pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
+    for (int64_t k = 0; k < (n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK; k += 64)
+        pack_group((const char *)x + k * dsm_itemsize(dtype), dtype, n - k, weight_dtype, (uint16_t *)out + k);
 }
 
 extern const Kernels dsm_kernels_avx512;
 static void swiglu(const float *gate, const float *up, float *out, int64_t n) {
     dsm_kernels_avx512.swiglu(gate, up, out, n);
+}
+static void write(const float *sums, const float *bias, int64_t n, void *out, int dtype) {
+    dsm_kernels_avx512.write(sums, bias, n, out, dtype);
 }
 static void norm(const void *x, const void *w, int64_t n, float eps, void *out, int dtype) {
     dsm_kernels_avx512.norm(x, w, n, eps, out, dtype);
@@ -410,6 +415,8 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .name = "avx512_bf16",
     .packed_bytes = 2,
     .panel_columns = PANEL,
+    .panels = 1,
+    .panel_tokens = 1,
     .few_tokens = 11,
     .scratch_bytes = sizeof(uint32_t) * DSM_BLOCK / 2 * PANEL /* a panel, and `mix`'s weights */
                      + sizeof(uint16_t) * DSM_BLOCK * DSM_MIX_TOKENS,
@@ -418,6 +425,7 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .panel = panel,
     .swiglu = swiglu,
     .norm = norm,
+    .write = write,
     .decode = decode,
     .amax = amax,
     .encode = encode,
@@ -425,6 +433,10 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .weigh = weigh,
     .mix = mix,
 };
+
+#if DSM_AMX
+#include "kernels_amx.h"
+#endif
 
 DSM_TARGET_END
 #endif

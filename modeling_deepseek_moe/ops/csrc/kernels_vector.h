@@ -359,6 +359,12 @@ DSM_INLINE void store_any(void *x, int dtype, int64_t i, F v) {
         for (int l = 0; l < WIDTH; l++) ((uint16_t *)x)[i + l] = dsm_to_f16(v[l]);
 }
 
+static void write(const float *sums, const float *bias, int64_t n, void *out, int dtype) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) store_any(out, dtype, i, load(sums + i) + (bias ? load(bias + i) : zeros()));
+    for (; i < n; i++) dsm_store(out, dtype, i, sums[i] + (bias ? bias[i] : 0.0f));
+}
+
 static void norm(const void *x, const void *w, int64_t n, float eps, void *out, int dtype) {
     F squares = zeros();
     float all = 0.0f;
@@ -453,6 +459,8 @@ const Kernels KERNELS = {
     .name = LABEL,
     .packed_bytes = 4,
     .panel_columns = PANEL,
+    .panels = 1,
+    .panel_tokens = 1,
     .few_tokens = 15,
     .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL, /* a panel */
     .pack = pack,
@@ -460,6 +468,7 @@ const Kernels KERNELS = {
     .panel = panel,
     .swiglu = swiglu,
     .norm = norm,
+    .write = write,
     .decode = decode,
     .amax = amax,
     .encode = encode,

@@ -11,22 +11,28 @@ typedef struct {
     char *packed;
     size_t stride;
     int64_t tokens;
+    int64_t columns; /* weight rows of a task while tokens are many */
     void *y;
     int dtype;
 } Job;
 
+/* tokens t .. of one group */
 static void pack(const Job *job, const void *x, int64_t t) {
-    const char *from = (const char *)x + t * job->w->cols * dsm_itemsize(job->dtype);
-    job->kernels->pack(from, job->dtype, job->w->cols, job->w->dtype, job->packed + t * job->stride);
+    const Kernels *k = job->kernels;
+    const size_t row = job->w->cols * dsm_itemsize(job->dtype);
+    const int64_t tokens = dsm_min(k->panel_tokens, job->tokens - t);
+    const void *rows[DSM_GROUP_TOKENS];
+    for (int64_t i = 0; i < tokens; i++) rows[i] = (const char *)x + (t + i) * row;
+    dsm_pack(k, job->tokens > k->few_tokens, rows, tokens, job->dtype, job->w->cols, job->w->dtype, job->packed, job->stride,
+             t);
 }
 
 static void write(const Job *job, const float *from, int64_t ldf, int64_t t0, int64_t tokens, int64_t r0,
                   int64_t rows) {
+    const size_t size = dsm_itemsize(job->dtype);
     for (int64_t t = 0; t < tokens; t++)
-        for (int64_t r = 0; r < rows; r++) {
-            float value = from[t * ldf + r] + (job->bias ? job->bias[r0 + r] : 0.0f);
-            dsm_store(job->y, job->dtype, (t0 + t) * job->w->rows + r0 + r, value);
-        }
+        job->kernels->write(from + t * ldf, job->bias ? job->bias + r0 : NULL, rows,
+                            (char *)job->y + ((t0 + t) * job->w->rows + r0) * size, job->dtype);
 }
 
 static void few_tokens(const Job *job, int64_t task) {
@@ -38,11 +44,11 @@ static void few_tokens(const Job *job, int64_t task) {
 
 static void many_tokens(const Job *job, int64_t task, float *out, void *scratch) {
     Ahead none = {0};
-    const int64_t columns = job->kernels->panel_columns, panels = (job->w->rows + columns - 1) / columns;
-    int64_t t0 = task / panels * TOKENS, tokens = dsm_min(TOKENS, job->tokens - t0);
-    int64_t r0 = task % panels * columns, rows = dsm_min(columns, job->w->rows - r0);
+    const int64_t columns = job->columns, parts = (job->w->rows + columns - 1) / columns;
+    int64_t t0 = task / parts * TOKENS, tokens = dsm_min(TOKENS, job->tokens - t0);
+    int64_t r0 = task % parts * columns, rows = dsm_min(columns, job->w->rows - r0);
     job->kernels->panel(job->packed + t0 * job->stride, job->stride, tokens, job->w, r0, rows, out, scratch, &none);
-    write(job, out, columns, t0, tokens, r0, rows);
+    write(job, out, dsm_panels(job->kernels, rows), t0, tokens, r0, rows);
 }
 
 /* y [tokens, rows] of `dtype` from x [tokens, cols] of the same; bias [rows] fp32 or NULL. */
@@ -52,12 +58,12 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const size_t stride = dsm_packed_stride(kernels, cols);
     const int few = tokens <= kernels->few_tokens;
-    const int64_t columns = kernels->panel_columns;
+    const int64_t columns = dsm_panel_rows(kernels, rows, threads);
     int failed = 0;
     if (tokens < 0 || rows < 0 || cols < 0) return DSM_BAD_ARGUMENT;
     if (tokens == 0 || rows == 0) return DSM_OK;
-    char *packed = dsm_alloc(tokens * stride);
-    const Job job = {kernels, &w, bias, packed, stride, tokens, y, dtype};
+    char *packed = dsm_alloc(dsm_packed_tokens(kernels, tokens) * stride);
+    const Job job = {kernels, &w, bias, packed, stride, tokens, columns, y, dtype};
     const int64_t tasks = few ? (rows + ROWS - 1) / ROWS
                               : (rows + columns - 1) / columns * ((tokens + TOKENS - 1) / TOKENS);
     threads = dsm_threads(threads, rows * cols * (int64_t)dsm_itemsize(weight_dtype) * (few ? 1 : 1 + tokens / 16));
@@ -68,7 +74,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
         return DSM_NO_MEMORY;
     }
     const uint64_t caller = dsm_exact_mode();
-    for (int64_t t = 0; few && t < tokens; t++) pack(&job, x, t); /* less work than a barrier */
+    for (int64_t t = 0; few && t < tokens; t += kernels->panel_tokens) pack(&job, x, t); /* less work than a barrier */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint64_t mode = dsm_exact_mode();
@@ -85,7 +91,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
         if (!few) {
             /* the loop's end is a barrier: every thread sees whether one has failed */
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < tokens; t++) pack(&job, x, t);
+            for (int64_t t = 0; t < tokens; t += kernels->panel_tokens) pack(&job, x, t);
         }
         for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
             if (few) few_tokens(&job, task);

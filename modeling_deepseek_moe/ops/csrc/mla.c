@@ -25,7 +25,8 @@ typedef struct {
     float scaling;
     char *out;
     /* workspace */
-    char *latents, *ropes; /* packed queries of [batch, heads] */
+    char *latents, *ropes; /* packed queries of [batch, packed_heads] */
+    int64_t packed_heads;
     size_t latent_stride, rope_stride;
     int64_t chunk, chunks, groups, room; /* room: rank in whole panels */
     float *partial;                      /* [batch, chunks, heads, room] */
@@ -45,12 +46,14 @@ static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
     for (int64_t b = 0; b < a->batch; b++) {
         const char *nope = a->q_nope + (b * a->q_nope_batch + h * a->q_nope_head) * size;
         const char *rope = a->q_pe + (b * a->q_pe_batch + h * a->q_pe_head) * size;
-        const int64_t at = b * a->heads + h;
+        char *latents = a->latents + b * a->packed_heads * a->latent_stride;
+        char *ropes = a->ropes + b * a->packed_heads * a->rope_stride;
         for (int64_t i = 0; i < a->nope; i++) query[i] = dsm_load(nope, a->dtype, i);
         a->kernels->absorb(query, &a->up, h * (a->nope + a->value), a->nope, row,
                            buffers->workspace);
-        a->kernels->pack(row, DSM_F32, a->rank, a->dtype, a->latents + at * a->latent_stride);
-        a->kernels->pack(rope, a->dtype, a->rope, a->dtype, a->ropes + at * a->rope_stride);
+        const void *const one[] = {row, rope};
+        dsm_pack(a->kernels, 1, one, 1, DSM_F32, a->rank, a->dtype, latents, a->latent_stride, h);
+        dsm_pack(a->kernels, 1, one + 1, 1, a->dtype, a->rope, a->dtype, ropes, a->rope_stride, h);
     }
 }
 
@@ -65,7 +68,7 @@ static Ahead after(const Attention *a, const Matrix *keys, int64_t key) {
 static void score(const Attention *a, const Matrix *c_kv, const Matrix *k_pe, int64_t query, int64_t heads,
                   int64_t first, int64_t count, Buffers *buffers, Ahead *ahead) {
     const int64_t columns = a->kernels->panel_columns;
-    float *latent = buffers->panels, *rope = latent + heads * columns;
+    float *latent = buffers->panels, *rope = latent + GROUP * columns;
     for (int64_t k = 0; k < count; k += columns) {
         const int64_t n = dsm_min(columns, count - k);
         a->kernels->panel(a->latents + query * a->latent_stride, a->latent_stride, heads, c_kv, first + k, n, latent,
@@ -92,7 +95,7 @@ static void attend(const Attention *a, int64_t task, Buffers *buffers) {
         const int64_t count = dsm_min(STEP, end - k);
         const float *mask = a->mask ? a->mask + b * a->mask_batch + k : NULL;
         Ahead ahead[2] = {after(a, &c_kv, k + STEP), after(a, &k_pe, k + STEP)};
-        score(a, &c_kv, &k_pe, b * a->heads + h0, heads, k, count, buffers, ahead);
+        score(a, &c_kv, &k_pe, b * a->packed_heads + h0, heads, k, count, buffers, ahead);
         for (int64_t h = 0; h < heads; h++)
             buffers->decay[h] = a->kernels->weigh(buffers->scores + h * STEP, count, STEP, a->scaling, mask, peaks + h,
                                                   norms + h);
@@ -224,6 +227,7 @@ DSM_API int dsm_mla_decode(int isa, int threads, int dtype, const int64_t *dims,
     for (int i = 0; i < 7; i++)
         if (dims[i] < 1) return DSM_BAD_ARGUMENT;
     const int64_t queries = a.batch * a.heads, columns = kernels->panel_columns;
+    a.packed_heads = dsm_packed_tokens(kernels, a.heads);
     a.up = (Matrix){weight, weight_scale, a.heads * (a.nope + a.value), a.rank, weight_dtype};
     a.latent_stride = dsm_packed_stride(kernels, a.rank);
     a.rope_stride = dsm_packed_stride(kernels, a.rope);
@@ -231,8 +235,8 @@ DSM_API int dsm_mla_decode(int isa, int threads, int dtype, const int64_t *dims,
     a.groups = (a.heads + GROUP - 1) / GROUP;
     a.chunk = chunk_of(a.length, CHUNKS / dsm_min(a.groups, CHUNKS));
     a.chunks = (a.length + a.chunk - 1) / a.chunk;
-    a.latents = dsm_alloc(queries * a.latent_stride);
-    a.ropes = dsm_alloc(queries * a.rope_stride);
+    a.latents = dsm_alloc(a.batch * a.packed_heads * a.latent_stride);
+    a.ropes = dsm_alloc(a.batch * a.packed_heads * a.rope_stride);
     a.partial = dsm_alloc(sizeof(float) * queries * a.chunks * a.room);
     a.peaks = dsm_alloc(sizeof(float) * queries * a.chunks);
     a.norms = dsm_alloc(sizeof(float) * queries * a.chunks);

@@ -1,0 +1,408 @@
+/* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; part of `kernels_avx512_bf16.c`, whose kernels
+   serve one and two tokens.
+
+   A tile holds 16 rows of 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8 decoded
+   into scratch, a run of each row at a time, so that memory is read in runs too. Activations are packed for `panel` in
+   groups of 16 tokens: 64 bytes hold one pair of columns of all 16, a tile 16 such pairs. A product is a tile of 16 weight
+   rows and 16 tokens, which is summed in fp32 beyond a block of 128 columns (FP8, whose scale changes there) or 512. What
+   a token gets does not depend on which others there are. */
+DSM_TARGET_END
+DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c,gfni,amx-tile,amx-bf16")
+
+#define TILE 16
+#define TILE_COLUMNS 32
+#define TILE_BYTES 1024
+#define TILE_FLOATS 256
+#define BLOCK_TILES (DSM_BLOCK / TILE_COLUMNS)
+#define RUN 512  /* columns of a panel that are decoded at a time, or summed in a tile where they are bf16 */
+#define PANELS 4 /* that a run of all tokens meets */
+#define NEAR_GROUPS 2 /* token groups whose sums, beside a block of weights, stay in the first cache */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TileShapes;
+
+static const TileShapes SHAPES = {
+    .palette = 1,
+    .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+    .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
+};
+
+/* gcc does not know that loading a tile reads memory */
+#define MEMORY_WRITTEN __asm__ volatile("" ::: "memory")
+
+/* Weight tiles: the `i`th of row group `g` begins at data + g * group + i * step, its rows `pitch` bytes apart. */
+typedef struct {
+    const char *data;
+    size_t group, step, pitch;
+} Tiles;
+
+static void place(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group, int64_t lane,
+                  int64_t first) {
+    uint32_t *to = (uint32_t *)group + first / 2 * TILE;
+    const size_t size = dsm_itemsize(dtype);
+    for (int64_t k = 0; k < n; k += 64, to += 32 * TILE) {
+        uint32_t pairs[TILE * 32] __attribute__((aligned(64)));
+        for (int64_t t = 0; t < tokens; t++)
+            pack_group((const char *)x[t] + k * size, dtype, n - k, weight_dtype, (uint16_t *)(pairs + t * 32));
+        if (tokens == TILE)
+            for (int half = 0; half < 2; half++) {
+                __m512i v[16];
+                UNROLL for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(pairs + i * 32 + half * 16);
+                transpose16(v);
+                UNROLL for (int i = 0; i < 16; i++) _mm512_store_si512(to + (half * 16 + i) * TILE, v[i]);
+            }
+        else
+            for (int64_t t = 0; t < tokens; t++)
+                UNROLL for (int i = 0; i < 32; i++) to[i * TILE + lane + t] = pairs[t * 32 + i];
+    }
+}
+
+/* As `decode64`. The bits of a normal code's bf16 are its own, moved, and the exponent's highest, inverted: two products of
+   bit matrices instead of four table look-ups of two steps each. Zeros, subnormals and NaN are rare, and looked up. */
+DSM_INLINE void decode64_normal(Tables t, __m512i codes, __m512bh *first, __m512bh *second) {
+    const __m512i to_high = _mm512_set1_epi64(0x1020404040404080), to_low = _mm512_set1_epi64(0x01020408);
+    const __m512i magnitude = _mm512_andnot_si512(t.sign, codes);
+    if (__builtin_expect(_mm512_cmpge_epu8_mask(_mm512_sub_epi8(magnitude, _mm512_set1_epi8(8)), _mm512_set1_epi8(0x77)), 0)) {
+        decode64(t, codes, first, second);
+    } else {
+        const __m512i low = _mm512_gf2p8affine_epi64_epi8(codes, to_low, 0);
+        const __m512i high = _mm512_gf2p8affine_epi64_epi8(codes, to_high, 0x3c);
+        *first = (__m512bh)_mm512_unpacklo_epi8(low, high);
+        *second = (__m512bh)_mm512_unpackhi_epi8(low, high);
+    }
+}
+
+/* Rows of a panel, columns [k, k + RUN), decoded: tiles [row group][RUN / 32]. Meanwhile their next run is fetched, or behind
+   the last the first of the rows `next` further down. */
+static void decode_run(const Matrix *w, int64_t first, int64_t count, int64_t k, int64_t next, char *tiles) {
+    const Tables t = tables();
+    const int64_t columns = dsm_min(RUN, w->cols - k), ahead = k + RUN < w->cols ? RUN : next * w->cols - k;
+    for (int64_t r = 0; r < count; r++) {
+        const uint8_t *from = (const uint8_t *)w->data + (first + r) * w->cols + k;
+        char *to = tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64;
+        for (int64_t i = 0; i < columns; i += 64, to += 2 * TILE_BYTES) {
+            __m512bh a, b;
+            _mm_prefetch((const char *)from + i + ahead, _MM_HINT_T1);
+            decode64_normal(t, load_codes(from + i, columns - i), &a, &b);
+            _mm512_store_si512(to, (__m512i)a);
+            _mm512_store_si512(to + TILE_BYTES, (__m512i)b);
+        }
+    }
+}
+/* the same of bf16, copied, where the matrix ends within a tile */
+static void copy_run(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles) {
+    const int64_t columns = dsm_min(RUN, w->cols - k);
+    for (int64_t r = 0; r < count; r++) {
+        const uint16_t *from = (const uint16_t *)w->data + (first + r) * w->cols + k;
+        char *to = tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64;
+        for (int64_t i = 0; i < columns; i += 32, to += TILE_BYTES) {
+            const __mmask32 mask = columns - i >= 32 ? ~0u : (1u << (columns - i)) - 1;
+            _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, from + i));
+        }
+    }
+}
+
+/* FP8 is decoded two tiles at a time, between which its columns alternate */
+DSM_INLINE int64_t tiles_of(int64_t columns, int fp8) {
+    return fp8 ? (columns + 63) / 64 * 2 : (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+}
+
+/* Where four product tiles belong. They are added to the sums while the next four are computed: what a tile has stored
+   cannot be read at once. */
+typedef struct {
+    float *to[4]; /* NULL: nothing is pending */
+    float scale[4];
+    int begun[4], half;
+    float c[2][4 * TILE_FLOATS] __attribute__((aligned(64)));
+} Pending;
+
+/* to = to + scale * tile, or scale * tile where nothing was summed before */
+DSM_INLINE void add_tile(float *to, const float *tile, float scale, int begun) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    if (begun)
+        UNROLL for (int i = 0; i < TILE_FLOATS; i += 16)
+            _mm512_store_ps(to + i, _mm512_fmadd_ps(factor, _mm512_load_ps(tile + i), _mm512_load_ps(to + i)));
+    else
+        UNROLL for (int i = 0; i < TILE_FLOATS; i += 16)
+            _mm512_store_ps(to + i, _mm512_mul_ps(factor, _mm512_load_ps(tile + i)));
+}
+DSM_INLINE void settle(Pending *p, int half) {
+    for (int i = 0; i < 4; i++)
+        if (p->to[i]) add_tile(p->to[i], p->c[half] + i * TILE_FLOATS, p->scale[i], p->begun[i]);
+}
+/* The four products become the pending ones; those that were are settled. */
+DSM_INLINE void store_products(Pending *p) {
+    float *c = p->c[p->half];
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + TILE_FLOATS, 64);
+    _tile_stored(2, c + 2 * TILE_FLOATS, 64);
+    _tile_stored(3, c + 3 * TILE_FLOATS, 64);
+    settle(p, !p->half);
+    p->half = !p->half;
+}
+DSM_INLINE void expect(Pending *p, int i, float *to, float scale, int begun) {
+    p->to[i] = to, p->scale[i] = scale, p->begun[i] = begun;
+}
+static void settle_last(Pending *p) {
+    MEMORY_WRITTEN;
+    settle(p, !p->half);
+}
+
+/* Two row groups beside two token groups; `deep` tiles are summed. */
+DSM_INLINE void product_22(Tiles a, const char *b0, const char *b1, int64_t deep) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < deep; i++, a.data += a.step, b0 += TILE_BYTES, b1 += TILE_BYTES) {
+        _tile_loadd(4, a.data, a.pitch);
+        _tile_loadd(6, b0, 64);
+        _tile_loadd(7, b1, 64);
+        _tile_loadd(5, a.data + a.group, a.pitch);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+/* four row groups beside one token group */
+DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < deep; i++, a.data += a.step, b += TILE_BYTES) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a.data, a.pitch);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a.data + a.group, a.pitch);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(7, a.data + 2 * a.group, a.pitch);
+        _tile_dpbf16ps(2, 7, 6);
+        _tile_loadd(4, a.data + 3 * a.group, a.pitch);
+        _tile_dpbf16ps(3, 4, 6);
+    }
+}
+
+/* four blocks of columns of one row group beside one token group */
+DSM_INLINE void product_blocks(Tiles a, const char *b) {
+    const size_t block = BLOCK_TILES * TILE_BYTES;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < BLOCK_TILES; i++, a.data += TILE_BYTES, b += TILE_BYTES) {
+        _tile_loadd(4, a.data, 64);
+        _tile_loadd(5, b, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, a.data + block, 64);
+        _tile_loadd(7, b + block, 64);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(4, a.data + 2 * block, 64);
+        _tile_loadd(5, b + 2 * block, 64);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, a.data + 3 * block, 64);
+        _tile_loadd(7, b + 3 * block, 64);
+        _tile_dpbf16ps(3, 6, 7);
+    }
+}
+
+/* columns [from, from + columns) of a run of one row group beside one token group */
+DSM_INLINE void product_block(Tiles a, int64_t from, int64_t columns, const char *b) {
+    const int64_t first = from / TILE_COLUMNS, last = first + tiles_of(columns, 1);
+    _tile_zero(0);
+    for (int64_t i = first; i < last; i++) {
+        _tile_loadd(4, a.data + i * TILE_BYTES, 64);
+        _tile_loadd(5, b + i * TILE_BYTES, 64);
+        _tile_dpbf16ps(0, 4, 5);
+    }
+}
+
+/* One block of columns of 64 weight rows beside a few token groups. The sums of a group lie `pitch` floats behind those of
+   the one before it, tiles of four row groups. */
+static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups, int64_t deep, float scale,
+                           float *sums, int64_t pitch, int begun, Pending *p) {
+    for (; groups >= 2; groups -= 2, x += 2 * TILE * stride, sums += 2 * pitch)
+        for (int row = 0; row < 4; row += 2) {
+            Tiles own = a;
+            float *to = sums + row * TILE_FLOATS;
+            own.data += row * a.group;
+            product_22(own, x, x + TILE * stride, deep);
+            store_products(p);
+            for (int i = 0; i < 4; i++) expect(p, i, to + i / 2 * TILE_FLOATS + i % 2 * pitch, scale, begun);
+        }
+    if (groups) {
+        product_41(a, x, deep);
+        store_products(p);
+        for (int i = 0; i < 4; i++) expect(p, i, sums + i * TILE_FLOATS, scale, begun);
+    }
+}
+
+/* A run of columns of up to 64 weight rows beside all tokens. */
+static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t k, const char *x, size_t stride,
+                         int64_t groups, float *sums, int64_t pitch, void *scratch, Pending *p, Ahead *ahead) {
+    const int fp8 = w->dtype == DSM_FP8;
+    const int64_t block = fp8 ? DSM_BLOCK : RUN, columns = dsm_min(RUN, w->cols - k);
+    const size_t row = w->cols * sizeof(uint16_t);
+    const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK;
+    Tiles tiles = {scratch, RUN / TILE_COLUMNS * TILE_BYTES, TILE_BYTES, 64};
+    if (fp8) decode_run(w, first, count, k, PANEL, scratch);
+    else if (count < PANEL || columns % TILE_COLUMNS) copy_run(w, first, count, k, scratch);
+    else tiles = (Tiles){(const char *)w->data + first * row + k * sizeof(uint16_t), TILE * row, 64, row};
+    MEMORY_WRITTEN;
+    for (int64_t g = 0; g < groups; g += NEAR_GROUPS) {
+        const int64_t near = dsm_min(NEAR_GROUPS, groups - g);
+        for (int64_t i = 0; i < columns; i += block) {
+            const int64_t deep = tiles_of(dsm_min(block, columns - i), fp8);
+            Tiles own = tiles;
+            own.data += i / TILE_COLUMNS * tiles.step;
+            multiply_block(own, x + g * TILE * stride + (k + i) / 2 * 64, stride, near, deep,
+                           fp8 ? scales[i / DSM_BLOCK] : 1.0f, sums + g * pitch, pitch, k + i > 0, p);
+            for (int line = 0; line < 32 * near; line++) dsm_fetch(ahead);
+        }
+    }
+}
+
+/* FP8 beside one token group: a row group at a time, so that what is decoded stays in the first cache. */
+static void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
+                         Pending *p) {
+    const Tiles tiles = {scratch, 0, TILE_BYTES, 64};
+    for (int64_t r = 0; r < count; r += TILE) {
+        const float *scales = w->scale + (first + r) / DSM_BLOCK * dsm_blocks(w->cols);
+        float *to = sums + r * TILE;
+        for (int64_t k = 0; k < w->cols; k += RUN) {
+            const int64_t columns = dsm_min(RUN, w->cols - k);
+            decode_run(w, first + r, dsm_min(TILE, count - r), k, TILE, scratch);
+            MEMORY_WRITTEN;
+            if (columns == RUN) {
+                product_blocks(tiles, x + k / 2 * 64);
+                store_products(p);
+                for (int i = 0; i < 4; i++) expect(p, i, to, scales[k / DSM_BLOCK + i], k + i > 0);
+                continue;
+            }
+            for (int64_t i = 0; i < columns; i += DSM_BLOCK) {
+                product_block(tiles, i, dsm_min(DSM_BLOCK, columns - i), x + k / 2 * 64);
+                store_products(p);
+                for (int other = 1; other < 4; other++) expect(p, other, NULL, 0, 0);
+                expect(p, 0, to, scales[(k + i) / DSM_BLOCK], k + i > 0);
+            }
+        }
+    }
+}
+
+/* sums of one token group, by tile -> [16 tokens][columns] in the same place; columns: up to PANELS panels */
+static void untile(float *sums, int64_t columns) {
+    float rows[TILE * PANELS * PANEL] __attribute__((aligned(64)));
+    for (int64_t r = 0; r < columns; r += TILE) {
+        __m512i v[16];
+        UNROLL for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(sums + r * TILE + i * 16);
+        transpose16(v);
+        UNROLL for (int i = 0; i < 16; i++) _mm512_store_si512(rows + i * columns + r, v[i]);
+    }
+    memcpy(sums, rows, sizeof(float) * TILE * columns);
+}
+
+/* Runs of columns are the outer loop: a run of all tokens stays in the second cache while several panels meet it. */
+static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                        float *out, void *scratch, Ahead *ahead) {
+    const int64_t groups = (tokens + TILE - 1) / TILE, columns = (count + PANEL - 1) / PANEL * PANEL;
+    Pending pending = {.to = {NULL}};
+    _tile_loadconfig(&SHAPES);
+    if (groups == 1 && w->dtype == DSM_FP8) multiply_few(w, first, count, x, out, scratch, &pending);
+    else for (int64_t k = 0; k < w->cols; k += RUN)
+        for (int64_t r = 0; r < count; r += PANEL)
+            multiply_run(w, first + r, dsm_min(PANEL, count - r), k, x, stride, groups, out + r * TILE, columns * TILE,
+                         scratch, &pending, ahead);
+    settle_last(&pending);
+    _tile_release();
+    for (int64_t g = 0; g < groups; g++) untile(out + g * TILE * columns, columns);
+}
+
+/* ---- values of latent attention ---- */
+
+/* Two rows of 32 bf16 become pairs: unpacking goes by 128-bit lanes, so the first 16 pairs are of columns 0-3, 8-11, 16-19
+   and 24-27. */
+static void pair_values(const Matrix *v, int64_t first, int64_t count, int64_t c, char *tiles) {
+    for (int64_t i = 0; i < DSM_BLOCK; i += 2, tiles += 64) {
+        const uint16_t *row = (const uint16_t *)v->data + (first + i) * v->cols + c;
+        const int64_t rest = v->cols - c;
+        const __mmask32 mask = rest >= 32 ? ~0u : (1u << rest) - 1;
+        const __m512i a = _mm512_maskz_loadu_epi16(i < count ? mask : 0, row);
+        const __m512i b = _mm512_maskz_loadu_epi16(i + 1 < count ? mask : 0, row + v->cols);
+        _mm512_store_si512(tiles, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(tiles + DSM_BLOCK / 2 * 64, _mm512_unpackhi_epi16(a, b));
+    }
+}
+
+/* As `mix`: a tile is 16 tokens beside 32 keys, or 16 pairs of keys beside 16 columns. */
+static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
+                      const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
+    uint16_t *weights = scratch;
+    char *values = (char *)(weights + DSM_MIX_TOKENS * DSM_BLOCK);
+    const int64_t deep = (count + TILE_COLUMNS - 1) / TILE_COLUMNS, room = (count + 15) / 16 * 16;
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    float c[4 * TILE_FLOATS] __attribute__((aligned(64)));
+    memset(weights, 0, sizeof(uint16_t) * DSM_BLOCK * ((tokens + TILE - 1) / TILE * TILE));
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t k = 0; k < room; k += 16)
+            _mm256_store_si256((__m256i *)(weights + t * DSM_BLOCK + k),
+                               (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p + t * ldp + k)));
+    _tile_loadconfig(&SHAPES);
+    for (int64_t column = 0; column < v->cols; column += TILE_COLUMNS) {
+        pair_values(v, first, count, column, values);
+        MEMORY_WRITTEN;
+        for (int64_t t0 = 0; t0 < tokens; t0 += TILE) {
+            const uint16_t *from = weights + t0 * DSM_BLOCK;
+            _tile_zero(0);
+            _tile_zero(1);
+            for (int64_t i = 0; i < deep; i++) {
+                _tile_loadd(4, from + i * TILE_COLUMNS, DSM_BLOCK * sizeof(uint16_t));
+                _tile_loadd(6, values + i * TILE_BYTES, 64);
+                _tile_loadd(7, values + DSM_BLOCK / 2 * 64 + i * TILE_BYTES, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            _tile_stored(0, c, 64);
+            _tile_stored(1, c + TILE_FLOATS, 64);
+            MEMORY_WRITTEN;
+            for (int64_t t = t0; t < dsm_min(t0 + TILE, tokens); t++) {
+                const __m512 a = _mm512_load_ps(c + (t - t0) * 16), b = _mm512_load_ps(c + TILE_FLOATS + (t - t0) * 16);
+                const __m512 factor = _mm512_set1_ps(decay[t]);
+                float *to = out + t * ldo + column;
+                dsm_fetch(ahead);
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(factor, _mm512_loadu_ps(to),
+                                                     (__m512)_mm512_permutex2var_epi64((__m512i)a, low, (__m512i)b)));
+                _mm512_storeu_ps(to + 16,
+                                 _mm512_fmadd_ps(factor, _mm512_loadu_ps(to + 16),
+                                                 (__m512)_mm512_permutex2var_epi64((__m512i)a, high, (__m512i)b)));
+            }
+        }
+    }
+    _tile_release();
+}
+
+const Kernels dsm_kernels_amx = {
+    .name = "amx",
+    .packed_bytes = 2,
+    .panel_columns = PANEL,
+    .panels = PANELS,
+    .panel_tokens = TILE,
+    .few_tokens = 2,
+    .scratch_bytes = (size_t)PANEL * RUN * sizeof(uint16_t),
+    .pack = pack,
+    .place = place,
+    .rows = rows,
+    .panel = panel_tiles,
+    .swiglu = swiglu,
+    .norm = norm,
+    .write = write,
+    .decode = decode,
+    .amax = amax,
+    .encode = encode,
+    .absorb = absorb,
+    .weigh = weigh,
+    .mix = mix_tiles,
+};
