@@ -3,12 +3,13 @@
    stands for do, so the bits are theirs. */
 #include "lanes.h"
 
-#define ROWS 16 /* weight rows of a task */
+#define ROWS 16 /* weight rows of a task while tokens are few; else a panel's */
+#define MOST_ROWS 64
 #define TOKENS DSM_STEP_TOKENS
 
 typedef struct {
     const Kernels *kernels, *norms;
-    int dtype, interleaved;
+    int dtype, interleaved, many;
     int64_t tokens, heads, nope, rope, rank;
     Matrix down, up, latent; /* q_a_proj and q_b_proj, or none and q_proj; kv_a_proj_with_mqa */
     const void *query_norm, *latent_norm;
@@ -20,12 +21,30 @@ typedef struct {
     size_t x_stride, query_stride;
 } Projection;
 
-static void multiply(const Projection *p, const char *x, size_t stride, const Matrix *w, int64_t task, char *y) {
-    float out[TOKENS * ROWS];
-    const int64_t first = task * ROWS, rows = dsm_min(ROWS, w->rows - first);
-    p->kernels->rows(x, stride, p->tokens, w, first, rows, out, ROWS);
+static int64_t rows_of_task(const Projection *p) { return p->many ? p->kernels->panel_columns : ROWS; }
+static int64_t tasks_of(const Projection *p, const Matrix *w) {
+    return (w->rows + rows_of_task(p) - 1) / rows_of_task(p);
+}
+
+static void multiply(const Projection *p, const char *x, size_t stride, const Matrix *w, int64_t task, char *y,
+                     void *scratch) {
+    float out[TOKENS * MOST_ROWS] __attribute__((aligned(64)));
+    Ahead none = {0};
+    const int64_t step = rows_of_task(p), first = task * step, rows = dsm_min(step, w->rows - first);
+    if (p->many) p->kernels->panel(x, stride, p->tokens, w, first, rows, out, scratch, &none);
+    else p->kernels->rows(x, stride, p->tokens, w, first, rows, out, step);
     for (int64_t t = 0; t < p->tokens; t++)
-        for (int64_t r = 0; r < rows; r++) dsm_store(y, p->dtype, t * w->rows + first + r, out[t * ROWS + r]);
+        p->kernels->write(out + t * step, NULL, rows, y + (t * w->rows + first) * dsm_itemsize(p->dtype), p->dtype);
+}
+
+static void pack(const Projection *p, const char *x, int64_t n, int weight_dtype, char *packed, size_t stride) {
+    const void *rows[TOKENS];
+    const int64_t step = p->kernels->panel_tokens;
+    for (int64_t t = 0; t < p->tokens; t += step) {
+        const int64_t tokens = dsm_min(step, p->tokens - t);
+        for (int64_t i = 0; i < tokens; i++) rows[i] = x + (t + i) * n * dsm_itemsize(p->dtype);
+        dsm_pack(p->kernels, p->many, rows, tokens, p->dtype, n, weight_dtype, packed, stride, t);
+    }
 }
 
 /* pairs are neighbours, or an element of each half */
@@ -43,8 +62,9 @@ static void rotate(const Projection *p, int64_t t, const char *from, char *to) {
 static int run(const Projection *p, int threads) {
     const size_t size = dsm_itemsize(p->dtype);
     const Matrix *query = p->down.rows ? &p->down : &p->up;
-    const int64_t query_tasks = (query->rows + ROWS - 1) / ROWS, up_tasks = (p->up.rows + ROWS - 1) / ROWS;
-    const int64_t latent_tasks = (p->latent.rows + ROWS - 1) / ROWS, head = p->nope + p->rope;
+    const int64_t query_tasks = tasks_of(p, query), up_tasks = tasks_of(p, &p->up), latent_tasks = tasks_of(p, &p->latent);
+    const int64_t head = p->nope + p->rope;
+    int failed = 0;
     char *low = p->down.rows ? p->low : p->q;
     Lane *lanes = dsm_lanes(threads, query_tasks + latent_tasks), *up_lanes = dsm_lanes(threads, up_tasks);
     if (!lanes || !up_lanes) {
@@ -55,9 +75,15 @@ static int run(const Projection *p, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint64_t mode = dsm_exact_mode();
+        void *scratch = p->many ? dsm_alloc(p->kernels->scratch_bytes) : NULL;
+        if (p->many && !scratch) {
+#pragma omp atomic write
+            failed = 1;
+        }
         for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
-            if (task < query_tasks) multiply(p, p->x, p->x_stride, query, task, low);
-            else multiply(p, p->x, p->x_stride, &p->latent, task - query_tasks, p->wide);
+            if (p->many && !scratch) continue; /* other threads' work is lost too: the call fails */
+            if (task < query_tasks) multiply(p, p->x, p->x_stride, query, task, low, scratch);
+            else multiply(p, p->x, p->x_stride, &p->latent, task - query_tasks, p->wide, scratch);
         }
 #pragma omp barrier
         if (p->down.rows) {
@@ -65,10 +91,10 @@ static int run(const Projection *p, int threads) {
             for (int64_t t = 0; t < p->tokens; t++) {
                 char *row = p->low + t * p->down.rows * size;
                 p->norms->norm(row, p->query_norm, p->down.rows, p->query_eps, row, p->dtype);
-                p->kernels->pack(row, p->dtype, p->down.rows, p->up.dtype, p->query + t * p->query_stride);
+                if (t + 1 == p->tokens) pack(p, p->low, p->down.rows, p->up.dtype, p->query, p->query_stride);
             }
             for (int64_t task; (task = dsm_take(up_lanes, threads, dsm_me())) >= 0;)
-                multiply(p, p->query, p->query_stride, &p->up, task, p->q);
+                if (!p->many || scratch) multiply(p, p->query, p->query_stride, &p->up, task, p->q, scratch);
 #pragma omp barrier
         }
 #pragma omp for schedule(static) nowait
@@ -83,11 +109,12 @@ static int run(const Projection *p, int threads) {
                 rotate(p, t, row + p->rank * size, p->k_pe + t * p->rope * size);
             }
         }
+        free(scratch);
         dsm_restore_mode(mode);
     }
     free(lanes);
     free(up_lanes);
-    return DSM_OK;
+    return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 
 static Matrix matrix(const int64_t *fields) {
@@ -134,8 +161,9 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, cons
     if (first != p.latent.dtype) return DSM_BAD_ARGUMENT;
     p.x_stride = dsm_packed_stride(p.kernels, hidden);
     p.query_stride = dsm_packed_stride(p.kernels, p.down.rows);
-    p.x = dsm_alloc(p.tokens * p.x_stride);
-    p.query = dsm_alloc(p.tokens * p.query_stride);
+    p.many = p.tokens > p.kernels->few_tokens;
+    p.x = dsm_alloc(dsm_packed_tokens(p.kernels, p.tokens) * p.x_stride);
+    p.query = dsm_alloc(dsm_packed_tokens(p.kernels, p.tokens) * p.query_stride);
     p.low = dsm_alloc(p.tokens * p.down.rows * size);
     p.wide = dsm_alloc(p.tokens * p.latent.rows * size);
     if (p.x && p.query && p.low && p.wide) {
@@ -143,8 +171,7 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, cons
         const int64_t weights = p.down.rows * p.down.cols * (int64_t)dsm_itemsize(p.down.dtype) +
                                 p.up.rows * p.up.cols * (int64_t)dsm_itemsize(p.up.dtype) +
                                 p.latent.rows * p.latent.cols * (int64_t)dsm_itemsize(p.latent.dtype);
-        for (int64_t t = 0; t < p.tokens; t++)
-            p.kernels->pack((const char *)x + t * hidden * size, dtype, hidden, first, p.x + t * p.x_stride);
+        pack(&p, x, hidden, first, p.x, p.x_stride);
         result = run(&p, dsm_threads(threads, weights));
         dsm_restore_mode(caller);
     }
