@@ -60,37 +60,75 @@ static void place(const void *const *x, int64_t tokens, int dtype, int64_t n, in
     }
 }
 
-/* As `decode64`. The bits of a normal code's bf16 are its own, moved, and the exponent's highest, inverted: two products of
-   bit matrices instead of four table look-ups of two steps each. Zeros, subnormals and NaN are rare, and looked up. */
-DSM_INLINE void decode64_normal(Tables t, __m512i codes, __m512bh *first, __m512bh *second) {
-    const __m512i to_high = _mm512_set1_epi64(0x1020404040404080), to_low = _mm512_set1_epi64(0x01020408);
-    const __m512i magnitude = _mm512_andnot_si512(t.sign, codes);
-    if (__builtin_expect(_mm512_cmpge_epu8_mask(_mm512_sub_epi8(magnitude, _mm512_set1_epi8(8)), _mm512_set1_epi8(0x77)), 0)) {
-        decode64(t, codes, first, second);
-    } else {
-        const __m512i low = _mm512_gf2p8affine_epi64_epi8(codes, to_low, 0);
-        const __m512i high = _mm512_gf2p8affine_epi64_epi8(codes, to_high, 0x3c);
-        *first = (__m512bh)_mm512_unpacklo_epi8(low, high);
-        *second = (__m512bh)_mm512_unpackhi_epi8(low, high);
-    }
+/* The bits of a normal code's bf16 are its own, moved, and the exponent's highest, inverted: two products of bit matrices
+   instead of two look-ups of several steps. Zeros, subnormals and NaN are rare, and looked up. */
+typedef struct {
+    __m512i to_high, to_low, bias, special;
+} Normal;
+
+DSM_INLINE Normal normal(void) {
+    Normal n = {_mm512_set1_epi64(0x1020404040404080), _mm512_set1_epi64(0x01020408), _mm512_set1_epi8(-16),
+                _mm512_set1_epi8((char)0xee)};
+    __asm__("" : "+v"(n.to_high), "+v"(n.to_low), "+v"(n.bias), "+v"(n.special)); /* kept in registers */
+    return n;
+}
+/* from `special` on, unsigned, where a code is none: twice its magnitude is below 16, or 254 */
+DSM_INLINE __m512i rank_of(Normal n, __m512i codes) { return _mm512_add_epi8(_mm512_add_epi8(codes, codes), n.bias); }
+DSM_INLINE void store_normal(Normal n, __m512i codes, char *to) {
+    const __m512i low = _mm512_gf2p8affine_epi64_epi8(codes, n.to_low, 0);
+    const __m512i high = _mm512_gf2p8affine_epi64_epi8(codes, n.to_high, 0x3c);
+    _mm512_store_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi8(low, high));
+}
+DSM_INLINE void store_any_codes(Tables t, __m512i codes, char *to) {
+    __m512bh a, b;
+    decode64(t, codes, &a, &b);
+    _mm512_store_si512(to, (__m512i)a);
+    _mm512_store_si512(to + TILE_BYTES, (__m512i)b);
 }
 
-/* Rows of a panel, columns [k, k + RUN), decoded: tiles [row group][RUN / 32]. Meanwhile their next run is fetched, or behind
-   the last the first of the rows `next` further down. */
-static void decode_run(const Matrix *w, int64_t first, int64_t count, int64_t k, int64_t next, char *tiles) {
-    const Tables t = tables();
-    const int64_t columns = dsm_min(RUN, w->cols - k), ahead = k + RUN < w->cols ? RUN : next * w->cols - k;
-    for (int64_t r = 0; r < count; r++) {
-        const uint8_t *from = (const uint8_t *)w->data + (first + r) * w->cols + k;
-        char *to = tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64;
-        for (int64_t i = 0; i < columns; i += 64, to += 2 * TILE_BYTES) {
-            __m512bh a, b;
-            _mm_prefetch((const char *)from + i + ahead, _MM_HINT_T1);
-            decode64_normal(t, load_codes(from + i, columns - i), &a, &b);
-            _mm512_store_si512(to, (__m512i)a);
-            _mm512_store_si512(to + TILE_BYTES, (__m512i)b);
+/* A run of a weight row, decoded: 64 bytes of each tile. Meanwhile what lies `ahead` bytes on is fetched. */
+DSM_INLINE void decode_row(Tables t, Normal n, const uint8_t *from, int64_t columns, int64_t ahead, char *to) {
+    int64_t i = 0;
+    for (; i + 128 <= columns; i += 128, to += 4 * TILE_BYTES) {
+        const __m512i a = _mm512_loadu_si512(from + i), b = _mm512_loadu_si512(from + i + 64);
+        _mm_prefetch((const char *)from + i + ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)from + i + 64 + ahead, _MM_HINT_T1);
+        if (__builtin_expect(_mm512_cmpge_epu8_mask(_mm512_max_epu8(rank_of(n, a), rank_of(n, b)), n.special) == 0, 1)) {
+            store_normal(n, a, to);
+            store_normal(n, b, to + 2 * TILE_BYTES);
+        } else {
+            store_any_codes(t, a, to);
+            store_any_codes(t, b, to + 2 * TILE_BYTES);
         }
     }
+    for (; i < columns; i += 64, to += 2 * TILE_BYTES) store_any_codes(t, load_codes(from + i, columns - i), to);
+}
+
+/* Runs of rows [first, first + count), columns [k, k + RUN), to be decoded into tiles [row group][RUN / 32]. The row's next
+   run is fetched, or behind the last the first of the row `next` further down. */
+typedef struct {
+    const uint8_t *from;
+    char *to;
+    int64_t count, columns, ahead, pitch;
+} Run;
+DSM_INLINE Run run_of(const Matrix *w, int64_t first, int64_t count, int64_t k, int64_t next, char *tiles) {
+    return (Run){(const uint8_t *)w->data + first * w->cols + k,
+                 tiles,
+                 count,
+                 dsm_min(RUN, w->cols - k),
+                 k + RUN < w->cols ? RUN : next * w->cols - k,
+                 w->cols};
+}
+DSM_INLINE void decode_row_of(Tables t, Normal n, const Run *run, int64_t r) {
+    if (r < run->count)
+        decode_row(t, n, run->from + r * run->pitch, run->columns, run->ahead,
+                   run->to + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64);
+}
+static void decode_run(Run run) {
+    const Tables t = tables();
+    const Normal n = normal();
+    for (int64_t r = 0; r < run.count; r++) decode_row_of(t, n, &run, r);
 }
 /* the same of bf16, copied, where the matrix ends within a tile */
 static void copy_run(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles) {
@@ -108,6 +146,10 @@ static void copy_run(const Matrix *w, int64_t first, int64_t count, int64_t k, c
 /* FP8 is decoded two tiles at a time, between which its columns alternate */
 DSM_INLINE int64_t tiles_of(int64_t columns, int fp8) {
     return fp8 ? (columns + 63) / 64 * 2 : (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+}
+
+DSM_INLINE void fetch_some(Ahead *ahead, int lines) {
+    for (int i = 0; i < lines && ahead->at < ahead->end; i++) dsm_fetch(ahead);
 }
 
 /* Where four product tiles belong. They are added to the sums while the next four are computed: what a tile has stored
@@ -169,7 +211,7 @@ DSM_INLINE void product_22(Tiles a, const char *b0, const char *b1, int64_t deep
     }
 }
 /* four row groups beside one token group */
-DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep) {
+DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep, Ahead *ahead) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -184,38 +226,46 @@ DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep) {
         _tile_dpbf16ps(2, 7, 6);
         _tile_loadd(4, a.data + 3 * a.group, a.pitch);
         _tile_dpbf16ps(3, 4, 6);
+        fetch_some(ahead, 32);
     }
 }
 
-/* four blocks of columns of one row group beside one token group */
-DSM_INLINE void product_blocks(Tiles a, const char *b) {
+/* Four blocks of columns of one row group beside one token group. Between two products, which wait for others, a row of the
+   next run is decoded. */
+DSM_INLINE void product_blocks(const char *a, const char *b, const Run *next) {
     const size_t block = BLOCK_TILES * TILE_BYTES;
+    const Tables t = tables();
+    const Normal n = normal();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t i = 0; i < BLOCK_TILES; i++, a.data += TILE_BYTES, b += TILE_BYTES) {
-        _tile_loadd(4, a.data, 64);
+    for (int64_t i = 0; i < BLOCK_TILES; i++, a += TILE_BYTES, b += TILE_BYTES) {
+        _tile_loadd(4, a, 64);
         _tile_loadd(5, b, 64);
         _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, a.data + block, 64);
+        decode_row_of(t, n, next, 4 * i);
+        _tile_loadd(6, a + block, 64);
         _tile_loadd(7, b + block, 64);
         _tile_dpbf16ps(1, 6, 7);
-        _tile_loadd(4, a.data + 2 * block, 64);
+        decode_row_of(t, n, next, 4 * i + 1);
+        _tile_loadd(4, a + 2 * block, 64);
         _tile_loadd(5, b + 2 * block, 64);
         _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(6, a.data + 3 * block, 64);
+        decode_row_of(t, n, next, 4 * i + 2);
+        _tile_loadd(6, a + 3 * block, 64);
         _tile_loadd(7, b + 3 * block, 64);
         _tile_dpbf16ps(3, 6, 7);
+        decode_row_of(t, n, next, 4 * i + 3);
     }
 }
 
 /* columns [from, from + columns) of a run of one row group beside one token group */
-DSM_INLINE void product_block(Tiles a, int64_t from, int64_t columns, const char *b) {
+DSM_INLINE void product_block(const char *a, int64_t from, int64_t columns, const char *b) {
     const int64_t first = from / TILE_COLUMNS, last = first + tiles_of(columns, 1);
     _tile_zero(0);
     for (int64_t i = first; i < last; i++) {
-        _tile_loadd(4, a.data + i * TILE_BYTES, 64);
+        _tile_loadd(4, a + i * TILE_BYTES, 64);
         _tile_loadd(5, b + i * TILE_BYTES, 64);
         _tile_dpbf16ps(0, 4, 5);
     }
@@ -224,18 +274,19 @@ DSM_INLINE void product_block(Tiles a, int64_t from, int64_t columns, const char
 /* One block of columns of 64 weight rows beside a few token groups. The sums of a group lie `pitch` floats behind those of
    the one before it, tiles of four row groups. */
 static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups, int64_t deep, float scale,
-                           float *sums, int64_t pitch, int begun, Pending *p) {
+                           float *sums, int64_t pitch, int begun, Pending *p, Ahead *ahead) {
     for (; groups >= 2; groups -= 2, x += 2 * TILE * stride, sums += 2 * pitch)
         for (int row = 0; row < 4; row += 2) {
             Tiles own = a;
             float *to = sums + row * TILE_FLOATS;
             own.data += row * a.group;
             product_22(own, x, x + TILE * stride, deep);
+            fetch_some(ahead, 64);
             store_products(p);
             for (int i = 0; i < 4; i++) expect(p, i, to + i / 2 * TILE_FLOATS + i % 2 * pitch, scale, begun);
         }
     if (groups) {
-        product_41(a, x, deep);
+        product_41(a, x, deep, ahead);
         store_products(p);
         for (int i = 0; i < 4; i++) expect(p, i, sums + i * TILE_FLOATS, scale, begun);
     }
@@ -249,7 +300,7 @@ static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t 
     const size_t row = w->cols * sizeof(uint16_t);
     const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK;
     Tiles tiles = {scratch, RUN / TILE_COLUMNS * TILE_BYTES, TILE_BYTES, 64};
-    if (fp8) decode_run(w, first, count, k, PANEL, scratch);
+    if (fp8) decode_run(run_of(w, first, count, k, PANEL, scratch));
     else if (count < PANEL || columns % TILE_COLUMNS) copy_run(w, first, count, k, scratch);
     else tiles = (Tiles){(const char *)w->data + first * row + k * sizeof(uint16_t), TILE * row, 64, row};
     MEMORY_WRITTEN;
@@ -260,36 +311,45 @@ static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t 
             Tiles own = tiles;
             own.data += i / TILE_COLUMNS * tiles.step;
             multiply_block(own, x + g * TILE * stride + (k + i) / 2 * 64, stride, near, deep,
-                           fp8 ? scales[i / DSM_BLOCK] : 1.0f, sums + g * pitch, pitch, k + i > 0, p);
-            for (int line = 0; line < 32 * near; line++) dsm_fetch(ahead);
+                           fp8 ? scales[i / DSM_BLOCK] : 1.0f, sums + g * pitch, pitch, k + i > 0, p, ahead);
         }
     }
 }
 
+/* One run of columns of one row group, decoded, beside one token group; the next run is decoded meanwhile. */
+static void multiply_group(const Matrix *w, int64_t r, int64_t k, const char *x, float *sums, const char *decoded,
+                           Run next, Pending *p) {
+    const int64_t columns = dsm_min(RUN, w->cols - k);
+    const float *scales = w->scale + r / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK;
+    MEMORY_WRITTEN;
+    if (columns == RUN) {
+        product_blocks(decoded, x + k / 2 * 64, &next);
+        store_products(p);
+        for (int i = 0; i < 4; i++) expect(p, i, sums, scales[i], k + i > 0);
+        return;
+    }
+    for (int64_t i = 0; i < columns; i += DSM_BLOCK) {
+        product_block(decoded, i, dsm_min(DSM_BLOCK, columns - i), x + k / 2 * 64);
+        store_products(p);
+        for (int other = 1; other < 4; other++) expect(p, other, NULL, 0, 0);
+        expect(p, 0, sums, scales[i / DSM_BLOCK], k + i > 0);
+    }
+    decode_run(next);
+}
 /* FP8 beside one token group: a row group at a time, so that what is decoded stays in the first cache. */
 static void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
                          Pending *p) {
-    const Tiles tiles = {scratch, 0, TILE_BYTES, 64};
-    for (int64_t r = 0; r < count; r += TILE) {
-        const float *scales = w->scale + (first + r) / DSM_BLOCK * dsm_blocks(w->cols);
-        float *to = sums + r * TILE;
-        for (int64_t k = 0; k < w->cols; k += RUN) {
-            const int64_t columns = dsm_min(RUN, w->cols - k);
-            decode_run(w, first + r, dsm_min(TILE, count - r), k, TILE, scratch);
-            MEMORY_WRITTEN;
-            if (columns == RUN) {
-                product_blocks(tiles, x + k / 2 * 64);
-                store_products(p);
-                for (int i = 0; i < 4; i++) expect(p, i, to, scales[k / DSM_BLOCK + i], k + i > 0);
-                continue;
-            }
-            for (int64_t i = 0; i < columns; i += DSM_BLOCK) {
-                product_block(tiles, i, dsm_min(DSM_BLOCK, columns - i), x + k / 2 * 64);
-                store_products(p);
-                for (int other = 1; other < 4; other++) expect(p, other, NULL, 0, 0);
-                expect(p, 0, to, scales[(k + i) / DSM_BLOCK], k + i > 0);
-            }
-        }
+    const int64_t runs = (w->cols + RUN - 1) / RUN, all = (count + TILE - 1) / TILE * runs;
+    Run next = run_of(w, first, dsm_min(TILE, count), 0, TILE, scratch);
+    decode_run(next);
+    for (int64_t i = 0; i < all; i++) {
+        const int64_t r = i / runs * TILE, after = (i + 1) / runs * TILE;
+        const char *decoded = next.to;
+        char *other = scratch + (i % 2 ? 0 : TILE * RUN * sizeof(uint16_t));
+        if (i + 1 < all)
+            next = run_of(w, first + after, dsm_min(TILE, count - after), (i + 1) % runs * RUN, TILE, other);
+        else next.count = 0;
+        multiply_group(w, first + r, i % runs * RUN, x, sums + r * TILE, decoded, next, p);
     }
 }
 
@@ -372,7 +432,7 @@ static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix 
                 const __m512 a = _mm512_load_ps(c + (t - t0) * 16), b = _mm512_load_ps(c + TILE_FLOATS + (t - t0) * 16);
                 const __m512 factor = _mm512_set1_ps(decay[t]);
                 float *to = out + t * ldo + column;
-                dsm_fetch(ahead);
+                fetch_some(ahead, 4);
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(factor, _mm512_loadu_ps(to),
                                                      (__m512)_mm512_permutex2var_epi64((__m512i)a, low, (__m512i)b)));
                 _mm512_storeu_ps(to + 16,
