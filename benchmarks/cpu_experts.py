@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from cpu_ops import on, repeat
+from cpu_ops import on, random_fp8, repeat
 from cpu_readers import Readers, race, relative_error, row
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
@@ -29,13 +29,12 @@ def layers(hidden: int, width: int, count: int) -> list[SimpleNamespace]:
     made = []
     for _ in range(count):
         ours = StackedFp8Experts(dsm.DeepseekV3Config(**fields), block_fp8.BLOCK)
-        for name in ("gate_up_proj", "down_proj"):
-            codes = getattr(ours, name)
-            # magnitudes up to 1.75: half of the exponents, no NaN
-            values = torch.randint(0, 0x40, codes.shape, dtype=torch.uint8)
-            values |= torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7
-            codes.data = values.view(codes.dtype)
-            getattr(ours, f"{name}_scale_inv").data.uniform_(0.03, 0.06)
+        for index in range(EXPERTS):
+            for matrix in ours.matrices(index).values():
+                # normal weights, as in a release: few subnormal codes, over which some CPUs stumble
+                codes, scale = random_fp8(tuple(matrix.weight.shape))
+                matrix.weight.copy_(codes)
+                matrix.scale_inv.copy_(scale)
         with torch.device("meta"):
             theirs = DeepseekV3Experts(transformers.DeepseekV3Config(**fields))
         gate_up, down = torch.empty(EXPERTS, 2 * width, hidden, dtype=torch.bfloat16), []

@@ -74,35 +74,41 @@ DSM_INLINE Normal normal(void) {
 }
 /* from `special` on, unsigned, where a code is none: twice its magnitude is below 16, or 254 */
 DSM_INLINE __m512i rank_of(Normal n, __m512i codes) { return _mm512_add_epi8(_mm512_add_epi8(codes, codes), n.bias); }
-DSM_INLINE void store_normal(Normal n, __m512i codes, char *to) {
+DSM_INLINE void decode64_normal(Normal n, __m512i codes, __m512bh *first, __m512bh *second) {
     const __m512i low = _mm512_gf2p8affine_epi64_epi8(codes, n.to_low, 0);
     const __m512i high = _mm512_gf2p8affine_epi64_epi8(codes, n.to_high, 0x3c);
-    _mm512_store_si512(to, _mm512_unpacklo_epi8(low, high));
-    _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi8(low, high));
+    *first = (__m512bh)_mm512_unpacklo_epi8(low, high);
+    *second = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
-DSM_INLINE void store_any_codes(Tables t, __m512i codes, char *to) {
-    __m512bh a, b;
-    decode64(t, codes, &a, &b);
-    _mm512_store_si512(to, (__m512i)a);
-    _mm512_store_si512(to + TILE_BYTES, (__m512i)b);
+/* 128 codes, as `decode64` has them */
+DSM_INLINE void decode128(Tables t, Normal n, const uint8_t *p, __m512bh out[4]) {
+    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
+    if (__builtin_expect(_mm512_cmpge_epu8_mask(_mm512_max_epu8(rank_of(n, a), rank_of(n, b)), n.special) == 0, 1)) {
+        decode64_normal(n, a, out, out + 1);
+        decode64_normal(n, b, out + 2, out + 3);
+    } else {
+        decode64(t, a, out, out + 1);
+        decode64(t, b, out + 2, out + 3);
+    }
 }
+
 
 /* A run of a weight row, decoded: 64 bytes of each tile. Meanwhile what lies `ahead` bytes on is fetched. */
 DSM_INLINE void decode_row(Tables t, Normal n, const uint8_t *from, int64_t columns, int64_t ahead, char *to) {
     int64_t i = 0;
-    for (; i + 128 <= columns; i += 128, to += 4 * TILE_BYTES) {
-        const __m512i a = _mm512_loadu_si512(from + i), b = _mm512_loadu_si512(from + i + 64);
+    for (; i + 128 <= columns; i += 128) {
+        __m512bh codes[4];
         _mm_prefetch((const char *)from + i + ahead, _MM_HINT_T1);
         _mm_prefetch((const char *)from + i + 64 + ahead, _MM_HINT_T1);
-        if (__builtin_expect(_mm512_cmpge_epu8_mask(_mm512_max_epu8(rank_of(n, a), rank_of(n, b)), n.special) == 0, 1)) {
-            store_normal(n, a, to);
-            store_normal(n, b, to + 2 * TILE_BYTES);
-        } else {
-            store_any_codes(t, a, to);
-            store_any_codes(t, b, to + 2 * TILE_BYTES);
-        }
+        decode128(t, n, from + i, codes);
+        UNROLL for (int j = 0; j < 4; j++, to += TILE_BYTES) _mm512_store_si512(to, (__m512i)codes[j]);
     }
-    for (; i < columns; i += 64, to += 2 * TILE_BYTES) store_any_codes(t, load_codes(from + i, columns - i), to);
+    for (; i < columns; i += 64, to += 2 * TILE_BYTES) {
+        __m512bh codes[2];
+        decode64(t, load_codes(from + i, columns - i), codes, codes + 1);
+        _mm512_store_si512(to, (__m512i)codes[0]);
+        _mm512_store_si512(to + TILE_BYTES, (__m512i)codes[1]);
+    }
 }
 
 /* Runs of rows [first, first + count), columns [k, k + RUN), to be decoded into tiles [row group][RUN / 32]. The row's next
