@@ -17,6 +17,7 @@ from engine_cases import (
     exact,
     guarded,
     needs_engine,
+    normal_fp8,
     random_fp8,
 )
 from releases import same_bits
@@ -28,6 +29,7 @@ from modeling_deepseek_moe.ops.linear import cpu as linear_cpu
 
 pytestmark = needs_engine
 
+needs_amx = pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="this CPU has no AMX")
 ACTIVATIONS = pytest.mark.parametrize("dtype", _native.ACTIVATIONS, ids=str)
 TOKENS = (1, 2, 3, 4, 5, 8, 11, 12, 15, 16, 17, 33)
 COLUMNS = (1, 2, 3, 7, 16, 31, 33, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 255, 257, 300, 391, 576)
@@ -94,6 +96,38 @@ def test_linear_of_a_release(check, dtype, isa):
     with use_backend(isa):
         for rows, columns in ((40, 1408), (24, 7168), (20, 2049), (150, 2048)):
             check(rows, columns, (1, 2, 4, 7, 16), dtype)
+
+
+@every_isa
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40])
+def test_one_rare_code_among_normal_ones(tokens, isa):
+    """Zeros, subnormals and NaN go another way than what they lie among."""
+    rows, columns = 70, 1100
+    x = torch.randn(tokens, columns).bfloat16()
+    with use_backend(isa):
+        for place, code in enumerate((None, 0x00, 0x80, 0x01, 0x87, 0x07, 0x7F, 0xFF)):
+            codes, scale = normal_fp8((rows, columns), seed=place)
+            row, column = 9 * place, (137 * place + 511) % columns
+            if code is not None:
+                codes.view(torch.uint8)[row, column] = code
+            y = block_fp8.linear(x, codes, scale)
+            spoiled = torch.zeros(rows, dtype=torch.bool)
+            spoiled[row] = code is not None and code & 0x7F == 0x7F
+            assert (y.isnan() == spoiled).all()
+            assert_linear(y[:, ~spoiled], x, exact(codes, scale)[~spoiled])
+
+
+@needs_amx
+@pytest.mark.parametrize("tokens", [3, 5, 16, 17, 33, 64])
+def test_tiles_do_not_depend_on_other_tokens(tokens):
+    """Nor on what lies behind the last token of a group: the same bits beside any others, and beside NaN."""
+    codes, scale = normal_fp8((200, 1500))
+    x = torch.randn(80, 1500).bfloat16()
+    with use_backend("cpu:amx"):
+        whole = block_fp8.linear(x, codes, scale)
+        assert same_bits(block_fp8.linear(x[:tokens], codes, scale), whole[:tokens])
+        x[tokens - 1] = torch.nan
+        assert same_bits(block_fp8.linear(x, codes, scale)[: tokens - 1], whole[: tokens - 1])
 
 
 @pytest.mark.long

@@ -376,8 +376,9 @@ static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matr
                         float *out, void *scratch, Ahead *ahead) {
     const int64_t groups = (tokens + TILE - 1) / TILE, columns = (count + PANEL - 1) / PANEL * PANEL;
     Pending pending = {.to = {NULL}};
+    if (!w->cols) memset(out, 0, sizeof(float) * groups * TILE * columns);
     _tile_loadconfig(&SHAPES);
-    if (groups == 1 && w->dtype == DSM_FP8) multiply_few(w, first, count, x, out, scratch, &pending);
+    if (groups == 1 && w->dtype == DSM_FP8 && w->cols) multiply_few(w, first, count, x, out, scratch, &pending);
     else for (int64_t k = 0; k < w->cols; k += RUN)
         for (int64_t r = 0; r < count; r += PANEL)
             multiply_run(w, first + r, dsm_min(PANEL, count - r), k, x, stride, groups, out + r * TILE, columns * TILE,
