@@ -38,6 +38,7 @@ _LATER = {
     "LoadBalanceCallback": "training",
     "MoeTelemetryCallback": "training",
     "MtpLossCallback": "training",
+    "bf16_moments": "training",
     "prepare_fp8_training": "training",
     "tiny_checkpoint": "tiny",
 }
@@ -78,6 +79,7 @@ __all__ = [
     "MoeTelemetryCallback",
     "MtpLossCallback",
     "__version__",
+    "bf16_moments",
     "prepare_fp8_training",
     "tiny_checkpoint",
     "use_backend",

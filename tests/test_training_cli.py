@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -201,6 +202,47 @@ def test_moments_of_low_precision(tuned, monkeypatch, optim, dtype, moments):
     before, after = tensors(tuned / "release"), tensors(tuned / optim)
     assert not same_bits(before["model.layers.1.mlp.gate.weight"], after["model.layers.1.mlp.gate.weight"])
     AutoModelForCausalLM.from_pretrained(tuned / optim)
+
+
+def test_bf16_moments_beside_fp32_weights(tuned, monkeypatch):
+    """AdamW's own steps but for the rounding of its moments, which resume as they were saved."""
+    heavyball = pytest.importorskip("heavyball")
+    seen = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, *a, **k: (seen.append(self), train(self, *a, **k))[1])
+
+    def run(name, **more):
+        settings = {"learning_rate": 3e-3, "max_steps": 8, "lr_scheduler_type": "constant", "output_dir": tuned / name}
+        flags = [text for flag, value in (settings | more).items() for text in (f"--{flag}", str(value))]
+        result = CliRunner().invoke(app, ["train", str(tuned / "recipe.yaml"), *flags])
+        assert result.exit_code == 0, result.output
+        return [entry["lm_loss"] for entry in seen[-1].state.log_history if "lm_loss" in entry]
+
+    found = run("bf16-moments", bf16_moments=True, save_strategy="steps", save_steps=4)
+    assert found[-1] < found[0] - 0.5
+    again = run("resumed", bf16_moments=True, resume_from_checkpoint=tuned / "bf16-moments" / "checkpoint-4")
+    assert again == found
+    for trainer in seen:
+        optimizer = trainer.optimizer.optimizer  # inside accelerate's
+        assert isinstance(optimizer, heavyball.AdamW)
+        leaves = torch.utils._pytree.tree_leaves(optimizer.state_dict()["state"])
+        assert {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert found == pytest.approx(run("fp32-moments"), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "need heavyball: pip install heavyball"),
+        (["--optim", "sgd"], "found optim='sgd', wanted 'adamw_torch'"),
+    ],
+)
+def test_moments_that_cannot_be(tuned, monkeypatch, flags, message):
+    monkeypatch.setitem(sys.modules, "heavyball", None)
+    result = CliRunner().invoke(app, ["train", str(tuned / "recipe.yaml"), "--bf16_moments", "True", *flags])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
 
 
 def test_errors_are_one_line(tuned):

@@ -27,6 +27,7 @@ from modeling_deepseek_moe.training import (
     LoadBalanceCallback,
     MoeTelemetryCallback,
     MtpLossCallback,
+    bf16_moments,
     prepare_fp8_training,
 )
 
@@ -41,6 +42,7 @@ class RunOptions:
     config: str | None = None
     tokenizer: str | None = None
     dtype: str = "float32"
+    bf16_moments: bool = False
     train_file: str | None = None
     eval_file: str | None = None
     max_length: int = 1024
@@ -140,6 +142,7 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
         eval_dataset=rows.get("eval"),
         data_collator=Collator(pad, options.packing),
         callbacks=make_callbacks(options, model),
+        optimizer_cls_and_kwargs=bf16_moments(training) if options.bf16_moments else None,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if "eval" in rows:

@@ -3,6 +3,7 @@
 from modeling_deepseek_moe.training.fp8 import Fp8TrainingConfig, prepare_fp8_training
 from modeling_deepseek_moe.training.load_balance import LoadBalanceCallback
 from modeling_deepseek_moe.training.losses import BalanceLossCallback, MtpLossCallback
+from modeling_deepseek_moe.training.moments import bf16_moments
 from modeling_deepseek_moe.training.telemetry import MoeTelemetryCallback
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "LoadBalanceCallback",
     "MoeTelemetryCallback",
     "MtpLossCallback",
+    "bf16_moments",
     "prepare_fp8_training",
 ]
