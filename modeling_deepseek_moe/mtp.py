@@ -17,8 +17,32 @@ def shifted(tensor: torch.Tensor, offset: int, fill: int) -> torch.Tensor:
     return F.pad(tensor, (0, offset), value=fill)[:, offset:]
 
 
+class SharedModule(nn.Module):
+    """A module of another part of the model, called from here; its weight is in the state dict as the copy of a release.
+
+    Not the same parameter in two modules: FSDP2 gathers a parameter where the module that owns it is called.
+    """
+
+    def __init__(self, owner: nn.Module):
+        super().__init__()
+        self._owner = (owner,)  # in a tuple it is no submodule
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self._owner[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._owner[0](x)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, *args):
+        pass  # the owner's key is loaded
+
+
 def share_mtp_weights(model: nn.Module) -> bool:
-    """Make the MTP layers use the model's own embedding and head (V3 report, 2.2), as parameters; saved as copies.
+    """Make the MTP layers use the model's own embedding and head (V3 report, 2.2); saved as copies.
 
     Args:
         model: a `DeepseekMoeForCausalLM`.
@@ -28,13 +52,14 @@ def share_mtp_weights(model: nn.Module) -> bool:
     """
     differed = False
     for layer in model.model.mtp_layers:
-        for module, shared in (
-            (layer.embed_tokens, model.model.embed_tokens),
-            (layer.shared_head.head, model.lm_head),
+        for holder, name, owner in (
+            (layer, "embed_tokens", model.model.embed_tokens),
+            (layer.shared_head, "head", model.lm_head),
         ):
-            if module.weight is not shared.weight:
-                differed = differed or not torch.equal(module.weight, shared.weight)
-                module.weight = shared.weight
+            module = getattr(holder, name)
+            if module.weight is not owner.weight:
+                differed = differed or not torch.equal(module.weight, owner.weight)
+                setattr(holder, name, SharedModule(owner))
     return differed
 
 

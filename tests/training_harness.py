@@ -98,32 +98,47 @@ def train(
     return {"biases": record.biases, "loads": loads, "logs": record.logs, "model": model}
 
 
-def train_by_hand(folder, *, release, steps=3, shard=False, rank=0, ranks=1):
-    """A loop of one's own, in fp64: the rows of each step divided among the ranks, the layers sharded by FSDP2."""
-    model = load(Path(release)).train()
+def train_by_hand(
+    folder, *, release, steps=3, shard=False, rank=0, ranks=1, dtype="float64", mtp=False, fp8_wgrad=None
+):
+    """A loop of one's own: the rows of each step divided among the ranks, the layers sharded by FSDP2."""
+    model = load(Path(release), getattr(torch, dtype)).train()
+    if fp8_wgrad is not None:
+        dsm.prepare_fp8_training(model, dsm.Fp8TrainingConfig(fp8_wgrad))
+    callbacks, record = [dsm.LoadBalanceCallback(0.01), *([dsm.MtpLossCallback()] if mtp else [])], Record()
+    state = TrainerState(max_steps=steps, global_step=0)
+    for callback in callbacks:
+        callback.on_init_end(None, state, None, model=model)
     if shard:
         mesh = init_device_mesh("cpu", (ranks,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    callback, record, loads = dsm.LoadBalanceCallback(0.01), Record(), []
-    state = TrainerState(max_steps=steps, global_step=0)
-    callback.on_train_begin(None, state, None, model=model)
+    loads, losses = [], []
+    for callback in callbacks:
+        callback.on_train_begin(None, state, None, model=model)
     rows = Padded(8 * steps).rows
     for step in range(steps):
         part = rows[8 * step + rank : 8 * step + 8 : ranks]
         batch = {name: torch.stack([row[name] for row in part]) for name in part[0]}
         items = sum(int((row["labels"][1:] != -100).sum()) for row in rows[8 * step : 8 * step + 8])
+        for callback in callbacks:
+            callback.on_step_begin(None, state, None, model=model)
         loss = model(**batch, num_items_in_batch=torch.tensor(items)).loss
         (loss * ranks).backward()  # gradients are averaged
-        callback.on_pre_optimizer_step(None, state, None, model=model)
+        total = loss.detach().clone()
+        if shard:
+            torch.distributed.all_reduce(total)
+        losses.append(total.item())
+        for callback in callbacks:
+            callback.on_pre_optimizer_step(None, state, None, model=model)
         optimizer.step()
         optimizer.zero_grad()
         record.on_step_end(None, state, None, model=model)
         loads.append({layer: load.tolist() for layer, load in model.model.training_state.step_loads.items()})
         state.global_step += 1
-    return {"biases": record.biases, "loads": loads, "model": model}
+    return {"biases": record.biases, "loads": loads, "losses": losses, "model": model}
 
 
 def train_on_ranks(folder: Path, ranks: int, **runs: dict) -> dict[str, list[dict]]:
