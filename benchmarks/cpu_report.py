@@ -48,18 +48,19 @@ def show(part: str, found: dict) -> None:
             console.print(f"{name}: {line}")
 
 
+BEST = "the best instruction set"  # that this machine has: the last one measured
 # part, what the case begins with, contestant, field, limit; a limit that is negative is an upper one
 GOALS = (
-    ("ops", "FP8 linear 4096×7168, 1 row", "avx512_bf16", "share_of_read", 0.95),
+    ("ops", "FP8 linear 4096×7168, 1 row", BEST, "share_of_read", 0.95),
     ("ops", "FP8 linear 4096×7168, 1 row", "avx2", "share_of_read", 0.65),
-    ("ops", "FP8 linear 4096×7168, 1 row", "avx512_bf16", "ratio", 3.0),
-    ("ops", "FP8 linear 4096×7168, 4 rows", "avx512_bf16", "ratio", 1.8),
-    ("ops", "FP8 linear 4096×7168, 512 rows", "avx512_bf16", "ratio", 1 / 1.05),
-    ("experts", "64 experts 2048×1408, top-6, 1 token", "avx512_bf16", "ratio", 3.5),
-    ("experts", "64 experts 2048×1408, top-8, 1 token", "avx512_bf16", "ratio", 3.5),
-    ("experts", "64 experts 64×32", "avx512_bf16", "us_a_call", -40.0),
-    ("experts", "64 experts 2048×1408, top-6, 512 tokens", "avx512_bf16", "ratio", 1.0),
-    ("experts", "64 experts 2048×1408, top-8, 512 tokens", "avx512_bf16", "ratio", 1.0),
+    ("ops", "FP8 linear 4096×7168, 1 row", BEST, "ratio", 3.0),
+    ("ops", "FP8 linear 4096×7168, 4 rows", BEST, "ratio", 1.8),
+    ("ops", "FP8 linear 4096×7168, 512 rows", BEST, "ratio", 1 / 1.05),
+    ("experts", "64 experts 2048×1408, top-6, 1 token", BEST, "ratio", 3.5),
+    ("experts", "64 experts 2048×1408, top-8, 1 token", BEST, "ratio", 3.5),
+    ("experts", "64 experts 64×32", BEST, "us_a_call", -40.0),
+    ("experts", "64 experts 2048×1408, top-6, 512 tokens", BEST, "ratio", 1.0),
+    ("experts", "64 experts 2048×1408, top-8, 512 tokens", BEST, "ratio", 1.0),
     ("e2e", "decoding at 128", "this package", "ratio", 4.5),
     ("e2e", "decoding at 128", "this package", "share_of_read", 0.8),
     ("e2e", "decoding at 8192", "this package", "ratio", 22.0),
@@ -71,11 +72,10 @@ def judge(result: dict) -> None:
     """Print each goal, what was found with the most threads, and whether it is met."""
     console = Console(width=140)
     for part, case, contestant, field, limit in GOALS:
-        rows = [
-            row
-            for row in result.get(part, {}).get("rows", ())
-            if row["case"].startswith(case) and row["contestant"].endswith(contestant) and field in row
-        ]
+        rows = [row for row in result.get(part, {}).get("rows", ()) if row["case"].startswith(case) and field in row]
+        if contestant == BEST and rows:
+            contestant = rows[-1]["contestant"]
+        rows = [row for row in rows if row["contestant"].endswith(contestant)]
         if not rows:
             continue
         found = max(rows, key=lambda row: row["threads"])[field]

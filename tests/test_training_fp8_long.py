@@ -1,9 +1,14 @@
-"""A thousand steps in FP8 beside bf16 and fp32: the same weights, data and order (`pytest -m long`, a quarter of an hour)."""
+"""A thousand steps in FP8 beside bf16 and fp32: the same weights, data and order (`pytest -m long`, an hour and a quarter).
+
+Two designs of one model of width 128. On subwords FP8 stays within the 0.25 % that the report found on models of 16 and 230
+billion parameters. On bytes, where loss is half as large, it does not: the bound there says only that it learns.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from training_harness import Record, arguments
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -12,11 +17,12 @@ import modeling_deepseek_moe as dsm
 ROW, ROWS = 65, 16
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 FP8, BF16_WGRAD = dsm.Fp8TrainingConfig(), dsm.Fp8TrainingConfig(fp8_wgrad=False)
+needs_text = pytest.mark.skipif(not TEXT.exists(), reason=f"needs {TEXT.name}")
 
 
-def make_model():
+def make_model(seed, vocab_size, initializer_range):
     config = dsm.DeepseekV3Config(
-        vocab_size=256,
+        vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=256,
         moe_intermediate_size=128,
@@ -33,21 +39,30 @@ def make_model():
         qk_nope_head_dim=32,
         qk_rope_head_dim=32,
         v_head_dim=32,
-        initializer_range=0.05,
+        initializer_range=initializer_range,
         max_position_embeddings=ROW,
         pad_token_id=None,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config)
 
 
-def losses(folder, fp8, bf16, steps=1000):
-    """The loss of every step."""
-    model = make_model()
+def subwords(vocab_size=1024):
+    """The text in tokens of a BPE that is trained on it."""
+    text = TEXT.read_text()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    return tokenizer.encode(text).ids
+
+
+def losses(folder, model, tokens, fp8, bf16, steps=1000):
+    """The loss of every step, by the package's own code under `Trainer`."""
     if fp8 is not None:
         dsm.prepare_fp8_training(model, fp8)
-    text = torch.tensor(list(TEXT.read_bytes()[: ROWS * ROW * steps]))
-    rows = [{"input_ids": row, "labels": row} for row in text.view(-1, ROW)]
+    rows = torch.tensor(tokens[: len(tokens) // ROW * ROW]).view(-1, ROW)
     record = Record()
     settings = arguments(
         folder,
@@ -61,7 +76,9 @@ def losses(folder, fp8, bf16, steps=1000):
         adam_beta2=0.95,
     )
     callbacks = [dsm.LoadBalanceCallback(), dsm.MoeTelemetryCallback(), record]
-    Trainer(model, settings, train_dataset=rows, callbacks=callbacks).train()
+    Trainer(
+        model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in rows], callbacks=callbacks
+    ).train()
     return [logs["loss"] for logs in record.logs]
 
 
@@ -70,13 +87,28 @@ def gap(found, wanted, last=200):
     return sum(found[-last:]) / sum(wanted[-last:]) - 1
 
 
-@pytest.mark.long
-@pytest.mark.skipif(not TEXT.exists(), reason=f"needs {TEXT.name}")
-def test_loss_gap_over_a_thousand_steps(tmp_path):
-    bf16, fp32 = losses(tmp_path, None, True), losses(tmp_path, None, False)
+def hold(tmp_path, make, tokens, bound):
+    """Both recipes stay within ``bound`` of bf16 and of fp32."""
+    fp32 = losses(tmp_path, make(), tokens, None, False)
+    bf16 = losses(tmp_path, make(), tokens, None, True)
+    print(f"fp32 {sum(fp32[-200:]) / 200:.5f}; bf16 beside it {gap(bf16, fp32):+.2%}", flush=True)
     assert abs(gap(bf16, fp32)) < 0.0025  # so what chance does is small beside what is held below
-    for config in (BF16_WGRAD, FP8):
-        found = losses(tmp_path, config, True)
-        # found 0.3 to 1.1 %: the 0.25 % of the report's far larger models is not reached at this size
-        assert gap(found, bf16) < 0.015
-        assert gap(found, fp32) < 0.015
+    for name, config in (("Wgrad in FP8", FP8), ("Wgrad in bf16", BF16_WGRAD)):
+        found = losses(tmp_path, make(), tokens, config, True)
+        beside = gap(found, bf16), gap(found, fp32)
+        print(f"FP8, {name}: beside bf16 {beside[0]:+.2%}, beside fp32 {beside[1]:+.2%}", flush=True)
+        assert max(map(abs, beside)) < bound
+
+
+@pytest.mark.long
+@needs_text
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_gap_on_subwords(seed, tmp_path):
+    hold(tmp_path, lambda: make_model(seed, 1024, 0.02), subwords(), 0.0025)
+
+
+@pytest.mark.long
+@needs_text
+def test_loss_gap_on_bytes(tmp_path):
+    tokens = list(TEXT.read_bytes()[: ROWS * ROW * 1000])
+    hold(tmp_path, lambda: make_model(0, 256, 0.05), tokens, 0.015)
