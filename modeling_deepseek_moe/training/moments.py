@@ -19,7 +19,7 @@ def bf16_moments(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimiz
     try:
         import heavyball
     except ImportError:
-        raise ValueError("bf16 moments need heavyball: pip install heavyball") from None
+        raise ValueError("bf16 moments need heavyball: pip install heavyball, or the extra train") from None
 
     class AdamW(heavyball.AdamW):
         def load_state_dict(self, state_dict):
