@@ -82,7 +82,7 @@ def in_python(code: str, folder=None) -> str:
         check=False,
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=150,
         cwd=folder,
         env=environment,
     )
