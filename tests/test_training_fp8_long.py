@@ -64,8 +64,8 @@ def losses(folder, model, tokens, fp8, bf16, steps=1000):
     if fp8 is not None:
         dsm.prepare_fp8_training(model, fp8)
     rows = torch.tensor(tokens[: len(tokens) // ROW * ROW]).view(-1, ROW)
-    # passes over the text one after the other in one dataset: another epoch of `Trainer` draws an order that what was
-    # drawn in between changes, and runs would not see the same rows
+    # passes over the text one after the other in one dataset: all runs see the same rows in the same order, which later
+    # epochs of `Trainer` would draw anew
     generator = torch.Generator().manual_seed(0)
     passes = [torch.randperm(len(rows), generator=generator) for _ in range(-(-steps * ROWS // len(rows)))]
     rows = rows[torch.cat(passes)[: steps * ROWS]]
