@@ -196,12 +196,14 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
 #pragma omp atomic write
             failed = 1;
         }
-        for (int64_t i = 0; many && i < layer->active; i++) {
-            const Expert *e = layer->experts + i;
+        if (many) {
+            for (int64_t i = 0; i < layer->active; i++) {
+                const Expert *e = layer->experts + i;
 #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < e->tokens; t += k->panel_tokens) pack_tokens(layer, x, dtype, e, t);
-        }
+                for (int64_t t = 0; t < e->tokens; t += k->panel_tokens) pack_tokens(layer, x, dtype, e, t);
+            }
 #pragma omp barrier
+        }
         for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
             int64_t rest = task, i = 0;
             for (;; i++) {

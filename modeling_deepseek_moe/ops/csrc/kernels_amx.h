@@ -92,7 +92,6 @@ DSM_INLINE void decode128(Tables t, Normal n, const uint8_t *p, __m512bh out[4])
     }
 }
 
-
 /* A run of a weight row, decoded: 64 bytes of each tile. Meanwhile what lies `ahead` bytes on is fetched. */
 DSM_INLINE void decode_row(Tables t, Normal n, const uint8_t *from, int64_t columns, int64_t ahead, char *to) {
     int64_t i = 0;
@@ -411,7 +410,7 @@ static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix 
     char *values = (char *)(weights + DSM_MIX_TOKENS * DSM_BLOCK);
     const int64_t deep = (count + TILE_COLUMNS - 1) / TILE_COLUMNS, room = (count + 15) / 16 * 16;
     const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    float c[4 * TILE_FLOATS] __attribute__((aligned(64)));
+    float c[2 * TILE_FLOATS] __attribute__((aligned(64)));
     memset(weights, 0, sizeof(uint16_t) * DSM_BLOCK * ((tokens + TILE - 1) / TILE * TILE));
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t k = 0; k < room; k += 16)
