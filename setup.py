@@ -78,6 +78,7 @@ engine = Extension(
         *("-Wno-psabi", "-Wno-unknown-pragmas"),
     ],
     extra_link_args=["-fopenmp"],
+    libraries=["m"],  # Python brings it; a program of another kind may not
     py_limited_api=True,
     optional=True,
 )

@@ -1,11 +1,11 @@
 /* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; part of `kernels_avx512_bf16.c`, whose kernels
-   serve one and two tokens.
+   serve few tokens beside bf16 weights.
 
-   A tile holds 16 rows of 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8 decoded
-   into scratch, a run of each row at a time, so that memory is read in runs too. Activations are packed for `panel` in
-   groups of 16 tokens: 64 bytes hold one pair of columns of all 16, a tile 16 such pairs. A product is a tile of 16 weight
-   rows and 16 tokens, which is summed in fp32 beyond a block of 128 columns (FP8, whose scale changes there) or 512. What
-   a token gets does not depend on which others there are. */
+   A tile holds 16 rows of up to 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8
+   decoded into scratch. Activations are packed for `panel` in groups of 16 tokens: 64 bytes hold one pair of columns of all
+   16, a tile 16 such pairs; the pairs of a single token lie as they are. A product is a tile of 16 weight rows and 16
+   tokens, or one, which is summed in fp32 beyond a block of 128 columns (FP8, whose scale changes there) or 512. What a
+   token gets does not depend on which others there are. */
 DSM_TARGET_END
 DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c,gfni,amx-tile,amx-bf16")
 
@@ -16,6 +16,8 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define BLOCK_TILES (DSM_BLOCK / TILE_COLUMNS)
 #define RUN 512  /* columns of a panel that are decoded at a time, or summed in a tile where they are bf16 */
 #define PANELS 4 /* that a run of all tokens meets */
+#define BLOCK_BYTES (BLOCK_TILES * TILE_BYTES)
+#define PAGE 4096
 #define NEAR_GROUPS 2 /* token groups whose sums, beside a block of weights, stay in the first cache */
 
 typedef struct {
@@ -27,6 +29,13 @@ typedef struct {
 static const TileShapes SHAPES = {
     .palette = 1,
     .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+    .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
+};
+
+/* tiles 0 to 3 are products, 4 and 5 weights, 6 and 7 activations */
+static const TileShapes ONE_TOKEN = {
+    .palette = 1,
+    .row_bytes = {4, 4, 4, 4, 64, 64, 4, 4},
     .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
 };
 
@@ -80,60 +89,47 @@ DSM_INLINE void decode64_normal(Normal n, __m512i codes, __m512bh *first, __m512
     *first = (__m512bh)_mm512_unpacklo_epi8(low, high);
     *second = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
-/* 128 codes, as `decode64` has them */
-DSM_INLINE void decode128(Tables t, Normal n, const uint8_t *p, __m512bh out[4]) {
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
-    if (__builtin_expect(_mm512_cmpge_epu8_mask(_mm512_max_epu8(rank_of(n, a), rank_of(n, b)), n.special) == 0, 1)) {
-        decode64_normal(n, a, out, out + 1);
-        decode64_normal(n, b, out + 2, out + 3);
-    } else {
-        decode64(t, a, out, out + 1);
-        decode64(t, b, out + 2, out + 3);
+/* any codes of a row, as `decode_row` stores them */
+static __attribute__((noinline)) void decode_rare(const uint8_t *from, int64_t columns, char *to) {
+    const Tables t = tables();
+    for (int64_t i = 0; i < columns; i += 64, to += 2 * TILE_BYTES) {
+        __m512bh first, second;
+        decode64(t, load_codes(from + i, columns - i), &first, &second);
+        _mm512_store_si512(to, (__m512i)first);
+        _mm512_store_si512(to + TILE_BYTES, (__m512i)second);
     }
 }
-
-/* A run of a weight row, decoded: 64 bytes of each tile. Meanwhile what lies `ahead` bytes on is fetched. */
-DSM_INLINE void decode_row(Tables t, Normal n, const uint8_t *from, int64_t columns, int64_t ahead, char *to) {
+/* a block's columns of a weight row: 64 bytes of each of its tiles */
+DSM_INLINE void decode_block(Normal n, const uint8_t *from, char *to) {
+    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 64);
+    __m512bh codes[4];
+    if (__builtin_expect(_mm512_cmpge_epu8_mask(_mm512_max_epu8(rank_of(n, a), rank_of(n, b)), n.special) != 0, 0)) {
+        decode_rare(from, DSM_BLOCK, to);
+        return;
+    }
+    decode64_normal(n, a, codes, codes + 1);
+    decode64_normal(n, b, codes + 2, codes + 3);
+    UNROLL for (int i = 0; i < 4; i++) _mm512_store_si512(to + i * TILE_BYTES, (__m512i)codes[i]);
+}
+/* A run of a weight row: 64 bytes of each tile. Meanwhile what lies `ahead` bytes on is fetched. */
+DSM_INLINE void decode_row(Normal n, const uint8_t *from, int64_t columns, int64_t ahead, char *to) {
     int64_t i = 0;
-    for (; i + 128 <= columns; i += 128) {
-        __m512bh codes[4];
+    for (; i + DSM_BLOCK <= columns; i += DSM_BLOCK, to += BLOCK_BYTES) {
         _mm_prefetch((const char *)from + i + ahead, _MM_HINT_T1);
         _mm_prefetch((const char *)from + i + 64 + ahead, _MM_HINT_T1);
-        decode128(t, n, from + i, codes);
-        UNROLL for (int j = 0; j < 4; j++, to += TILE_BYTES) _mm512_store_si512(to, (__m512i)codes[j]);
+        decode_block(n, from + i, to);
     }
-    for (; i < columns; i += 64, to += 2 * TILE_BYTES) {
-        __m512bh codes[2];
-        decode64(t, load_codes(from + i, columns - i), codes, codes + 1);
-        _mm512_store_si512(to, (__m512i)codes[0]);
-        _mm512_store_si512(to + TILE_BYTES, (__m512i)codes[1]);
-    }
+    if (i < columns) decode_rare(from + i, columns - i, to);
 }
 
-/* Runs of rows [first, first + count), columns [k, k + RUN), to be decoded into tiles [row group][RUN / 32]. The row's next
-   run is fetched, or behind the last the first of the row `next` further down. */
-typedef struct {
-    const uint8_t *from;
-    char *to;
-    int64_t count, columns, ahead, pitch;
-} Run;
-DSM_INLINE Run run_of(const Matrix *w, int64_t first, int64_t count, int64_t k, int64_t next, char *tiles) {
-    return (Run){(const uint8_t *)w->data + first * w->cols + k,
-                 tiles,
-                 count,
-                 dsm_min(RUN, w->cols - k),
-                 k + RUN < w->cols ? RUN : next * w->cols - k,
-                 w->cols};
-}
-DSM_INLINE void decode_row_of(Tables t, Normal n, const Run *run, int64_t r) {
-    if (r < run->count)
-        decode_row(t, n, run->from + r * run->pitch, run->columns, run->ahead,
-                   run->to + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64);
-}
-static void decode_run(Run run) {
-    const Tables t = tables();
+/* Runs of rows [first, first + count), columns [k, k + RUN), become tiles [row group][RUN / 32]. A row's next run is
+   fetched, or behind the last the first of the row a panel further down. */
+static void decode_run(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles) {
     const Normal n = normal();
-    for (int64_t r = 0; r < run.count; r++) decode_row_of(t, n, &run, r);
+    const uint8_t *from = (const uint8_t *)w->data + first * w->cols + k;
+    const int64_t columns = dsm_min(RUN, w->cols - k), ahead = k + RUN < w->cols ? RUN : PANEL * w->cols - k;
+    for (int64_t r = 0; r < count; r++)
+        decode_row(n, from + r * w->cols, columns, ahead, tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64);
 }
 /* the same of bf16, copied, where the matrix ends within a tile */
 static void copy_run(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles) {
@@ -166,19 +162,19 @@ typedef struct {
     float c[2][4 * TILE_FLOATS] __attribute__((aligned(64)));
 } Pending;
 
-/* to = to + scale * tile, or scale * tile where nothing was summed before */
-DSM_INLINE void add_tile(float *to, const float *tile, float scale, int begun) {
+/* to = to + scale * products, or scale * products where nothing was summed before */
+DSM_INLINE void add_products(float *to, const float *products, int64_t size, float scale, int begun) {
     const __m512 factor = _mm512_set1_ps(scale);
     if (begun)
-        UNROLL for (int i = 0; i < TILE_FLOATS; i += 16)
-            _mm512_store_ps(to + i, _mm512_fmadd_ps(factor, _mm512_load_ps(tile + i), _mm512_load_ps(to + i)));
+        UNROLL for (int64_t i = 0; i < size; i += 16)
+            _mm512_store_ps(to + i, _mm512_fmadd_ps(factor, _mm512_load_ps(products + i), _mm512_load_ps(to + i)));
     else
-        UNROLL for (int i = 0; i < TILE_FLOATS; i += 16)
-            _mm512_store_ps(to + i, _mm512_mul_ps(factor, _mm512_load_ps(tile + i)));
+        UNROLL for (int64_t i = 0; i < size; i += 16)
+            _mm512_store_ps(to + i, _mm512_mul_ps(factor, _mm512_load_ps(products + i)));
 }
 DSM_INLINE void settle(Pending *p, int half) {
     for (int i = 0; i < 4; i++)
-        if (p->to[i]) add_tile(p->to[i], p->c[half] + i * TILE_FLOATS, p->scale[i], p->begun[i]);
+        if (p->to[i]) add_products(p->to[i], p->c[half] + i * TILE_FLOATS, TILE_FLOATS, p->scale[i], p->begun[i]);
 }
 /* The four products become the pending ones; those that were are settled. */
 DSM_INLINE void store_products(Pending *p) {
@@ -235,47 +231,6 @@ DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep, Ahead *ahead) {
     }
 }
 
-/* Four blocks of columns of one row group beside one token group. Between two products, which wait for others, a row of the
-   next run is decoded. */
-DSM_INLINE void product_blocks(const char *a, const char *b, const Run *next) {
-    const size_t block = BLOCK_TILES * TILE_BYTES;
-    const Tables t = tables();
-    const Normal n = normal();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < BLOCK_TILES; i++, a += TILE_BYTES, b += TILE_BYTES) {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(5, b, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        decode_row_of(t, n, next, 4 * i);
-        _tile_loadd(6, a + block, 64);
-        _tile_loadd(7, b + block, 64);
-        _tile_dpbf16ps(1, 6, 7);
-        decode_row_of(t, n, next, 4 * i + 1);
-        _tile_loadd(4, a + 2 * block, 64);
-        _tile_loadd(5, b + 2 * block, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        decode_row_of(t, n, next, 4 * i + 2);
-        _tile_loadd(6, a + 3 * block, 64);
-        _tile_loadd(7, b + 3 * block, 64);
-        _tile_dpbf16ps(3, 6, 7);
-        decode_row_of(t, n, next, 4 * i + 3);
-    }
-}
-
-/* columns [from, from + columns) of a run of one row group beside one token group */
-DSM_INLINE void product_block(const char *a, int64_t from, int64_t columns, const char *b) {
-    const int64_t first = from / TILE_COLUMNS, last = first + tiles_of(columns, 1);
-    _tile_zero(0);
-    for (int64_t i = first; i < last; i++) {
-        _tile_loadd(4, a + i * TILE_BYTES, 64);
-        _tile_loadd(5, b + i * TILE_BYTES, 64);
-        _tile_dpbf16ps(0, 4, 5);
-    }
-}
-
 /* One block of columns of 64 weight rows beside a few token groups. The sums of a group lie `pitch` floats behind those of
    the one before it, tiles of four row groups. */
 static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups, int64_t deep, float scale,
@@ -305,7 +260,7 @@ static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t 
     const size_t row = w->cols * sizeof(uint16_t);
     const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK;
     Tiles tiles = {scratch, RUN / TILE_COLUMNS * TILE_BYTES, TILE_BYTES, 64};
-    if (fp8) decode_run(run_of(w, first, count, k, PANEL, scratch));
+    if (fp8) decode_run(w, first, count, k, scratch);
     else if (count < PANEL || columns % TILE_COLUMNS) copy_run(w, first, count, k, scratch);
     else tiles = (Tiles){(const char *)w->data + first * row + k * sizeof(uint16_t), TILE * row, 64, row};
     MEMORY_WRITTEN;
@@ -321,41 +276,122 @@ static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t 
     }
 }
 
-/* One run of columns of one row group, decoded, beside one token group; the next run is decoded meanwhile. */
-static void multiply_group(const Matrix *w, int64_t r, int64_t k, const char *x, float *sums, const char *decoded,
-                           Run next, Pending *p) {
-    const int64_t columns = dsm_min(RUN, w->cols - k);
-    const float *scales = w->scale + r / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK;
+/* ---- FP8 beside one token group, or one token ----
+
+   A block of columns of 16 weight rows is decoded while the one before it is multiplied, so that what is decoded stays in
+   the first cache. Where rows lie in pages of their own, the hardware follows 16 streams, and each is fetched a little
+   ahead. In one page it follows but one: shorter rows are fetched in the order of memory, 16 rows ahead. */
+
+typedef struct {
+    const uint8_t *from;
+    char *to;
+    int64_t rows, columns, pitch;
+    const char *ahead; /* what is fetched meanwhile, NULL for the rows' own next blocks */
+} Block;
+
+DSM_INLINE Block block_of(const Matrix *w, int64_t r, int64_t rows, int64_t k, char *to) {
+    const char *data = w->data;
+    return (Block){(const uint8_t *)data + r * w->cols + k,
+                   to,
+                   dsm_min(TILE, rows),
+                   dsm_min(DSM_BLOCK, w->cols - k),
+                   w->cols,
+                   w->cols < PAGE ? data + (r + TILE) * w->cols + k * TILE : NULL};
+}
+DSM_INLINE void decode_some(Normal n, const Block *block, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < dsm_min(r1, block->rows); r++) {
+        const uint8_t *from = block->from + r * block->pitch;
+        if (block->ahead) {
+            _mm_prefetch(block->ahead + r * DSM_BLOCK, _MM_HINT_T1);
+            _mm_prefetch(block->ahead + r * DSM_BLOCK + 64, _MM_HINT_T1);
+        } else {
+            _mm_prefetch((const char *)from + 2 * DSM_BLOCK, _MM_HINT_T0);
+            _mm_prefetch((const char *)from + 2 * DSM_BLOCK + 64, _MM_HINT_T0);
+        }
+        if (block->columns == DSM_BLOCK) decode_block(n, from, block->to + r * 64);
+        else decode_rare(from, block->columns, block->to + r * 64);
+    }
+}
+/* Product 0 is that of a decoded block; the next one is decoded between its steps, which wait for each other. */
+DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int64_t columns, const Block *next,
+                                 const int tokens) {
+    const size_t pitch = tokens * 4, tile = pitch * TILE;
+    _tile_zero(0);
+    _tile_loadd(4, tiles, 64);
+    _tile_loadd(6, x, pitch);
+    _tile_dpbf16ps(0, 4, 6);
+    decode_some(n, next, 0, 4);
+    _tile_loadd(5, tiles + TILE_BYTES, 64);
+    _tile_loadd(7, x + tile, pitch);
+    _tile_dpbf16ps(0, 5, 7);
+    decode_some(n, next, 4, 8);
+    if (columns > 64) {
+        _tile_loadd(4, tiles + 2 * TILE_BYTES, 64);
+        _tile_loadd(6, x + 2 * tile, pitch);
+        _tile_dpbf16ps(0, 4, 6);
+    }
+    decode_some(n, next, 8, 12);
+    if (columns > 64) {
+        _tile_loadd(5, tiles + 3 * TILE_BYTES, 64);
+        _tile_loadd(7, x + 3 * tile, pitch);
+        _tile_dpbf16ps(0, 5, 7);
+    }
+    decode_some(n, next, 12, 16);
+}
+/* sums[row group][16 rows][tokens] of rows [first, first + count), whose scales are those of the first; tokens: 1 or 16.
+   A product is added to the sums a block later: what a tile has stored cannot be read at once. */
+DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
+                             const int tokens) {
+    const Normal n = normal();
+    const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols);
+    const int64_t size = tokens * TILE;
+    float products[2][TILE_FLOATS] __attribute__((aligned(64)));
+    float *to = NULL, scale = 0;
+    int begun = 0, half = 0;
+    Block next = block_of(w, first, count, 0, scratch);
+    decode_some(n, &next, 0, TILE);
+    for (int64_t r = 0; r < count; r += TILE)
+        for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, half = !half) {
+            const char *tiles = next.to;
+            char *other = scratch + (half ? 0 : BLOCK_BYTES);
+            if (k + DSM_BLOCK < w->cols) next = block_of(w, first + r, count - r, k + DSM_BLOCK, other);
+            else if (r + TILE < count) next = block_of(w, first + r + TILE, count - r - TILE, 0, other);
+            else next.rows = 0;
+            MEMORY_WRITTEN;
+            multiply_decoded(n, tiles, x + k / 2 * tokens * 4, w->cols - k, &next, tokens);
+            _tile_stored(0, products[half], tokens * 4);
+            if (to) add_products(to, products[!half], size, scale, begun);
+            to = sums + r * tokens, scale = scales[k / DSM_BLOCK], begun = k > 0;
+        }
     MEMORY_WRITTEN;
-    if (columns == RUN) {
-        product_blocks(decoded, x + k / 2 * 64, &next);
-        store_products(p);
-        for (int i = 0; i < 4; i++) expect(p, i, sums, scales[i], k + i > 0);
+    if (to) add_products(to, products[!half], size, scale, begun);
+}
+static __attribute__((noinline)) void multiply_one(const Matrix *w, int64_t first, int64_t count, const char *x,
+                                                   float *sums, char *scratch) {
+    multiply_few(w, first, count, x, sums, scratch, 1);
+}
+static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t first, int64_t count, const char *x,
+                                                     float *sums, char *scratch) {
+    multiply_few(w, first, count, x, sums, scratch, TILE);
+}
+
+static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                       float *out, int64_t ldo) {
+    char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
+    float sums[PANEL] __attribute__((aligned(64)));
+    if (w->dtype != DSM_FP8 || !w->cols) {
+        rows(x, stride, tokens, w, first, count, out, ldo);
         return;
     }
-    for (int64_t i = 0; i < columns; i += DSM_BLOCK) {
-        product_block(decoded, i, dsm_min(DSM_BLOCK, columns - i), x + k / 2 * 64);
-        store_products(p);
-        for (int other = 1; other < 4; other++) expect(p, other, NULL, 0, 0);
-        expect(p, 0, sums, scales[i / DSM_BLOCK], k + i > 0);
+    _tile_loadconfig(&ONE_TOKEN);
+    for (int64_t r = 0, n; r < count; r += n) {
+        n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);
+        for (int64_t t = 0; t < tokens; t++) {
+            multiply_one(w, first + r, n, (const char *)x + t * stride, sums, scratch);
+            memcpy(out + t * ldo + r, sums, sizeof(float) * n);
+        }
     }
-    decode_run(next);
-}
-/* FP8 beside one token group: a row group at a time, so that what is decoded stays in the first cache. */
-static void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
-                         Pending *p) {
-    const int64_t runs = (w->cols + RUN - 1) / RUN, all = (count + TILE - 1) / TILE * runs;
-    Run next = run_of(w, first, dsm_min(TILE, count), 0, TILE, scratch);
-    decode_run(next);
-    for (int64_t i = 0; i < all; i++) {
-        const int64_t r = i / runs * TILE, after = (i + 1) / runs * TILE;
-        const char *decoded = next.to;
-        char *other = scratch + (i % 2 ? 0 : TILE * RUN * sizeof(uint16_t));
-        if (i + 1 < all)
-            next = run_of(w, first + after, dsm_min(TILE, count - after), (i + 1) % runs * RUN, TILE, other);
-        else next.count = 0;
-        multiply_group(w, first + r, i % runs * RUN, x, sums + r * TILE, decoded, next, p);
-    }
+    _tile_release();
 }
 
 /* sums of one token group, by tile -> [16 tokens][columns] in the same place; columns: up to PANELS panels */
@@ -377,7 +413,9 @@ static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matr
     Pending pending = {.to = {NULL}};
     if (!w->cols) memset(out, 0, sizeof(float) * groups * TILE * columns);
     _tile_loadconfig(&SHAPES);
-    if (groups == 1 && w->dtype == DSM_FP8 && w->cols) multiply_few(w, first, count, x, out, scratch, &pending);
+    if (groups == 1 && w->dtype == DSM_FP8)
+        for (int64_t r = 0; r < count && w->cols; r += PANEL)
+            multiply_group(w, first + r, dsm_min(PANEL, count - r), x, out + r * TILE, scratch);
     else for (int64_t k = 0; k < w->cols; k += RUN)
         for (int64_t r = 0; r < count; r += PANEL)
             multiply_run(w, first + r, dsm_min(PANEL, count - r), k, x, stride, groups, out + r * TILE, columns * TILE,
@@ -456,11 +494,11 @@ const Kernels dsm_kernels_amx = {
     .panel_columns = PANEL,
     .panels = PANELS,
     .panel_tokens = TILE,
-    .few_tokens = 2,
+    .few_tokens = 1,
     .scratch_bytes = (size_t)PANEL * RUN * sizeof(uint16_t),
     .pack = pack,
     .place = place,
-    .rows = rows,
+    .rows = rows_tiles,
     .panel = panel_tiles,
     .swiglu = swiglu,
     .norm = norm,
