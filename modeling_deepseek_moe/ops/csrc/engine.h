@@ -16,6 +16,8 @@
 #define DSM_BLOCK 128
 #define DSM_MIX_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
+#define DSM_FEW_ROWS 16
+#define DSM_MOST_FEW_ROWS 64
 #define DSM_STEP_TOKENS 16 /* most tokens of the operations that are for few */
 #define DSM_INLINE static inline __attribute__((always_inline))
 #define DSM_API __attribute__((visibility("default")))
@@ -51,6 +53,7 @@ typedef struct {
     int panels;        /* most panels of one call of `panel` */
     int panel_tokens;  /* tokens that are packed together for `panel`, and that it writes results for: 1, or `place` packs */
     int64_t few_tokens; /* up to here `rows` is the faster of the two */
+    int64_t few_rows;   /* weight rows of a call of `rows` that make it fast: DSM_FEW_ROWS, or a multiple by powers of two */
     size_t scratch_bytes; /* for `panel` and `mix` */
 
     /* one row of activations of any dtype -> packed */
@@ -122,6 +125,12 @@ DSM_INLINE int64_t dsm_panel_rows(const Kernels *k, int64_t rows, int threads) {
     int64_t panels = k->panels;
     while (panels > 1 && rows < 4 * threads * panels * k->panel_columns) panels /= 2;
     return panels * k->panel_columns;
+}
+/* rows of a task that calls `rows`: as many as it likes, if every thread still has some tasks */
+DSM_INLINE int64_t dsm_few_rows(const Kernels *k, int64_t rows, int threads) {
+    int64_t few = k->few_rows;
+    while (few > DSM_FEW_ROWS && rows < 4 * threads * few) few /= 2;
+    return few;
 }
 DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOCK; }
 DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }

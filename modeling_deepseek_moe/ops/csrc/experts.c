@@ -6,7 +6,6 @@
 #include "lanes.h"
 
 #define CHUNK 64      /* rows of gate and up of a task, or a multiple: whole groups of every packing */
-#define FEW_ROWS 16   /* rows of down of a task while tokens are few */
 #define MANY_TOKENS 512
 
 typedef struct {
@@ -171,7 +170,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     threads = dsm_threads(threads, layer->active * 3 * layer->hidden * layer->width *
                                        (int64_t)dsm_itemsize((int)layer->weight_dtype) * (many ? 1 + most / 16 : 1));
     /* Columns of a task of `down`: a few panels keep an expert's h in the cache, but every thread needs some tasks. */
-    int64_t columns = many ? k->panel_columns : FEW_ROWS;
+    int64_t columns = many ? k->panel_columns : dsm_few_rows(k, layer->hidden, threads);
     while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;
     /* gate and up of a chunk, and a panel beside them where one is multiplied */

@@ -17,7 +17,6 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define RUN 512  /* columns of a panel that are decoded at a time, or summed in a tile where they are bf16 */
 #define PANELS 4 /* that a run of all tokens meets */
 #define BLOCK_BYTES (BLOCK_TILES * TILE_BYTES)
-#define PAGE 4096
 #define NEAR_GROUPS 2 /* token groups whose sums, beside a block of weights, stay in the first cache */
 
 typedef struct {
@@ -279,37 +278,34 @@ static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t 
 /* ---- FP8 beside one token group, or one token ----
 
    A block of columns of 16 weight rows is decoded while the one before it is multiplied, so that what is decoded stays in
-   the first cache. Where rows lie in pages of their own, the hardware follows 16 streams, and each is fetched a little
-   ahead. In one page it follows but one: shorter rows are fetched in the order of memory, 16 rows ahead. */
+   the first cache. The processor fetches ahead of many readers at once, if each has a page of its own: so up to 64 rows are
+   taken in turns of 16 that lie apart, where possible in other places of their pages too, since those that lie alike share
+   a few lines of the first cache. */
+
+/* turns of `count` rows, up to a panel: 1, 2 or 4 */
+DSM_INLINE int64_t turns_of(int64_t count) { return count <= TILE ? 1 : count <= 2 * TILE ? 2 : PANEL / TILE; }
+DSM_INLINE int64_t row_of(int64_t turn, int64_t i, int64_t turns) { return i * turns + ((i + turn) & (turns - 1)); }
+/* which of turns x 16 places a row has: row_of(slot / 16, slot % 16) is the row */
+DSM_INLINE int64_t slot_of(int64_t row, int64_t turns) {
+    const int64_t i = row / turns;
+    return ((row - i) & (turns - 1)) * TILE + i;
+}
 
 typedef struct {
-    const uint8_t *from;
+    const uint8_t *from; /* of the panel's first row */
     char *to;
-    int64_t rows, columns, pitch;
-    const char *ahead; /* what is fetched meanwhile, NULL for the rows' own next blocks */
+    int64_t turn, turns, count, columns, pitch; /* count: rows of the panel, 0: there is no block */
 } Block;
 
-DSM_INLINE Block block_of(const Matrix *w, int64_t r, int64_t rows, int64_t k, char *to) {
-    const char *data = w->data;
-    return (Block){(const uint8_t *)data + r * w->cols + k,
-                   to,
-                   dsm_min(TILE, rows),
-                   dsm_min(DSM_BLOCK, w->cols - k),
-                   w->cols,
-                   w->cols < PAGE ? data + (r + TILE) * w->cols + k * TILE : NULL};
-}
-DSM_INLINE void decode_some(Normal n, const Block *block, int64_t r0, int64_t r1) {
-    for (int64_t r = r0; r < dsm_min(r1, block->rows); r++) {
-        const uint8_t *from = block->from + r * block->pitch;
-        if (block->ahead) {
-            _mm_prefetch(block->ahead + r * DSM_BLOCK, _MM_HINT_T1);
-            _mm_prefetch(block->ahead + r * DSM_BLOCK + 64, _MM_HINT_T1);
-        } else {
-            _mm_prefetch((const char *)from + 2 * DSM_BLOCK, _MM_HINT_T0);
-            _mm_prefetch((const char *)from + 2 * DSM_BLOCK + 64, _MM_HINT_T0);
-        }
-        if (block->columns == DSM_BLOCK) decode_block(n, from, block->to + r * 64);
-        else decode_rare(from, block->columns, block->to + r * 64);
+DSM_INLINE void decode_some(Normal n, const Block *block, int64_t i0, int64_t i1) {
+    for (int64_t i = i0; i < i1; i++) {
+        const int64_t row = row_of(block->turn, i, block->turns);
+        const uint8_t *from = block->from + row * block->pitch;
+        if (row >= block->count) break;
+        _mm_prefetch((const char *)from + 2 * DSM_BLOCK, _MM_HINT_T0);
+        _mm_prefetch((const char *)from + 2 * DSM_BLOCK + 64, _MM_HINT_T0);
+        if (block->columns >= DSM_BLOCK) decode_block(n, from, block->to + i * 64);
+        else decode_rare(from, block->columns, block->to + i * 64);
     }
 }
 /* Product 0 is that of a decoded block; the next one is decoded between its steps, which wait for each other. */
@@ -338,30 +334,31 @@ DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int
     }
     decode_some(n, next, 12, 16);
 }
-/* sums[row group][16 rows][tokens] of rows [first, first + count), whose scales are those of the first; tokens: 1 or 16.
+/* sums[slot][tokens] of rows [first, first + count) of one panel, whose scales are those of the first; tokens: 1 or 16.
    A product is added to the sums a block later: what a tile has stored cannot be read at once. */
 DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
                              const int tokens) {
     const Normal n = normal();
     const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols);
-    const int64_t size = tokens * TILE;
+    const uint8_t *data = (const uint8_t *)w->data + first * w->cols;
+    const int64_t size = tokens * TILE, turns = turns_of(count);
     float products[2][TILE_FLOATS] __attribute__((aligned(64)));
     float *to = NULL, scale = 0;
     int begun = 0, half = 0;
-    Block next = block_of(w, first, count, 0, scratch);
+    Block next = {data, scratch, 0, turns, count, w->cols, w->cols};
     decode_some(n, &next, 0, TILE);
-    for (int64_t r = 0; r < count; r += TILE)
+    for (int64_t turn = 0; turn < turns; turn++)
         for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, half = !half) {
             const char *tiles = next.to;
-            char *other = scratch + (half ? 0 : BLOCK_BYTES);
-            if (k + DSM_BLOCK < w->cols) next = block_of(w, first + r, count - r, k + DSM_BLOCK, other);
-            else if (r + TILE < count) next = block_of(w, first + r + TILE, count - r - TILE, 0, other);
-            else next.rows = 0;
+            next.to = scratch + (half ? 0 : BLOCK_BYTES);
+            next.from += DSM_BLOCK, next.columns -= DSM_BLOCK;
+            if (next.columns <= 0) next.from = data, next.columns = w->cols, next.turn = turn + 1;
+            if (next.turn == turns) next.count = 0;
             MEMORY_WRITTEN;
             multiply_decoded(n, tiles, x + k / 2 * tokens * 4, w->cols - k, &next, tokens);
             _tile_stored(0, products[half], tokens * 4);
             if (to) add_products(to, products[!half], size, scale, begun);
-            to = sums + r * tokens, scale = scales[k / DSM_BLOCK], begun = k > 0;
+            to = sums + turn * size, scale = scales[k / DSM_BLOCK], begun = k > 0;
         }
     MEMORY_WRITTEN;
     if (to) add_products(to, products[!half], size, scale, begun);
@@ -388,18 +385,20 @@ static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matri
         n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);
         for (int64_t t = 0; t < tokens; t++) {
             multiply_one(w, first + r, n, (const char *)x + t * stride, sums, scratch);
-            memcpy(out + t * ldo + r, sums, sizeof(float) * n);
+            for (int64_t i = 0; i < n; i++) out[t * ldo + r + i] = sums[slot_of(i, turns_of(n))];
         }
     }
     _tile_release();
 }
 
-/* sums of one token group, by tile -> [16 tokens][columns] in the same place; columns: up to PANELS panels */
-static void untile(float *sums, int64_t columns) {
+/* sums of one token group, of which a panel's rows lie in `turns` turns -> [16 tokens][columns] in the same place */
+static void untile(float *sums, int64_t columns, int64_t count, int in_turns) {
     float rows[TILE * PANELS * PANEL] __attribute__((aligned(64)));
     for (int64_t r = 0; r < columns; r += TILE) {
+        const int64_t panel = r / PANEL * PANEL, turns = in_turns ? turns_of(dsm_min(PANEL, count - panel)) : 1;
         __m512i v[16];
-        UNROLL for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(sums + r * TILE + i * 16);
+        for (int64_t i = 0; i < 16; i++)
+            v[i] = _mm512_load_si512(sums + (panel + slot_of(r - panel + i, turns)) * TILE);
         transpose16(v);
         UNROLL for (int i = 0; i < 16; i++) _mm512_store_si512(rows + i * columns + r, v[i]);
     }
@@ -413,7 +412,8 @@ static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matr
     Pending pending = {.to = {NULL}};
     if (!w->cols) memset(out, 0, sizeof(float) * groups * TILE * columns);
     _tile_loadconfig(&SHAPES);
-    if (groups == 1 && w->dtype == DSM_FP8)
+    const int in_turns = groups == 1 && w->dtype == DSM_FP8;
+    if (in_turns)
         for (int64_t r = 0; r < count && w->cols; r += PANEL)
             multiply_group(w, first + r, dsm_min(PANEL, count - r), x, out + r * TILE, scratch);
     else for (int64_t k = 0; k < w->cols; k += RUN)
@@ -422,7 +422,7 @@ static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matr
                          scratch, &pending, ahead);
     settle_last(&pending);
     _tile_release();
-    for (int64_t g = 0; g < groups; g++) untile(out + g * TILE * columns, columns);
+    for (int64_t g = 0; g < groups; g++) untile(out + g * TILE * columns, columns, count, in_turns);
 }
 
 /* ---- values of latent attention ---- */
@@ -495,6 +495,7 @@ const Kernels dsm_kernels_amx = {
     .panels = PANELS,
     .panel_tokens = TILE,
     .few_tokens = 1,
+    .few_rows = PANEL,
     .scratch_bytes = (size_t)PANEL * RUN * sizeof(uint16_t),
     .pack = pack,
     .place = place,

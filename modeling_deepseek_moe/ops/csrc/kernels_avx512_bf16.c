@@ -418,6 +418,7 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .panels = 1,
     .panel_tokens = 1,
     .few_tokens = 11,
+    .few_rows = DSM_FEW_ROWS,
     .scratch_bytes = sizeof(uint32_t) * DSM_BLOCK / 2 * PANEL /* a panel, and `mix`'s weights */
                      + sizeof(uint16_t) * DSM_BLOCK * DSM_MIX_TOKENS,
     .pack = pack,

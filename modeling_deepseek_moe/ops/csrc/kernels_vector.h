@@ -462,6 +462,7 @@ const Kernels KERNELS = {
     .panels = 1,
     .panel_tokens = 1,
     .few_tokens = 15,
+    .few_rows = DSM_FEW_ROWS,
     .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL, /* a panel */
     .pack = pack,
     .rows = rows,

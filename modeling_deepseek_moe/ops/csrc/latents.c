@@ -3,13 +3,12 @@
    stands for do, so the bits are theirs. */
 #include "lanes.h"
 
-#define ROWS 16 /* weight rows of a task while tokens are few; else a panel's */
-#define MOST_ROWS 64
+#define MOST_ROWS 64 /* of a task: a panel's, or DSM_MOST_FEW_ROWS */
 #define TOKENS DSM_STEP_TOKENS
 
 typedef struct {
     const Kernels *kernels, *norms;
-    int dtype, interleaved, many;
+    int dtype, interleaved, many, threads;
     int64_t tokens, heads, nope, rope, rank;
     Matrix down, up, latent; /* q_a_proj and q_b_proj, or none and q_proj; kv_a_proj_with_mqa */
     const void *query_norm, *latent_norm;
@@ -21,16 +20,18 @@ typedef struct {
     size_t x_stride, query_stride;
 } Projection;
 
-static int64_t rows_of_task(const Projection *p) { return p->many ? p->kernels->panel_columns : ROWS; }
+static int64_t rows_of_task(const Projection *p, const Matrix *w) {
+    return p->many ? p->kernels->panel_columns : dsm_few_rows(p->kernels, w->rows, p->threads);
+}
 static int64_t tasks_of(const Projection *p, const Matrix *w) {
-    return (w->rows + rows_of_task(p) - 1) / rows_of_task(p);
+    return (w->rows + rows_of_task(p, w) - 1) / rows_of_task(p, w);
 }
 
 static void multiply(const Projection *p, const char *x, size_t stride, const Matrix *w, int64_t task, char *y,
                      void *scratch) {
     float out[TOKENS * MOST_ROWS] __attribute__((aligned(64)));
     Ahead none = {0};
-    const int64_t step = rows_of_task(p), first = task * step, rows = dsm_min(step, w->rows - first);
+    const int64_t step = rows_of_task(p, w), first = task * step, rows = dsm_min(step, w->rows - first);
     if (p->many) p->kernels->panel(x, stride, p->tokens, w, first, rows, out, scratch, &none);
     else p->kernels->rows(x, stride, p->tokens, w, first, rows, out, step);
     for (int64_t t = 0; t < p->tokens; t++)
@@ -59,7 +60,8 @@ static void rotate(const Projection *p, int64_t t, const char *from, char *to) {
     }
 }
 
-static int run(const Projection *p, int threads) {
+static int run(const Projection *p) {
+    const int threads = p->threads;
     const size_t size = dsm_itemsize(p->dtype);
     const Matrix *query = p->down.rows ? &p->down : &p->up;
     const int64_t query_tasks = tasks_of(p, query), up_tasks = tasks_of(p, &p->up), latent_tasks = tasks_of(p, &p->latent);
@@ -172,7 +174,8 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, cons
                                 p.up.rows * p.up.cols * (int64_t)dsm_itemsize(p.up.dtype) +
                                 p.latent.rows * p.latent.cols * (int64_t)dsm_itemsize(p.latent.dtype);
         pack(&p, x, hidden, first, p.x, p.x_stride);
-        result = run(&p, dsm_threads(threads, weights));
+        p.threads = dsm_threads(threads, weights);
+        result = run(&p);
         dsm_restore_mode(caller);
     }
     free(p.x);

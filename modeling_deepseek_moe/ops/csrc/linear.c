@@ -1,7 +1,6 @@
 /* y = x W^T + bias for an FP8 or bf16 weight; and RMSNorm. */
 #include "lanes.h"
 
-#define ROWS 16          /* weight rows of a task while tokens are few */
 #define TOKENS 512       /* tokens of a task while they are many: their packed block columns stay in the second cache */
 
 typedef struct {
@@ -11,7 +10,7 @@ typedef struct {
     char *packed;
     size_t stride;
     int64_t tokens;
-    int64_t columns; /* weight rows of a task while tokens are many */
+    int64_t columns; /* weight rows of a task */
     void *y;
     int dtype;
 } Job;
@@ -36,10 +35,10 @@ static void write(const Job *job, const float *from, int64_t ldf, int64_t t0, in
 }
 
 static void few_tokens(const Job *job, int64_t task) {
-    float out[16 * ROWS]; /* no set of kernels calls more than 16 tokens few */
-    int64_t r0 = task * ROWS, rows = dsm_min(ROWS, job->w->rows - r0);
-    job->kernels->rows(job->packed, job->stride, job->tokens, job->w, r0, rows, out, ROWS);
-    write(job, out, ROWS, 0, job->tokens, r0, rows);
+    float out[16 * DSM_MOST_FEW_ROWS]; /* no set of kernels calls more than 16 tokens few */
+    int64_t r0 = task * job->columns, rows = dsm_min(job->columns, job->w->rows - r0);
+    job->kernels->rows(job->packed, job->stride, job->tokens, job->w, r0, rows, out, rows);
+    write(job, out, rows, 0, job->tokens, r0, rows);
 }
 
 static void many_tokens(const Job *job, int64_t task, float *out, void *scratch) {
@@ -58,14 +57,13 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const size_t stride = dsm_packed_stride(kernels, cols);
     const int few = tokens <= kernels->few_tokens;
-    const int64_t columns = dsm_panel_rows(kernels, rows, threads);
+    const int64_t columns = few ? dsm_few_rows(kernels, rows, threads) : dsm_panel_rows(kernels, rows, threads);
     int failed = 0;
     if (tokens < 0 || rows < 0 || cols < 0) return DSM_BAD_ARGUMENT;
     if (tokens == 0 || rows == 0) return DSM_OK;
     char *packed = dsm_alloc(dsm_packed_tokens(kernels, tokens) * stride);
     const Job job = {kernels, &w, bias, packed, stride, tokens, columns, y, dtype};
-    const int64_t tasks = few ? (rows + ROWS - 1) / ROWS
-                              : (rows + columns - 1) / columns * ((tokens + TOKENS - 1) / TOKENS);
+    const int64_t tasks = (rows + columns - 1) / columns * (few ? 1 : (tokens + TOKENS - 1) / TOKENS);
     threads = dsm_threads(threads, rows * cols * (int64_t)dsm_itemsize(weight_dtype) * (few ? 1 : 1 + tokens / 16));
     Lane *lanes = dsm_lanes(threads, tasks);
     if (!packed || !lanes) {
