@@ -1,5 +1,5 @@
-/* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; part of `kernels_avx512_bf16.c`, whose kernels
-   serve few tokens beside bf16 weights.
+/* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; part of `kernels_avx512_bf16.c`, from
+   which come those that need no tiles.
 
    A tile holds 16 rows of up to 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8
    decoded into scratch. Activations are packed for `panel` in groups of 16 tokens: 64 bytes hold one pair of columns of all
@@ -17,6 +17,7 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define RUN 512  /* columns of a panel that are decoded at a time, or summed in a tile where they are bf16 */
 #define PANELS 4 /* that a run of all tokens meets */
 #define BLOCK_BYTES (BLOCK_TILES * TILE_BYTES)
+#define READ_AHEAD 384 /* bytes of one of several readers */
 #define NEAR_GROUPS 2 /* token groups whose sums, beside a block of weights, stay in the first cache */
 
 typedef struct {
@@ -302,8 +303,8 @@ DSM_INLINE void decode_some(Normal n, const Block *block, int64_t i0, int64_t i1
         const int64_t row = row_of(block->turn, i, block->turns);
         const uint8_t *from = block->from + row * block->pitch;
         if (row >= block->count) break;
-        _mm_prefetch((const char *)from + 2 * DSM_BLOCK, _MM_HINT_T0);
-        _mm_prefetch((const char *)from + 2 * DSM_BLOCK + 64, _MM_HINT_T0);
+        _mm_prefetch((const char *)from + READ_AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)from + READ_AHEAD + 64, _MM_HINT_T0);
         if (block->columns >= DSM_BLOCK) decode_block(n, from, block->to + i * 64);
         else decode_rare(from, block->columns, block->to + i * 64);
     }
@@ -372,23 +373,55 @@ static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t fi
     multiply_few(w, first, count, x, sums, scratch, TILE);
 }
 
+/* The same of bf16, which needs no tiles: eight readers at once. */
+#define READERS 8
+static __attribute__((noinline)) void multiply_bf16(const Matrix *w, int64_t first, int64_t count, const char *x, float *out) {
+    const int64_t turns = (count + READERS - 1) / READERS, cols = w->cols, whole = cols / 64 * 64;
+    const uint16_t *data = (const uint16_t *)w->data + first * cols, *pairs = (const uint16_t *)x;
+    for (int64_t turn = 0; turn < turns; turn++) {
+        const uint16_t *row[READERS];
+        __m512 part[2 * READERS];
+        UNROLL for (int i = 0; i < READERS; i++) {
+            row[i] = data + dsm_min(i * turns + turn, count - 1) * cols;
+            part[2 * i] = part[2 * i + 1] = _mm512_setzero_ps();
+        }
+        for (int64_t k = 0; k < whole; k += 64)
+            UNROLL for (int i = 0; i < 2 * READERS; i++) {
+                const uint16_t *from = row[i / 2] + k + i % 2 * 32;
+                _mm_prefetch((const char *)from + READ_AHEAD + 128, _MM_HINT_T0);
+                part[i] = _mm512_dpbf16_ps(part[i], load_pairs(from), load_pairs(pairs + k + i % 2 * 32));
+            }
+        for (int64_t k = whole; k < cols; k += 32) {
+            const __mmask32 mask = cols - k >= 32 ? ~0u : (1u << (cols - k)) - 1;
+            UNROLL for (int i = 0; i < READERS; i++)
+                part[2 * i] = _mm512_dpbf16_ps(part[2 * i], (__m512bh)_mm512_maskz_loadu_epi16(mask, row[i] + k),
+                                               load_pairs(pairs + k));
+        }
+        UNROLL for (int i = 0; i < READERS; i++)
+            if (i * turns + turn < count)
+                out[i * turns + turn] = _mm512_reduce_add_ps(_mm512_add_ps(part[2 * i], part[2 * i + 1]));
+    }
+}
+
 static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                        float *out, int64_t ldo) {
     char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
     float sums[PANEL] __attribute__((aligned(64)));
-    if (w->dtype != DSM_FP8 || !w->cols) {
-        rows(x, stride, tokens, w, first, count, out, ldo);
-        return;
-    }
-    _tile_loadconfig(&ONE_TOKEN);
+    const int fp8 = w->dtype == DSM_FP8;
+    if (fp8) _tile_loadconfig(&ONE_TOKEN);
     for (int64_t r = 0, n; r < count; r += n) {
         n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);
         for (int64_t t = 0; t < tokens; t++) {
-            multiply_one(w, first + r, n, (const char *)x + t * stride, sums, scratch);
-            for (int64_t i = 0; i < n; i++) out[t * ldo + r + i] = sums[slot_of(i, turns_of(n))];
+            const char *own = (const char *)x + t * stride;
+            float *to = out + t * ldo + r;
+            if (!w->cols) memset(to, 0, sizeof(float) * n);
+            else if (fp8) {
+                multiply_one(w, first + r, n, own, sums, scratch);
+                for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
+            } else multiply_bf16(w, first + r, n, own, to);
         }
     }
-    _tile_release();
+    if (fp8) _tile_release();
 }
 
 /* sums of one token group, of which a panel's rows lie in `turns` turns -> [16 tokens][columns] in the same place */
