@@ -40,22 +40,53 @@ def _needs_gradients(topk_weights: torch.Tensor) -> str | None:
     return "computes no gradients" if torch.is_grad_enabled() and topk_weights.requires_grad else None
 
 
-def _stacks(last: tuple | None, *stacks: torch.Tensor | None) -> tuple:
-    """What the addresses of ``stacks`` depend on, and those addresses; ``last`` while they depend on the same."""
-    key = tuple(None if stack is None else (stack.data_ptr(), stack.shape) for stack in stacks)
-    return last if last is not None and last[0] == key else (key, experts.cpu.addresses_of(*stacks))
+class _Known(NamedTuple):
+    """What the CPU engine has to know of stacks: found out once, and again when one of them is another."""
+
+    key: tuple
+    refusal: str | None  # why it cannot use them, whatever the activations
+    addresses: torch.Tensor | None
 
 
-def _run_stacks(module: nn.Module, hidden_TD, topk_indices, topk_weights, *scales: torch.Tensor | None):
-    """Stacked experts on the CPU engine; their addresses are found once, but by a graph that is being compiled."""
-    gate_up, down = module.gate_up_proj, module.down_proj
-    if torch.compiler.is_compiling() or not all(s is None or _is_plain(s) for s in scales):
-        return experts.cpu.stacked(hidden_TD, topk_indices, topk_weights, gate_up, down, *scales)
-    found = _stacks(module._addresses, gate_up, down, *scales)
-    if found is not module._addresses:  # setting an attribute of a module takes longer than all else here
-        module._addresses = found
-    table, width = found[1], module.intermediate_dim
-    return experts.cpu.routed(hidden_TD, topk_indices, topk_weights, table, width, gate_up.dtype)
+def _know(module: nn.Module, *stacks: torch.Tensor | None) -> _Known:
+    """Of gate and up, down, and the scales of both."""
+    known, act_fn = module._known, module.act_fn
+    plain = not any(type(stack) not in experts.cpu.PLAIN for stack in stacks if stack is not None)
+    key = (act_fn, *map(_identity, stacks)) if plain else ()
+    if known is not None and plain and known.key == key:
+        return known
+    refusal = experts.cpu.refuses_layer(act_fn, *stacks[:2])
+    usable = refusal is None and all(scale is None or _is_plain(scale) for scale in stacks[2:])
+    # setting an attribute of a module takes longer than all else here
+    module._known = _Known(key, refusal, experts.cpu.addresses_of(*stacks) if usable else None)
+    return module._known
+
+
+def _identity(stack: torch.Tensor | None) -> tuple | None:
+    return None if stack is None else (stack.data_ptr(), stack.shape, stack.dtype, stack.is_contiguous())
+
+
+def _refuses(module: nn.Module, hidden_TD: torch.Tensor, *stacks: torch.Tensor | None) -> str | None:
+    """As `experts.cpu.refuses`."""
+    weights = stacks[:2]
+    if torch.compiler.is_compiling():  # a graph knows no addresses
+        return experts.cpu.refuses(hidden_TD, module.act_fn, *weights)
+    return experts.cpu.refuses_call(hidden_TD, *weights) or _know(module, *stacks).refusal
+
+
+def _run_stacks(module: nn.Module, hidden_TD, topk_indices, topk_weights, *stacks: torch.Tensor | None):
+    """Stacked experts on the CPU engine, which did not refuse them."""
+    addresses = None if torch.compiler.is_compiling() else module._known.addresses
+    if addresses is None:
+        return experts.cpu.stacked(hidden_TD, topk_indices, topk_weights, *stacks)
+    width, dtype = module.intermediate_dim, stacks[0].dtype
+    return experts.cpu.routed(hidden_TD, topk_indices, topk_weights, addresses, width, dtype)
+
+
+def _table(module: nn.Module, dtype: torch.dtype) -> EngineTable | None:
+    """Of stacks that the engine did not refuse."""
+    addresses = module._known.addresses
+    return None if addresses is None else EngineTable(addresses, module.intermediate_dim, dtype)
 
 
 def _is_plain(scale: torch.Tensor) -> bool:
@@ -87,12 +118,12 @@ class _StackedExperts(nn.Module):
 class DeepseekExperts(_StackedExperts):
     """Trainable experts: ``gate_up_proj [E, 2I, D]``, ``down_proj [E, D, I]``; honours ``experts_implementation``."""
 
-    _addresses: tuple | None = None  # of `_stacks`
+    _known: _Known | None = None
 
     def forward(self, hidden_TD, topk_indices, topk_weights):
         device_type = hidden_TD.device.type
         if may_use(CPU, self._refusal(hidden_TD) or _needs_gradients(topk_weights)):
-            return _run_stacks(self, hidden_TD, topk_indices, topk_weights, None, None)
+            return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *self._stacks())
         if torch.is_autocast_enabled(device_type):
             # The grouped kernels are no autocast ops: with fp32 weights they would run in fp32 throughout.
             dtype = torch.get_autocast_dtype(device_type)
@@ -101,20 +132,20 @@ class DeepseekExperts(_StackedExperts):
                 return functional_call(self, cast, (hidden_TD.to(dtype), topk_indices, topk_weights))
         return super().forward(hidden_TD, topk_indices, topk_weights)
 
+    def _stacks(self) -> tuple[torch.Tensor | None, ...]:
+        return self.gate_up_proj, self.down_proj, None, None
+
     def _refusal(self, hidden_TD: torch.Tensor) -> str | None:
         if torch.is_autocast_enabled(hidden_TD.device.type):
             return "does not run under autocast"
         # "grouped_mm" is what transformers chooses when nobody does; another name is somebody's wish
         if self.config._experts_implementation not in (None, "grouped_mm"):
             return "is not the implementation that was asked for"
-        return experts.cpu.refuses(hidden_TD, self.act_fn, self.gate_up_proj, self.down_proj)
+        return _refuses(self, hidden_TD, *self._stacks())
 
     def engine_table(self, hidden_TD: torch.Tensor) -> EngineTable | None:
         """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""
-        if self._refusal(hidden_TD) is not None:
-            return None
-        self._addresses = _stacks(self._addresses, self.gate_up_proj, self.down_proj, None, None)
-        return EngineTable(self._addresses[1], self.intermediate_dim, self.gate_up_proj.dtype)
+        return None if self._refusal(hidden_TD) is not None else _table(self, self.gate_up_proj.dtype)
 
 
 @dataclass(frozen=True)
@@ -166,12 +197,13 @@ class _Fp8Experts(KeepsDtype):
 class StackedFp8Experts(_Fp8Experts):
     """FP8 experts stacked on one device; gate and up keep scales of their own, so any width has its ragged edge."""
 
-    dtype_kept: ClassVar[tuple[str, ...]] = (
+    stack_names: ClassVar[tuple[str, ...]] = (
         "gate_up_proj",
-        "gate_up_proj_scale_inv",
         "down_proj",
+        "gate_up_proj_scale_inv",
         "down_proj_scale_inv",
     )
+    dtype_kept: ClassVar[tuple[str, ...]] = stack_names
 
     def __init__(self, config, block: tuple[int, int]):
         super().__init__(config, block)
@@ -186,27 +218,25 @@ class StackedFp8Experts(_Fp8Experts):
             ("down_proj_scale_inv", (e, rows_DI, cols_DI), torch.float32),
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
-        self._addresses: tuple | None = None  # of `_stacks`
+        self._known: _Known | None = None
 
-    def _refusal(self, hidden_TD: torch.Tensor) -> str | None:
-        weights = (self.gate_up_proj, self.down_proj)
-        return experts.cpu.refuses(hidden_TD, self.act_fn, *weights) or block_fp8.cpu.refuses_blocks(
-            self.gate_up_proj, self.block
-        )
+    def _stacks(self) -> tuple[torch.Tensor, ...]:
+        found = self._parameters  # four of a module's own look-ups take longer than the rest of a small layer
+        return tuple(found[name] for name in self.stack_names)
+
+    def _refusal(self, hidden_TD: torch.Tensor, stacks: tuple[torch.Tensor, ...]) -> str | None:
+        return _refuses(self, hidden_TD, *stacks) or block_fp8.cpu.refuses_blocks(stacks[0], self.block)
 
     def engine(self, hidden_TD, topk_indices, topk_weights):
-        if not may_use(CPU, self._refusal(hidden_TD) or _needs_gradients(topk_weights)):
+        stacks = self._stacks()
+        if not may_use(CPU, self._refusal(hidden_TD, stacks) or _needs_gradients(topk_weights)):
             return None
-        scales = (self.gate_up_proj_scale_inv, self.down_proj_scale_inv)
-        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *scales)
+        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *stacks)
 
     def engine_table(self, hidden_TD: torch.Tensor) -> EngineTable | None:
         """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""
-        scales = (self.gate_up_proj_scale_inv, self.down_proj_scale_inv)
-        if self._refusal(hidden_TD) is not None or not all(map(_is_plain, scales)):
-            return None
-        self._addresses = _stacks(self._addresses, self.gate_up_proj, self.down_proj, *scales)
-        return EngineTable(self._addresses[1], self.intermediate_dim, self.gate_up_proj.dtype)
+        stacks = self._stacks()
+        return None if self._refusal(hidden_TD, stacks) is not None else _table(self, stacks[0].dtype)
 
     def matrices(self, index: int) -> dict[str, Fp8Matrix]:
         gate, up = self.gate_up_proj[index].split(self.intermediate_dim)

@@ -8,6 +8,7 @@ import torch
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
 # Packed inputs and SwiGLU outputs of one call; more tokens are computed a part at a time.
 WORKSPACE_BYTES = 256 << 20
@@ -15,20 +16,28 @@ WORKSPACE_BYTES = 256 << 20
 
 def refuses(x: torch.Tensor, act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
     """Why the engine cannot run SwiGLU layers with these activations and weights; ``None`` if it can."""
+    return refuses_call(x, *weights) or refuses_layer(act_fn, *weights)
+
+
+def refuses_call(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
+    """What of `refuses` depends on the activations, or whether gradients are wanted."""
     reason = _native.refuses_activations(x)
-    if reason is not None:
-        return reason
+    if reason is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+        reason = "computes no gradients"
+    return reason
+
+
+def refuses_layer(act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
+    """The rest of `refuses`."""
     if not isinstance(act_fn, torch.nn.SiLU) and type(act_fn).__name__ != "SiLUActivation":
         return f"has silu for its activation function, found {type(act_fn).__name__}"
     for weight in weights:
-        if type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        if type(weight) not in PLAIN:
             return f"needs plain tensors, found {type(weight).__name__}"
         if weight.dtype not in WEIGHTS:
             return f"takes weights in {', '.join(str(dtype) for dtype in WEIGHTS)}, found {weight.dtype}"
         if weight.device.type != "cpu" or not weight.is_contiguous():
             return f"needs contiguous weights on the CPU, found {weight.device}, strides {weight.stride()}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
-        return "computes no gradients"
     return None
 
 
@@ -54,40 +63,42 @@ def accumulate(
         width: I.
         dtype: of the weights, one of `WEIGHTS`.
     """
+    shape, slots = hidden_TD.shape, topk_indices.shape
     if (
-        hidden_TD.ndim != 2
+        len(shape) != 2
         or hidden_TD.dtype not in _native.ACTIVATIONS
-        or topk_indices.ndim != 2
-        or topk_indices.shape[0] != hidden_TD.shape[0]
+        or len(slots) != 2
+        or slots[0] != shape[0]
         or topk_indices.dtype != torch.int64
-        or topk_weights.shape != topk_indices.shape
+        or topk_weights.shape != slots
     ):
         found = ", ".join(map(_native.describe, (hidden_TD, topk_indices, topk_weights)))
         raise ValueError(f"experts: found {found}, wanted activations [T, D], indices [T, K] in int64, weights [T, K]")
     if addresses.ndim != 3 or addresses.shape[1:] != (3, 2) or addresses.dtype != torch.int64:
         raise ValueError(f"experts: found addresses {_native.describe(addresses)}, wanted [E, 3, 2] in int64")
-    if out_TD.shape != hidden_TD.shape or out_TD.dtype != torch.float32 or not out_TD.is_contiguous():
+    if out_TD.shape != shape or out_TD.dtype != torch.float32 or not out_TD.is_contiguous():
         raise ValueError(
             f"experts: found an output {_native.describe(out_TD)}, wanted {list(hidden_TD.shape)} in fp32"
         )
-    tokens, hidden = hidden_TD.shape
-    top_k = topk_indices.shape[1]
-    experts = addresses.shape[0]
+    (tokens, hidden), top_k, experts = shape, slots[1], addresses.shape[0]
     if not (tokens and top_k and hidden and width and experts):
         return
     hidden_TD, topk_indices = hidden_TD.contiguous(), topk_indices.contiguous()
     topk_weights, addresses = topk_weights.float().contiguous(), addresses.contiguous()
     step = max(1, WORKSPACE_BYTES // (4 * top_k * (hidden + width)))
-    numbers = _native.DTYPES[hidden_TD.dtype], _native.DTYPES[dtype]
-    places = [tensor.data_ptr() for tensor in (hidden_TD, topk_indices, topk_weights, out_TD)]
-    strides = (hidden * hidden_TD.itemsize, top_k * 8, top_k * 4, hidden * 4)  # bytes from one token to the next
+    dtypes = _native.DTYPES[hidden_TD.dtype], _native.DTYPES[dtype]
+    table = addresses.data_ptr(), experts, dtypes[1]
+    x, indices, weights, out = (
+        hidden_TD.data_ptr(),
+        topk_indices.data_ptr(),
+        topk_weights.data_ptr(),
+        out_TD.data_ptr(),
+    )
     for start in range(0, tokens, step):
-        x, indices, weights, out = (place + start * stride for place, stride in zip(places, strides, strict=True))
-        _native.call(
-            "dsm_experts",
-            *(numbers[0], x, min(step, tokens - start), hidden, width, indices, weights, top_k),
-            *(addresses.data_ptr(), experts, numbers[1], out),
-        )
+        count = min(step, tokens - start)
+        _native.call("dsm_experts", dtypes[0], x, count, hidden, width, indices, weights, top_k, *table, out)
+        x, out = x + count * hidden * hidden_TD.itemsize, out + count * hidden * 4
+        indices, weights = indices + count * top_k * 8, weights + count * top_k * 4
 
 
 def _routed(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: torch.dtype) -> torch.Tensor:
