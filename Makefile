@@ -24,7 +24,7 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model
 	$(BIN)/deepseek-moe demo $(ARGS)
 
 test: lint ## Check the style and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 peer: $(READY) ## Run the tests that compare with other software (downloads transformers' source distribution)
 	$(BIN)/python -m pytest -m peer $(ARGS)

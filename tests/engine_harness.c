@@ -123,10 +123,13 @@ static Argument read_argument(FILE *file) {
     return a;
 }
 
+/* whether it multiplies in bf16 what was recorded in fp32 */
+static int in_bf16(const char *isa) { return strstr(isa, "bf16") || strstr(isa, "amx"); }
+
 /* |found - wanted| / |wanted|; infinite where one is NaN and the other is not, or bits differ that must not */
 static double distance(const Argument *a, const char *isa) {
     /* vdpbf16ps takes subnormal activations for zeros; that is no error */
-    double error = 0, size = strstr(isa, "bf16") ? 1e-60 : 0;
+    double error = 0, size = in_bf16(isa) ? 1e-60 : 0;
     if (a->dtype < 0) return memcmp(a->data, a->wanted, (size_t)a->size) ? INFINITY : 0;
     for (int64_t i = 0; i < a->size / (int64_t)dsm_itemsize((int)a->dtype); i++) {
         const double found = dsm_load(a->data, (int)a->dtype, i), wanted = dsm_load(a->wanted, (int)a->dtype, i);
@@ -139,7 +142,7 @@ static double distance(const Argument *a, const char *isa) {
 }
 
 static double allowed(const Argument *a, const char *isa) {
-    if (strstr(isa, "bf16")) return 2e-2; /* multiplies in bf16 what was recorded in fp32 */
+    if (in_bf16(isa)) return 2e-2;
     return a->dtype == DSM_F32 ? 1e-5 : a->dtype == DSM_F16 ? 1e-3 : 4e-3;
 }
 
