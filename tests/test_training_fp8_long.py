@@ -106,8 +106,9 @@ def hold(tmp_path, make, tokens, bound, seeds):
         found = {}
         for name, (fp8, bf16) in RUNS.items():
             found[name] = losses(tmp_path, make(seed), tokens, fp8, bf16)
-            for other in list(found)[:2]:
-                gaps.setdefault((name, other), []).append(gap(found[name], found[other]))
+            for other in ("fp32", "bf16"):
+                if other in found and other != name:
+                    gaps.setdefault((name, other), []).append(gap(found[name], found[other]))
             print(f"initialisation {seed}, {name}: {sum(found[name][-200:]) / 200:.5f}", flush=True)
     for (name, other), values in gaps.items():
         mean = sum(values) / seeds
