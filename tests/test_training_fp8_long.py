@@ -96,8 +96,8 @@ def gap(found, wanted, last=200):
 RUNS = {"fp32": (None, False), "bf16": (None, True), "FP8": (FP8, True), "FP8, Wgrad in bf16": (BF16_WGRAD, True)}
 
 
-def hold(tmp_path, make, tokens, bound, seeds):
-    """On average over initialisations both recipes stay within ``bound`` of bf16.
+def hold(tmp_path, make, tokens, seeds, bounds):
+    """On average over initialisations both recipes stay within ``bounds`` of bf16 and of fp32, and bf16 within 0.25 % of fp32.
 
     One initialisation tells little: bf16 and fp32 part by 0.2 to 0.4 % too, and the gap to fp32 contains theirs.
     """
@@ -113,18 +113,17 @@ def hold(tmp_path, make, tokens, bound, seeds):
     for (name, other), values in gaps.items():
         mean = sum(values) / seeds
         print(f"{name} beside {other}: {mean:+.2%} ({', '.join(f'{value:+.2%}' for value in values)})", flush=True)
-        if name.startswith("FP8"):
-            assert abs(mean) < (bound if other == "bf16" else 2 * bound)
+        assert abs(mean) < (bounds[other] if name.startswith("FP8") else 0.0025)
 
 
 @pytest.mark.long
 @needs_text
 def test_loss_gap_on_subwords(tmp_path):
-    hold(tmp_path, lambda seed: make_model(seed, 1024, 0.02), subwords(), 0.0025, SEEDS)
+    hold(tmp_path, lambda seed: make_model(seed, 1024, 0.02), subwords(), SEEDS, {"bf16": 0.0025, "fp32": 0.005})
 
 
 @pytest.mark.long
 @needs_text
 def test_loss_gap_on_bytes(tmp_path):
     tokens = list(TEXT.read_bytes()[: ROWS * ROW * 1000])
-    hold(tmp_path, lambda seed: make_model(seed, 256, 0.05), tokens, 0.015, 1)
+    hold(tmp_path, lambda seed: make_model(seed, 256, 0.05), tokens, 1, {"bf16": 0.015, "fp32": 0.015})

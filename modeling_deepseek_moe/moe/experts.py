@@ -83,10 +83,11 @@ def _run_stacks(module: nn.Module, hidden_TD, topk_indices, topk_weights, *stack
     return experts.cpu.routed(hidden_TD, topk_indices, topk_weights, addresses, width, dtype)
 
 
-def _table(module: nn.Module, dtype: torch.dtype) -> EngineTable | None:
-    """Of stacks that the engine did not refuse."""
-    addresses = module._known.addresses
-    return None if addresses is None else EngineTable(addresses, module.intermediate_dim, dtype)
+def _table(module: nn.Module, hidden_TD: torch.Tensor) -> EngineTable | None:
+    """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""
+    if module._refusal(hidden_TD) is not None or module._known.addresses is None:
+        return None
+    return EngineTable(module._known.addresses, module.intermediate_dim, module.gate_up_proj.dtype)
 
 
 def _is_plain(scale: torch.Tensor) -> bool:
@@ -145,7 +146,7 @@ class DeepseekExperts(_StackedExperts):
 
     def engine_table(self, hidden_TD: torch.Tensor) -> EngineTable | None:
         """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""
-        return None if self._refusal(hidden_TD) is not None else _table(self, self.gate_up_proj.dtype)
+        return _table(self, hidden_TD)
 
 
 @dataclass(frozen=True)
@@ -224,19 +225,18 @@ class StackedFp8Experts(_Fp8Experts):
         found = self._parameters  # four of a module's own look-ups take longer than the rest of a small layer
         return tuple(found[name] for name in self.stack_names)
 
-    def _refusal(self, hidden_TD: torch.Tensor, stacks: tuple[torch.Tensor, ...]) -> str | None:
+    def _refusal(self, hidden_TD: torch.Tensor) -> str | None:
+        stacks = self._stacks()
         return _refuses(self, hidden_TD, *stacks) or block_fp8.cpu.refuses_blocks(stacks[0], self.block)
 
     def engine(self, hidden_TD, topk_indices, topk_weights):
-        stacks = self._stacks()
-        if not may_use(CPU, self._refusal(hidden_TD, stacks) or _needs_gradients(topk_weights)):
+        if not may_use(CPU, self._refusal(hidden_TD) or _needs_gradients(topk_weights)):
             return None
-        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *stacks)
+        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *self._stacks())
 
     def engine_table(self, hidden_TD: torch.Tensor) -> EngineTable | None:
         """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""
-        stacks = self._stacks()
-        return None if self._refusal(hidden_TD, stacks) is not None else _table(self, stacks[0].dtype)
+        return _table(self, hidden_TD)
 
     def matrices(self, index: int) -> dict[str, Fp8Matrix]:
         gate, up = self.gate_up_proj[index].split(self.intermediate_dim)

@@ -16,7 +16,7 @@
 #define DSM_BLOCK 128
 #define DSM_MIX_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
-#define DSM_FEW_ROWS 16
+#define DSM_FEW_ROWS 16      /* least and most of `Kernels.few_rows` */
 #define DSM_MOST_FEW_ROWS 64
 #define DSM_STEP_TOKENS 16 /* most tokens of the operations that are for few */
 #define DSM_INLINE static inline __attribute__((always_inline))

@@ -1,0 +1,147 @@
+/* FP8 beside one token group, or one token, and bf16 beside one; part of `kernels_amx.h`.
+
+   A block of columns of 16 weight rows is decoded while the one before it is multiplied, so that what is decoded stays in
+   the first cache. The processor fetches ahead of many readers at once, if each has a page of its own: so up to 64 rows are
+   taken in turns of 16 that lie apart, where possible in other places of their pages too, since those that lie alike share
+   a few lines of the first cache. */
+
+/* turns of `count` rows, up to a panel: 1, 2 or 4 */
+DSM_INLINE int64_t turns_of(int64_t count) { return count <= TILE ? 1 : count <= 2 * TILE ? 2 : PANEL / TILE; }
+DSM_INLINE int64_t row_of(int64_t turn, int64_t i, int64_t turns) { return i * turns + ((i + turn) & (turns - 1)); }
+/* which of turns x 16 places a row has: row_of(slot / 16, slot % 16) is the row */
+DSM_INLINE int64_t slot_of(int64_t row, int64_t turns) {
+    const int64_t i = row / turns;
+    return ((row - i) & (turns - 1)) * TILE + i;
+}
+
+typedef struct {
+    const uint8_t *from; /* of the panel's first row */
+    char *to;
+    int64_t turn, turns, count, columns, pitch; /* count: rows of the panel, 0: there is no block */
+} Block;
+
+DSM_INLINE void decode_some(Normal n, const Block *block, int64_t i0, int64_t i1) {
+    for (int64_t i = i0; i < i1; i++) {
+        const int64_t row = row_of(block->turn, i, block->turns);
+        const uint8_t *from = block->from + row * block->pitch;
+        if (row >= block->count) break;
+        _mm_prefetch((const char *)from + READ_AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)from + READ_AHEAD + 64, _MM_HINT_T0);
+        if (block->columns >= DSM_BLOCK) decode_block(n, from, block->to + i * 64);
+        else decode_rare(from, block->columns, block->to + i * 64);
+    }
+}
+/* Product 0 is that of a decoded block; the next one is decoded between its steps, which wait for each other. */
+DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int64_t columns, const Block *next,
+                                 const int tokens) {
+    const size_t pitch = tokens * 4, tile = pitch * TILE;
+    _tile_zero(0);
+    _tile_loadd(4, tiles, 64);
+    _tile_loadd(6, x, pitch);
+    _tile_dpbf16ps(0, 4, 6);
+    decode_some(n, next, 0, 4);
+    _tile_loadd(5, tiles + TILE_BYTES, 64);
+    _tile_loadd(7, x + tile, pitch);
+    _tile_dpbf16ps(0, 5, 7);
+    decode_some(n, next, 4, 8);
+    if (columns > 64) {
+        _tile_loadd(4, tiles + 2 * TILE_BYTES, 64);
+        _tile_loadd(6, x + 2 * tile, pitch);
+        _tile_dpbf16ps(0, 4, 6);
+    }
+    decode_some(n, next, 8, 12);
+    if (columns > 64) {
+        _tile_loadd(5, tiles + 3 * TILE_BYTES, 64);
+        _tile_loadd(7, x + 3 * tile, pitch);
+        _tile_dpbf16ps(0, 5, 7);
+    }
+    decode_some(n, next, 12, 16);
+}
+/* sums[slot][tokens] of rows [first, first + count) of one panel, whose scales are those of the first; tokens: 1 or 16.
+   A product is added to the sums a block later: what a tile has stored cannot be read at once. */
+DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
+                             const int tokens) {
+    const Normal n = normal();
+    const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols);
+    const uint8_t *data = (const uint8_t *)w->data + first * w->cols;
+    const int64_t size = tokens * TILE, turns = turns_of(count);
+    float products[2][TILE_FLOATS] __attribute__((aligned(64)));
+    float *to = NULL, scale = 0;
+    int begun = 0, half = 0;
+    Block next = {data, scratch, 0, turns, count, w->cols, w->cols};
+    decode_some(n, &next, 0, TILE);
+    for (int64_t turn = 0; turn < turns; turn++)
+        for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, half = !half) {
+            const char *tiles = next.to;
+            next.to = scratch + (half ? 0 : BLOCK_BYTES);
+            next.from += DSM_BLOCK, next.columns -= DSM_BLOCK;
+            if (next.columns <= 0) next.from = data, next.columns = w->cols, next.turn = turn + 1;
+            if (next.turn == turns) next.count = 0;
+            MEMORY_WRITTEN;
+            multiply_decoded(n, tiles, x + k / 2 * tokens * 4, w->cols - k, &next, tokens);
+            _tile_stored(0, products[half], tokens * 4);
+            if (to) add_products(to, products[!half], size, scale, begun);
+            to = sums + turn * size, scale = scales[k / DSM_BLOCK], begun = k > 0;
+        }
+    MEMORY_WRITTEN;
+    if (to) add_products(to, products[!half], size, scale, begun);
+}
+static __attribute__((noinline)) void multiply_one(const Matrix *w, int64_t first, int64_t count, const char *x,
+                                                   float *sums, char *scratch) {
+    multiply_few(w, first, count, x, sums, scratch, 1);
+}
+static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t first, int64_t count, const char *x,
+                                                     float *sums, char *scratch) {
+    multiply_few(w, first, count, x, sums, scratch, TILE);
+}
+
+/* The same of bf16, which needs no tiles: eight readers at once. */
+#define READERS 8
+static __attribute__((noinline)) void multiply_bf16(const Matrix *w, int64_t first, int64_t count, const char *x, float *out) {
+    const int64_t turns = (count + READERS - 1) / READERS, cols = w->cols, whole = cols / 64 * 64;
+    const uint16_t *data = (const uint16_t *)w->data + first * cols, *pairs = (const uint16_t *)x;
+    for (int64_t turn = 0; turn < turns; turn++) {
+        const uint16_t *row[READERS];
+        __m512 part[2 * READERS];
+        UNROLL for (int i = 0; i < READERS; i++) {
+            row[i] = data + dsm_min(i * turns + turn, count - 1) * cols;
+            part[2 * i] = part[2 * i + 1] = _mm512_setzero_ps();
+        }
+        for (int64_t k = 0; k < whole; k += 64)
+            UNROLL for (int i = 0; i < 2 * READERS; i++) {
+                const uint16_t *from = row[i / 2] + k + i % 2 * 32;
+                _mm_prefetch((const char *)from + READ_AHEAD + 128, _MM_HINT_T0);
+                part[i] = _mm512_dpbf16_ps(part[i], load_pairs(from), load_pairs(pairs + k + i % 2 * 32));
+            }
+        for (int64_t k = whole; k < cols; k += 32) {
+            const __mmask32 mask = cols - k >= 32 ? ~0u : (1u << (cols - k)) - 1;
+            UNROLL for (int i = 0; i < READERS; i++)
+                part[2 * i] = _mm512_dpbf16_ps(part[2 * i], (__m512bh)_mm512_maskz_loadu_epi16(mask, row[i] + k),
+                                               load_pairs(pairs + k));
+        }
+        UNROLL for (int i = 0; i < READERS; i++)
+            if (i * turns + turn < count)
+                out[i * turns + turn] = _mm512_reduce_add_ps(_mm512_add_ps(part[2 * i], part[2 * i + 1]));
+    }
+}
+
+static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                       float *out, int64_t ldo) {
+    char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
+    float sums[PANEL] __attribute__((aligned(64)));
+    const int fp8 = w->dtype == DSM_FP8;
+    if (fp8) _tile_loadconfig(&ONE_TOKEN);
+    for (int64_t r = 0, n; r < count; r += n) {
+        n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);
+        for (int64_t t = 0; t < tokens; t++) {
+            const char *own = (const char *)x + t * stride;
+            float *to = out + t * ldo + r;
+            if (!w->cols) memset(to, 0, sizeof(float) * n);
+            else if (fp8) {
+                multiply_one(w, first + r, n, own, sums, scratch);
+                for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
+            } else multiply_bf16(w, first + r, n, own, to);
+        }
+    }
+    if (fp8) _tile_release();
+}
