@@ -2,7 +2,7 @@
 
    Scores are products of `panel`, with the heads' queries for tokens and the cached latents for weights. */
 
-#define ROWS_AT_ONCE 4
+#define ABSORBED_ROWS 4
 
 /* `rows` (constant) weight rows times their factors are added to the sums of a strip of 4 * WIDTH bytes of each row; the
    j-th vector holds columns per_lane * l + j. */
@@ -34,7 +34,7 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
     const float *scale = w->scale + r / DSM_BLOCK * dsm_blocks(w->cols);
     for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, scale++) {
         const int64_t end = dsm_min(DSM_BLOCK, w->cols - k) * itemsize;
-        F factor[ROWS_AT_ONCE];
+        F factor[ABSORBED_ROWS];
         UNROLL for (int i = 0; i < rows; i++) factor[i] = spread(per_lane == 4 ? q[i] * *scale * GAIN : q[i]);
         for (int64_t i = 0; i < end; i += 4 * WIDTH) {
             const char *at = row + k * itemsize + i;
@@ -54,9 +54,9 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
         int64_t i = 0;                                                                                                 \
         while (i < count) {                                                                                            \
             const int64_t r = first + i;                                                                               \
-            if (r % ROWS_AT_ONCE == 0 && i + ROWS_AT_ONCE <= count) {                                                  \
-                absorb_rows(q + i, w, r, sums, &found, PER_LANE, ROWS_AT_ONCE);                                        \
-                i += ROWS_AT_ONCE;                                                                                     \
+            if (r % ABSORBED_ROWS == 0 && i + ABSORBED_ROWS <= count) {                                                  \
+                absorb_rows(q + i, w, r, sums, &found, PER_LANE, ABSORBED_ROWS);                                        \
+                i += ABSORBED_ROWS;                                                                                     \
             } else {                                                                                                   \
                 absorb_rows(q + i, w, r, sums, &found, PER_LANE, 1);                                                   \
                 i++;                                                                                                   \

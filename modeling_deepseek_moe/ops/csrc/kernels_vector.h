@@ -15,6 +15,8 @@ typedef int32_t I __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t U __attribute__((vector_size(WIDTH * 4))); /* where a sum may wrap */
 typedef float LooseF __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t LooseI __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t UShorts __attribute__((vector_size(WIDTH * 4)));
 typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
 typedef uint8_t LooseBytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
@@ -25,6 +27,9 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define AHEAD 4096   /* bytes: how far a stream of codes is fetched before it is used */
 #define SEGMENT 1024 /* columns */
 #define ROWS 16
+#define ROWS_AT_ONCE 2 /* share what is loaded of x */
+#define TOKENS_AT_ONCE 4
+#define SUMS (ROWS_AT_ONCE * TOKENS_AT_ONCE)
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
 #define UNROLL _Pragma("GCC unroll 32")
@@ -45,11 +50,20 @@ DSM_INLINE float sum(F v) {
 
 /* ---- few tokens: one dot product a weight row ---- */
 
+/* Four codes a lane, two of them at once: each in the upper half of 16 bits, its sign spread over five. */
+typedef struct {
+    I even, odd;
+} Codes;
+DSM_INLINE Codes split(I raw) {
+    return (Codes){(I)((Shorts)((UShorts)raw << 8) >> 4), (I)((Shorts)raw >> 4)};
+}
+DSM_INLINE F code(Codes c, int j) {
+    const I pair = j & 1 ? c.odd : c.even;
+    return (F)((j & 2 ? pair : pair << 16) & KEPT);
+}
 DSM_INLINE void codes_of(I raw, F out[4]) {
-    out[0] = (F)(((raw << 24) >> 4) & KEPT);
-    out[1] = (F)(((raw << 16) >> 4) & KEPT);
-    out[2] = (F)(((raw << 8) >> 4) & KEPT);
-    out[3] = (F)((raw >> 4) & KEPT);
+    const Codes codes = split(raw);
+    UNROLL for (int j = 0; j < 4; j++) out[j] = code(codes, j);
 }
 
 /* 4 * WIDTH bytes of a row that has `rest` left, zeros behind its end */
@@ -60,40 +74,50 @@ DSM_INLINE I load_bytes(const void *p, int64_t rest) {
     return *(const I *)padded;
 }
 
-/* One block of a weight row, of which `rest` columns exist: a constant but at a row's end. */
-DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t rest, float scale,
-                          const char *ahead, F *total, I *found, const int tokens) {
-    F part[8];
-    UNROLL for (int i = 0; i < 2 * tokens; i++) part[i] = zeros();
+/* One block of `rows` weight rows, `pitch` bytes apart, of which `rest` columns exist: a constant but at a row's end. There
+   are as many sums as registers allow: a sum waits four cycles for its last product. */
+DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t rest, float scale,
+                          const char *ahead, F *total, I *found, const int rows, const int tokens) {
+    const int dots = rows * tokens, parts = SUMS / dots > 4 ? 4 : SUMS / dots;
+    F part[SUMS];
+    UNROLL for (int i = 0; i < dots * parts; i++) part[i] = zeros();
     for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
-        F code[4];
-        I raw = load_bytes(w + i, rest - i);
-        if (i % 64 == 0) __builtin_prefetch(ahead + i, 0, 2); /* into the second cache: the first is x's */
-        *found |= (I)((U)(raw & 0x7f7f7f7f) + 0x01010101); /* a byte's top bit: it was 0x7f */
-        codes_of(raw, code);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            const float *xt = (const float *)((const char *)x + t * stride) + i;
-            part[2 * t] += code[0] * load(xt);
-            part[2 * t + 1] += code[1] * load(xt + WIDTH);
-            part[2 * t] += code[2] * load(xt + 2 * WIDTH);
-            part[2 * t + 1] += code[3] * load(xt + 3 * WIDTH);
+        Codes codes[ROWS_AT_ONCE];
+        UNROLL for (int r = 0; r < rows; r++) {
+            I raw = load_bytes(w + r * pitch + i, rest - i);
+            if (i % 64 == 0) __builtin_prefetch(ahead + r * pitch + i, 0, 2); /* into the second cache: the first is x's */
+            found[r] |= (I)((U)(raw & 0x7f7f7f7f) + 0x01010101); /* a byte's top bit: it was 0x7f */
+            codes[r] = split(raw);
+        }
+        UNROLL for (int j = 0; j < 4; j++) {
+            F value[ROWS_AT_ONCE];
+            UNROLL for (int r = 0; r < rows; r++) value[r] = code(codes[r], j);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                const F xt = load((const float *)((const char *)x + t * stride) + i + j * WIDTH);
+                UNROLL for (int r = 0; r < rows; r++) part[(r * tokens + t) * parts + j % parts] += value[r] * xt;
+            }
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++) total[t] += scale * GAIN * (part[2 * t] + part[2 * t + 1]);
+    UNROLL for (int i = 0; i < dots; i++) {
+        const F *p = part + i * parts;
+        total[i] += scale * GAIN * (parts == 4 ? (p[0] + p[1]) + (p[2] + p[3]) : parts == 2 ? p[0] + p[1] : p[0]);
+    }
 }
-DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, const float *scale, int64_t cols,
-                        const char *ahead, F *sums, const int tokens) {
-    F total[4];
-    I found = {0};
+DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale, int64_t cols,
+                        const char *ahead, F *sums, const int rows, const int tokens) {
+    F total[SUMS];
+    I found[ROWS_AT_ONCE];
     int64_t k = 0;
-    int32_t any = 0;
-    UNROLL for (int t = 0; t < tokens; t++) total[t] = sums[t];
+    UNROLL for (int i = 0; i < rows * tokens; i++) total[i] = sums[i];
+    UNROLL for (int r = 0; r < rows; r++) found[r] = (I){0};
     for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
-        add_block(x + k, stride, w + k, DSM_BLOCK, *scale++, ahead + k, total, &found, tokens);
-    if (k < cols) add_block(x + k, stride, w + k, cols - k, *scale, ahead + k, total, &found, tokens);
-    found &= (int32_t)0x80808080;
-    for (int i = 0; i < WIDTH; i++) any |= found[i];
-    UNROLL for (int t = 0; t < tokens; t++) sums[t] = any ? spread(NAN) : total[t];
+        add_block(x + k, stride, w + k, pitch, DSM_BLOCK, *scale++, ahead + k, total, found, rows, tokens);
+    if (k < cols) add_block(x + k, stride, w + k, pitch, cols - k, *scale, ahead + k, total, found, rows, tokens);
+    UNROLL for (int r = 0; r < rows; r++) {
+        int32_t any = 0;
+        for (int l = 0; l < WIDTH; l++) any |= found[r][l] & (int32_t)0x80808080;
+        UNROLL for (int t = 0; t < tokens; t++) sums[r * tokens + t] = any ? spread(NAN) : total[r * tokens + t];
+    }
 }
 DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, F *sums, const int tokens) {
     F total[8];
@@ -114,22 +138,25 @@ DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64
    segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
 DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                           int64_t ldo, const int tokens) {
-    F sums[ROWS * 4];
-    const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2;
+    F sums[ROWS * TOKENS_AT_ONCE];
+    const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
     const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
     for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
     for (int64_t k = 0; k < cols; k += segment) {
         const float *xk = (const float *)x + k;
         const int64_t length = dsm_min(segment, cols - k);
-        for (int64_t r = 0; r < count; r++) {
+        for (int64_t r = 0, n; r < count; r += n) {
             const char *row = (const char *)w->data + ((first + r) * cols + k) * itemsize;
-            const char *ahead = segment == cols ? row + AHEAD
-                                : r + 1 < count ? row + cols * itemsize
-                                                : row + (segment - (count - 1) * cols) * itemsize;
             const float *scale = w->scale + (first + r) / DSM_BLOCK * dsm_blocks(cols) + k / DSM_BLOCK;
-            if (w->dtype == DSM_FP8)
-                add_fp8(xk, stride, (const uint8_t *)row, scale, length, ahead, sums + r * tokens, tokens);
-            else add_bf16(xk, stride, (const uint16_t *)row, length, sums + r * tokens, tokens);
+            /* rows at once have their scales in common */
+            n = w->dtype == DSM_FP8 && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
+            const char *ahead = segment == cols ? row + (n - 1) * pitch + AHEAD
+                                : r + n < count ? row + n * pitch
+                                                : row + segment * itemsize - (count - n) * pitch;
+            F *to = sums + r * tokens;
+            if (w->dtype != DSM_FP8) add_bf16(xk, stride, (const uint16_t *)row, length, to, tokens);
+            else if (n == 1) add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, 1, tokens);
+            else add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, ROWS_AT_ONCE, tokens);
         }
     }
     for (int64_t r = 0; r < count; r++)
