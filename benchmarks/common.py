@@ -25,7 +25,7 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
 def gemm_flops(dtype: torch.dtype = torch.bfloat16, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of torch's square matrix product: the best of several."""
     a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(_seconds(lambda: a @ b) for _ in range(repeats))
+    return 2 * size**3 / min(_seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(repeats))
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,30 @@ class Timing:
 
 
 QUIET_SWITCHES = 20
+PATIENCE = 120  # seconds, after which one counted round has to do: torch's bf16 products take minutes without AVX-512
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, Timing]:
-    """Time the contestants, one after the other in every round, so that a noisy neighbour meets them all."""
+    """Time the contestants, one after the other in every round, so that a noisy neighbour meets them all.
+
+    ``rounds`` rounds behind ``warm_up`` that do not count; fewer of either, at least one, once `PATIENCE` is at an end.
+    """
+    start = time.perf_counter()
     seconds = {name: [] for name in contestants}
     disturbed = {name: [] for name in contestants}
-    for index in range(warm_up + rounds):
+    while warm_up + rounds > 0:
         for name, run in contestants.items():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
             taken = _seconds(run)
-            if index >= warm_up:
+            if warm_up <= 0:
                 switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
                 seconds[name].append(taken)
                 disturbed[name].append(switches > QUIET_SWITCHES * taken)
+        hurry = time.perf_counter() - start > PATIENCE
+        if warm_up > 0:
+            warm_up = 0 if hurry else warm_up - 1
+        else:
+            rounds = 0 if hurry else rounds - 1
     return {name: Timing(tuple(seconds[name]), tuple(disturbed[name])) for name in contestants}
 
 

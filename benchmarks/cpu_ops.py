@@ -88,10 +88,15 @@ def head(weight, threads: int, rounds: int, readers: Readers) -> list[dict]:
 
 
 def gemm(threads: int, rounds: int) -> list[dict]:
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16) for _ in range(2))
-    times, _ = race({TORCH: lambda: a @ b}, rounds, None)
-    case = {"case": f"bf16 matrix product {GEMM_SIZE}³", "threads": threads}
-    return [row(case, TORCH, times[TORCH], flops=2 * GEMM_SIZE**3)]
+    products = {f"torch {str(dtype)[6:]}": matrix_product(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    times, _ = race(products, rounds, None)
+    case = {"case": f"matrix product {GEMM_SIZE}³", "threads": threads}
+    return [row(case, name, times[name], flops=2 * GEMM_SIZE**3) for name in products]
+
+
+def matrix_product(dtype: torch.dtype):
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=dtype) for _ in range(2))
+    return lambda: F.linear(a, b)
 
 
 def errors(weight, dense) -> list[dict]:
