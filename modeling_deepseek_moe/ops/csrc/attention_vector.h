@@ -13,10 +13,9 @@ DSM_INLINE void absorb_strip(const char *row, int64_t pitch, int64_t rest, const
     UNROLL for (int r = 0; r < rows; r++) {
         const I raw = load_bytes(row + r * pitch, rest);
         if (per_lane == 4) {
-            F code[4];
-            *found |= (raw & 0x7f7f7f7f) + 0x01010101;
-            codes_of(raw, code);
-            UNROLL for (int j = 0; j < 4; j++) acc[j] += factor[r] * code[j];
+            const Codes codes = split(raw);
+            *found = look(*found, raw);
+            UNROLL for (int j = 0; j < 4; j++) acc[j] += factor[r] * code(codes, j);
         } else {
             acc[0] += factor[r] * (F)(raw << 16);
             acc[1] += factor[r] * (F)(raw & (int32_t)0xffff0000);
@@ -47,10 +46,9 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
     }
 }
 #define ABSORB(NAME, PER_LANE)                                                                                         \
-    static __attribute__((noinline)) int32_t NAME(const float *q, const Matrix *w, int64_t first, int64_t count,       \
+    static __attribute__((noinline)) int NAME(const float *q, const Matrix *w, int64_t first, int64_t count,       \
                                                   float *sums) {                                                       \
         I found = {0};                                                                                                 \
-        int32_t any = 0;                                                                                               \
         int64_t i = 0;                                                                                                 \
         while (i < count) {                                                                                            \
             const int64_t r = first + i;                                                                               \
@@ -62,15 +60,14 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
                 i++;                                                                                                   \
             }                                                                                                          \
         }                                                                                                              \
-        for (int l = 0; l < WIDTH; l++) any |= found[l] & (int32_t)0x80808080;                                         \
-        return any;                                                                                                    \
+        return nan_seen(found);                                                                                        \
     }
 ABSORB(absorb_fp8, 4)
 ABSORB(absorb_bf16, 2)
 
 static void absorb(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
     const int per_lane = w->dtype == DSM_FP8 ? 4 : 2, group = per_lane * WIDTH;
-    int32_t nan;
+    int nan;
     memset(sums, 0, sizeof(float) * dsm_blocks(w->cols) * DSM_BLOCK);
     nan = w->dtype == DSM_FP8 ? absorb_fp8(q, w, first, count, sums) : absorb_bf16(q, w, first, count, sums);
     for (int64_t k = 0; k < w->cols; k += group)

@@ -1,11 +1,16 @@
 /* The kernels for AVX-512 F, BW, DQ, VL (Skylake-X and later). */
 #if defined(__x86_64__)
 #include "target.h"
+
+#include <immintrin.h>
+
 DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #define WIDTH 16
 #define PANEL_VECTORS 4
 #define KERNELS dsm_kernels_avx512
 #define LABEL "avx512"
+#define MULTIPLY_ADD_BYTES(a, b) _mm512_maddubs_epi16((__m512i)(a), (__m512i)(b))
+#define MAX_BYTES(a, b) _mm512_max_epu8((__m512i)(a), (__m512i)(b))
 #include "kernels_vector.h"
 DSM_TARGET_END
 #endif

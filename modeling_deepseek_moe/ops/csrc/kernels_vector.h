@@ -5,7 +5,9 @@
    arithmetically, and masked, is an fp32 with the code's sign, exponent and mantissa, too small by 2^-120. Half of that
    is made good in the activations when they are packed (GAIN), half in the scale. The packing puts activation 4l + j of
    a group of 4 * WIDTH at j * WIDTH + l, where lane l of the j-th decoded vector finds it. bf16 weights go two to a lane
-   in the same way. The pattern 0x7f (NaN) would decode as 480: it is looked for, and makes its row's result NaN. */
+   in the same way. The pattern 0x7f (NaN) would decode as 480: it is looked for, and makes its row's result NaN.
+
+   A set of instructions may define MULTIPLY_ADD_BYTES and MAX_BYTES, which C has no operators for. */
 #include "engine.h"
 
 #include <math.h>
@@ -55,15 +57,31 @@ typedef struct {
     I even, odd;
 } Codes;
 DSM_INLINE Codes split(I raw) {
+#ifdef MULTIPLY_ADD_BYTES /* one instruction each: codes, signed, times 16 or 0 */
+    return (Codes){(I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x0010), raw), (I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x1000), raw)};
+#else
     return (Codes){(I)((Shorts)((UShorts)raw << 8) >> 4), (I)((Shorts)raw >> 4)};
+#endif
 }
 DSM_INLINE F code(Codes c, int j) {
     const I pair = j & 1 ? c.odd : c.even;
     return (F)((j & 2 ? pair : pair << 16) & KEPT);
 }
-DSM_INLINE void codes_of(I raw, F out[4]) {
-    const Codes codes = split(raw);
-    UNROLL for (int j = 0; j < 4; j++) out[j] = code(codes, j);
+/* Looks for NaN among the codes: a byte's lower bits are all ones. */
+DSM_INLINE I look(I found, I raw) {
+#ifdef MAX_BYTES
+    return (I)MAX_BYTES(found, raw | (int32_t)0x80808080);
+#else
+    return found | (I)((U)(raw & 0x7f7f7f7f) + 0x01010101);
+#endif
+}
+DSM_INLINE int nan_seen(I found) {
+    int32_t any = 0;
+#ifdef MAX_BYTES
+    found = (I)((U)(found & 0x7f7f7f7f) + 0x01010101);
+#endif
+    for (int l = 0; l < WIDTH; l++) any |= found[l] & (int32_t)0x80808080;
+    return any != 0;
 }
 
 /* 4 * WIDTH bytes of a row that has `rest` left, zeros behind its end */
@@ -86,7 +104,7 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
         UNROLL for (int r = 0; r < rows; r++) {
             I raw = load_bytes(w + r * pitch + i, rest - i);
             if (i % 64 == 0) __builtin_prefetch(ahead + r * pitch + i, 0, 2); /* into the second cache: the first is x's */
-            found[r] |= (I)((U)(raw & 0x7f7f7f7f) + 0x01010101); /* a byte's top bit: it was 0x7f */
+            found[r] = look(found[r], raw);
             codes[r] = split(raw);
         }
         UNROLL for (int j = 0; j < 4; j++) {
@@ -114,9 +132,8 @@ DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t
         add_block(x + k, stride, w + k, pitch, DSM_BLOCK, *scale++, ahead + k, total, found, rows, tokens);
     if (k < cols) add_block(x + k, stride, w + k, pitch, cols - k, *scale, ahead + k, total, found, rows, tokens);
     UNROLL for (int r = 0; r < rows; r++) {
-        int32_t any = 0;
-        for (int l = 0; l < WIDTH; l++) any |= found[r][l] & (int32_t)0x80808080;
-        UNROLL for (int t = 0; t < tokens; t++) sums[r * tokens + t] = any ? spread(NAN) : total[r * tokens + t];
+        const int nan = nan_seen(found[r]);
+        UNROLL for (int t = 0; t < tokens; t++) sums[r * tokens + t] = nan ? spread(NAN) : total[r * tokens + t];
     }
 }
 DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, F *sums, const int tokens) {
@@ -225,6 +242,7 @@ DSM_INLINE void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_
                            const int per_lane) {
     const int bytes = 4 / per_lane;
     const int64_t deep = dsm_min(DSM_BLOCK, w->cols - k);
+    I found = {0};
     for (int v = 0; v < PANEL_VECTORS; v++)
         for (int64_t i = 0; i < DSM_BLOCK; i += per_lane * WIDTH) {
             float *to = panel + i * PANEL + v * WIDTH;
@@ -236,13 +254,9 @@ DSM_INLINE void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_
             transpose(raw);
             UNROLL for (int q = 0; q < WIDTH; q++, to += PANEL) {
                 if (per_lane == 4) {
-                    F code[4];
-                    codes_of(raw[q], code);
-                    for (int j = 0; j < 4; j++) {
-                        I magnitude = (I)code[j] & 0x7fffffff;
-                        F nan = (F)choose(magnitude == 0x07f00000, (I)spread(NAN), (I)code[j]);
-                        store(to + j * WIDTH * PANEL, nan);
-                    }
+                    const Codes codes = split(raw[q]);
+                    found = look(found, raw[q]);
+                    UNROLL for (int j = 0; j < 4; j++) store(to + j * WIDTH * PANEL, code(codes, j));
                 } else if (per_lane == 2) {
                     store(to, (F)(raw[q] << 16));
                     store(to + WIDTH * PANEL, (F)(raw[q] & (int32_t)0xffff0000));
@@ -251,6 +265,9 @@ DSM_INLINE void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_
                 }
             }
         }
+    if (per_lane == 4 && nan_seen(found))
+        for (int i = 0; i < DSM_BLOCK * PANEL; i++)
+            if (fabsf(panel[i]) == 480 * 0x1p-120f) panel[i] = NAN;
 }
 #define FILL_PANEL(NAME, PER_LANE)                                                                                     \
     static __attribute__((noinline)) void NAME(const Matrix *w, int64_t first, int64_t count, int64_t k,               \
