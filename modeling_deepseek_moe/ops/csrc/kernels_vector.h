@@ -92,11 +92,15 @@ DSM_INLINE I load_bytes(const void *p, int64_t rest) {
     return *(const I *)padded;
 }
 
+DSM_INLINE F joined(const F *part, const int parts) {
+    return parts == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : parts == 2 ? part[0] + part[1] : part[0];
+}
+
 /* One block of `rows` weight rows, `pitch` bytes apart, of which `rest` columns exist: a constant but at a row's end. There
    are as many sums as registers allow: a sum waits four cycles for its last product. */
 DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t rest, float scale,
                           const char *ahead, F *total, I *found, const int rows, const int tokens) {
-    const int dots = rows * tokens, parts = SUMS / dots > 4 ? 4 : SUMS / dots;
+    const int dots = rows * tokens, parts = tokens == 1 ? 4 : TOKENS_AT_ONCE / tokens; /* alike, however many rows there are */
     F part[SUMS];
     UNROLL for (int i = 0; i < dots * parts; i++) part[i] = zeros();
     for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
@@ -116,10 +120,7 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
             }
         }
     }
-    UNROLL for (int i = 0; i < dots; i++) {
-        const F *p = part + i * parts;
-        total[i] += scale * GAIN * (parts == 4 ? (p[0] + p[1]) + (p[2] + p[3]) : parts == 2 ? p[0] + p[1] : p[0]);
-    }
+    UNROLL for (int i = 0; i < dots; i++) total[i] += scale * GAIN * joined(part + i * parts, parts);
 }
 DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale, int64_t cols,
                         const char *ahead, F *sums, const int rows, const int tokens) {
@@ -136,19 +137,32 @@ DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t
         UNROLL for (int t = 0; t < tokens; t++) sums[r * tokens + t] = nan ? spread(NAN) : total[r * tokens + t];
     }
 }
-DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, F *sums, const int tokens) {
-    F total[8];
-    UNROLL for (int t = 0; t < 2 * tokens; t++) total[t] = zeros();
-    for (int64_t k = 0; k < cols; k += 2 * WIDTH) {
-        I raw = load_bytes(w + k, 2 * (cols - k));
-        F low = (F)(raw << 16), high = (F)(raw & (int32_t)0xffff0000);
+/* 64 columns of a bf16 row, of which `rest` exist: a constant but at a row's end. One token's row is read as fast as memory
+   allows, and faster if nothing else is fetched. */
+DSM_INLINE void add_pairs(const float *x, size_t stride, const uint16_t *w, int64_t rest, const char *ahead, F *total,
+                          const int parts, const int tokens) {
+    UNROLL for (int i = 0; i < 64; i += 2 * WIDTH) {
+        if (i >= rest) break;
+        const I raw = load_bytes(w + i, 2 * (rest - i));
+        const F low = (F)(raw << 16), high = (F)(raw & (int32_t)0xffff0000);
+        if (tokens > 1 && i % 32 == 0) __builtin_prefetch(ahead + 2 * i, 0, 2);
         UNROLL for (int t = 0; t < tokens; t++) {
-            const float *xt = (const float *)((const char *)x + t * stride) + k;
-            total[2 * t] += low * load(xt);
-            total[2 * t + 1] += high * load(xt + WIDTH);
+            const float *xt = (const float *)((const char *)x + t * stride) + i;
+            F *to = total + t * parts + i / WIDTH % parts;
+            to[0] += low * load(xt);
+            to[1] += high * load(xt + WIDTH);
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++) sums[t] += total[2 * t] + total[2 * t + 1];
+}
+DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, const char *ahead, F *sums,
+                         const int tokens) {
+    const int parts = SUMS / tokens > 4 ? 4 : SUMS / tokens;
+    F total[SUMS];
+    int64_t k = 0;
+    UNROLL for (int i = 0; i < parts * tokens; i++) total[i] = zeros();
+    for (; k + 64 <= cols; k += 64) add_pairs(x + k, stride, w + k, 64, ahead + 2 * k, total, parts, tokens);
+    if (k < cols) add_pairs(x + k, stride, w + k, cols - k, ahead + 2 * k, total, parts, tokens);
+    UNROLL for (int t = 0; t < tokens; t++) sums[t] += joined(total + t * parts, parts);
 }
 
 /* Up to ROWS weight rows. One token's rows are one stream. Beside several, long rows go a segment at a time, so that the
@@ -171,7 +185,7 @@ DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t
                                 : r + n < count ? row + n * pitch
                                                 : row + segment * itemsize - (count - n) * pitch;
             F *to = sums + r * tokens;
-            if (w->dtype != DSM_FP8) add_bf16(xk, stride, (const uint16_t *)row, length, to, tokens);
+            if (w->dtype != DSM_FP8) add_bf16(xk, stride, (const uint16_t *)row, length, ahead, to, tokens);
             else if (n == 1) add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, 1, tokens);
             else add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, ROWS_AT_ONCE, tokens);
         }
