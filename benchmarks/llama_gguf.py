@@ -99,6 +99,7 @@ def main() -> None:
         "checkpoint", type=Path, help="a folder: V3's architecture, FP8 or bf16; `cpu.py --model-folder`"
     )
     parser.add_argument("gguf", type=Path, help="the file to write, replaced if it is there")
+    parser.add_argument("--bf16-head", action="store_true", help="leave the head in bf16, as FP8 releases do")
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(
         options.checkpoint, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
@@ -109,6 +110,8 @@ def main() -> None:
     for name, tensor in tqdm(list(tensors(model)), desc="to Q8_0", unit="tensor"):
         values = tensor.float().numpy()
         kind = gguf.GGMLQuantizationType.F32 if name.endswith(KEPT) else gguf.GGMLQuantizationType.Q8_0
+        if options.bf16_head and name == "output.weight":
+            kind = gguf.GGMLQuantizationType.BF16
         writer.add_tensor(name, np.ascontiguousarray(gguf.quantize(values, kind)), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

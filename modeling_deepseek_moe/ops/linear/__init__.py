@@ -1,7 +1,7 @@
 """Linear layers with floating-point weights. The definition is ``torch.nn.functional.linear``.
 
 torch reads bf16 weights at about half of the memory bandwidth while tokens are few; the CPU engine reads them at nearly
-all of it. With many tokens torch is as fast.
+all of it. With many tokens torch is as fast on CPUs with AVX-512, and six times slower on those without.
 """
 
 import torch

@@ -1,11 +1,18 @@
-"""bf16 linear layers on the CPU engine: few tokens, no gradients."""
+"""bf16 linear layers on the CPU engine: few tokens, or any number on CPUs without AVX-512; no gradients."""
 
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
 
-FEW_TOKENS = 8  # above, torch's matrix product catches up
+FEW_TOKENS = (
+    8  # above, torch's matrix product catches up, where the CPU has AVX-512: with AVX2 it takes six times as long
+)
+
+
+@torch.compiler.assume_constant_result
+def _torch_is_slow() -> bool:
+    return _native.instruction_sets()[-1:] == ("avx2",)
 
 
 def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -14,7 +21,7 @@ def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         return f"needs CPU tensors, found {x.device} and {weight.device}"
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):
         return f"takes bf16 or fp32 activations outside of autocast, found {x.dtype}"
-    if x.numel() > FEW_TOKENS * weight.shape[1]:
+    if x.numel() > FEW_TOKENS * weight.shape[1] and not _torch_is_slow():
         return f"is for up to {FEW_TOKENS} tokens, found {x.numel() // weight.shape[1]}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "computes no gradients"
