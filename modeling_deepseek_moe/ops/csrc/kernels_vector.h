@@ -26,12 +26,14 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 
 #define GAIN 0x1p60f
 #define KEPT ((int32_t)0x87f00000)
-#define AHEAD 4096   /* bytes: how far a stream of codes is fetched before it is used */
+#define AHEAD 2048   /* bytes: how far a stream of codes is fetched before it is used */
 #define SEGMENT 1024 /* columns */
+#define SHORT 4096   /* columns */
 #define ROWS 16
 #define ROWS_AT_ONCE 2 /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
 #define SUMS (ROWS_AT_ONCE * TOKENS_AT_ONCE)
+#define PARTS(tokens) ((tokens) == 1 ? 4 : TOKENS_AT_ONCE / (tokens)) /* of a dot product, however many rows there are */
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
 #define UNROLL _Pragma("GCC unroll 32")
@@ -48,6 +50,40 @@ DSM_INLINE float sum(F v) {
     for (int half = WIDTH / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
+}
+
+/* Lanes of two rows that lie `s` apart in a WIDTH x WIDTH square change places. */
+#define FIRST_LANE(l, s) ((l) & (s) ? WIDTH + ((l) ^ (s)) : (l))
+#define SECOND_LANE(l, s) ((l) & (s) ? WIDTH + (l) : (l) ^ (s))
+#define LANES_4(of, l, s) of(l, s), of((l) + 1, s), of((l) + 2, s), of((l) + 3, s)
+#if WIDTH == 4
+#define LANES(of, s) LANES_4(of, 0, s)
+#elif WIDTH == 8
+#define LANES(of, s) LANES_4(of, 0, s), LANES_4(of, 4, s)
+#else
+#define LANES(of, s) LANES_4(of, 0, s), LANES_4(of, 4, s), LANES_4(of, 8, s), LANES_4(of, 12, s)
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, of, s) __builtin_shufflevector(a, b, LANES(of, s))
+#else
+#define SHUFFLE(a, b, of, s) __builtin_shuffle(a, b, (I){LANES(of, s)})
+#endif
+#define EXCHANGE(s)                                                                                                    \
+    if ((s) < WIDTH)                                                                                                   \
+        UNROLL for (int i = 0; i < WIDTH; i++) if (!(i & (s))) {                                                       \
+            const I first = r[i], second = r[i | (s)];                                                                 \
+            r[i] = SHUFFLE(first, second, FIRST_LANE, s);                                                              \
+            r[i | (s)] = SHUFFLE(first, second, SECOND_LANE, s);                                                       \
+        }
+DSM_INLINE void transpose(I *r) {
+    EXCHANGE(1)
+    EXCHANGE(2)
+#if WIDTH > 4
+    EXCHANGE(4)
+#endif
+#if WIDTH > 8
+    EXCHANGE(8)
+#endif
 }
 
 /* ---- few tokens: one dot product a weight row ---- */
@@ -100,7 +136,7 @@ DSM_INLINE F joined(const F *part, const int parts) {
    are as many sums as registers allow: a sum waits four cycles for its last product. */
 DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t rest, float scale,
                           const char *ahead, F *total, I *found, const int rows, const int tokens) {
-    const int dots = rows * tokens, parts = tokens == 1 ? 4 : TOKENS_AT_ONCE / tokens; /* alike, however many rows there are */
+    const int dots = rows * tokens, parts = PARTS(tokens);
     F part[SUMS];
     UNROLL for (int i = 0; i < dots * parts; i++) part[i] = zeros();
     for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
@@ -120,22 +156,20 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
             }
         }
     }
-    UNROLL for (int i = 0; i < dots; i++) total[i] += scale * GAIN * joined(part + i * parts, parts);
+    UNROLL for (int i = 0; i < dots; i++) total[i] += scale * joined(part + i * parts, parts);
 }
 DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale, int64_t cols,
-                        const char *ahead, F *sums, const int rows, const int tokens) {
+                        const char *ahead, F *sums, I *found, const int rows, const int tokens) {
     F total[SUMS];
-    I found[ROWS_AT_ONCE];
+    I seen[ROWS_AT_ONCE];
     int64_t k = 0;
     UNROLL for (int i = 0; i < rows * tokens; i++) total[i] = sums[i];
-    UNROLL for (int r = 0; r < rows; r++) found[r] = (I){0};
+    UNROLL for (int r = 0; r < rows; r++) seen[r] = found[r];
     for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
-        add_block(x + k, stride, w + k, pitch, DSM_BLOCK, *scale++, ahead + k, total, found, rows, tokens);
-    if (k < cols) add_block(x + k, stride, w + k, pitch, cols - k, *scale, ahead + k, total, found, rows, tokens);
-    UNROLL for (int r = 0; r < rows; r++) {
-        const int nan = nan_seen(found[r]);
-        UNROLL for (int t = 0; t < tokens; t++) sums[r * tokens + t] = nan ? spread(NAN) : total[r * tokens + t];
-    }
+        add_block(x + k, stride, w + k, pitch, DSM_BLOCK, *scale++, ahead + k, total, seen, rows, tokens);
+    if (k < cols) add_block(x + k, stride, w + k, pitch, cols - k, *scale, ahead + k, total, seen, rows, tokens);
+    UNROLL for (int i = 0; i < rows * tokens; i++) sums[i] = total[i];
+    UNROLL for (int r = 0; r < rows; r++) found[r] = seen[r];
 }
 /* 64 columns of a bf16 row, of which `rest` exist: a constant but at a row's end. One token's row is read as fast as memory
    allows, and faster if nothing else is fetched. */
@@ -165,14 +199,35 @@ DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64
     UNROLL for (int t = 0; t < tokens; t++) sums[t] += joined(total + t * parts, parts);
 }
 
+/* out[t * ldo + r] = gain * sum(sums[r * tokens + t]), in the order in which `sum` adds */
+DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, int64_t ldo, const int tokens) {
+    for (int t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < count; r += WIDTH) {
+            I lane[WIDTH];
+            F all[WIDTH];
+            for (int i = 0; i < WIDTH; i++) lane[i] = r + i < count ? (I)sums[(r + i) * tokens + t] : (I){0};
+            transpose(lane);
+            UNROLL for (int i = 0; i < WIDTH; i++) all[i] = (F)lane[i];
+            UNROLL for (int half = WIDTH / 2; half; half /= 2)
+                UNROLL for (int i = 0; i < half; i++) all[i] += all[i + half];
+            all[0] *= gain;
+            if (r + WIDTH <= count) store(out + t * ldo + r, all[0]);
+            else memcpy(out + t * ldo + r, all, sizeof(float) * (count - r));
+        }
+}
+
 /* Up to ROWS weight rows. One token's rows are one stream. Beside several, long rows go a segment at a time, so that the
    segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
 DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                           int64_t ldo, const int tokens) {
     F sums[ROWS * TOKENS_AT_ONCE];
+    I found[ROWS], any = {0};
     const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
+    /* one short row after the other is read a fifth faster; a long row of x leaves the first cache and is better shared */
+    const int shared = w->dtype == DSM_FP8 && (tokens > 1 || cols > SHORT);
     const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
     for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
+    for (int64_t r = 0; r < count; r++) found[r] = (I){0};
     for (int64_t k = 0; k < cols; k += segment) {
         const float *xk = (const float *)x + k;
         const int64_t length = dsm_min(segment, cols - k);
@@ -180,18 +235,20 @@ DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t
             const char *row = (const char *)w->data + ((first + r) * cols + k) * itemsize;
             const float *scale = w->scale + (first + r) / DSM_BLOCK * dsm_blocks(cols) + k / DSM_BLOCK;
             /* rows at once have their scales in common */
-            n = w->dtype == DSM_FP8 && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
+            n = shared && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
             const char *ahead = segment == cols ? row + (n - 1) * pitch + AHEAD
                                 : r + n < count ? row + n * pitch
                                                 : row + segment * itemsize - (count - n) * pitch;
             F *to = sums + r * tokens;
             if (w->dtype != DSM_FP8) add_bf16(xk, stride, (const uint16_t *)row, length, ahead, to, tokens);
-            else if (n == 1) add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, 1, tokens);
-            else add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, ROWS_AT_ONCE, tokens);
+            else if (n == 1) add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, 1, tokens);
+            else add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, ROWS_AT_ONCE, tokens);
         }
     }
-    for (int64_t r = 0; r < count; r++)
-        UNROLL for (int t = 0; t < tokens; t++) out[t * ldo + r] = sum(sums[r * tokens + t]);
+    for (int64_t r = 0; r < count; r++) any |= found[r];
+    for (int64_t r = 0; r < count && nan_seen(any); r++)
+        for (int t = 0; t < tokens && nan_seen(found[r]); t++) sums[r * tokens + t] = spread(NAN);
+    add_lanes(sums, count, w->dtype == DSM_FP8 ? GAIN : 1.0f, out, ldo, tokens);
 }
 /* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
 #define SOME_ROWS(N)                                                                                                   \
@@ -216,40 +273,6 @@ static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, 
 }
 
 /* ---- many tokens: a panel of PANEL weight rows, one block deep, is decoded and multiplied ---- */
-
-/* Lanes of two rows that lie `s` apart in a WIDTH x WIDTH square change places. */
-#define FIRST_LANE(l, s) ((l) & (s) ? WIDTH + ((l) ^ (s)) : (l))
-#define SECOND_LANE(l, s) ((l) & (s) ? WIDTH + (l) : (l) ^ (s))
-#define LANES_4(of, l, s) of(l, s), of((l) + 1, s), of((l) + 2, s), of((l) + 3, s)
-#if WIDTH == 4
-#define LANES(of, s) LANES_4(of, 0, s)
-#elif WIDTH == 8
-#define LANES(of, s) LANES_4(of, 0, s), LANES_4(of, 4, s)
-#else
-#define LANES(of, s) LANES_4(of, 0, s), LANES_4(of, 4, s), LANES_4(of, 8, s), LANES_4(of, 12, s)
-#endif
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, of, s) __builtin_shufflevector(a, b, LANES(of, s))
-#else
-#define SHUFFLE(a, b, of, s) __builtin_shuffle(a, b, (I){LANES(of, s)})
-#endif
-#define EXCHANGE(s)                                                                                                    \
-    if ((s) < WIDTH)                                                                                                   \
-        UNROLL for (int i = 0; i < WIDTH; i++) if (!(i & (s))) {                                                       \
-            const I first = r[i], second = r[i | (s)];                                                                 \
-            r[i] = SHUFFLE(first, second, FIRST_LANE, s);                                                              \
-            r[i | (s)] = SHUFFLE(first, second, SECOND_LANE, s);                                                       \
-        }
-DSM_INLINE void transpose(I *r) {
-    EXCHANGE(1)
-    EXCHANGE(2)
-#if WIDTH > 4
-    EXCHANGE(4)
-#endif
-#if WIDTH > 8
-    EXCHANGE(8)
-#endif
-}
 
 /* rows first .. of one block, transposed: panel[position of k][row]; rows that do not exist are zero */
 DSM_INLINE void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_t k, float *panel,
