@@ -36,6 +36,7 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define PARTS(tokens) ((tokens) == 1 ? 4 : TOKENS_AT_ONCE / (tokens)) /* of a dot product, however many rows there are */
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
+#define PANELS (64 / PANEL)
 #define UNROLL _Pragma("GCC unroll 32")
 
 DSM_INLINE F zeros(void) { return (F){0}; }
@@ -315,7 +316,7 @@ FILL_PANEL(fill_panel_fp8, 4)
 FILL_PANEL(fill_panel_bf16, 2)
 FILL_PANEL(fill_panel_f32, 1)
 
-DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, int deep, float scale, float *out,
+DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, int deep, float scale, float *out, int64_t ldo,
                          Ahead *ahead, const int tokens) {
     F acc[TILE_TOKENS * PANEL_VECTORS];
     Ahead next = *ahead;
@@ -331,41 +332,46 @@ DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, int 
     }
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
-            float *to = out + t * PANEL + v * WIDTH;
+            float *to = out + t * ldo + v * WIDTH;
             store(to, load(to) + scale * acc[t * PANEL_VECTORS + v]);
         }
     *ahead = next;
 }
 #define MULTIPLY(N)                                                                                                    \
     static __attribute__((noinline)) void multiply_##N(const void *x, size_t stride, const float *panel, int deep,     \
-                                                       float scale, float *out, Ahead *ahead) {                        \
-        multiply(x, stride, panel, deep, scale, out, ahead, N);                                                        \
+                                                       float scale, float *out, int64_t ldo, Ahead *ahead) {           \
+        multiply(x, stride, panel, deep, scale, out, ldo, ahead, N);                                                   \
     }
 MULTIPLY(6)
 MULTIPLY(4)
 MULTIPLY(1)
 
+/* Block by block, so that a block's columns of x, which all panels meet, stay in the second cache. */
 static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                   float *out, void *scratch, Ahead *ahead) {
-    memset(out, 0, sizeof(float) * tokens * PANEL);
+    const int64_t ldo = (count + PANEL - 1) / PANEL * PANEL;
+    memset(out, 0, sizeof(float) * tokens * ldo);
     for (int64_t k = 0; k < w->cols; k += DSM_BLOCK) {
-        const char *xt = (const char *)x + k * sizeof(float);
+        const char *xk = (const char *)x + k * sizeof(float);
         const int deep = w->cols - k > 64 ? DSM_BLOCK : 64; /* half a block is often all that is left */
-        float scale = 1.0f;
-        int64_t t = 0;
-        if (w->dtype == DSM_FP8) {
-            scale = GAIN * w->scale[first / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
-            fill_panel_fp8(w, first, count, k, scratch);
-        } else if (w->dtype == DSM_BF16) {
-            fill_panel_bf16(w, first, count, k, scratch);
-        } else {
-            fill_panel_f32(w, first, count, k, scratch);
+        for (int64_t r = 0; r < count; r += PANEL) {
+            float scale = 1.0f, *to = out + r;
+            int64_t t = 0;
+            if (w->dtype == DSM_FP8) {
+                scale = GAIN * w->scale[(first + r) / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
+                fill_panel_fp8(w, first + r, count - r, k, scratch);
+            } else if (w->dtype == DSM_BF16) {
+                fill_panel_bf16(w, first + r, count - r, k, scratch);
+            } else {
+                fill_panel_f32(w, first + r, count - r, k, scratch);
+            }
+            for (; t + 6 <= tokens; t += 6)
+                multiply_6(xk + t * stride, stride, scratch, deep, scale, to + t * ldo, ldo, ahead);
+            for (; t + 4 <= tokens; t += 4)
+                multiply_4(xk + t * stride, stride, scratch, deep, scale, to + t * ldo, ldo, ahead);
+            for (; t < tokens; t++)
+                multiply_1(xk + t * stride, stride, scratch, deep, scale, to + t * ldo, ldo, ahead);
         }
-        for (; t + 6 <= tokens; t += 6)
-            multiply_6(xt + t * stride, stride, scratch, deep, scale, out + t * PANEL, ahead);
-        for (; t + 4 <= tokens; t += 4)
-            multiply_4(xt + t * stride, stride, scratch, deep, scale, out + t * PANEL, ahead);
-        for (; t < tokens; t++) multiply_1(xt + t * stride, stride, scratch, deep, scale, out + t * PANEL, ahead);
     }
 }
 
@@ -540,7 +546,7 @@ const Kernels KERNELS = {
     .name = LABEL,
     .packed_bytes = 4,
     .panel_columns = PANEL,
-    .panels = 1,
+    .panels = PANELS,
     .panel_tokens = 1,
     .few_tokens = 15,
     .few_rows = DSM_FEW_ROWS,
