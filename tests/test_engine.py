@@ -99,10 +99,10 @@ def test_linear_of_a_release(check, dtype, isa):
 
 
 @every_isa
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40])
-def test_one_rare_code_among_normal_ones(tokens, isa):
-    """Zeros, subnormals and NaN go another way than what they lie among."""
-    rows, columns = 70, 1100
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1100), (1, 4300), (3, 1100), (16, 1100), (17, 1100), (40, 1100)])
+def test_one_rare_code_among_normal_ones(tokens, columns, isa):
+    """Zeros, subnormals and NaN go another way than what they lie among; of rows read together, one is spoiled."""
+    rows = 70
     x = torch.randn(tokens, columns).bfloat16()
     with use_backend(isa):
         for place, code in enumerate((None, 0x00, 0x80, 0x01, 0x87, 0x07, 0x7F, 0xFF)):
@@ -258,6 +258,19 @@ def test_linear_chooses():
                     y = linear.linear(x, weight)
                     assert y.dtype == dtype
                     assert distance(y, x.double() @ weight.double().T) <= (4e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sets", "torch_is_slow"),
+    [(("baseline",), False), (("baseline", "avx2"), True), (("baseline", "avx2", "avx512"), False)],
+    ids=["baseline", "avx2", "avx512"],
+)
+def test_who_multiplies_many_tokens(monkeypatch, sets, torch_is_slow):
+    """torch's bf16 product takes several times as long without AVX-512; with it, the engine leaves many tokens to torch."""
+    monkeypatch.setattr(_native, "instruction_sets", lambda: sets)
+    x, weight = torch.randn(9, 200).bfloat16(), torch.randn(40, 200).bfloat16()
+    assert linear_cpu.refuses(x[:8], weight, None) is None
+    assert (linear_cpu.refuses(x, weight, None) is None) == torch_is_slow
 
 
 # To and from FP8: every bit is the reference's.
