@@ -144,26 +144,30 @@ BLEND(6)
 BLEND(4)
 BLEND(1)
 
+/* a panel's columns of `count` rows, from column c on, as fp32; zeros behind the last */
+DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t k, int64_t c, float *to) {
+    const int64_t at = (first + k) * v->cols + c;
+    if (v->cols - c >= PANEL)
+        UNROLL for (int j = 0; j < PANEL; j += WIDTH) *(F *)(to + j) = load_any(v->data, v->dtype, at + j);
+    else
+        for (int j = 0; j < PANEL; j++) to[j] = c + j < v->cols ? dsm_load(v->data, v->dtype, at + j) : 0.0f;
+}
 static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
                 const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
-    float *values = scratch;
-    for (int64_t c = 0; c < v->cols; c += PANEL) {
-        const int64_t columns = dsm_min(PANEL, v->cols - c);
-        int64_t t = 0;
-        for (int64_t k = 0; k < count; k++) {
-            const int64_t at = (first + k) * v->cols + c;
-            float *to = values + k * PANEL;
-            if (columns == PANEL)
-                for (int j = 0; j < PANEL; j += WIDTH) *(F *)(to + j) = load_any(v->data, v->dtype, at + j);
-            else
-                for (int j = 0; j < PANEL; j++) to[j] = j < columns ? dsm_load(v->data, v->dtype, at + j) : 0.0f;
+    const size_t stride = sizeof(float) * ldp;
+    for (int64_t c = 0; c < v->cols; c += MIXED * PANEL) {
+        float *values = scratch;
+        const int64_t end = dsm_min(c + MIXED * PANEL, v->cols);
+        for (int64_t k = 0; k < count; k++)
+            for (int64_t j = c, i = k; j < end; j += PANEL, i += DSM_BLOCK) widen(v, first, k, j, values + i * PANEL);
+        for (int64_t j = c; j < end; j += PANEL, values += DSM_BLOCK * PANEL) {
+            int64_t t = 0;
+            for (; t + 6 <= tokens; t += 6)
+                blend_6((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + j, ldo, ahead);
+            for (; t + 4 <= tokens; t += 4)
+                blend_4((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + j, ldo, ahead);
+            for (; t < tokens; t++)
+                blend_1((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + j, ldo, ahead);
         }
-        const size_t stride = sizeof(float) * ldp;
-        for (; t + 6 <= tokens; t += 6)
-            blend_6((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + c, ldo, ahead);
-        for (; t + 4 <= tokens; t += 4)
-            blend_4((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + c, ldo, ahead);
-        for (; t < tokens; t++)
-            blend_1((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + c, ldo, ahead);
     }
 }

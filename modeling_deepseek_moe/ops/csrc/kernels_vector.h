@@ -7,7 +7,8 @@
    a group of 4 * WIDTH at j * WIDTH + l, where lane l of the j-th decoded vector finds it. bf16 weights go two to a lane
    in the same way. The pattern 0x7f (NaN) would decode as 480: it is looked for, and makes its row's result NaN.
 
-   A set of instructions may define MULTIPLY_ADD_BYTES and MAX_BYTES, which C has no operators for. */
+   A set of instructions may define MULTIPLY_ADD_BYTES and MAX_BYTES, which C has no operators for, and LOAD_HALVES (WIDTH
+   16-bit numbers as 32-bit ones), which compilers make several instructions of. */
 #include "engine.h"
 
 #include <math.h>
@@ -37,6 +38,7 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
 #define PANELS (64 / PANEL)
+#define MIXED (PANEL < 32 ? 32 / PANEL : 1) /* panels of latents at a time: lines of the cache are read whole */
 #define UNROLL _Pragma("GCC unroll 32")
 
 DSM_INLINE F zeros(void) { return (F){0}; }
@@ -380,7 +382,11 @@ static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w,
 DSM_INLINE F load_any(const void *x, int dtype, int64_t i) {
     if (dtype == DSM_F32) return load((const float *)x + i);
     if (dtype == DSM_BF16)
+#ifdef LOAD_HALVES
+        return (F)((I)LOAD_HALVES((const uint16_t *)x + i) << 16);
+#else
         return (F)(__builtin_convertvector(*(const LooseHalves *)((const uint16_t *)x + i), I) << 16);
+#endif
     F out = zeros();
     for (int l = 0; l < WIDTH; l++) out[l] = dsm_from_f16(((const uint16_t *)x)[i + l]);
     return out;
@@ -550,7 +556,7 @@ const Kernels KERNELS = {
     .panel_tokens = 1,
     .few_tokens = 15,
     .few_rows = DSM_FEW_ROWS,
-    .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL, /* a panel */
+    .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL * MIXED, /* panels */
     .pack = pack,
     .rows = rows,
     .panel = panel,
