@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
@@ -78,6 +79,9 @@ def make_demo_trainer(
     """The recipe's `Trainer` over `lessons`."""
     rows = PackedProblems(tokenizer, BATCH_ROWS * budget.steps, lessons(seed))
     settings = {"learning_rate": LEARNING_RATE, "warmup_steps": WARMUP_STEPS, "logging_steps": 10}
+    settings["bf16"] = (
+        torch.backends.cpu.get_cpu_capability() != "AVX2"
+    )  # there torch's bf16 takes several times as long
     trainer = make_trainer(model, rows, folder, seed=seed, **settings)
     trainer.add_callback(budget)
     trainer.remove_callback(PrinterCallback)  # the progress bar says it
