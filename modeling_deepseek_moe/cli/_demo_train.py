@@ -7,13 +7,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from modeling_deepseek_moe.modeling import DeepseekV3ForCausalLM
+from modeling_deepseek_moe.ops.linear.cpu import torch_is_slow
 from modeling_deepseek_moe.tiny.corpus import GOODS, NAMES, Problem, problems
 from modeling_deepseek_moe.tiny.recipe import BATCH_ROWS, ROW_TOKENS, PackedProblems, make_trainer
 
@@ -79,9 +79,7 @@ def make_demo_trainer(
     """The recipe's `Trainer` over `lessons`."""
     rows = PackedProblems(tokenizer, BATCH_ROWS * budget.steps, lessons(seed))
     settings = {"learning_rate": LEARNING_RATE, "warmup_steps": WARMUP_STEPS, "logging_steps": 10}
-    settings["bf16"] = (
-        torch.backends.cpu.get_cpu_capability() != "AVX2"
-    )  # there torch's bf16 takes several times as long
+    settings["bf16"] = not torch_is_slow()
     trainer = make_trainer(model, rows, folder, seed=seed, **settings)
     trainer.add_callback(budget)
     trainer.remove_callback(PrinterCallback)  # the progress bar says it

@@ -89,7 +89,7 @@ DSM_INLINE void transpose(I *r) {
 #endif
 }
 
-/* ---- few tokens: one dot product a weight row ---- */
+/* ---- codes ---- */
 
 /* Four codes a lane, two of them at once: each in the upper half of 16 bits, its sign spread over five. */
 typedef struct {
@@ -131,149 +131,7 @@ DSM_INLINE I load_bytes(const void *p, int64_t rest) {
     return *(const I *)padded;
 }
 
-DSM_INLINE F joined(const F *part, const int parts) {
-    return parts == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : parts == 2 ? part[0] + part[1] : part[0];
-}
-
-/* One block of `rows` weight rows, `pitch` bytes apart, of which `rest` columns exist: a constant but at a row's end. There
-   are as many sums as registers allow: a sum waits four cycles for its last product. */
-DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t rest, float scale,
-                          const char *ahead, F *total, I *found, const int rows, const int tokens) {
-    const int dots = rows * tokens, parts = PARTS(tokens);
-    F part[SUMS];
-    UNROLL for (int i = 0; i < dots * parts; i++) part[i] = zeros();
-    for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
-        Codes codes[ROWS_AT_ONCE];
-        UNROLL for (int r = 0; r < rows; r++) {
-            I raw = load_bytes(w + r * pitch + i, rest - i);
-            if (i % 64 == 0) __builtin_prefetch(ahead + r * pitch + i, 0, 2); /* into the second cache: the first is x's */
-            found[r] = look(found[r], raw);
-            codes[r] = split(raw);
-        }
-        UNROLL for (int j = 0; j < 4; j++) {
-            F value[ROWS_AT_ONCE];
-            UNROLL for (int r = 0; r < rows; r++) value[r] = code(codes[r], j);
-            UNROLL for (int t = 0; t < tokens; t++) {
-                const F xt = load((const float *)((const char *)x + t * stride) + i + j * WIDTH);
-                UNROLL for (int r = 0; r < rows; r++) part[(r * tokens + t) * parts + j % parts] += value[r] * xt;
-            }
-        }
-    }
-    UNROLL for (int i = 0; i < dots; i++) total[i] += scale * joined(part + i * parts, parts);
-}
-DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale, int64_t cols,
-                        const char *ahead, F *sums, I *found, const int rows, const int tokens) {
-    F total[SUMS];
-    I seen[ROWS_AT_ONCE];
-    int64_t k = 0;
-    UNROLL for (int i = 0; i < rows * tokens; i++) total[i] = sums[i];
-    UNROLL for (int r = 0; r < rows; r++) seen[r] = found[r];
-    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
-        add_block(x + k, stride, w + k, pitch, DSM_BLOCK, *scale++, ahead + k, total, seen, rows, tokens);
-    if (k < cols) add_block(x + k, stride, w + k, pitch, cols - k, *scale, ahead + k, total, seen, rows, tokens);
-    UNROLL for (int i = 0; i < rows * tokens; i++) sums[i] = total[i];
-    UNROLL for (int r = 0; r < rows; r++) found[r] = seen[r];
-}
-/* 64 columns of a bf16 row, of which `rest` exist: a constant but at a row's end. One token's row is read as fast as memory
-   allows, and faster if nothing else is fetched. */
-DSM_INLINE void add_pairs(const float *x, size_t stride, const uint16_t *w, int64_t rest, const char *ahead, F *total,
-                          const int parts, const int tokens) {
-    UNROLL for (int i = 0; i < 64; i += 2 * WIDTH) {
-        if (i >= rest) break;
-        const I raw = load_bytes(w + i, 2 * (rest - i));
-        const F low = (F)(raw << 16), high = (F)(raw & (int32_t)0xffff0000);
-        if (tokens > 1 && i % 32 == 0) __builtin_prefetch(ahead + 2 * i, 0, 2);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            const float *xt = (const float *)((const char *)x + t * stride) + i;
-            F *to = total + t * parts + i / WIDTH % parts;
-            to[0] += low * load(xt);
-            to[1] += high * load(xt + WIDTH);
-        }
-    }
-}
-DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, const char *ahead, F *sums,
-                         const int tokens) {
-    const int parts = SUMS / tokens > 4 ? 4 : SUMS / tokens;
-    F total[SUMS];
-    int64_t k = 0;
-    UNROLL for (int i = 0; i < parts * tokens; i++) total[i] = zeros();
-    for (; k + 64 <= cols; k += 64) add_pairs(x + k, stride, w + k, 64, ahead + 2 * k, total, parts, tokens);
-    if (k < cols) add_pairs(x + k, stride, w + k, cols - k, ahead + 2 * k, total, parts, tokens);
-    UNROLL for (int t = 0; t < tokens; t++) sums[t] += joined(total + t * parts, parts);
-}
-
-/* out[t * ldo + r] = gain * sum(sums[r * tokens + t]), in the order in which `sum` adds */
-DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, int64_t ldo, const int tokens) {
-    for (int t = 0; t < tokens; t++)
-        for (int64_t r = 0; r < count; r += WIDTH) {
-            I lane[WIDTH];
-            F all[WIDTH];
-            for (int i = 0; i < WIDTH; i++) lane[i] = r + i < count ? (I)sums[(r + i) * tokens + t] : (I){0};
-            transpose(lane);
-            UNROLL for (int i = 0; i < WIDTH; i++) all[i] = (F)lane[i];
-            UNROLL for (int half = WIDTH / 2; half; half /= 2)
-                UNROLL for (int i = 0; i < half; i++) all[i] += all[i + half];
-            all[0] *= gain;
-            if (r + WIDTH <= count) store(out + t * ldo + r, all[0]);
-            else memcpy(out + t * ldo + r, all, sizeof(float) * (count - r));
-        }
-}
-
-/* Up to ROWS weight rows. One token's rows are one stream. Beside several, long rows go a segment at a time, so that the
-   segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
-DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
-                          int64_t ldo, const int tokens) {
-    F sums[ROWS * TOKENS_AT_ONCE];
-    I found[ROWS], any = {0};
-    const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
-    /* one short row after the other is read a fifth faster; a long row of x leaves the first cache and is better shared */
-    const int shared = w->dtype == DSM_FP8 && (tokens > 1 || cols > SHORT);
-    const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
-    for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
-    for (int64_t r = 0; r < count; r++) found[r] = (I){0};
-    for (int64_t k = 0; k < cols; k += segment) {
-        const float *xk = (const float *)x + k;
-        const int64_t length = dsm_min(segment, cols - k);
-        for (int64_t r = 0, n; r < count; r += n) {
-            const char *row = (const char *)w->data + ((first + r) * cols + k) * itemsize;
-            const float *scale = w->scale + (first + r) / DSM_BLOCK * dsm_blocks(cols) + k / DSM_BLOCK;
-            /* rows at once have their scales in common */
-            n = shared && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
-            const char *ahead = segment == cols ? row + (n - 1) * pitch + AHEAD
-                                : r + n < count ? row + n * pitch
-                                                : row + segment * itemsize - (count - n) * pitch;
-            F *to = sums + r * tokens;
-            if (w->dtype != DSM_FP8) add_bf16(xk, stride, (const uint16_t *)row, length, ahead, to, tokens);
-            else if (n == 1) add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, 1, tokens);
-            else add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, ROWS_AT_ONCE, tokens);
-        }
-    }
-    for (int64_t r = 0; r < count; r++) any |= found[r];
-    for (int64_t r = 0; r < count && nan_seen(any); r++)
-        for (int t = 0; t < tokens && nan_seen(found[r]); t++) sums[r * tokens + t] = spread(NAN);
-    add_lanes(sums, count, w->dtype == DSM_FP8 ? GAIN : 1.0f, out, ldo, tokens);
-}
-/* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
-#define SOME_ROWS(N)                                                                                                   \
-    static __attribute__((noinline)) void rows_##N(const char *x, size_t stride, const Matrix *w, int64_t first,       \
-                                                   int64_t count, float *out, int64_t ldo) {                           \
-        some_rows(x, stride, w, first, count, out, ldo, N);                                                            \
-    }
-SOME_ROWS(1)
-SOME_ROWS(2)
-SOME_ROWS(4)
-
-static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                 float *out, int64_t ldo) {
-    for (int64_t r = 0; r < count; r += ROWS) {
-        const int64_t n = dsm_min(ROWS, count - r);
-        const char *xt = x;
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) rows_4(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
-        if (t + 2 <= tokens) rows_2(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo), t += 2;
-        if (t < tokens) rows_1(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
-    }
-}
+#include "few_tokens_vector.h"
 
 /* ---- many tokens: a panel of PANEL weight rows, one block deep, is decoded and multiplied ---- */
 

@@ -5,14 +5,13 @@ import torch
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
 
-FEW_TOKENS = (
-    8  # above, torch's matrix product catches up, where the CPU has AVX-512: with AVX2 it takes six times as long
-)
+FEW_TOKENS = 8  # above, torch's matrix product catches up
 
 
 @torch.compiler.assume_constant_result
-def _torch_is_slow() -> bool:
-    return _native.instruction_sets()[-1:] == ("avx2",)
+def torch_is_slow() -> bool:
+    """Whether torch's bf16 products take several times as long as its fp32 ones: without AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -21,7 +20,7 @@ def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         return f"needs CPU tensors, found {x.device} and {weight.device}"
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):
         return f"takes bf16 or fp32 activations outside of autocast, found {x.dtype}"
-    if x.numel() > FEW_TOKENS * weight.shape[1] and not _torch_is_slow():
+    if x.numel() > FEW_TOKENS * weight.shape[1] and not torch_is_slow():
         return f"is for up to {FEW_TOKENS} tokens, found {x.numel() // weight.shape[1]}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "computes no gradients"
