@@ -62,9 +62,10 @@ typedef struct {
        group of 64 behind them; first: whole groups of 64 */
     void (*place)(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group, int64_t lane,
                   int64_t first);
-    /* out[t * ldo + r] = x_t . w[first + r], r < count: streams each weight row once */
+    /* out[t * ldo + r] = x_t . w[first + r], r < count: streams each weight row once. next: the rows that this thread is
+       likely to read then, if they lie in the same way, or NULL */
     void (*rows)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                 float *out, int64_t ldo);
+                 float *out, int64_t ldo, const void *next);
     /* the same for count <= panels * panel_columns: decodes panels beside the product; out is [tokens, count in whole
        panels] */
     void (*panel)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
@@ -132,6 +133,10 @@ DSM_INLINE int64_t dsm_few_rows(const Kernels *k, int64_t rows, int threads) {
     while (few > DSM_FEW_ROWS && rows < 4 * threads * few) few /= 2;
     return few;
 }
+DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
+DSM_INLINE const char *dsm_row(const Matrix *w, int64_t row) {
+    return (const char *)w->data + row * w->cols * (int64_t)dsm_itemsize(w->dtype);
+}
 DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOCK; }
 DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -195,7 +200,6 @@ DSM_INLINE void dsm_store(void *x, int dtype, int64_t i, float value) {
     else if (dtype == DSM_BF16) ((uint16_t *)x)[i] = dsm_to_bf16(value);
     else ((uint16_t *)x)[i] = dsm_to_f16(value);
 }
-DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
 
 /* E4M3's subnormals are fp32 subnormals while they are decoded: a thread that treats those as zero must not. Returns
    the thread's floating-point mode, for `dsm_restore_mode`. */

@@ -68,10 +68,11 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
 
 /* A product's rows [r0, r0 + rows) for one expert's tokens. Returns how far its results' rows lie apart. */
 static int64_t multiply_chunk(const Kernels *k, int many, const char *x, size_t stride, int64_t tokens, const Matrix *w,
-                              int64_t r0, int64_t rows, float *out, float *panel, void *scratch) {
+                              int64_t r0, int64_t rows, const void *next, float *out, float *panel,
+                              void *scratch) {
     Ahead none = {0};
     if (!many) {
-        k->rows(x, stride, tokens, w, r0, rows, out, rows);
+        k->rows(x, stride, tokens, w, r0, rows, out, rows, next);
     } else if (rows <= k->panels * k->panel_columns) {
         k->panel(x, stride, tokens, w, r0, rows, out, scratch, &none);
         return dsm_panels(k, rows);
@@ -94,8 +95,10 @@ static void gate_and_up(const Layer *layer, const Expert *e, int64_t r0, int64_t
     const int many = is_many(layer, e), dtype = (int)layer->weight_dtype;
     const char *x = layer->x + (e->packed + t0) * layer->x_stride;
     char *h = layer->h + (e->packed + t0) * layer->h_stride;
-    multiply_chunk(k, many, x, layer->x_stride, tokens, &e->gate, r0, rows, gate, panel, scratch);
-    const int64_t ld = multiply_chunk(k, many, x, layer->x_stride, tokens, &e->up, r0, rows, up, panel, scratch);
+    const int last = r0 + rows == layer->width, end = last && e + 1 == layer->experts + layer->active;
+    const void *next = last ? end ? NULL : e[1].gate.data : dsm_row(&e->gate, r0 + rows);
+    multiply_chunk(k, many, x, layer->x_stride, tokens, &e->gate, r0, rows, dsm_row(&e->up, r0), gate, panel, scratch);
+    const int64_t ld = multiply_chunk(k, many, x, layer->x_stride, tokens, &e->up, r0, rows, next, up, panel, scratch);
     for (int64_t t = 0; t < tokens; t += step) {
         const int64_t n = dsm_min(step, tokens - t);
         const void *values[DSM_GROUP_TOKENS];
@@ -129,7 +132,8 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
             for (int64_t c = c0; c < c0 + columns; c += step) {
                 const int64_t n = dsm_min(step, c0 + columns - c);
                 const int64_t ld = few ? n : dsm_panels(k, n);
-                if (few) k->rows(h, layer->h_stride, tokens, &e->down, c, n, part, ld);
+                const void *next = i + 1 < layer->active ? dsm_row(&e[1].down, c) : dsm_row(&layer->experts->down, c + n);
+                if (few) k->rows(h, layer->h_stride, tokens, &e->down, c, n, part, ld, next);
                 else k->panel(h, layer->h_stride, tokens, &e->down, c, n, part, scratch, &none);
                 for (int64_t t = 0; t < tokens; t++) {
                     const int64_t slot = layer->order[e->first + t0 + t];

@@ -1,4 +1,4 @@
-/* FP8 beside one token group, or one token, and bf16 beside one; part of `kernels_amx.h`.
+/* FP8 beside one token group, or one token, and bf16 beside one (which needs no tiles); part of `kernels_amx.h`.
 
    A block of columns of 16 weight rows is decoded while the one before it is multiplied, so that what is decoded stays in
    the first cache. The processor fetches ahead of many readers at once, if each has a page of its own: so up to 64 rows are
@@ -95,38 +95,8 @@ static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t fi
     multiply_few(w, first, count, x, sums, scratch, TILE);
 }
 
-/* The same of bf16, which needs no tiles: eight readers at once. */
-#define READERS 8
-static __attribute__((noinline)) void multiply_bf16(const Matrix *w, int64_t first, int64_t count, const char *x, float *out) {
-    const int64_t turns = (count + READERS - 1) / READERS, cols = w->cols, whole = cols / 64 * 64;
-    const uint16_t *data = (const uint16_t *)w->data + first * cols, *pairs = (const uint16_t *)x;
-    for (int64_t turn = 0; turn < turns; turn++) {
-        const uint16_t *row[READERS];
-        __m512 part[2 * READERS];
-        UNROLL for (int i = 0; i < READERS; i++) {
-            row[i] = data + dsm_min(i * turns + turn, count - 1) * cols;
-            part[2 * i] = part[2 * i + 1] = _mm512_setzero_ps();
-        }
-        for (int64_t k = 0; k < whole; k += 64)
-            UNROLL for (int i = 0; i < 2 * READERS; i++) {
-                const uint16_t *from = row[i / 2] + k + i % 2 * 32;
-                _mm_prefetch((const char *)from + READ_AHEAD + 128, _MM_HINT_T0);
-                part[i] = _mm512_dpbf16_ps(part[i], load_pairs(from), load_pairs(pairs + k + i % 2 * 32));
-            }
-        for (int64_t k = whole; k < cols; k += 32) {
-            const __mmask32 mask = cols - k >= 32 ? ~0u : (1u << (cols - k)) - 1;
-            UNROLL for (int i = 0; i < READERS; i++)
-                part[2 * i] = _mm512_dpbf16_ps(part[2 * i], (__m512bh)_mm512_maskz_loadu_epi16(mask, row[i] + k),
-                                               load_pairs(pairs + k));
-        }
-        UNROLL for (int i = 0; i < READERS; i++)
-            if (i * turns + turn < count)
-                out[i * turns + turn] = _mm512_reduce_add_ps(_mm512_add_ps(part[2 * i], part[2 * i + 1]));
-    }
-}
-
 static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                       float *out, int64_t ldo) {
+                       float *out, int64_t ldo, const void *next) {
     char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
     float sums[PANEL] __attribute__((aligned(64)));
     const int fp8 = w->dtype == DSM_FP8;
@@ -140,7 +110,7 @@ static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matri
             else if (fp8) {
                 multiply_one(w, first + r, n, own, sums, scratch);
                 for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
-            } else multiply_bf16(w, first + r, n, own, to);
+            } else rows_in_turns(read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, r + n < count ? dsm_row(w, first + r + n) : next);
         }
     }
     if (fp8) _tile_release();

@@ -133,7 +133,8 @@ SOME_ROWS(2)
 SOME_ROWS(4)
 
 static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                 float *out, int64_t ldo) {
+                 float *out, int64_t ldo, const void *next) {
+    (void)next; /* rows are read in order, and fetched ahead in order */
     for (int64_t r = 0; r < count; r += ROWS) {
         const int64_t n = dsm_min(ROWS, count - r);
         const char *xt = x;

@@ -11,11 +11,7 @@
 
 DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c")
 
-#define AHEAD 512 /* bytes */
-#define FAR_AHEAD 8192
 #define PANEL 64
-#define SLAB 256 /* columns of four weight rows that are decoded at a time beside three and more tokens */
-#define SLAB_TOKENS 32
 #define UNROLL _Pragma("GCC unroll 32")
 
 /* bf16 of the E4M3 magnitudes 0..127, low bytes and high bytes */
@@ -60,176 +56,7 @@ DSM_INLINE __m512i load_codes(const uint8_t *p, int64_t rest) {
 }
 DSM_INLINE __m512bh load_pairs(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-/* ---- few tokens: one contiguous stream of codes, fetched into the second cache far ahead (the first is x's) ---- */
-
-/* One block of a weight row, of which `rest` columns exist: a constant but at a row's end. */
-DSM_INLINE void add_block(Tables t, const char *x, size_t stride, const uint8_t *w, int64_t rest, float scale,
-                          __m512 *total, const int tokens) {
-    __m512 part[4];
-    UNROLL for (int i = 0; i < 2 * tokens; i++) part[i] = _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < DSM_BLOCK; i += 64) {
-        __m512bh first, second;
-        _mm_prefetch((const char *)(w + i + FAR_AHEAD), _MM_HINT_T1);
-        decode64(t, load_codes(w + i, rest - i), &first, &second);
-        UNROLL for (int m = 0; m < tokens; m++) {
-            const uint16_t *xm = (const uint16_t *)(x + m * stride) + i;
-            part[2 * m] = _mm512_dpbf16_ps(part[2 * m], first, load_pairs(xm));
-            part[2 * m + 1] = _mm512_dpbf16_ps(part[2 * m + 1], second, load_pairs(xm + 32));
-        }
-    }
-    UNROLL for (int m = 0; m < tokens; m++)
-        total[m] = _mm512_fmadd_ps(_mm512_set1_ps(scale), _mm512_add_ps(part[2 * m], part[2 * m + 1]), total[m]);
-}
-DSM_INLINE void row_fp8(const char *x, size_t stride, const uint8_t *w, const float *scale, int64_t cols, float *out,
-                        int64_t ldo, const int tokens) {
-    const Tables t = tables();
-    __m512 total[2];
-    int64_t k = 0;
-    UNROLL for (int m = 0; m < tokens; m++) total[m] = _mm512_setzero_ps();
-    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
-        add_block(t, x + 2 * k, stride, w + k, DSM_BLOCK, *scale++, total, tokens);
-    if (k < cols) add_block(t, x + 2 * k, stride, w + k, cols - k, *scale, total, tokens);
-    UNROLL for (int m = 0; m < tokens; m++) out[m * ldo] = _mm512_reduce_add_ps(total[m]);
-}
-DSM_INLINE void row_bf16(const char *x, size_t stride, const uint16_t *w, int64_t cols, float *out, int64_t ldo,
-                         const int tokens) {
-    __m512 part[8];
-    int64_t k = 0;
-    UNROLL for (int i = 0; i < 4 * tokens; i++) part[i] = _mm512_setzero_ps();
-    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
-        UNROLL for (int i = 0; i < 4; i++) {
-            _mm_prefetch((const char *)(w + k + 32 * i) + FAR_AHEAD, _MM_HINT_T1);
-            __m512bh weights = load_pairs(w + k + 32 * i);
-            UNROLL for (int m = 0; m < tokens; m++)
-                part[4 * m + i] = _mm512_dpbf16_ps(part[4 * m + i], weights,
-                                                   load_pairs((const uint16_t *)(x + m * stride) + k + 32 * i));
-        }
-    for (; k < cols; k += 32) {
-        __mmask32 mask = cols - k >= 32 ? ~0u : (1u << (cols - k)) - 1;
-        __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + k);
-        UNROLL for (int m = 0; m < tokens; m++)
-            part[4 * m] = _mm512_dpbf16_ps(part[4 * m], weights, load_pairs((const uint16_t *)(x + m * stride) + k));
-    }
-    UNROLL for (int m = 0; m < tokens; m++)
-        out[m * ldo] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(part[4 * m], part[4 * m + 1]),
-                                                          _mm512_add_ps(part[4 * m + 2], part[4 * m + 3])));
-}
-/* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
-#define ROW(N)                                                                                                         \
-    static __attribute__((noinline)) void row_##N(const void *x, size_t stride, const Matrix *w, int64_t r,            \
-                                                  float *out, int64_t ldo) {                                           \
-        if (w->dtype == DSM_FP8)                                                                                       \
-            row_fp8(x, stride, (const uint8_t *)w->data + r * w->cols,                                                 \
-                    w->scale + r / DSM_BLOCK * dsm_blocks(w->cols), w->cols, out, ldo, N);                             \
-        else                                                                                                           \
-            row_bf16(x, stride, (const uint16_t *)w->data + r * w->cols, w->cols, out, ldo, N);                        \
-    }
-ROW(1)
-ROW(2)
-
-/* Four weight rows of one block beside up to four tokens. The sums stay apart by lane until the row's end. */
-DSM_INLINE void multiply_slab(const char *x, size_t stride, const uint16_t *slab, const float *scale, float *sums,
-                              const int tokens) {
-    __m512 acc[16];
-    UNROLL for (int i = 0; i < 4 * tokens; i++) acc[i] = _mm512_setzero_ps();
-    UNROLL for (int k = 0; k < DSM_BLOCK; k += 32) {
-        __m512bh row[4];
-        UNROLL for (int r = 0; r < 4; r++) row[r] = load_pairs(slab + r * DSM_BLOCK + k);
-        UNROLL for (int m = 0; m < tokens; m++) {
-            __m512bh xm = load_pairs((const uint16_t *)(x + m * stride) + k);
-            UNROLL for (int r = 0; r < 4; r++) acc[4 * m + r] = _mm512_dpbf16_ps(acc[4 * m + r], xm, row[r]);
-        }
-    }
-    UNROLL for (int m = 0; m < tokens; m++)
-        UNROLL for (int r = 0; r < 4; r++) {
-            float *to = sums + (4 * m + r) * 16;
-            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(scale[r]), acc[4 * m + r], _mm512_load_ps(to)));
-        }
-}
-static __attribute__((noinline)) void slab_4(const char *x, size_t stride, const uint16_t *slab, const float *scale,
-                                             float *sums) {
-    multiply_slab(x, stride, slab, scale, sums, 4);
-}
-static __attribute__((noinline)) void slab_1(const char *x, size_t stride, const uint16_t *slab, const float *scale,
-                                             float *sums) {
-    multiply_slab(x, stride, slab, scale, sums, 1);
-}
-
-/* four sums over lanes at once */
-DSM_INLINE __m128 sum4(const float *s) {
-    __m512 a = _mm512_load_ps(s), b = _mm512_load_ps(s + 16), c = _mm512_load_ps(s + 32), d = _mm512_load_ps(s + 48);
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
-                               (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-/* up to four weight rows, up to SLAB_TOKENS tokens: a slab is decoded into the first cache, then used by all tokens */
-static void rows_slab(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                      float *out, int64_t ldo) {
-    const Tables t = tables();
-    float sums[SLAB_TOKENS * 64] __attribute__((aligned(64)));
-    uint16_t slab[4 * SLAB] __attribute__((aligned(64)));
-    const int64_t cols = w->cols, blocks = dsm_blocks(cols);
-    const int fp8 = w->dtype == DSM_FP8;
-    memset(sums, 0, (size_t)tokens * 64 * sizeof(float));
-    memset(slab, 0, sizeof slab);
-    for (int64_t k0 = 0; k0 < cols; k0 += SLAB) {
-        for (int64_t r = 0; r < count; r++)
-            for (int64_t i = 0; i < SLAB && k0 + i < (cols + 63) / 64 * 64; i += 64) {
-                uint16_t *to = slab + i / DSM_BLOCK * 4 * DSM_BLOCK + r * DSM_BLOCK + i % DSM_BLOCK;
-                int64_t k = k0 + i, at = (first + r) * cols + k, rest = cols - k;
-                if (fp8) {
-                    __m512bh a, b;
-                    const char *next = (const char *)w->data + at + AHEAD;
-                    /* the end of this row is followed by four rows on */
-                    _mm_prefetch(rest > AHEAD ? next : next + 4 * cols - cols, _MM_HINT_T0);
-                    decode64(t, load_codes((const uint8_t *)w->data + at, rest), &a, &b);
-                    _mm512_store_si512(to, (__m512i)a);
-                    _mm512_store_si512(to + 32, (__m512i)b);
-                } else {
-                    uint64_t mask = rest >= 64 ? ~0ull : (1ull << rest) - 1;
-                    const uint16_t *from = (const uint16_t *)w->data + at;
-                    _mm512_store_si512(to, _mm512_maskz_loadu_epi16((__mmask32)mask, from));
-                    _mm512_store_si512(to + 32, _mm512_maskz_loadu_epi16((__mmask32)(mask >> 32), from + 32));
-                }
-            }
-        for (int64_t k = 0; k < SLAB && k0 + k < cols; k += DSM_BLOCK) {
-            float scale[4] = {1, 1, 1, 1};
-            const char *xk = x + (k0 + k) * sizeof(uint16_t);
-            const uint16_t *from = slab + k * 4;
-            int64_t m = 0;
-            if (cols - k0 - k <= 64) /* half a block: what an earlier block left behind it must not count */
-                for (int r = 0; r < 4; r++) memset((uint16_t *)from + r * DSM_BLOCK + 64, 0, 128);
-            if (fp8)
-                for (int64_t r = 0; r < count; r++)
-                    scale[r] = w->scale[(first + r) / DSM_BLOCK * blocks + (k0 + k) / DSM_BLOCK];
-            for (; m + 4 <= tokens; m += 4) slab_4(xk + m * stride, stride, from, scale, sums + m * 64);
-            for (; m < tokens; m++) slab_1(xk + m * stride, stride, from, scale, sums + m * 64);
-        }
-    }
-    for (int64_t m = 0; m < tokens; m++) {
-        float four[4];
-        _mm_storeu_ps(four, sum4(sums + m * 64));
-        memcpy(out + m * ldo, four, sizeof(float) * count);
-    }
-}
-
-static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                 float *out, int64_t ldo) {
-    if (tokens == 1) {
-        for (int64_t r = 0; r < count; r++) row_1(x, stride, w, first + r, out + r, ldo);
-    } else if (tokens == 2) {
-        for (int64_t r = 0; r < count; r++) row_2(x, stride, w, first + r, out + r, ldo);
-    } else {
-        for (int64_t m = 0; m < tokens; m += SLAB_TOKENS)
-            for (int64_t r = 0; r < count; r += 4)
-                rows_slab((const char *)x + m * stride, stride, dsm_min(SLAB_TOKENS, tokens - m), w, first + r,
-                          dsm_min(4, count - r), out + m * ldo + r, ldo);
-    }
-}
+#include "few_tokens_avx512_bf16.h"
 
 /* ---- many tokens: 64 weight rows, one block deep, as pairs panel[pair of k][row] ---- */
 
@@ -418,7 +245,7 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .panels = 1,
     .panel_tokens = 1,
     .few_tokens = 11,
-    .few_rows = DSM_FEW_ROWS,
+    .few_rows = DSM_MOST_FEW_ROWS,
     .scratch_bytes = sizeof(uint32_t) * DSM_BLOCK / 2 * PANEL /* a panel, and `mix`'s weights */
                      + sizeof(uint16_t) * DSM_BLOCK * DSM_MIX_TOKENS,
     .pack = pack,

@@ -33,7 +33,7 @@ static void multiply(const Projection *p, const char *x, size_t stride, const Ma
     Ahead none = {0};
     const int64_t step = rows_of_task(p, w), first = task * step, rows = dsm_min(step, w->rows - first);
     if (p->many) p->kernels->panel(x, stride, p->tokens, w, first, rows, out, scratch, &none);
-    else p->kernels->rows(x, stride, p->tokens, w, first, rows, out, step);
+    else p->kernels->rows(x, stride, p->tokens, w, first, rows, out, step, dsm_row(w, first + rows));
     for (int64_t t = 0; t < p->tokens; t++)
         p->kernels->write(out + t * step, NULL, rows, y + (t * w->rows + first) * dsm_itemsize(p->dtype), p->dtype);
 }

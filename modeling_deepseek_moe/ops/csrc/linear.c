@@ -37,7 +37,7 @@ static void write(const Job *job, const float *from, int64_t ldf, int64_t t0, in
 static void few_tokens(const Job *job, int64_t task) {
     float out[16 * DSM_MOST_FEW_ROWS]; /* no set of kernels calls more than 16 tokens few */
     int64_t r0 = task * job->columns, rows = dsm_min(job->columns, job->w->rows - r0);
-    job->kernels->rows(job->packed, job->stride, job->tokens, job->w, r0, rows, out, rows);
+    job->kernels->rows(job->packed, job->stride, job->tokens, job->w, r0, rows, out, rows, dsm_row(job->w, r0 + rows));
     write(job, out, rows, 0, job->tokens, r0, rows);
 }
 

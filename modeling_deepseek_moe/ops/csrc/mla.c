@@ -125,7 +125,7 @@ static void merge(const Attention *a, int64_t h, Buffers *buffers) {
         a->kernels->pack(row, DSM_F32, a->rank, a->up.dtype, buffers->packed + b * stride);
     }
     a->kernels->rows(buffers->packed, stride, a->batch, &a->up, h * (a->nope + a->value) + a->nope, a->value, row,
-                     a->value);
+                     a->value, NULL);
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t i = 0; i < a->value; i++)
             dsm_store(a->out, a->dtype, (b * a->heads + h) * a->value + i, row[b * a->value + i]);
