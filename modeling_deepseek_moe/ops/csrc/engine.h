@@ -101,6 +101,9 @@ const Kernels *dsm_kernels(int isa, int activation_dtype);
 int dsm_threads(int wanted, int64_t weight_bytes);
 
 void *dsm_alloc(size_t bytes); /* 64-byte aligned, free() releases it; NULL when there is no memory */
+/* The same for the duration of a call; up to three that were given back are kept for the next calls, of 32 MB at most. */
+void *dsm_borrow(size_t bytes);
+void dsm_give_back(void *memory);
 
 DSM_INLINE size_t dsm_packed_stride(const Kernels *k, int64_t n) {
     return (size_t)((n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK) * k->packed_bytes;

@@ -262,8 +262,8 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
     if (layer.order && layer.experts) layer.active = sort_slots(&layer, indices, slots, table, count);
     else layer.active = -1;
     if (layer.active > 0) {
-        layer.x = dsm_alloc(packed_rows(&layer) * layer.x_stride);
-        layer.h = dsm_alloc(packed_rows(&layer) * layer.h_stride);
+        layer.x = dsm_borrow(packed_rows(&layer) * layer.x_stride);
+        layer.h = dsm_borrow(packed_rows(&layer) * layer.h_stride);
     }
     if (layer.active < 0 || (layer.active > 0 && (!layer.x || !layer.h))) result = DSM_NO_MEMORY;
     else if (layer.active > 0) {
@@ -273,7 +273,7 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
     }
     free(layer.order);
     free(layer.experts);
-    free(layer.x);
-    free(layer.h);
+    dsm_give_back(layer.x);
+    dsm_give_back(layer.h);
     return result;
 }

@@ -1,12 +1,9 @@
-/* Which instruction sets this CPU has, threads, and memory. */
+/* Which instruction sets this CPU has, and threads. */
 #include "engine.h"
 
 #include <pthread.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 #if DSM_AMX && defined(__linux__)
 #include <sys/syscall.h>
@@ -109,15 +106,4 @@ int dsm_threads(int wanted, int64_t weight_bytes) {
     int64_t useful = 1 + weight_bytes / (128 << 10); /* waking a thread costs what reading about this much does */
     if (forked || wanted < 1) return 1;
     return (int)dsm_min(wanted, useful);
-}
-
-/* Large buffers lie on huge pages where there are some: they are crossed with long strides. */
-void *dsm_alloc(size_t bytes) {
-    enum { HUGE_PAGE = 2 << 20 };
-    const size_t grain = bytes < HUGE_PAGE ? 64 : HUGE_PAGE, room = (bytes + 63) / 64 * 64 + 64;
-    void *memory = aligned_alloc(grain, (room + grain - 1) / grain * grain);
-#if defined(__linux__)
-    if (memory && grain == HUGE_PAGE) madvise(memory, room, MADV_HUGEPAGE);
-#endif
-    return memory;
 }

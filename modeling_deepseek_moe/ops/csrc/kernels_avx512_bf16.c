@@ -145,6 +145,7 @@ DSM_INLINE void multiply(const char *x, size_t stride, const uint32_t *panel, in
     for (int p = 0; p < pairs; p++) {
         __m512bh b[4];
         dsm_fetch(&next);
+        if (p < 4 * tokens) _mm_prefetch(x + (tokens + p / 4) * stride + p % 4 * 64, _MM_HINT_T0);
         UNROLL for (int v = 0; v < 4; v++) b[v] = (__m512bh)_mm512_load_si512(panel + p * PANEL + v * 16);
         UNROLL for (int m = 0; m < tokens; m++) {
             int32_t pair;
@@ -195,15 +196,13 @@ static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w,
 /* the first 64 of n values, in the order in which weights of that dtype are decoded */
 DSM_INLINE void pack_group(const void *x, int dtype, int64_t n, int weight_dtype, uint16_t *out) {
     uint16_t group[64] __attribute__((aligned(64)));
-    __m512i a, b;
-    if (n < 64) memset(group, 0, sizeof group);
-    if (dtype == DSM_BF16) {
-        if (n > 0) memcpy(group, x, sizeof(uint16_t) * dsm_min(64, n));
-    } else {
-        for (int64_t i = 0; i < dsm_min(64, n); i++) group[i] = dsm_to_bf16(dsm_load(x, dtype, i));
+    if (dtype != DSM_BF16 || n < 64) {
+        memset(group, 0, sizeof group);
+        for (int64_t i = 0; i < dsm_min(64, n); i++)
+            group[i] = dtype == DSM_BF16 ? ((const uint16_t *)x)[i] : dsm_to_bf16(dsm_load(x, dtype, i));
+        x = group;
     }
-    a = _mm512_load_si512(group);
-    b = _mm512_load_si512(group + 32);
+    const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512((const char *)x + 64);
     if (weight_dtype == DSM_FP8) {
         _mm512_storeu_si512(out, _mm512_shuffle_i64x2(a, b, 0x88));
         _mm512_storeu_si512(out + 32, _mm512_shuffle_i64x2(a, b, 0xdd));

@@ -61,13 +61,13 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     int failed = 0;
     if (tokens < 0 || rows < 0 || cols < 0) return DSM_BAD_ARGUMENT;
     if (tokens == 0 || rows == 0) return DSM_OK;
-    char *packed = dsm_alloc(dsm_packed_tokens(kernels, tokens) * stride);
+    char *packed = dsm_borrow(dsm_packed_tokens(kernels, tokens) * stride);
     const Job job = {kernels, &w, bias, packed, stride, tokens, columns, y, dtype};
     const int64_t tasks = (rows + columns - 1) / columns * (few ? 1 : (tokens + TOKENS - 1) / TOKENS);
     threads = dsm_threads(threads, rows * cols * (int64_t)dsm_itemsize(weight_dtype) * (few ? 1 : 1 + tokens / 16));
     Lane *lanes = dsm_lanes(threads, tasks);
     if (!packed || !lanes) {
-        free(packed);
+        dsm_give_back(packed);
         free(lanes);
         return DSM_NO_MEMORY;
     }
@@ -100,7 +100,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
         dsm_restore_mode(mode);
     }
     dsm_restore_mode(caller);
-    free(packed);
+    dsm_give_back(packed);
     free(lanes);
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
