@@ -43,7 +43,7 @@ def _needs_gradients(topk_weights: torch.Tensor) -> str | None:
 class _Known(NamedTuple):
     """What the CPU engine has to know of stacks: found out once, and again when one of them is another."""
 
-    key: tuple
+    key: list
     refusal: str | None  # why it cannot use them, whatever the activations
     addresses: torch.Tensor | None
 
@@ -51,19 +51,21 @@ class _Known(NamedTuple):
 def _know(module: nn.Module, *stacks: torch.Tensor | None) -> _Known:
     """Of gate and up, down, and the scales of both."""
     known, act_fn = module._known, module.act_fn
-    plain = not any(type(stack) not in experts.cpu.PLAIN for stack in stacks if stack is not None)
-    key = (act_fn, *map(_identity, stacks)) if plain else ()
-    if known is not None and plain and known.key == key:
+    key = [act_fn]
+    for stack in stacks:
+        if stack is None:
+            key.append(None)
+        elif type(stack) in experts.cpu.PLAIN:
+            key.append((stack.data_ptr(), stack.shape, stack.dtype, stack.is_contiguous()))
+        else:
+            key.append(object())  # equal to nothing
+    if known is not None and known.key == key:
         return known
     refusal = experts.cpu.refuses_layer(act_fn, *stacks[:2])
     usable = refusal is None and all(scale is None or _is_plain(scale) for scale in stacks[2:])
     # setting an attribute of a module takes longer than all else here
     module._known = _Known(key, refusal, experts.cpu.addresses_of(*stacks) if usable else None)
     return module._known
-
-
-def _identity(stack: torch.Tensor | None) -> tuple | None:
-    return None if stack is None else (stack.data_ptr(), stack.shape, stack.dtype, stack.is_contiguous())
 
 
 def _refuses(module: nn.Module, hidden_TD: torch.Tensor, *stacks: torch.Tensor | None) -> str | None:
@@ -225,14 +227,15 @@ class StackedFp8Experts(_Fp8Experts):
         found = self._parameters  # four of a module's own look-ups take longer than the rest of a small layer
         return tuple(found[name] for name in self.stack_names)
 
-    def _refusal(self, hidden_TD: torch.Tensor) -> str | None:
-        stacks = self._stacks()
+    def _refusal(self, hidden_TD: torch.Tensor, stacks: tuple[torch.Tensor, ...] | None = None) -> str | None:
+        stacks = stacks or self._stacks()
         return _refuses(self, hidden_TD, *stacks) or block_fp8.cpu.refuses_blocks(stacks[0], self.block)
 
     def engine(self, hidden_TD, topk_indices, topk_weights):
-        if not may_use(CPU, self._refusal(hidden_TD) or _needs_gradients(topk_weights)):
+        stacks = self._stacks()
+        if not may_use(CPU, self._refusal(hidden_TD, stacks) or _needs_gradients(topk_weights)):
             return None
-        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *self._stacks())
+        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *stacks)
 
     def engine_table(self, hidden_TD: torch.Tensor) -> EngineTable | None:
         """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""

@@ -17,7 +17,7 @@ import torch
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 2  # DSM_VERSION
+VERSION = 3  # DSM_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
 _NO_MEMORY, _NOT_FINITE = -1, -3
@@ -36,7 +36,7 @@ _SIGNATURES = {
     ),
     "dsm_experts": (
         *(c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64),
-        *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p),
+        *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_void_p),
     ),
     "dsm_moe": (
         *(c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_float),

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DSM_VERSION 2 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_VERSION 3 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_MIX_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
@@ -236,7 +236,7 @@ int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, i
                const float *scale, int64_t rows, int64_t cols, const float *bias, void *y);
 int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, int64_t width,
                 const int64_t *indices, const float *weights, int64_t top_k, const int64_t *table, int64_t count,
-                int weight_dtype, float *out);
+                int weight_dtype, float *out, void *y);
 int dsm_route(int isa, int threads, const float *logits, int64_t tokens, int64_t experts, const float *bias,
               int64_t groups, int64_t kept_groups, int64_t top_k, int softmax, int best_two, int normalise,
               float factor, float *weights, int64_t *indices);

@@ -234,17 +234,29 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 
-/* out [tokens, hidden] fp32 += the experts' weighted outputs.
+static void write_rows(const Layer *layer, int64_t tokens, int dtype, int threads, void *y) {
+    const size_t row = layer->hidden * dsm_itemsize(dtype);
+#pragma omp parallel num_threads(threads) if (threads > 1 && tokens > layer->kernels->few_tokens)
+    {
+        uint64_t mode = dsm_exact_mode();
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            layer->kernels->write(layer->out + t * layer->hidden, NULL, layer->hidden, (char *)y + t * row, dtype);
+        dsm_restore_mode(mode);
+    }
+}
+
+/* out [tokens, hidden] fp32 += the experts' weighted outputs, or, where out is NULL, y [tokens, hidden] of `dtype` = them.
 
    x [tokens, hidden] of `dtype`; indices and weights [tokens, top_k]; table [count, 6]: the addresses of codes and
    scales of gate [width, hidden], up [width, hidden] and down [hidden, width] (bf16 weights: scales unused). */
 DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, int64_t width,
                         const int64_t *indices, const float *weights, int64_t top_k, const int64_t *table,
-                        int64_t count, int weight_dtype, float *out) {
+                        int64_t count, int weight_dtype, float *out, void *y) {
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const int64_t slots = tokens * top_k;
-    int result = DSM_OK;
-    if (tokens < 0 || hidden < 1 || width < 1 || top_k < 1 || count < 1) return DSM_BAD_ARGUMENT;
+    int result = DSM_NO_MEMORY;
+    if (tokens < 0 || hidden < 1 || width < 1 || top_k < 1 || count < 1 || !out == !y) return DSM_BAD_ARGUMENT;
     if (slots == 0) return DSM_OK;
     Layer layer = {
         .kernels = kernels,
@@ -254,23 +266,26 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
         .weights = weights,
         .x_stride = dsm_packed_stride(kernels, hidden),
         .h_stride = dsm_packed_stride(kernels, width),
-        .out = out,
+        .out = out ? out : dsm_borrow(sizeof(float) * tokens * hidden),
         .weight_dtype = weight_dtype,
+        .active = -1,
     };
     layer.order = dsm_alloc(sizeof *layer.order * slots);
     layer.experts = dsm_alloc(sizeof *layer.experts * dsm_min(count, slots));
-    if (layer.order && layer.experts) layer.active = sort_slots(&layer, indices, slots, table, count);
-    else layer.active = -1;
+    if (layer.order && layer.experts && layer.out) layer.active = sort_slots(&layer, indices, slots, table, count);
+    if (layer.active == 0) result = DSM_OK;
     if (layer.active > 0) {
         layer.x = dsm_borrow(packed_rows(&layer) * layer.x_stride);
         layer.h = dsm_borrow(packed_rows(&layer) * layer.h_stride);
     }
-    if (layer.active < 0 || (layer.active > 0 && (!layer.x || !layer.h))) result = DSM_NO_MEMORY;
-    else if (layer.active > 0) {
+    if (layer.active >= 0 && y) memset(layer.out, 0, sizeof(float) * tokens * hidden);
+    if (layer.x && layer.h) {
         /* a ragged width's last block has no values to pack behind them */
         if (width % CHUNK || width / CHUNK % 2) memset(layer.h, 0, packed_rows(&layer) * layer.h_stride);
         result = run(&layer, x, dtype, threads);
     }
+    if (!result && y) write_rows(&layer, tokens, dtype, threads, y);
+    if (y) dsm_give_back(layer.out);
     free(layer.order);
     free(layer.experts);
     dsm_give_back(layer.x);

@@ -33,6 +33,7 @@ DSM_INLINE void add_block(Tables t, const char *x, size_t stride, const uint8_t 
         UNROLL for (int r = 0; r < readers; r++) {
             const uint8_t *from = w + r * pitch + k;
             __m512bh first, second;
+            if (rest <= k) continue;
             _mm_prefetch((const char *)from + ahead, _MM_HINT_T1);
             decode64(t, load_codes(from, rest - k), &first, &second);
             UNROLL for (int m = 0; m < tokens; m++) {

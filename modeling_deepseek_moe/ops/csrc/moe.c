@@ -9,10 +9,10 @@ DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, const int64_
     const int64_t tokens = dims[DSM_TOKENS], hidden = dims[DSM_HIDDEN], experts = dims[DSM_EXPERTS], top_k = dims[DSM_TOP_K];
     const int64_t values = tokens * hidden;
     if (tokens < 1 || hidden < 1 || experts < 1 || top_k < 1) return DSM_BAD_ARGUMENT;
-    float *wide = dsm_alloc(sizeof(float) * values), *sums = dsm_alloc(sizeof(float) * values);
+    float *wide = dsm_alloc(sizeof(float) * values), *own = dsm_alloc(sizeof(float) * values);
     float *logits = dsm_alloc(sizeof(float) * tokens * experts), *weights = dsm_alloc(sizeof(float) * tokens * top_k);
     int64_t *indices = dsm_alloc(sizeof(int64_t) * tokens * top_k);
-    int result = wide && sums && logits && weights && indices ? DSM_OK : DSM_NO_MEMORY;
+    int result = wide && own && logits && weights && indices ? DSM_OK : DSM_NO_MEMORY;
     const uint64_t caller = dsm_exact_mode();
     if (!result) {
         for (int64_t i = 0; i < values; i++) wide[i] = dsm_load(x, dtype, i);
@@ -21,26 +21,18 @@ DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, const int64_
     if (!result)
         result = dsm_route(isa, threads, logits, tokens, experts, bias, dims[DSM_GROUPS], dims[DSM_KEPT], top_k,
                            (int)dims[DSM_SOFTMAX], (int)dims[DSM_BEST_TWO], (int)dims[DSM_NORMALISE], factor, weights, indices);
-    if (!result) {
-        memset(sums, 0, sizeof(float) * values);
+    if (!result)
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, dims[DSM_WIDTH], indices, weights, top_k, table, experts,
-                             (int)dims[DSM_DTYPE], sums);
-        for (int64_t i = 0; i < values; i++) dsm_store(out, dtype, i, sums[i]);
-    }
+                             (int)dims[DSM_DTYPE], NULL, out);
     if (!result && dims[DSM_SHARED_WIDTH]) {
         for (int64_t t = 0; t < tokens; t++) indices[t] = 0, weights[t] = 1.0f;
-        memset(sums, 0, sizeof(float) * values);
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, dims[DSM_SHARED_WIDTH], indices, weights, 1, shared, 1,
-                             (int)dims[DSM_SHARED_DTYPE], sums);
-        for (int64_t i = 0; i < values; i++) { /* as the sum of two tensors of `dtype` */
-            char rounded[4];
-            dsm_store(rounded, dtype, 0, sums[i]);
-            dsm_store(out, dtype, i, dsm_load(out, dtype, i) + dsm_load(rounded, dtype, 0));
-        }
+                             (int)dims[DSM_SHARED_DTYPE], NULL, own);
+        for (int64_t i = 0; i < values; i++) dsm_store(out, dtype, i, dsm_load(out, dtype, i) + dsm_load(own, dtype, i));
     }
     dsm_restore_mode(caller);
     free(wide);
-    free(sums);
+    free(own);
     free(logits);
     free(weights);
     free(indices);

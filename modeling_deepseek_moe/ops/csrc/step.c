@@ -31,7 +31,6 @@ typedef struct {
 
 typedef struct {
     char *x, *y, *q, *c_kv, *k_pe, *o;
-    float *sums;
 } Buffers;
 
 static void add(int dtype, char *to, const char *from, int64_t n) {
@@ -79,11 +78,8 @@ static int mlp(int isa, int threads, int dtype, const Layer *l, const Shape *s, 
     int64_t indices[DSM_STEP_TOKENS] = {0};
     float weights[DSM_STEP_TOKENS];
     for (int64_t i = 0; i < s->batch; i++) weights[i] = 1.0f;
-    memset(b->sums, 0, sizeof(float) * s->batch * s->hidden);
-    int result = dsm_experts(isa, threads, dtype, b->x, s->batch, s->hidden, l->dims[DSM_SHARED_WIDTH], indices, weights,
-                             1, l->shared, 1, (int)l->dims[DSM_SHARED_DTYPE], b->sums);
-    for (int64_t i = 0; i < s->batch * s->hidden; i++) dsm_store(b->y, dtype, i, b->sums[i]);
-    return result;
+    return dsm_experts(isa, threads, dtype, b->x, s->batch, s->hidden, l->dims[DSM_SHARED_WIDTH], indices, weights, 1,
+                       l->shared, 1, (int)l->dims[DSM_SHARED_DTYPE], NULL, b->y);
 }
 
 /* states [batch, hidden] of `dtype` become those behind the last layer, and the caches get row `past`. shape: see Shape;
@@ -103,9 +99,8 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, const int64_
         .c_kv = dsm_alloc(s->batch * s->rank * size),
         .k_pe = dsm_alloc(s->batch * s->rope * size),
         .o = dsm_alloc(s->batch * s->heads * s->value * size),
-        .sums = dsm_alloc(sizeof(float) * values),
     };
-    if (b.x && b.y && b.q && b.c_kv && b.k_pe && b.o && b.sums) result = DSM_OK;
+    if (b.x && b.y && b.q && b.c_kv && b.k_pe && b.o) result = DSM_OK;
     for (int64_t i = 0; i < count && !result; i++) {
         const Layer *l = layers + i;
         dsm_rms_norm(isa, threads, dtype, states, (const void *)(intptr_t)l->input_norm, s->batch, s->hidden,
@@ -124,6 +119,5 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, const int64_
     free(b.c_kv);
     free(b.k_pe);
     free(b.o);
-    free(b.sums);
     return result;
 }

@@ -6,9 +6,8 @@ Legend: T tokens, E experts, K experts per token, D hidden size, I expert width.
 import torch
 
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._library import PLAIN, define
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
 # Packed inputs and SwiGLU outputs of one call; more tokens are computed a part at a time.
 WORKSPACE_BYTES = 256 << 20
@@ -22,8 +21,10 @@ def refuses(x: torch.Tensor, act_fn: torch.nn.Module, *weights: torch.Tensor) ->
 def refuses_call(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
     """What of `refuses` depends on the activations, or whether gradients are wanted."""
     reason = _native.refuses_activations(x)
-    if reason is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
-        reason = "computes no gradients"
+    if reason is None and torch.is_grad_enabled():
+        for tensor in (x, *weights):
+            if tensor.requires_grad:
+                return "computes no gradients"
     return reason
 
 
@@ -63,6 +64,15 @@ def accumulate(
         width: I.
         dtype: of the weights, one of `WEIGHTS`.
     """
+    if out_TD.shape != hidden_TD.shape or out_TD.dtype != torch.float32 or not out_TD.is_contiguous():
+        raise ValueError(
+            f"experts: found an output {_native.describe(out_TD)}, wanted {list(hidden_TD.shape)} in fp32"
+        )
+    _run(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, out_TD, None)
+
+
+def _run(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: torch.dtype, sums_TD, out_TD) -> None:
+    """As `accumulate`, into ``sums_TD``; or from nothing into ``out_TD``, of the activations' dtype. The other is ``None``."""
     shape, slots = hidden_TD.shape, topk_indices.shape
     if (
         len(shape) != 2
@@ -76,35 +86,39 @@ def accumulate(
         raise ValueError(f"experts: found {found}, wanted activations [T, D], indices [T, K] in int64, weights [T, K]")
     if addresses.ndim != 3 or addresses.shape[1:] != (3, 2) or addresses.dtype != torch.int64:
         raise ValueError(f"experts: found addresses {_native.describe(addresses)}, wanted [E, 3, 2] in int64")
-    if out_TD.shape != shape or out_TD.dtype != torch.float32 or not out_TD.is_contiguous():
-        raise ValueError(
-            f"experts: found an output {_native.describe(out_TD)}, wanted {list(hidden_TD.shape)} in fp32"
-        )
     (tokens, hidden), top_k, experts = shape, slots[1], addresses.shape[0]
     if not (tokens and top_k and hidden and width and experts):
+        if out_TD is not None:
+            out_TD.zero_()
         return
     hidden_TD, topk_indices = hidden_TD.contiguous(), topk_indices.contiguous()
     topk_weights, addresses = topk_weights.float().contiguous(), addresses.contiguous()
     step = max(1, WORKSPACE_BYTES // (4 * top_k * (hidden + width)))
-    dtypes = _native.DTYPES[hidden_TD.dtype], _native.DTYPES[dtype]
-    table = addresses.data_ptr(), experts, dtypes[1]
-    x, indices, weights, out = (
-        hidden_TD.data_ptr(),
-        topk_indices.data_ptr(),
-        topk_weights.data_ptr(),
-        out_TD.data_ptr(),
-    )
+    activations, weights_dtype = _native.DTYPES[hidden_TD.dtype], _native.DTYPES[dtype]
     for start in range(0, tokens, step):
         count = min(step, tokens - start)
-        _native.call("dsm_experts", dtypes[0], x, count, hidden, width, indices, weights, top_k, *table, out)
-        x, out = x + count * hidden * hidden_TD.itemsize, out + count * hidden * 4
-        indices, weights = indices + count * top_k * 8, weights + count * top_k * 4
+        _native.call(
+            "dsm_experts",
+            activations,
+            hidden_TD.data_ptr() + start * hidden * hidden_TD.itemsize,
+            count,
+            hidden,
+            width,
+            topk_indices.data_ptr() + start * top_k * 8,
+            topk_weights.data_ptr() + start * top_k * 4,
+            top_k,
+            addresses.data_ptr(),
+            experts,
+            weights_dtype,
+            None if sums_TD is None else sums_TD.data_ptr() + start * hidden * 4,
+            None if out_TD is None else out_TD.data_ptr() + start * hidden * out_TD.itemsize,
+        )
 
 
 def _routed(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: torch.dtype) -> torch.Tensor:
-    out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32)
-    accumulate(out_TD, hidden_TD, topk_indices, topk_weights, addresses, width, dtype)
-    return out_TD.to(hidden_TD.dtype)
+    out_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype)
+    _run(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, None, out_TD)
+    return out_TD
 
 
 # As `accumulate`, from nothing, in the dtype of the activations.
