@@ -19,13 +19,13 @@ RESULTS = Path(__file__).parent / "results"
 def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
     """Bytes/s that all of torch's threads read from memory: the best of several sums over a buffer beyond the caches."""
     data = torch.ones(megabytes << 20, dtype=torch.uint8).view(torch.int64)
-    return data.nbytes / min(_seconds(data.sum) for _ in range(repeats))
+    return data.nbytes / min(seconds_of(data.sum) for _ in range(repeats))
 
 
 def gemm_flops(dtype: torch.dtype = torch.bfloat16, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of torch's square matrix product: the best of several."""
     a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(_seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(repeats))
+    return 2 * size**3 / min(seconds_of(lambda: torch.nn.functional.linear(a, b)) for _ in range(repeats))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_u
     while warm_up + rounds > 0:
         for name, run in contestants.items():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-            taken = _seconds(run)
+            taken = seconds_of(run)
             if warm_up <= 0:
                 switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
                 seconds[name].append(taken)
@@ -123,7 +123,7 @@ def save(name: str, result: dict) -> Path:
     return file
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

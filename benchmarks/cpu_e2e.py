@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 import torch
 import transformers
 from cpu_readers import Readers, race, relative_error, row
@@ -43,6 +44,7 @@ CONTEXTS = (128, 8192)
 PREFILL = 512
 OURS, PLAIN = "FP8, this package", "transformers bf16"
 TOKENS = 6  # decoded for one sample: a step alone is too short beside the readers that take turns with it
+SAMPLES = 5  # of a turn beside llama.cpp
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -55,13 +57,14 @@ def measure(options: argparse.Namespace) -> dict:
         plain = build_plain(folder)
         anatomy, readers, found = dissect(ours.config), Readers(), []
         notes = [f"{ours.num_parameters() / 1e9:.2f}B parameters, loaded in {load:.2f} s" + seconds]
+        # a prompt first, as ever: it touches all experts, whose pages are mapped at that moment
+        found += prefill(ours, plain, options)
         for context in CONTEXTS:
             found += decode(ours, plain, anatomy, context, options, readers)
-        found += prefill(ours, plain, options)
         agreement = [agree(ours, plain)]
-        del ours, plain
+        del plain
         gc.collect()
-    found += llama(options)
+        found += llama(ours, options)
     return {"rows": found, "agreement": agreement, "notes": notes, "config": CONFIG}
 
 
@@ -92,16 +95,17 @@ def build_plain(folder: Path) -> torch.nn.Module:
     return plain.eval()
 
 
+def tokens_of(model, cache) -> None:
+    """`TOKENS` tokens, one after the other; the cache grows, which is little beside what it holds."""
+    for _ in range(TOKENS):
+        model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), past_key_values=cache, logits_to_keep=1)
+
+
 def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, readers: Readers) -> list[dict]:
     """One token after the other from ``context`` cached ones on."""
     case = {"case": f"decoding at {context} tokens", "threads": options.threads}
     caches = filled_caches(ours.config, context)
-
-    def run(model, cache):
-        for _ in range(TOKENS):
-            model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), past_key_values=cache, logits_to_keep=1)
-
-    contestants = {OURS: lambda: run(ours, caches[0]), PLAIN: lambda: run(plain, caches[1])}
+    contestants = {OURS: lambda: tokens_of(ours, caches[0]), PLAIN: lambda: tokens_of(plain, caches[1])}
     times, bandwidth = race(contestants, options.rounds, readers)
     found = list(readers.rows(case, times)) if context == CONTEXTS[0] else []
     for name, fp8 in ((OURS, True), (PLAIN, False)):
@@ -135,18 +139,32 @@ def agree(ours, plain) -> dict:
     return {"relative difference of logits": relative_error(found, wanted.double()), "same next token": same}
 
 
-def llama(options: argparse.Namespace) -> list[dict]:
-    """What llama.cpp's own benchmark says of the given files, in a process of its own: not interleaved."""
-    found = []
-    binary = options.llama_bench and shutil.which(str(options.llama_bench))
-    if options.llama_bench and not binary:
+def llama(ours, options: argparse.Namespace) -> list[dict]:
+    """Decoding in turns with llama.cpp's own benchmark of the given files, which is a process of its own each time."""
+    if not options.llama_bench:
+        return []
+    binary = shutil.which(str(options.llama_bench))
+    if not binary:
         raise FileNotFoundError(f"{options.llama_bench}: no such program")
-    for file in options.gguf or ():
-        for context in CONTEXTS:
-            command = [binary, "-m", str(file), "-t", str(options.threads), "-o", "json", "-r", str(options.rounds)]
-            command += ["-p", "0", "-n", str(TOKENS), "-d", str(context)]
-            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            speed = statistics.median(result[0]["samples_ts"])
-            case = {"case": f"decoding at {context} tokens", "threads": options.threads}
-            found.append({**case, "contestant": f"llama.cpp {file.stem}", "tokens_s": speed, "ms": 1e3 / speed})
+    found = []
+    for context in CONTEXTS:
+        case = {"case": f"beside llama.cpp, {context} tokens", "threads": options.threads}
+        cache = filled_caches(ours.config, context)[0]
+        speeds: dict[str, list[float]] = {}
+        # each process of llama.cpp computes its context anew, minutes for a long one
+        for _ in range(options.rounds if context == CONTEXTS[0] else min(3, options.rounds)):
+            tokens_of(ours, cache)  # what the other processes pushed out of the caches
+            samples = [TOKENS / common.seconds_of(lambda: tokens_of(ours, cache)) for _ in range(SAMPLES)]  # noqa: B023
+            speeds.setdefault(OURS, []).append(statistics.median(samples))
+            for file in options.gguf:
+                command = [binary, "-m", str(file), "-t", str(options.threads), "-o", "json", "-r", str(SAMPLES)]
+                command += ["-p", "0", "-n", str(TOKENS), "-d", str(context)]
+                result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                samples = result[0]["samples_ts"]
+                speeds.setdefault(f"llama.cpp {file.stem}", []).append(statistics.median(samples))
+        first = statistics.median(speeds[f"llama.cpp {options.gguf[0].stem}"])
+        for name, values in speeds.items():
+            speed = statistics.median(values)
+            found.append({**case, "contestant": name, "tokens_s": speed, "ms": 1e3 / speed, "ratio": speed / first})
+            found[-1]["turns"] = values
     return found
