@@ -23,7 +23,7 @@ int dsm_has_threads(void);
 int dsm_linear(int, int, int, const void *, int64_t, int, const void *, const float *, int64_t, int64_t, const float *,
                void *);
 int dsm_experts(int, int, int, const void *, int64_t, int64_t, int64_t, const int64_t *, const float *, int64_t,
-                const int64_t *, int64_t, int, float *);
+                const int64_t *, int64_t, int, float *, void *);
 int dsm_rms_norm(int, int, int, const void *, const void *, int64_t, int64_t, float, void *);
 int dsm_dequantize(int, int, const uint8_t *, const float *, int64_t, int64_t, void *, int);
 int dsm_quantize(int, int, const void *, int, int64_t, int64_t, uint8_t *, float *);
@@ -46,7 +46,7 @@ static int invoke(int64_t function, const Argument *a, int isa, int threads) {
     switch (function) {
     case 0: return dsm_linear(isa, threads, N(0), P(1), I(2), N(3), P(4), P(5), I(6), I(7), P(8), P(9));
     case 1:
-        return dsm_experts(isa, threads, N(0), P(1), I(2), I(3), I(4), P(5), P(6), I(7), P(8), I(9), N(10), P(11));
+        return dsm_experts(isa, threads, N(0), P(1), I(2), I(3), I(4), P(5), P(6), I(7), P(8), I(9), N(10), P(11), P(12));
     case 2: return dsm_rms_norm(isa, threads, N(0), P(1), P(2), I(3), I(4), (float)a[5].real, P(6));
     case 3: return dsm_dequantize(isa, threads, P(0), P(1), I(2), I(3), P(4), N(5));
     case 4: return dsm_quantize(isa, threads, P(0), N(1), I(2), I(3), P(4), P(5));

@@ -130,6 +130,27 @@ def test_tiles_do_not_depend_on_other_tokens(tokens):
         assert same_bits(block_fp8.linear(x, codes, scale)[: tokens - 1], whole[: tokens - 1])
 
 
+@every_isa
+@pytest.mark.parametrize("kind", [FP8, torch.bfloat16], ids=["fp8", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_rows_do_not_depend_on_their_neighbours(tokens, kind, isa):
+    """Rows are read several at a time, which ones depends on how many there are; long rows are longer than what is fetched."""
+    for columns in (131, 1408, 2600):
+        codes, scale = normal_fp8((200, columns))
+        weight = torch.randn(200, columns).bfloat16()
+        x = torch.randn(tokens, columns).bfloat16()
+        with use_backend(isa):
+            whole = block_fp8.linear(x, codes, scale) if kind == FP8 else linear.linear(x, weight)
+            for rows in (1, 7, 8, 15, 64, 71, 127, 128, 199):
+                scale_rows = -(-rows // 128)
+                part = (
+                    block_fp8.linear(x, codes[:rows], scale[:scale_rows])
+                    if kind == FP8
+                    else linear.linear(x, weight[:rows])
+                )
+                assert same_bits(part, whole[:, :rows])
+
+
 @pytest.mark.long
 @every_isa
 @ACTIVATIONS

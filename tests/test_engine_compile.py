@@ -60,6 +60,38 @@ def test_operator(name):
         assert not storages & {result.untyped_storage().data_ptr() for result in results if result.numel()}
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if name.endswith("bfloat16")])
+def test_calls_are_the_operators(name):
+    """A function of an operator gives its bits, whether it goes through torch's dispatcher or not."""
+    function, arguments = CALLS[name]
+    found = run({"": (function, arguments)})
+    assert not differing(run({"": (function.operator, arguments)}), found)
+
+
+def test_who_looks_on_sees_operators():
+    """A profiler, a dispatch mode and a tracer do; names are as the operator has them."""
+    function, arguments = CALLS["fp8-linear-bfloat16"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(*arguments)
+    assert "deepseek_moe::fp8_linear" in {event.key for event in profile.key_averages()}
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.append(operator)
+            return operator(*args, **(kwargs or {}))
+
+    with Mode():
+        function(*arguments)
+    assert function.operator in seen
+    x, codes, scale, bias = arguments
+    traced = torch.jit.trace(lambda x: function(x, codes, scale, bias), (x,), check_trace=False)
+    assert torch.equal(traced(x * 2), function(x * 2, codes, scale, bias))
+    assert function.operator(x=x, weight=codes, scale_inv=scale, bias=bias).equal(
+        function(x=x, weight=codes, scale_inv=scale, bias=bias)
+    )
+
+
 def test_operators_refuse_while_they_are_traced():
     """A call that does not fit is an error, whoever makes it."""
     function, (x, codes, scale, _) = CALLS["fp8-linear-float32"]

@@ -54,6 +54,22 @@ def test_many_tokens_of_one_expert(kind, isa):
 
 @every_isa
 @KINDS
+def test_kept_buffers_change_no_bit(kind, isa):
+    """The buffers of many tokens stay from call to call, with what the last call left in them: here NaN."""
+    tokens, hidden, width = 1100, 1000, 70
+    home = Experts.random(kind, 2, hidden, width)
+    x = torch.randn(tokens, hidden).bfloat16()
+    indices, weights = random_routing(tokens, 2, 2)
+    table = home.addresses()
+    with use_backend(isa):
+        wanted = cpu.routed(x, indices, weights, table, width, kind)
+        spoiled = torch.full((tokens + 300, hidden), torch.nan).bfloat16()
+        assert cpu.routed(spoiled, *random_routing(len(spoiled), 2, 2), table, width, kind).isnan().any()
+        assert same_bits(cpu.routed(x, indices, weights, table, width, kind), wanted)
+
+
+@every_isa
+@KINDS
 def test_parts_are_added_in_order(kind, isa, monkeypatch):
     """Tokens a part at a time, and experts a group at a time, give the bits of one call."""
     home = Experts.random(kind, 6, 150, 90)

@@ -1,5 +1,7 @@
 /* Latent attention in bf16; part of `kernels_avx512_bf16.c`. */
 
+#define ABSORB_AHEAD 8192 /* bytes: the rows after next of those that are taken at once */
+
 /* Two weight rows times a pair of factors are added to the sums of 64 columns: lane 4g + i of the j-th vector holds
    column 16g + 4j + i. `even` and `odd` are
    the rows' columns in bf16, in the order of `decode64`. */
@@ -13,7 +15,7 @@ DSM_INLINE void absorb_pair(const __m512i *even, const __m512i *odd, int32_t pai
 DSM_INLINE void load_words(Tables t, const char *p, int64_t rest, __m512i *words, const int fp8) {
     if (fp8) {
         __m512bh first, second;
-        _mm_prefetch(p + FAR_AHEAD, _MM_HINT_T1);
+        _mm_prefetch(p + ABSORB_AHEAD, _MM_HINT_T1);
         decode64(t, load_codes((const uint8_t *)p, rest), &first, &second);
         words[0] = (__m512i)first;
         words[1] = (__m512i)second;
@@ -114,12 +116,17 @@ BLEND(6)
 BLEND(4)
 BLEND(1)
 
+/* columns 0..15 of two rows in pairs; + 16: the other half */
+static const uint16_t PAIRS_OF_ROWS[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
 /* weights of up to 128 keys, rounded to pairs of bf16 beside the values' panel */
 static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
                 const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
     uint32_t *values = scratch;
     uint16_t *weights = (uint16_t *)(values + DSM_BLOCK / 2 * PANEL);
     const int64_t pairs = (count + 1) / 2, room = (count + 15) / 16 * 16;
+    const __m512i left = _mm512_loadu_si512(PAIRS_OF_ROWS), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t k = 0; k < room; k += 16)
             _mm256_store_si256((__m256i *)(weights + t * DSM_BLOCK + k),
@@ -129,12 +136,13 @@ static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, in
         for (int64_t k = 0; k < pairs; k++) {
             const uint16_t *row = (const uint16_t *)v->data + (first + 2 * k) * v->cols + c;
             const int two = 2 * k + 1 < count;
-            for (int j = 0; j < PANEL; j += 16) {
+            UNROLL for (int j = 0; j < PANEL; j += 32) {
                 const int64_t rest = v->cols - c - j;
-                const __mmask16 mask = rest >= 16 ? 0xffff : rest <= 0 ? 0 : (__mmask16)((1u << rest) - 1);
-                __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + j));
-                __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(two ? mask : 0, row + v->cols + j));
-                _mm512_store_si512(values + k * PANEL + j, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+                const __mmask32 mask = rest >= 32 ? ~0u : rest <= 0 ? 0 : (1u << rest) - 1;
+                const __m512i a = _mm512_maskz_loadu_epi16(mask, row + j);
+                const __m512i b = _mm512_maskz_loadu_epi16(two ? mask : 0, row + v->cols + j);
+                _mm512_store_si512(values + k * PANEL + j, _mm512_permutex2var_epi16(a, left, b));
+                _mm512_store_si512(values + k * PANEL + j + 16, _mm512_permutex2var_epi16(a, right, b));
             }
         }
         for (; t + 6 <= tokens; t += 6)
