@@ -6,6 +6,8 @@ from functools import wraps
 import torch
 
 LIBRARY = torch.library.Library("deepseek_moe", "DEF")
+_tracing_state, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_profiler_enabled = torch.autograd._profiler_enabled
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -34,11 +36,12 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
 def _is_watched(x: torch.Tensor) -> bool:
     """Whether a call with ``x`` has to be an operator's: for a compiler, a tracer, a profiler, a mode or a subclass."""
+    # what is C, and near: behind a layer whose weights went through the caches every other function costs a microsecond
     return (
         torch.compiler.is_compiling()
         or type(x) not in PLAIN
         or not x.is_cpu
-        or torch.jit.is_tracing()
-        or torch.autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _tracing_state() is not None
+        or _modes() > 0
+        or _profiler_enabled()
     )

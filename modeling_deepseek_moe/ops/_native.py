@@ -205,6 +205,11 @@ def describe(tensor: torch.Tensor) -> str:
     return f"{list(tensor.shape)} in {tensor.dtype}"
 
 
+def fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and in fp32: mostly itself, which `Tensor.float` would take longer to find."""
+    return tensor.contiguous() if tensor.dtype == torch.float32 else tensor.float().contiguous()
+
+
 def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 

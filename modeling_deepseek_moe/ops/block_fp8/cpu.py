@@ -47,7 +47,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, bias
     _native.check_linear("FP8 linear", x, weight, bias, FP8_DTYPE)
     _check_scale("FP8 linear", weight, scale_inv)
     n, k = weight.shape
-    x, weight, scale_inv = x.contiguous(), weight.contiguous(), scale_inv.float().contiguous()
+    x, weight, scale_inv = x.contiguous(), weight.contiguous(), _native.fp32(scale_inv)
     bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty((*x.shape[:-1], n))
     _native.call(
