@@ -5,7 +5,7 @@
    of the last turn what `next` says comes behind these rows. */
 #define FAR_AHEAD 2048 /* bytes of one reader */
 #define AHEAD 512      /* of rows that are decoded by slabs */
-#define SLAB 256 /* columns of four weight rows that are decoded at a time beside three and more tokens */
+#define SLAB 256       /* columns of four weight rows that are decoded at a time beside three and more tokens */
 #define SLAB_TOKENS 32
 
 /* out[i] = the sum over v[i]'s lanes: those 8 apart are added first, neighbours last */
@@ -19,7 +19,7 @@ DSM_INLINE void sum8(const __m512 *v, float *out) {
                                 _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xdd));
     all = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)four[0], (__m512d)four[1]),
                         (__m512)_mm512_unpackhi_pd((__m512d)four[0], (__m512d)four[1]));
-    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1)); /* 0 4 - - 1 5 .. of each 128 bits: sums 0 0 4 4, 1 1 5 5 .. */
+    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1)); /* the i-th 128 bits: twice the sum of v[i], twice of v[4 + i] */
     all = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12, 2, 6, 10, 14), all);
     _mm256_storeu_ps(out, _mm512_castps512_ps256(all));
 }
@@ -91,7 +91,7 @@ DSM_INLINE void turn_bf16(const char *x, size_t stride, const Matrix *w, int64_t
 }
 
 /* Weight rows row, row + apart .. of one block of rows, one for each reader; `jump` leads from the row behind the first of
-   them to what is read after it. Not inlined, so that each one's accumulators stay in registers. */
+   them to what is read after it. */
 DSM_INLINE void read_rows(const void *x, size_t stride, const Matrix *w, int64_t row, int64_t apart, int64_t jump,
                           float *out, int64_t ldo, const int readers, const int tokens, const int near) {
     __m512 total[8];
@@ -103,6 +103,7 @@ DSM_INLINE void read_rows(const void *x, size_t stride, const Matrix *w, int64_t
     UNROLL for (int r = 0; r < readers; r++)
         UNROLL for (int m = 0; m < tokens; m++) out[m * ldo + r * apart] = sums[r * tokens + m];
 }
+/* Not inlined, so that each one's accumulators stay in registers. */
 #define READ(name, readers, tokens, near)                                                                              \
     static __attribute__((noinline)) void name(const void *x, size_t stride, const Matrix *w, int64_t row,             \
                                                int64_t apart, int64_t jump, float *out, int64_t ldo) {                 \

@@ -1,4 +1,4 @@
-/* Memory. A page that is new to the process costs as much time as packing twenty tokens' worth of it, so the buffers that
+/* Memory. Into pages that are new to the process activations are packed three times as slowly, so the buffers that
    a product of many tokens needs are not returned to the system one call, to be asked for again the next. */
 #include "engine.h"
 
