@@ -1,8 +1,8 @@
-"""A thousand steps in FP8 beside bf16 and fp32: the same weights, data and order (`pytest -m long`, two hours).
+"""A thousand steps in FP8 beside bf16 and fp32: the same weights, data and order (`pytest -m long`, an hour and a half).
 
-Two designs of one model of width 128. On subwords FP8 stays, on average over initialisations, within the 0.25 % of bf16 that
-the report found on models of 16 and 230 billion parameters. On bytes, where the loss is half as large, it does not: the
-bound there says only that it learns.
+Two designs of one model of width 128. On subwords, at DeepSeek-V2-Lite's learning rate, FP8 stays on average over
+initialisations within the 0.25 % of bf16, and of fp32, that the V3 report found on models of 16 and 230 billion parameters. On
+bytes, at 1e-3 and where the loss is half as large, it does not: the bound there says only that it learns.
 """
 
 from pathlib import Path
@@ -59,7 +59,7 @@ def subwords(vocab_size=1024):
     return tokenizer.encode(text).ids
 
 
-def losses(folder, model, tokens, fp8, bf16, steps=1000):
+def losses(folder, model, tokens, learning_rate, fp8, bf16, steps=1000):
     """The loss of every step, by the package's own code under `Trainer`."""
     if fp8 is not None:
         dsm.prepare_fp8_training(model, fp8)
@@ -74,7 +74,7 @@ def losses(folder, model, tokens, fp8, bf16, steps=1000):
         folder,
         max_steps=steps,
         per_device_train_batch_size=ROWS,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=50,
         bf16=bf16,
@@ -96,16 +96,17 @@ def gap(found, wanted, last=200):
 RUNS = {"fp32": (None, False), "bf16": (None, True), "FP8": (FP8, True), "FP8, Wgrad in bf16": (BF16_WGRAD, True)}
 
 
-def hold(tmp_path, make, tokens, seeds, bounds):
+def hold(tmp_path, make, tokens, learning_rate, seeds, bounds):
     """On average over initialisations both recipes stay within ``bounds`` of bf16 and of fp32, and bf16 within 0.25 % of fp32.
 
-    One initialisation tells little: bf16 and fp32 part by 0.2 to 0.4 % too, and the gap to fp32 contains theirs.
+    One initialisation tells little: what runs part by, whatever they are rounded to, grows with the learning rate, from a tenth
+    of a percent at 4.2e-4 to half a percent at 2e-3.
     """
     gaps = {}
     for seed in range(seeds):
         found = {}
         for name, (fp8, bf16) in RUNS.items():
-            found[name] = losses(tmp_path, make(seed), tokens, fp8, bf16)
+            found[name] = losses(tmp_path, make(seed), tokens, learning_rate, fp8, bf16)
             for other in ("fp32", "bf16"):
                 if other in found and other != name:
                     gaps.setdefault((name, other), []).append(gap(found[name], found[other]))
@@ -119,11 +120,18 @@ def hold(tmp_path, make, tokens, seeds, bounds):
 @pytest.mark.long
 @needs_text
 def test_loss_gap_on_subwords(tmp_path):
-    hold(tmp_path, lambda seed: make_model(seed, 1024, 0.02), subwords(), SEEDS, {"bf16": 0.0025, "fp32": 0.005})
+    hold(
+        tmp_path,
+        lambda seed: make_model(seed, 1024, 0.02),
+        subwords(),
+        4.2e-4,
+        SEEDS,
+        {"bf16": 0.0025, "fp32": 0.0025},
+    )
 
 
 @pytest.mark.long
 @needs_text
 def test_loss_gap_on_bytes(tmp_path):
     tokens = list(TEXT.read_bytes()[: ROWS * ROW * 1000])
-    hold(tmp_path, lambda seed: make_model(seed, 256, 0.05), tokens, 1, {"bf16": 0.015, "fp32": 0.015})
+    hold(tmp_path, lambda seed: make_model(seed, 256, 0.05), tokens, 1e-3, 1, {"bf16": 0.015, "fp32": 0.015})
