@@ -92,6 +92,27 @@ def test_who_looks_on_sees_operators():
     )
 
 
+def test_tensors_without_addresses_are_the_dispatchers():
+    """On another device, or of a subclass, whichever argument it is: C would read at address zero."""
+    function, (x, codes, scale, bias) = CALLS["fp8-linear-bfloat16"]
+    elsewhere = [tensor.to("meta") for tensor in (x, codes, scale, bias)]
+    assert function(*elsewhere).is_meta
+
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+            raise NotImplementedError(f"saw {operator}")
+
+    def without_storage(tensor):
+        return torch.Tensor._make_wrapper_subclass(Subclass, tensor.shape, dtype=tensor.dtype)
+
+    for place in range(4):
+        given = [x, codes, scale, bias]
+        given[place] = without_storage(given[place])
+        with pytest.raises(NotImplementedError, match=r"saw deepseek_moe\.fp8_linear"):
+            function(*given)
+
+
 def test_operators_refuse_while_they_are_traced():
     """A call that does not fit is an error, whoever makes it."""
     function, (x, codes, scale, _) = CALLS["fp8-linear-float32"]

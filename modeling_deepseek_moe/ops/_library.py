@@ -26,7 +26,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
     @wraps(implementation)
     def call(*arguments, **named):
-        if named or _is_watched(arguments[0]):
+        if named or _is_watched(arguments):
             return operator(*arguments, **named)
         return implementation(*arguments)
 
@@ -34,14 +34,12 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     return call
 
 
-def _is_watched(x: torch.Tensor) -> bool:
-    """Whether a call with ``x`` has to be an operator's: for a compiler, a tracer, a profiler, a mode or a subclass."""
+def _is_watched(arguments: tuple) -> bool:
+    """Whether a call has to be an operator's: for a compiler, a tracer, a profiler, a mode, a subclass or another device."""
     # what is C, and near: behind a layer whose weights went through the caches every other function costs a microsecond
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in PLAIN
-        or not x.is_cpu
-        or _tracing_state() is not None
-        or _modes() > 0
-        or _profiler_enabled()
-    )
+    if torch.compiler.is_compiling() or _tracing_state() is not None or _modes() > 0 or _profiler_enabled():
+        return True
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and (type(argument) not in PLAIN or not argument.is_cpu):
+            return True
+    return False
