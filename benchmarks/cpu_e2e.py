@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import common
@@ -149,12 +150,12 @@ def llama(ours, options: argparse.Namespace) -> list[dict]:
     found = []
     for context in CONTEXTS:
         case = {"case": f"beside llama.cpp, {context} tokens", "threads": options.threads}
-        cache = filled_caches(ours.config, context)[0]
+        run = partial(tokens_of, ours, filled_caches(ours.config, context)[0])
         speeds: dict[str, list[float]] = {}
         # each process of llama.cpp computes its context anew, minutes for a long one
         for _ in range(options.rounds if context == CONTEXTS[0] else min(3, options.rounds)):
-            tokens_of(ours, cache)  # what the other processes pushed out of the caches
-            samples = [TOKENS / common.seconds_of(lambda: tokens_of(ours, cache)) for _ in range(SAMPLES)]  # noqa: B023
+            run()  # what the other processes pushed out of the caches
+            samples = [TOKENS / common.seconds_of(run) for _ in range(SAMPLES)]
             speeds.setdefault(OURS, []).append(statistics.median(samples))
             for file in options.gguf:
                 command = [binary, "-m", str(file), "-t", str(options.threads), "-o", "json", "-r", str(SAMPLES)]

@@ -227,15 +227,14 @@ class StackedFp8Experts(_Fp8Experts):
         found = self._parameters  # four of a module's own look-ups take longer than the rest of a small layer
         return tuple(found[name] for name in self.stack_names)
 
-    def _refusal(self, hidden_TD: torch.Tensor, stacks: tuple[torch.Tensor, ...] | None = None) -> str | None:
-        stacks = stacks or self._stacks()
+    def _refusal(self, hidden_TD: torch.Tensor) -> str | None:
+        stacks = self._stacks()
         return _refuses(self, hidden_TD, *stacks) or block_fp8.cpu.refuses_blocks(stacks[0], self.block)
 
     def engine(self, hidden_TD, topk_indices, topk_weights):
-        stacks = self._stacks()
-        if not may_use(CPU, self._refusal(hidden_TD, stacks) or _needs_gradients(topk_weights)):
+        if not may_use(CPU, self._refusal(hidden_TD) or _needs_gradients(topk_weights)):
             return None
-        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *stacks)
+        return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *self._stacks())
 
     def engine_table(self, hidden_TD: torch.Tensor) -> EngineTable | None:
         """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""

@@ -6,8 +6,6 @@ from functools import wraps
 import torch
 
 LIBRARY = torch.library.Library("deepseek_moe", "DEF")
-_tracing_state, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
-_profiler_enabled = torch.autograd._profiler_enabled
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -36,8 +34,11 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
 def _is_watched(arguments: tuple) -> bool:
     """Whether a call has to be an operator's: for a compiler, a tracer, a profiler, a mode, a subclass or another device."""
-    # what is C, and near: behind a layer whose weights went through the caches every other function costs a microsecond
-    if torch.compiler.is_compiling() or _tracing_state() is not None or _modes() > 0 or _profiler_enabled():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if (
+        torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
+    ):  # torch has no public name for either
         return True
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and (type(argument) not in PLAIN or not argument.is_cpu):

@@ -218,4 +218,4 @@ def additive(mask: torch.Tensor) -> torch.Tensor:
     """A mask, boolean (True attends) or floating-point, as fp32 values to add to scores."""
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    return mask.float().contiguous()
+    return fp32(mask)

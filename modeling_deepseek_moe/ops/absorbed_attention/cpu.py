@@ -65,7 +65,7 @@ def _decode(
     q_nope, q_pe = (q if q.stride(3) == 1 else q.contiguous() for q in (q_nope, q_pe))
     c_kv, k_pe = (c if c.stride()[2:] == (c.shape[3], 1) else c.contiguous() for c in (c_kv, k_pe))
     if scale_inv is not None:
-        scale_inv = scale_inv.float().contiguous()
+        scale_inv = _native.fp32(scale_inv)
     if mask is not None:
         mask = _native.additive(mask[:, 0, -1, :length])
     strides = (

@@ -48,7 +48,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, bias
     _check_scale("FP8 linear", weight, scale_inv)
     n, k = weight.shape
     x, weight, scale_inv = x.contiguous(), weight.contiguous(), _native.fp32(scale_inv)
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else _native.fp32(bias)
     y = x.new_empty((*x.shape[:-1], n))
     _native.call(
         "dsm_linear",
@@ -72,7 +72,7 @@ def _dequantize(weight: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtyp
         raise ValueError(f"FP8 dequantize: found {dtype}, wanted one of {', '.join(map(str, OUTPUTS))}")
     _check_scale("FP8 dequantize", weight, scale_inv)
     out = torch.empty(weight.shape, dtype=dtype)
-    weight, scale_inv = weight.contiguous(), scale_inv.float().contiguous()
+    weight, scale_inv = weight.contiguous(), _native.fp32(scale_inv)
     _native.call(
         "dsm_dequantize",
         *(weight.data_ptr(), scale_inv.data_ptr(), *weight.shape, out.data_ptr(), _native.DTYPES[dtype]),

@@ -236,7 +236,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
 
 static void write_rows(const Layer *layer, int64_t tokens, int dtype, int threads, void *y) {
     const size_t row = layer->hidden * dsm_itemsize(dtype);
-#pragma omp parallel num_threads(threads) if (threads > 1 && tokens > layer->kernels->few_tokens)
+    threads = dsm_threads(threads, tokens * row);
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint64_t mode = dsm_exact_mode();
 #pragma omp for schedule(static)

@@ -92,7 +92,7 @@ def _run(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: to
             out_TD.zero_()
         return
     hidden_TD, topk_indices = hidden_TD.contiguous(), topk_indices.contiguous()
-    topk_weights, addresses = topk_weights.float().contiguous(), addresses.contiguous()
+    topk_weights, addresses = _native.fp32(topk_weights), addresses.contiguous()
     step = max(1, WORKSPACE_BYTES // (4 * top_k * (hidden + width)))
     activations, weights_dtype = _native.DTYPES[hidden_TD.dtype], _native.DTYPES[dtype]
     for start in range(0, tokens, step):
@@ -161,7 +161,7 @@ def _stacked(hidden_TD, topk_indices, topk_weights, gate_up, down, gate_up_scale
     _check("gate_up", gate_up, (experts, 2 * width, hidden), gate_up_scale, gate_up.dtype)
     _check("down", down, (experts, hidden, width), down_scale, gate_up.dtype)
     gate_up, down = gate_up.contiguous(), down.contiguous()
-    gate_up_scale, down_scale = (None if s is None else s.float().contiguous() for s in (gate_up_scale, down_scale))
+    gate_up_scale, down_scale = (None if s is None else _native.fp32(s) for s in (gate_up_scale, down_scale))
     addresses = addresses_of(gate_up, down, gate_up_scale, down_scale)
     return _routed(hidden_TD, topk_indices, topk_weights, addresses, width, gate_up.dtype)
 
@@ -184,7 +184,7 @@ def _swiglu(x, gate, up, down, gate_scale, up_scale, down_scale) -> torch.Tensor
         ("down", down, down_scale, (hidden, width)),
     ):
         _check(name, weight, shape, scale, gate.dtype)
-        matrices.append((weight.contiguous(), None if scale is None else scale.float().contiguous()))
+        matrices.append((weight.contiguous(), None if scale is None else _native.fp32(scale)))
     addresses = torch.tensor([[w.data_ptr(), 0 if s is None else s.data_ptr()] for w, s in matrices])
     rows = x.reshape(-1, x.shape[-1])
     indices, weights = torch.zeros((len(rows), 1), dtype=torch.int64), torch.ones((len(rows), 1))

@@ -33,7 +33,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     _native.check_linear("bf16 linear", x, weight, bias, torch.bfloat16)
     n, k = weight.shape
     x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else _native.fp32(bias)
     y = x.new_empty((*x.shape[:-1], n))
     _native.call(
         "dsm_linear",

@@ -81,7 +81,7 @@ def _project(
     x = x.contiguous()
     cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
     weights, norms = [w.contiguous() for w in weights], [n.contiguous() for n in norms]
-    scales = [s.float().contiguous() for s in scales] or [None] * len(weights)
+    scales = [_native.fp32(s) for s in scales] or [None] * len(weights)
     fields = [0] * 5 if not first else []
     for weight, scale in zip(weights, scales, strict=True):
         fields += (weight.data_ptr(), _native.pointer(scale) or 0, *weight.shape, _native.DTYPES[weight.dtype])

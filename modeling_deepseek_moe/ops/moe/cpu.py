@@ -80,7 +80,7 @@ def _moe(
     x, gate, addresses = x.contiguous(), gate.contiguous(), addresses.contiguous()
     bias = None if bias is None else bias.contiguous()
     shared = [weight.contiguous() for weight in shared]
-    scales = [scale.float().contiguous() for scale in scales]
+    scales = [_native.fp32(scale) for scale in scales]
     table = [0] * 6
     for place, weight in enumerate(shared):
         table[2 * place : 2 * place + 2] = weight.data_ptr(), scales[place].data_ptr() if scales else 0
