@@ -18,15 +18,28 @@ typedef struct {
     const uint8_t *from; /* of the panel's first row */
     char *to;
     int64_t turn, turns, count, columns, pitch; /* count: rows of the panel, 0: there is no block */
+    const uint8_t *next; /* of the first row of the panel that follows */
 } Block;
+
+/* What a reader wants READ_AHEAD bytes behind a block of columns: behind its row comes its row of the next turn. */
+DSM_INLINE const char *wanted(const Block *block, int64_t row, int64_t i, const uint8_t *from) {
+    const uint8_t *ahead = from + READ_AHEAD;
+    if (block->columns > READ_AHEAD) return (const char *)ahead;
+    if (block->turn + 1 < block->turns) ahead += (row_of(block->turn + 1, i, block->turns) - row - 1) * block->pitch;
+    else ahead = block->next + row_of(0, i, block->turns) * block->pitch + READ_AHEAD - block->columns;
+    return (const char *)ahead;
+}
 
 DSM_INLINE void decode_some(Normal n, const Block *block, int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; i++) {
         const int64_t row = row_of(block->turn, i, block->turns);
         const uint8_t *from = block->from + row * block->pitch;
         if (row >= block->count) break;
-        _mm_prefetch((const char *)from + READ_AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)from + READ_AHEAD + 64, _MM_HINT_T0);
+        const char *ahead = wanted(block, row, i, from);
+        _mm_prefetch(ahead, _MM_HINT_T1); /* far into the second cache, near into the first: 3 % more than either alone */
+        _mm_prefetch(ahead + 64, _MM_HINT_T1);
+        _mm_prefetch((const char *)from + DSM_BLOCK, _MM_HINT_T0);
+        _mm_prefetch((const char *)from + DSM_BLOCK + 64, _MM_HINT_T0);
         if (block->columns >= DSM_BLOCK) decode_block(n, from, block->to + i * 64);
         else decode_rare(from, block->columns, block->to + i * 64);
     }
@@ -60,7 +73,7 @@ DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int
 /* sums[slot][tokens] of rows [first, first + count) of one panel, whose scales are those of the first; tokens: 1 or 16.
    A product is added to the sums a block later: what a tile has stored cannot be read at once. */
 DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
-                             const int tokens) {
+                             const uint8_t *behind, const int tokens) {
     const Normal n = normal();
     const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols);
     const uint8_t *data = (const uint8_t *)w->data + first * w->cols;
@@ -68,7 +81,7 @@ DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, cons
     float products[2][TILE_FLOATS] __attribute__((aligned(64)));
     float *to = NULL, scale = 0;
     int begun = 0, half = 0;
-    Block next = {data, scratch, 0, turns, count, w->cols, w->cols};
+    Block next = {data, scratch, 0, turns, count, w->cols, w->cols, behind};
     decode_some(n, &next, 0, TILE);
     for (int64_t turn = 0; turn < turns; turn++)
         for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, half = !half) {
@@ -87,31 +100,33 @@ DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, cons
     if (to) add_products(to, products[!half], size, scale, begun);
 }
 static __attribute__((noinline)) void multiply_one(const Matrix *w, int64_t first, int64_t count, const char *x,
-                                                   float *sums, char *scratch) {
-    multiply_few(w, first, count, x, sums, scratch, 1);
+                                                   float *sums, char *scratch, const void *behind) {
+    multiply_few(w, first, count, x, sums, scratch, behind, 1);
 }
 static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t first, int64_t count, const char *x,
-                                                     float *sums, char *scratch) {
-    multiply_few(w, first, count, x, sums, scratch, TILE);
+                                                     float *sums, char *scratch, const void *behind) {
+    multiply_few(w, first, count, x, sums, scratch, behind, TILE);
 }
 
+/* Short rows are read before tiles are set up. */
 static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                        float *out, int64_t ldo, const void *next) {
     char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
     float sums[PANEL] __attribute__((aligned(64)));
-    const int fp8 = w->dtype == DSM_FP8;
-    if (fp8) _tile_loadconfig(&ONE_TOKEN);
+    const int fp8 = w->dtype == DSM_FP8, tiles = fp8 && w->cols > SHORT_ROW;
+    if (tiles) _tile_loadconfig(&ONE_TOKEN);
     for (int64_t r = 0, n; r < count; r += n) {
         n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);
+        const void *then = r + n < count || !next ? dsm_row(w, first + r + n) : next;
         for (int64_t t = 0; t < tokens; t++) {
             const char *own = (const char *)x + t * stride;
             float *to = out + t * ldo + r;
-            if (!w->cols) memset(to, 0, sizeof(float) * n);
-            else if (fp8) {
-                multiply_one(w, first + r, n, own, sums, scratch);
+            if (tiles) {
+                multiply_one(w, first + r, n, own, sums, scratch, then);
                 for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
-            } else rows_in_turns(read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, r + n < count ? dsm_row(w, first + r + n) : next);
+            } else
+                rows_in_turns(fp8 ? read_8_1 : read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, then);
         }
     }
-    if (fp8) _tile_release();
+    if (tiles) _tile_release();
 }

@@ -5,7 +5,7 @@
    decoded into scratch. Activations are packed for `panel` in groups of 16 tokens: 64 bytes hold one pair of columns of all
    16, a tile 16 such pairs; the pairs of a single token lie as they are. A product is a tile of 16 weight rows and 16
    tokens, or one, which is summed in fp32 beyond a block of 128 columns (FP8, whose scale changes there) or 512. What a
-   token gets does not depend on which others there are. */
+   token gets does not depend on which others there are, but where rows are short (SHORT_ROW). */
 DSM_TARGET_END
 DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c,gfni,amx-tile,amx-bf16")
 
@@ -17,7 +17,8 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define RUN 512  /* columns of a panel that are decoded at a time, or summed in a tile where they are bf16 */
 #define PANELS 4 /* that a run of all tokens meets */
 #define BLOCK_BYTES (BLOCK_TILES * TILE_BYTES)
-#define READ_AHEAD 384 /* bytes of one of several readers */
+#define READ_AHEAD 512 /* bytes of one of several readers */
+#define SHORT_ROW 512 /* columns */
 #define NEAR_GROUPS 2 /* token groups whose sums, beside a block of weights, stay in the first cache */
 
 typedef struct {
@@ -302,7 +303,7 @@ static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matr
     const int in_turns = groups == 1 && w->dtype == DSM_FP8;
     if (in_turns)
         for (int64_t r = 0; r < count && w->cols; r += PANEL)
-            multiply_group(w, first + r, dsm_min(PANEL, count - r), x, out + r * TILE, scratch);
+            multiply_group(w, first + r, dsm_min(PANEL, count - r), x, out + r * TILE, scratch, dsm_row(w, first + r + PANEL));
     else for (int64_t k = 0; k < w->cols; k += RUN)
         for (int64_t r = 0; r < count; r += PANEL)
             multiply_run(w, first + r, dsm_min(PANEL, count - r), k, x, stride, groups, out + r * TILE, columns * TILE,
