@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench, to run beside e2e")
     parser.add_argument(
-        "--gguf", type=Path, action="append", help="a model for it, of the same dims (may be repeated)"
+        "--gguf", type=Path, action="append", default=[], help="a model for it, of the same dims (may be repeated)"
     )
     options = parser.parse_args()
     if bool(options.llama_bench) != bool(options.gguf):

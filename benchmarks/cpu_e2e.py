@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import gc
 import json
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -49,6 +48,8 @@ SAMPLES = 5  # of a turn beside llama.cpp
 
 
 def measure(options: argparse.Namespace) -> dict:
+    for file in options.gguf:  # now rather than after ten minutes
+        llama_speed(file, 0, 1, 1, options)
     with contextlib.ExitStack() as stack:
         folder = options.model_folder or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
         seconds = write_model(folder)
@@ -140,15 +141,20 @@ def agree(ours, plain) -> dict:
     return {"relative difference of logits": relative_error(found, wanted.double()), "same next token": same}
 
 
+def llama_speed(file: Path, context: int, tokens: int, samples: int, options: argparse.Namespace) -> float:
+    """Tokens/s of llama.cpp behind ``context`` tokens, the median of so many samples."""
+    command = [str(options.llama_bench.resolve()), "-m", str(file), "-t", str(options.threads), "-o", "json"]
+    command += ["-r", str(samples), "-p", "0", "-n", str(tokens), "-d", str(context)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-3000:]}")
+    return statistics.median(json.loads(done.stdout)[0]["samples_ts"])
+
+
 def llama(ours, options: argparse.Namespace) -> list[dict]:
     """Decoding in turns with llama.cpp's own benchmark of the given files, which is a process of its own each time."""
-    if not options.llama_bench:
-        return []
-    binary = shutil.which(str(options.llama_bench))
-    if not binary:
-        raise FileNotFoundError(f"{options.llama_bench}: no such program")
     found = []
-    for context in CONTEXTS:
+    for context in CONTEXTS if options.gguf else ():
         case = {"case": f"beside llama.cpp, {context} tokens", "threads": options.threads}
         run = partial(tokens_of, ours, filled_caches(ours.config, context)[0])
         speeds: dict[str, list[float]] = {}
@@ -158,11 +164,8 @@ def llama(ours, options: argparse.Namespace) -> list[dict]:
             samples = [TOKENS / common.seconds_of(run) for _ in range(SAMPLES)]
             speeds.setdefault(OURS, []).append(statistics.median(samples))
             for file in options.gguf:
-                command = [binary, "-m", str(file), "-t", str(options.threads), "-o", "json", "-r", str(SAMPLES)]
-                command += ["-p", "0", "-n", str(TOKENS), "-d", str(context)]
-                result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                samples = result[0]["samples_ts"]
-                speeds.setdefault(f"llama.cpp {file.stem}", []).append(statistics.median(samples))
+                speed = llama_speed(file, context, TOKENS, SAMPLES, options)
+                speeds.setdefault(f"llama.cpp {file.stem}", []).append(speed)
         first = statistics.median(speeds[f"llama.cpp {options.gguf[0].stem}"])
         for name, values in speeds.items():
             speed = statistics.median(values)

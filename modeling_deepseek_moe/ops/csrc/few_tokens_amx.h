@@ -41,7 +41,7 @@ DSM_INLINE void decode_some(Normal n, const Block *block, int64_t i0, int64_t i1
         _mm_prefetch((const char *)from + DSM_BLOCK, _MM_HINT_T0);
         _mm_prefetch((const char *)from + DSM_BLOCK + 64, _MM_HINT_T0);
         if (block->columns >= DSM_BLOCK) decode_block(n, from, block->to + i * 64);
-        else decode_rare(from, block->columns, block->to + i * 64);
+        else decode_rest(n, from, block->columns, block->to + i * 64);
     }
 }
 /* Product 0 is that of a decoded block; the next one is decoded between its steps, which wait for each other. */
@@ -108,25 +108,25 @@ static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t fi
     multiply_few(w, first, count, x, sums, scratch, behind, TILE);
 }
 
-/* Short rows are read before tiles are set up. */
 static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                        float *out, int64_t ldo, const void *next) {
     char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
     float sums[PANEL] __attribute__((aligned(64)));
-    const int fp8 = w->dtype == DSM_FP8, tiles = fp8 && w->cols > SHORT_ROW;
-    if (tiles) _tile_loadconfig(&ONE_TOKEN);
+    const int fp8 = w->dtype == DSM_FP8;
+    if (fp8) _tile_loadconfig(&ONE_TOKEN);
     for (int64_t r = 0, n; r < count; r += n) {
         n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);
         const void *then = r + n < count || !next ? dsm_row(w, first + r + n) : next;
         for (int64_t t = 0; t < tokens; t++) {
             const char *own = (const char *)x + t * stride;
             float *to = out + t * ldo + r;
-            if (tiles) {
+            if (!w->cols) memset(to, 0, sizeof(float) * n);
+            else if (fp8) {
                 multiply_one(w, first + r, n, own, sums, scratch, then);
                 for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
             } else
-                rows_in_turns(fp8 ? read_8_1 : read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, then);
+                rows_in_turns(read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, then);
         }
     }
-    if (tiles) _tile_release();
+    if (fp8) _tile_release();
 }

@@ -5,7 +5,7 @@
    decoded into scratch. Activations are packed for `panel` in groups of 16 tokens: 64 bytes hold one pair of columns of all
    16, a tile 16 such pairs; the pairs of a single token lie as they are. A product is a tile of 16 weight rows and 16
    tokens, or one, which is summed in fp32 beyond a block of 128 columns (FP8, whose scale changes there) or 512. What a
-   token gets does not depend on which others there are, but where rows are short (SHORT_ROW). */
+   token gets does not depend on which others there are. */
 DSM_TARGET_END
 DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c,gfni,amx-tile,amx-bf16")
 
@@ -18,7 +18,6 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define PANELS 4 /* that a run of all tokens meets */
 #define BLOCK_BYTES (BLOCK_TILES * TILE_BYTES)
 #define READ_AHEAD 512 /* bytes of one of several readers */
-#define SHORT_ROW 512 /* columns */
 #define NEAR_GROUPS 2 /* token groups whose sums, beside a block of weights, stay in the first cache */
 
 typedef struct {
@@ -112,6 +111,21 @@ DSM_INLINE void decode_block(Normal n, const uint8_t *from, char *to) {
     decode64_normal(n, b, codes + 2, codes + 3);
     UNROLL for (int i = 0; i < 4; i++) _mm512_store_si512(to + i * TILE_BYTES, (__m512i)codes[i]);
 }
+/* the same of fewer columns; behind them is any number, beside zeros of the activations */
+DSM_INLINE void decode_rest(Normal n, const uint8_t *from, int64_t columns, char *to) {
+    for (int64_t i = 0; i < columns; i += 64, to += 2 * TILE_BYTES) {
+        const __m512i a = load_codes(from + i, columns - i);
+        const __mmask64 some = columns - i >= 64 ? ~0ull : (1ull << (columns - i)) - 1;
+        __m512bh first, second;
+        if (__builtin_expect(_mm512_mask_cmpge_epu8_mask(some, rank_of(n, a), n.special) != 0, 0)) {
+            decode_rare(from + i, columns - i, to);
+            return;
+        }
+        decode64_normal(n, a, &first, &second);
+        _mm512_store_si512(to, (__m512i)first);
+        _mm512_store_si512(to + TILE_BYTES, (__m512i)second);
+    }
+}
 /* A run of a weight row: 64 bytes of each tile. Meanwhile what lies `ahead` bytes on is fetched. */
 DSM_INLINE void decode_row(Normal n, const uint8_t *from, int64_t columns, int64_t ahead, char *to) {
     int64_t i = 0;
@@ -120,7 +134,7 @@ DSM_INLINE void decode_row(Normal n, const uint8_t *from, int64_t columns, int64
         _mm_prefetch((const char *)from + i + 64 + ahead, _MM_HINT_T1);
         decode_block(n, from + i, to);
     }
-    if (i < columns) decode_rare(from + i, columns - i, to);
+    if (i < columns) decode_rest(n, from + i, columns - i, to);
 }
 
 /* Runs of rows [first, first + count), columns [k, k + RUN), become tiles [row group][RUN / 32]. A row's next run is
