@@ -13,11 +13,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling_deepseek_moe import chunks
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm, is_hooked
 from modeling_deepseek_moe.ops import absorbed_attention, block_fp8, mla_project
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
-from modeling_deepseek_moe.ops.absorbed_attention.reference import WORKSPACE_SCORES, masked
 from modeling_deepseek_moe.rope import apply_rotary
 
 ABSORBED, EXPANDED = "absorbed", "expanded"
@@ -117,6 +117,9 @@ class DeepseekAttention(nn.Module):
         else:
             c_kv, k_pe = (c_kv, k_pe) if past_length != 0 else new
             key, value = self._expand(c_kv, k_pe)
+            value_dim = value.shape[-1]
+            if self._wants_equal_dims(key.device):
+                value = F.pad(value, (0, key.shape[-1] - value_dim))
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
             output, weights = attention(
                 self,
@@ -129,7 +132,16 @@ class DeepseekAttention(nn.Module):
                 output_attentions=output_attentions,
                 **kwargs,
             )
+            output = output[..., :value_dim]
         return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _wants_equal_dims(self, device: torch.device) -> bool:
+        """Whether torch attends by blocks if values are as wide as keys, as its FlashAttention for CPUs does.
+
+        Else it makes all scores in fp32 first, which takes up to 16 times as long, and memory by the square of the length.
+        """
+        dropout = self.training and self.attention_dropout
+        return device.type == "cpu" and self.config._attn_implementation == "sdpa" and not dropout
 
     def _project(self, hidden_states, position_embeddings):
         """Queries and latents of the new tokens, in one call of the CPU engine where that can be."""
@@ -213,29 +225,11 @@ class DeepseekAttention(nn.Module):
     def _expanded_in_chunks(self, q_nope, q_pe, c_kv, k_pe, mask):
         """Expanded attention over a past cache, its keys a chunk at a time, merged by log-sum-exp."""
         query = torch.cat((q_nope, q_pe), dim=-1)
-        batch, heads, length, _ = query.shape
         kv_length = c_kv.shape[2]
-        chunk = min(kv_length, max(length, 1024))
-        step = max(1, WORKSPACE_SCORES // (batch * heads * chunk))
-        value_dim = self.up_dims[1]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        total = query.new_zeros((batch, heads, length, value_dim), dtype=wide)
-        norm = query.new_zeros((batch, heads, length, 1), dtype=wide)
-        peak = query.new_full((batch, heads, length, 1), torch.finfo(wide).min, dtype=wide)
-        for key_start in range(0, kv_length, chunk):
-            keys = slice(key_start, min(key_start + chunk, kv_length))
+        chunk = min(kv_length, max(query.shape[2], 1024))
+        total = None
+        for start in range(0, kv_length, chunk):
+            keys = slice(start, min(start + chunk, kv_length))
             key, value = self._expand(c_kv[:, :, keys], k_pe[:, :, keys])
-            for start in range(0, length, step):
-                rows = slice(start, min(start + step, length))
-                scores = torch.matmul(query[:, :, rows], key.transpose(2, 3)).to(wide) * self.scaling
-                scores = masked(scores, mask, rows, keys, length, kv_length)
-                old_peak = peak[:, :, rows]
-                new_peak = torch.maximum(old_peak, scores.amax(-1, keepdim=True))
-                weights = torch.exp(scores - new_peak)
-                weights = torch.where(scores > torch.finfo(wide).min / 2, weights, 0)
-                decay = torch.exp(old_peak - new_peak)
-                norm[:, :, rows] = norm[:, :, rows] * decay + weights.sum(-1, keepdim=True)
-                total[:, :, rows] = total[:, :, rows] * decay + torch.matmul(weights.to(value.dtype), value)
-                peak[:, :, rows] = new_peak
-        # a row that may see nothing (padding) yields zeros
-        return (total / norm.clamp_min(torch.finfo(wide).tiny)).to(query.dtype).transpose(1, 2)
+            total = chunks.merge(total, chunks.attend(query, key, value, mask, keys, kv_length, self.scaling))
+        return chunks.finish(*total, query.dtype)

@@ -45,6 +45,7 @@ LAYERS = (
     "fp8",
     "rope",
     "masks",
+    "chunks",
     "attention",
     "moe.router",
     "moe.experts",
