@@ -14,7 +14,8 @@ Parts:
     ops      FP8 linear [4096, 7168] at 1, 4 and 512 rows, each instruction set, and the bf16 head [102400, 2048]
     experts  64 routed experts of 2048 x 1408, top-6 and top-8, 1 and 512 tokens; the cost of a call at tiny dims
     mla      latent attention of one new token, 16 and 128 heads, contexts 1k and 8k
-    e2e      a model of 2.25B parameters in DeepSeek-V2-Lite's dims: decoding at 128 and 8192 tokens, prefill of 512
+    e2e      a model of 2.25B parameters in DeepSeek-V2-Lite's dims: decoding at 128 and 8192 tokens, prompts of 512 and
+             4096 tokens, and 512 more behind 4096
 
 The last lines hold the figures against what the engine is to reach. OMP_WAIT_POLICY is left as it is set and written
 down: threads that sleep at once (PASSIVE) cost a few percent on a quiet machine; where another program uses a core,

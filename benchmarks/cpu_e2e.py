@@ -41,7 +41,7 @@ CONFIG = {
     "routed_scaling_factor": 1.0,
 }
 CONTEXTS = (128, 8192)
-PREFILL = 512
+PROMPTS = ((512, 0), (4096, 0), (512, 4096))  # tokens, and those that are cached before them
 OURS, PLAIN = "FP8, this package", "transformers bf16"
 TOKENS = 6  # decoded for one sample: a step alone is too short beside the readers that take turns with it
 SAMPLES = 5  # of a turn beside llama.cpp
@@ -60,7 +60,8 @@ def measure(options: argparse.Namespace) -> dict:
         anatomy, readers, found = dissect(ours.config), Readers(), []
         notes = [f"{ours.num_parameters() / 1e9:.2f}B parameters, loaded in {load:.2f} s" + seconds]
         # a prompt first, as ever: it touches all experts, whose pages are mapped at that moment
-        found += prefill(ours, plain, options)
+        for tokens, cached in PROMPTS:
+            found += prefill(ours, plain, tokens, cached, options)
         for context in CONTEXTS:
             found += decode(ours, plain, anatomy, context, options, readers)
         agreement = [agree(ours, plain)]
@@ -118,17 +119,22 @@ def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, read
     return found
 
 
-def prefill(ours, plain, options: argparse.Namespace) -> list[dict]:
-    case = {"case": f"prefill of {PREFILL} tokens", "threads": options.threads}
-    ids = torch.randint(0, CONFIG["vocab_size"], (1, PREFILL))
-    contestants = {
-        OURS: lambda: ours(ids, use_cache=True, logits_to_keep=1),
-        PLAIN: lambda: plain(ids, use_cache=True, logits_to_keep=1),
-    }
+def prefill(ours, plain, tokens: int, cached: int, options: argparse.Namespace) -> list[dict]:
+    behind = f" behind {cached}" if cached else ""
+    case = {"case": f"prefill of {tokens} tokens{behind}", "threads": options.threads}
+    ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens))
+    caches = filled_caches(ours.config, cached) if cached else (None, None)
+
+    def run(model, cache):
+        if cached and cache.get_seq_length() > cached:  # take the last round's tokens out again
+            cache.crop(cached - cache.get_seq_length())
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    contestants = {OURS: partial(run, ours, caches[0]), PLAIN: partial(run, plain, caches[1])}
     times, _ = race(contestants, max(3, options.rounds // 2), None)
     best = times[PLAIN].median
     return [
-        row(case, name, times[name]) | {"tokens_s": PREFILL / times[name].median, "ratio": best / times[name].median}
+        row(case, name, times[name]) | {"tokens_s": tokens / times[name].median, "ratio": best / times[name].median}
         for name in contestants
     ]
 
