@@ -118,7 +118,7 @@ class DeepseekAttention(nn.Module):
             c_kv, k_pe = (c_kv, k_pe) if past_length != 0 else new
             key, value = self._expand(c_kv, k_pe)
             value_dim = value.shape[-1]
-            if self._wants_equal_dims(key.device):
+            if self._wants_equal_dims(key.device) and value_dim < key.shape[-1]:
                 value = F.pad(value, (0, key.shape[-1] - value_dim))
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
             output, weights = attention(

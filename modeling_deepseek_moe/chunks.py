@@ -23,7 +23,7 @@ def attend(
 
     Args:
         query: ``[B, H, q, d]``.
-        key, value: ``[B, H, keys, d]`` and ``[B, H, keys, v]``, ``v <= d``.
+        key, value: ``[B, H, keys, d]`` and ``[B, H, keys, v]``.
         mask: of all keys, see `masked`.
         keys: which of the ``kv_length`` keys these are.
 
@@ -32,7 +32,8 @@ def attend(
     """
     tensors = (query, key, value)
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if query.device.type == "cpu" and len({tensor.dtype for tensor in tensors}) == 1 and not learning:
+    same_dtype = len({tensor.dtype for tensor in tensors}) == 1
+    if query.device.type == "cpu" and same_dtype and value.shape[-1] <= key.shape[-1] and not learning:
         return _by_blocks(query, key, value, mask, keys, kv_length, scaling)
     return _by_rows(query, key, value, mask, keys, kv_length, scaling)
 
@@ -55,7 +56,7 @@ def finish(output: torch.Tensor, norm: torch.Tensor, dtype: torch.dtype) -> torc
 def _by_blocks(query, key, value, mask, keys, kv_length, scaling):
     """torch's FlashAttention for CPUs, six to twelve times as fast; only this operator gives the log-sum-exp too.
 
-    It takes values as wide as keys, and a mask to be added.
+    It takes values as wide as keys, so narrower ones are padded, and a mask to be added.
     """
     length, width = query.shape[2], value.shape[-1]
     if mask is not None or keys.stop > kv_length - length:  # else they are all in the past

@@ -12,9 +12,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
-def tensors(dtype):
+def tensors(dtype, value=VALUE):
     torch.manual_seed(0)
-    shapes = (HEADS, LENGTH, WIDTH), (HEADS, KEYS, WIDTH), (HEADS, KEYS, VALUE)
+    shapes = (HEADS, LENGTH, WIDTH), (HEADS, KEYS, WIDTH), (HEADS, KEYS, value)
     return [torch.randn(BATCH, *shape, dtype=dtype) for shape in shapes]
 
 
@@ -55,6 +55,15 @@ def test_chunks_make_one_softmax(monkeypatch, form, mask_kind, dtype, chunk):
     wanted = (scores.softmax(-1).nan_to_num() @ value.double()).transpose(1, 2)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_values_wider_than_keys():
+    query, key, value = tensors(torch.float64, WIDTH + 8)
+    output, norm = chunks.attend(query, key, value, None, slice(0, KEYS), KEYS, 0.3)
+    scores = (query @ key.transpose(2, 3) * 0.3).masked_fill(~visible("causal"), -torch.inf)
+    torch.testing.assert_close(
+        chunks.finish(output, norm, torch.float64), (scores.softmax(-1) @ value).transpose(1, 2)
+    )
 
 
 def test_gradients_pass_through_chunks():
