@@ -149,7 +149,7 @@ def agree(ours, plain) -> dict:
 
 def llama_speed(file: Path, context: int, tokens: int, samples: int, options: argparse.Namespace) -> float:
     """Tokens/s of llama.cpp behind ``context`` tokens, the median of so many samples."""
-    command = [str(options.llama_bench.resolve()), "-m", str(file), "-t", str(options.threads), "-o", "json"]
+    command = [str(options.llama_bench), "-m", str(file), "-t", str(options.threads), "-o", "json"]
     command += ["-r", str(samples), "-p", "0", "-n", str(tokens), "-d", str(context)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_deepseek_moe import chunks
+from modeling_deepseek_moe.attention_chunks import attend, finish, merge
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm, is_hooked
 from modeling_deepseek_moe.ops import absorbed_attention, block_fp8, mla_project
@@ -231,5 +231,5 @@ class DeepseekAttention(nn.Module):
         for start in range(0, kv_length, chunk):
             keys = slice(start, min(start + chunk, kv_length))
             key, value = self._expand(c_kv[:, :, keys], k_pe[:, :, keys])
-            total = chunks.merge(total, chunks.attend(query, key, value, mask, keys, kv_length, self.scaling))
-        return chunks.finish(*total, query.dtype)
+            total = merge(total, attend(query, key, value, mask, keys, kv_length, self.scaling))
+        return finish(*total, query.dtype)

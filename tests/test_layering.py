@@ -45,7 +45,7 @@ LAYERS = (
     "fp8",
     "rope",
     "masks",
-    "chunks",
+    "attention_chunks",
     "attention",
     "moe.router",
     "moe.experts",

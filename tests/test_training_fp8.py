@@ -255,8 +255,8 @@ def plain(tmp_path_factory):
 def test_trains_like_bf16(tmp_path, plain, fp8_wgrad):
     model, found = run(tmp_path, dsm.Fp8TrainingConfig(fp8_wgrad))
     assert found[-1] < 0.5 * found[0]
-    # runs of other rounding part by up to 2.5 % here, bf16 from bf16 too: a loss falls from 5.5 to 0.03 in 24 steps
-    assert sum(found) == pytest.approx(sum(plain), rel=0.04)
+    # while the loss falls from 5.5 to 0.5: there bf16, or FP8, with attention summed in another order parts by up to 1.5 %
+    assert sum(found[:10]) == pytest.approx(sum(plain[:10]), rel=0.03)
     assert model.model.layers[1].mlp.experts.gate_up_proj.dtype == torch.float32
     model.save_pretrained(tmp_path / "out", quantize="fp8")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -50,19 +50,21 @@ def merge(
 
 def finish(output: torch.Tensor, norm: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``[B, q, H, v]`` of ``dtype``."""
-    return torch.where(norm > torch.finfo(dtype).min / 2, output, 0).to(dtype).transpose(1, 2)
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # a mask's, which may be narrower
+    return torch.where(norm > lowest / 2, output, 0).to(dtype).transpose(1, 2)
 
 
 def _by_blocks(query, key, value, mask, keys, kv_length, scaling):
     """torch's FlashAttention for CPUs, six to twelve times as fast; only this operator gives the log-sum-exp too.
 
-    It takes values as wide as keys, so narrower ones are padded, and a mask to be added.
+    It takes values as wide as keys, so narrower ones are padded, and a mask of their dtype to be added.
     """
     length, width = query.shape[2], value.shape[-1]
     if mask is not None or keys.stop > kv_length - length:  # else they are all in the past
         none = query.new_zeros((*((1, 1) if mask is None else mask.shape[:2]), length, keys.stop - keys.start))
         mask = masked(none, mask, slice(0, length), keys, length, kv_length)
-        mask = mask.clamp_min(torch.finfo(mask.dtype).min)  # of a row of -inf it would give 0
+        # of a row of -inf it would give 0, and so would what rounds to that
+        mask = mask.clamp_min(torch.finfo(query.dtype).min).to(query.dtype)
     value = F.pad(value, (0, key.shape[-1] - width))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, norm = flash(query, key, value, 0.0, False, attn_mask=mask, scale=scaling)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from releases import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe import chunks
+from modeling_deepseek_moe import attention_chunks as chunks
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH, VALUE = 2, 3, 20, 70, 24, 16
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -32,12 +33,14 @@ def mask_of(mask_kind, allowed, dtype):
         return None
     if mask_kind == "boolean":
         return allowed
+    if mask_kind == "fp32":  # as under autocast
+        dtype = torch.float32
     lowest = -torch.inf if mask_kind == "minus infinity" else torch.finfo(dtype).min
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, lowest)
 
 
 @pytest.mark.parametrize("form", ["attend", "_by_rows"])
-@pytest.mark.parametrize("mask_kind", ["causal", "boolean", "minimum", "minus infinity"])
+@pytest.mark.parametrize("mask_kind", ["causal", "boolean", "minimum", "minus infinity", "fp32"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("chunk", [1, 16, 32, KEYS])
 def test_chunks_make_one_softmax(monkeypatch, form, mask_kind, dtype, chunk):
@@ -90,21 +93,7 @@ def operators(run):
 @pytest.mark.parametrize("training", [False, True])
 def test_prompts_and_training_attend_by_blocks(training):
     """Without the scores of all pairs: neither in a prompt, nor in one over a cache, nor in training."""
-    config = dsm.DeepseekV3Config(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=1,
-        first_k_dense_replace=1,
-        intermediate_size=32,
-        num_attention_heads=2,
-        q_lora_rank=None,
-        kv_lora_rank=32,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        num_nextn_predict_layers=0,
-    )
-    model = dsm.DeepseekV3ForCausalLM(config).train(training)
+    model = dsm.DeepseekV3ForCausalLM(SHAPES["moonlight"]()).train(training)
     ids = torch.arange(48)[None]
     if training:
 
