@@ -23,6 +23,7 @@ from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttentio
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.cache import grow_in_place
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.cross_entropy import next_token_loss
 from modeling_deepseek_moe.decode_step import DecodeStep, NotPlain, few, grows_in_place
 from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
@@ -248,6 +249,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = DeepseekLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = next_token_loss
         self.post_init()
 
     @can_return_tuple

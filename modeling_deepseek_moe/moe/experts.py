@@ -22,7 +22,8 @@ from modeling_deepseek_moe.layers import KeepsDtype
 from modeling_deepseek_moe.mapped import MappedFiles
 from modeling_deepseek_moe.ops import block_fp8, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
-from modeling_deepseek_moe.ops.experts import run_experts
+from modeling_deepseek_moe.ops._library import PLAIN
+from modeling_deepseek_moe.ops.experts import RoutedSwiGlu, run_experts
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -55,7 +56,7 @@ def _know(module: nn.Module, *stacks: torch.Tensor | None) -> _Known:
     for stack in stacks:
         if stack is None:
             key.append(None)
-        elif type(stack) in experts.cpu.PLAIN:
+        elif type(stack) in PLAIN:
             key.append((stack.data_ptr(), stack.shape, stack.dtype, stack.is_contiguous()))
         else:
             key.append(object())  # equal to nothing
@@ -124,16 +125,33 @@ class DeepseekExperts(_StackedExperts):
     _known: _Known | None = None
 
     def forward(self, hidden_TD, topk_indices, topk_weights):
-        device_type = hidden_TD.device.type
         if may_use(CPU, self._refusal(hidden_TD) or _needs_gradients(topk_weights)):
             return _run_stacks(self, hidden_TD, topk_indices, topk_weights, *self._stacks())
-        if torch.is_autocast_enabled(device_type):
+        device_type = hidden_TD.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_TD.dtype
+        if self._may_loop(hidden_TD):
+            return RoutedSwiGlu.apply(hidden_TD, topk_indices, topk_weights, self.gate_up_proj, self.down_proj, dtype)
+        if self.gate_up_proj.dtype != dtype and autocast:
             # The grouped kernels are no autocast ops: with fp32 weights they would run in fp32 throughout.
-            dtype = torch.get_autocast_dtype(device_type)
-            if self.gate_up_proj.dtype != dtype:
-                cast = {name: weight.to(dtype) for name, weight in self.named_parameters(recurse=False)}
-                return functional_call(self, cast, (hidden_TD.to(dtype), topk_indices, topk_weights))
+            cast = {name: weight.to(dtype) for name, weight in self.named_parameters(recurse=False)}
+            return functional_call(self, cast, (hidden_TD.to(dtype), topk_indices, topk_weights))
         return super().forward(hidden_TD, topk_indices, topk_weights)
+
+    def _may_loop(self, hidden_TD: torch.Tensor) -> bool:
+        """Whether to take the experts one by one: on a CPU, where the grouped kernels do too, and copy more for it."""
+        return (
+            hidden_TD.device.type == "cpu"
+            and self._implementation_is_free
+            and not torch.compiler.is_compiling()  # how many rows an expert gets is no constant of a graph
+            and experts.cpu.is_silu(self.act_fn)
+            and all(type(stack) in PLAIN for stack in (hidden_TD, self.gate_up_proj, self.down_proj))
+        )
+
+    @property
+    def _implementation_is_free(self) -> bool:
+        """ "grouped_mm" is what transformers chooses when nobody does; another name is somebody's wish."""
+        return self.config._experts_implementation in (None, "grouped_mm")
 
     def _stacks(self) -> tuple[torch.Tensor | None, ...]:
         return self.gate_up_proj, self.down_proj, None, None
@@ -141,8 +159,7 @@ class DeepseekExperts(_StackedExperts):
     def _refusal(self, hidden_TD: torch.Tensor) -> str | None:
         if torch.is_autocast_enabled(hidden_TD.device.type):
             return "does not run under autocast"
-        # "grouped_mm" is what transformers chooses when nobody does; another name is somebody's wish
-        if self.config._experts_implementation not in (None, "grouped_mm"):
+        if not self._implementation_is_free:
             return "is not the implementation that was asked for"
         return _refuses(self, hidden_TD, *self._stacks())
 

@@ -28,9 +28,13 @@ def refuses_call(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
     return reason
 
 
+def is_silu(act_fn: torch.nn.Module) -> bool:
+    return isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
+
+
 def refuses_layer(act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
     """The rest of `refuses`."""
-    if not isinstance(act_fn, torch.nn.SiLU) and type(act_fn).__name__ != "SiLUActivation":
+    if not is_silu(act_fn):
         return f"has silu for its activation function, found {type(act_fn).__name__}"
     for weight in weights:
         if type(weight) not in PLAIN:
