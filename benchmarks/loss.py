@@ -8,9 +8,9 @@ bandwidth read in this run that three passes over the logits would take (read tw
 """
 
 import argparse
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import common
 import torch
@@ -40,7 +40,9 @@ class Case:
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The high-water mark of this process alone, in bytes (Linux): that of `resource` would begin with its parent's."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def memory(name: str, tokens: int, vocab_size: int, dtype: str) -> float:

@@ -56,9 +56,7 @@ class Record(TrainerCallback):
 def load(folder: Path, dtype=torch.float64, kind="v3-mtp"):
     if not (folder / "release").exists():
         write_release(folder / "release", SHAPES[kind]())
-    # the grouped kernels take no fp64
-    experts = "eager" if dtype == torch.float64 else None
-    return AutoModelForCausalLM.from_pretrained(folder / "release", dtype=dtype, experts_implementation=experts)
+    return AutoModelForCausalLM.from_pretrained(folder / "release", dtype=dtype)
 
 
 def arguments(folder, **settings):

@@ -150,7 +150,7 @@ class DeepseekExperts(_StackedExperts):
 
     @property
     def _implementation_is_free(self) -> bool:
-        """ "grouped_mm" is what transformers chooses when nobody does; another name is somebody's wish."""
+        """Whether nobody wished for one: transformers itself chooses "grouped_mm"."""
         return self.config._experts_implementation in (None, "grouped_mm")
 
     def _stacks(self) -> tuple[torch.Tensor | None, ...]:

@@ -45,7 +45,7 @@ class Slots(NamedTuple):
                 yield expert, rows, tokens[rows]
             start += count
 
-    def sum(self, results_SD: torch.Tensor) -> torch.Tensor:
+    def combine(self, results_SD: torch.Tensor) -> torch.Tensor:
         """``[S, D] → [T, D]``: the sum over the slots of each token, added in fp32. Overwrites slots served elsewhere."""
         results_SD[sum(self.counts) :] = 0
         return F.embedding_bag(self.places, results_SD, mode="sum")
@@ -77,7 +77,7 @@ class RoutedSwiGlu(torch.autograd.Function):
                 torch.mm(weighted, down[expert].to(dtype).T, out=y_SD[rows])
             ctx.save_for_backward(hidden_TD, weights_S, inner_SI, gate_up, down)
             ctx.slots = slots
-            return slots.sum(y_SD)
+            return slots.combine(y_SD)
 
     @staticmethod
     @once_differentiable
@@ -110,7 +110,7 @@ class RoutedSwiGlu(torch.autograd.Function):
                     _product(d_inner.T, hidden_TD.index_select(0, tokens), d_gate_up[expert])
                 if needs_x:
                     torch.mm(d_inner, gate_up[expert].to(dtype), out=dx_SD[rows])
-            dx = slots.sum(dx_SD).to(ctx.dtypes[0]) if needs_x else None
+            dx = slots.combine(dx_SD).to(ctx.dtypes[0]) if needs_x else None
         if needs_weights:
             d_weights = d_weights.flatten()[slots.places].to(ctx.dtypes[1])
         return dx, None, d_weights, d_gate_up, d_down, None
