@@ -71,7 +71,7 @@ class CrossEntropySum(torch.autograd.Function):
         gradient = torch.empty_like(logits_RV, memory_format=torch.contiguous_format)
         for rows in _chunks(logits_RV):
             softmax = torch.sub(logits_RV[rows], lse_R1[rows]).exp_()
-            softmax.scatter_add_(1, labels_R[rows], softmax.new_full((len(softmax), 1), -1.0))
+            softmax.scatter_(1, labels_R[rows], softmax.gather(1, labels_R[rows]) - 1)
             torch.mul(softmax, factor_R1[rows], out=gradient[rows])
         return gradient, None, None
 
