@@ -38,7 +38,8 @@ def next_token_loss(
     logits = logits.reshape(-1, vocab_size)
     shift_labels = shift_labels.reshape(-1).to(logits.device)
     if torch.compiler.is_compiling():  # which fuses it, and would unroll the rows
-        total = F.cross_entropy(logits.float(), shift_labels, ignore_index=ignore_index, reduction="sum")
+        values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(values, shift_labels, ignore_index=ignore_index, reduction="sum")
     else:
         total = CrossEntropySum.apply(logits, shift_labels, ignore_index)
     if num_items_in_batch is None:

@@ -145,6 +145,8 @@ class DeepseekExperts(_StackedExperts):
             and self._implementation_is_free
             and not torch.compiler.is_compiling()  # how many rows an expert gets is no constant of a graph
             and experts.cpu.is_silu(self.act_fn)
+            # else nobody asked for weights to be cast to what the hidden states are
+            and (torch.is_autocast_enabled("cpu") or hidden_TD.dtype == self.gate_up_proj.dtype)
             and all(type(stack) in PLAIN for stack in (hidden_TD, self.gate_up_proj, self.down_proj))
         )
 

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekMLP, is_hooked
 from modeling_deepseek_moe.moe.experts import DeepseekExperts, EngineTable
+from modeling_deepseek_moe.ops.experts import Slots
 from modeling_deepseek_moe.training.attach import find_model
 from modeling_deepseek_moe.training.fp8_functions import Fp8LinearFunction, Fp8SwiGluFunction, Fp8Weight
 
@@ -103,10 +104,9 @@ class Fp8TrainedExperts(_Fp8Trained, DeepseekExperts):
 
     def forward(self, hidden_TD, topk_indices, topk_weights):
         hidden_TD = _autocast(hidden_TD)
-        slots = topk_indices.flatten()
-        order = slots.argsort(stable=True)
-        counts = torch.bincount(slots, minlength=self.num_experts + 1)[: self.num_experts].tolist()
-        order = order[: sum(counts)]  # without the slots that another expert-parallel rank serves
+        slots = Slots.of(topk_indices, self.num_experts)
+        counts = slots.counts
+        order = slots.order[: sum(counts)]  # without the slots that another expert-parallel rank serves
         tokens_R = order // topk_indices.shape[1]
         y_RD = Fp8SwiGluFunction.apply(
             hidden_TD[tokens_R], self.gate_up_proj, self.down_proj, self.quantized(), counts, self.fp8.fp8_wgrad

@@ -5,7 +5,7 @@ FP8 or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the laye
 """
 
 from modeling_deepseek_moe.ops.experts import cpu
-from modeling_deepseek_moe.ops.experts.reference import run_experts
+from modeling_deepseek_moe.ops.experts.reference import Slots, run_experts
 from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
 
-__all__ = ["RoutedSwiGlu", "cpu", "run_experts"]
+__all__ = ["RoutedSwiGlu", "Slots", "cpu", "run_experts"]

@@ -7,48 +7,11 @@ Legend: T tokens, E experts, K experts per token, D hidden size, I expert width,
 R rows routed to one expert.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-
-class Slots(NamedTuple):
-    """Which token and which expert meet, in the experts' order.
-
-    ``order [S]``: slots ``t · K + k``, stable. ``places [T, K]``: where each slot went. ``counts``: slots of each expert;
-    what is left over behind them is served by another expert-parallel rank.
-    """
-
-    order: torch.Tensor
-    places: torch.Tensor
-    counts: list[int]
-
-    @classmethod
-    def of(cls, topk_indices: torch.Tensor, num_experts: int) -> "Slots":
-        experts = topk_indices.flatten()
-        order = experts.argsort(stable=True)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(experts, minlength=num_experts + 1)[:num_experts].tolist()
-        return cls(order, places.view(topk_indices.shape), counts)
-
-    def experts(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """Each expert that was hit, its rows among the slots, and their tokens ``[R]``."""
-        tokens = self.order // self.places.shape[1]
-        start = 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                rows = slice(start, start + count)
-                yield expert, rows, tokens[rows]
-            start += count
-
-    def combine(self, results_SD: torch.Tensor) -> torch.Tensor:
-        """``[S, D] → [T, D]``: the sum over the slots of each token, added in fp32. Overwrites slots served elsewhere."""
-        results_SD[sum(self.counts) :] = 0
-        return F.embedding_bag(self.places, results_SD, mode="sum")
+from modeling_deepseek_moe.ops.experts.reference import Slots
 
 
 class RoutedSwiGlu(torch.autograd.Function):
