@@ -121,7 +121,7 @@ setup(
         "safetensors>=0.5",
         "torch>=2.11",
         "tqdm",
-        "transformers>=5.23,<5.24",
+        "transformers>=5.23,<6",
         "typer",
     ],
     extras_require=extras,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 # DeepSeek-V2-Lite's dims and vocabulary, with V3's router, as many layers as make 2.25B parameters
 CONFIG = {
@@ -101,7 +102,7 @@ def build_plain(folder: Path) -> torch.nn.Module:
 def tokens_of(model, cache) -> None:
     """`TOKENS` tokens, one after the other; the cache grows, which is little beside what it holds."""
     for _ in range(TOKENS):
-        model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), past_key_values=cache, logits_to_keep=1)
+        model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), **{CACHE_NAME: cache}, logits_to_keep=1)
 
 
 def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, readers: Readers) -> list[dict]:
@@ -128,7 +129,7 @@ def prefill(ours, plain, tokens: int, cached: int, options: argparse.Namespace) 
     def run(model, cache):
         if cached and cache.get_seq_length() > cached:  # take the last round's tokens out again
             cache.crop(cached - cache.get_seq_length())
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
 
     contestants = {OURS: partial(run, ours, caches[0]), PLAIN: partial(run, plain, caches[1])}
     times, _ = race(contestants, max(3, options.rounds // 2), None)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 CONFIG = {
     "vocab_size": 1024,
@@ -69,7 +70,7 @@ def filled_caches(config, context: int) -> list[transformers.DynamicCache]:
 def step(model, cache, context: int) -> torch.Tensor:
     if cache.get_seq_length() > context:  # take the last round's token out again
         cache.crop(context - cache.get_seq_length())
-    return model(torch.tensor([[5]]), past_key_values=cache, use_cache=True).logits
+    return model(torch.tensor([[5]]), **{CACHE_NAME: cache}, use_cache=True).logits
 
 
 def transient(which: int, context: int, threads: int, queue) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from modeling_deepseek_moe.compat import CACHE_NAME
+
 PAGE = mmap.PAGESIZE
 DISK_EVERY = 2  # tokens
 DISK_BLOCKS, DISK_THREADS = 6, (1, 2)
@@ -128,7 +130,7 @@ class Decoding:
         ends = [0, *range(self.prompt, self.ids.shape[1] + 1)]
         for start, end in itertools.pairwise(ends):
             before = time.perf_counter()
-            logits = self.model(self.ids[:, start:end], past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = self.model(self.ids[:, start:end], **{CACHE_NAME: cache}, use_cache=True).logits[:, -1]
             self.seconds.append(time.perf_counter() - before)
             self.logits.append(logits)
             yield
@@ -222,7 +224,7 @@ def accelerate(folder: Path, ids: list[int], tokens: int, offload: str) -> dict:
                 drop_from_page_cache(file)
             left.append(sum(map(in_page_cache, files)))
             start = time.perf_counter()
-            model(torch.tensor([ids[index : index + 1]]), past_key_values=cache, use_cache=True)
+            model(torch.tensor([ids[index : index + 1]]), **{CACHE_NAME: cache}, use_cache=True)
             seconds.append(time.perf_counter() - start)
     offloaded = sum(file.stat().st_size for file in Path(offload).rglob("*") if file.is_file())
     median = statistics.median(seconds[1:])

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 
 import modeling_deepseek_moe  # noqa: F401  registers the family
 from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations
 MOST_ROWS = 64
@@ -224,7 +225,7 @@ class DeepseekLM(HFLM):
                 ids,
                 attention_mask=mask,
                 generation_config=config,
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
                 logits_processor=processors,
                 tokenizer=self.tokenizer,
             )

@@ -9,6 +9,7 @@ import importlib
 from modeling_deepseek_moe import registration
 from modeling_deepseek_moe._version import __version__
 from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader, write_checkpoint
+from modeling_deepseek_moe.compat import warn_untested
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.modeling import (
     DeepseekMoeForCausalLM,
@@ -29,6 +30,7 @@ from modeling_deepseek_moe.modeling import (
 )
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 
+warn_untested()
 registration.register()
 
 # transformers' callbacks import what Trainer needs: a second, and optional libraries, that only training pays for.

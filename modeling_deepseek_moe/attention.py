@@ -81,7 +81,7 @@ class DeepseekAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         mla_path: str = EXPANDED,
         past_length: int | None = 0,
         output_attentions: bool = False,
@@ -102,8 +102,8 @@ class DeepseekAttention(nn.Module):
         batch, length = hidden_states.shape[:-1]
         q_nope, q_pe, c_kv, k_pe = self._project(hidden_states, position_embeddings)
         new = c_kv, k_pe
-        if past_key_values is not None:
-            c_kv, k_pe = past_key_values.update(c_kv, k_pe, self.layer_idx)
+        if cache is not None:
+            c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
             if past_length is not None:
                 used = past_length + length
                 c_kv, k_pe = c_kv[:, :, :used], k_pe[:, :, :used]

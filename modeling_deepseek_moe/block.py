@@ -4,6 +4,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_deepseek_moe.attention import DeepseekAttention
+from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.observed import TrainingPass
@@ -21,6 +22,7 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self, hidden_states: torch.Tensor, training_pass: TrainingPass | None = None, **kwargs
     ) -> torch.Tensor:

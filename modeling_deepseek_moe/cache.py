@@ -32,7 +32,7 @@ class LatentLayer(DynamicLayer):
         needs_copies = torch.is_grad_enabled() and (
             key_states.requires_grad or value_states.requires_grad or self.keys.requires_grad
         )
-        if needs_copies or key_states.dtype != self.dtype or value_states.dtype != self.dtype:
+        if needs_copies or key_states.dtype != self.keys.dtype or value_states.dtype != self.values.dtype:
             return super().update(key_states, value_states, *args, **kwargs)
         start = self.get_seq_length()
         buffers = self.reserve(key_states, value_states)

@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from modeling_deepseek_moe.compat import CACHE_NAME
+
 # The name under which this package registers its own loader of `quant_method: fp8` with transformers, in memory
 # only: the quantizer that transformers uses for other models' "fp8" stays as it is.
 FP8_METHOD = "deepseek_moe_fp8"
@@ -34,7 +36,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         ValueError: an unknown ``scoring_func``, ``topk_method`` or ``hidden_act``, or counts that do not divide.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE_NAME]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",

@@ -190,6 +190,9 @@ def few(states: torch.Tensor, mask: torch.Tensor | None) -> bool:
 def grows_in_place(cache: Cache, dtype: torch.dtype, batch: int, count: int) -> bool:
     """Whether the first ``count`` layers of a cache can take a step's rows."""
     return len(cache.layers) >= count and all(
-        type(layer) is LatentLayer and layer.is_initialized and layer.dtype == dtype and layer.keys.shape[0] == batch
+        type(layer) is LatentLayer
+        and layer.is_initialized
+        and layer.keys.dtype == dtype
+        and layer.keys.shape[0] == batch
         for layer in cache.layers[:count]
     )

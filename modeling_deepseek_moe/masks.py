@@ -8,6 +8,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_torchdynamo_compiling
 
+from modeling_deepseek_moe.compat import CACHE_NAME
+
 DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
@@ -15,7 +17,7 @@ def build_mask(
     config,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | BlockMask | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     past_length: int | None,
     position_ids: torch.Tensor,
     *,
@@ -37,7 +39,7 @@ def build_mask(
         config = copy.copy(config)
         config._attn_implementation = "sdpa"
     # Nothing is cached: the keys are the new tokens, and the mask need not know the cache's size.
-    cache = None if past_length == 0 else past_key_values
+    cache = None if past_length == 0 else cache
     length = inputs_embeds.shape[1]
     packing = None
     # transformers itself keeps packed sequences apart when there is neither a cache nor a mask
@@ -49,7 +51,7 @@ def build_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         position_ids=position_ids,
         and_mask_function=packing,
     )

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.cache import grow_in_place
+from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
 from modeling_deepseek_moe.decode_step import DecodeStep, NotPlain, few, grows_in_place
@@ -47,7 +48,7 @@ class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, Stream
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("DeepseekDecoderLayer", "DeepseekMtpLayer")
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE_NAME,)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -126,6 +127,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         """The MTP layers, one a depth (none if the checkpoint has none)."""
         return self.layers[self.config.num_hidden_layers :]
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -133,7 +135,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         mla_path: str | None = None,
@@ -144,21 +146,21 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and inputs_embeds.device.type == "cpu" and not is_torchdynamo_compiling():
-            grow_in_place(past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and inputs_embeds.device.type == "cpu" and not is_torchdynamo_compiling():
+            grow_in_place(cache)
         if self.training_state is not None and self.training and "training_pass" not in kwargs:
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             sequences = sequence_ids(shape, device, attention_mask, position_ids)
             kwargs["training_pass"] = TrainingPass(self.training_state, sequences)
-        context = self._layer_context(inputs_embeds, attention_mask, position_ids, past_key_values, mla_path, **kwargs)
-        hidden_states = self._decode(inputs_embeds, past_key_values, context)
+        context = self._layer_context(inputs_embeds, attention_mask, position_ids, cache, mla_path, **kwargs)
+        hidden_states = self._decode(inputs_embeds, cache, context)
         if hidden_states is None:
             hidden_states = inputs_embeds
             for layer in self.layers[: self.config.num_hidden_layers]:
-                hidden_states = layer(hidden_states, past_key_values=past_key_values, use_cache=use_cache, **context)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+                hidden_states = layer(hidden_states, use_cache=use_cache, **{CACHE_NAME: cache}, **context)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _decode(self, states: torch.Tensor, cache: Cache | None, context: dict) -> torch.Tensor | None:
         """All layers in one call of the CPU engine; ``None`` where that cannot be."""
@@ -181,15 +183,15 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             return None
         return self._step.run(states, cache, past, context["position_embeddings"], mask)
 
-    def _layer_context(self, inputs_embeds, attention_mask, position_ids, past_key_values, mla_path, **kwargs):
+    def _layer_context(self, inputs_embeds, attention_mask, position_ids, cache, mla_path, **kwargs):
         """What every layer of one forward pass shares: rotary tables, mask, attention path."""
         length = inputs_embeds.shape[1]
-        past_length = _cached_length(past_key_values)
+        past_length = _cached_length(cache)
         maybe_packed = position_ids is not None
         if position_ids is None:
-            start = past_length if past_length is not None else past_key_values.get_seq_length()
+            start = past_length if past_length is not None else cache.get_seq_length()
             position_ids = (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
-        kv_length = past_key_values.get_max_length() if past_length is None else past_length + length
+        kv_length = cache.get_max_length() if past_length is None else past_length + length
         if mla_path not in (None, ABSORBED, EXPANDED):
             raise ValueError(f"mla_path={mla_path!r} is not one of {ABSORBED!r}, {EXPANDED!r}, None")
         path = mla_path or choose_mla_path(self.config, length, kv_length)
@@ -199,7 +201,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             self.config,
             inputs_embeds,
             attention_mask,
-            past_key_values,
+            cache,
             past_length,
             position_ids,
             maybe_packed=maybe_packed,
@@ -252,13 +254,14 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         self.loss_function = next_token_loss
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -278,7 +281,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mla_path=mla_path,
@@ -294,7 +297,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -306,11 +309,11 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         return self.model.mtp_layers[depth].shared_head.head(hidden_states), hidden_states
 
 
-def _cached_length(past_key_values: Cache | None) -> int | None:
+def _cached_length(cache: Cache | None) -> int | None:
     """Tokens in the cache; ``None`` if that is a tensor whose value a graph being compiled cannot know."""
-    if past_key_values is None:
+    if cache is None:
         return 0
-    seen = past_key_values.get_seq_length()
+    seen = cache.get_seq_length()
     if isinstance(seen, torch.Tensor):
         return None if is_torchdynamo_compiling() else int(seen)
     return seen

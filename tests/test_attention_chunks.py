@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import attention_chunks as chunks
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH, VALUE = 2, 3, 20, 70, 24, 16
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -104,5 +105,5 @@ def test_prompts_and_training_attend_by_blocks(training):
         return
     with torch.no_grad():
         assert FLASH in operators(lambda: model(ids, mla_path="expanded"))
-        cache = model(ids[:, :20], use_cache=True).past_key_values
-        assert FLASH in operators(lambda: model(ids[:, 20:], past_key_values=cache, mla_path="expanded"))
+        cache = model(ids[:, :20], use_cache=True)[CACHE_NAME]
+        assert FLASH in operators(lambda: model(ids[:, 20:], cache=cache, mla_path="expanded"))

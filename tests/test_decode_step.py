@@ -47,11 +47,11 @@ def logits(model, rows=2, steps=12, cache=None) -> torch.Tensor:
     """Of a prompt, then of one token after the other."""
     ids, mask = prompt(rows)
     cache = DynamicCache(config=model.config) if cache is None else cache
-    found = [model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1]]
+    found = [model(ids, attention_mask=mask, cache=cache).logits[:, -1]]
     for step in range(steps):
         mask = torch.cat((mask, mask.new_ones(rows, 1)), dim=1)
         token = torch.full((rows, 1), 5 + step)
-        found.append(model(token, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        found.append(model(token, attention_mask=mask, cache=cache).logits[:, -1])
     return torch.stack(found)
 
 
@@ -146,12 +146,12 @@ def test_a_hook_is_called_and_a_new_weight_is_read(one_model, steps, by_layers):
     weight = layer.input_layernorm.weight
     with torch.no_grad():
         ids = prompt(1)[0]
-        model(ids, past_key_values=cache)
-        old = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        model(ids, cache=cache)
+        old = model(ids[:, :1], cache=copy.deepcopy(cache)).logits
         layer.input_layernorm.weight = torch.nn.Parameter(weight * 2)
-        new = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        new = model(ids[:, :1], cache=copy.deepcopy(cache)).logits
         assert not torch.equal(old, new)
-        assert torch.equal(new, by_layers(lambda: model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits))
+        assert torch.equal(new, by_layers(lambda: model(ids[:, :1], cache=copy.deepcopy(cache)).logits))
         layer.input_layernorm.weight = weight
     assert torch.equal(logits(model), before)
 
@@ -166,8 +166,8 @@ def test_where_layers_are_needed_they_are_taken(tmp_path_factory, steps):
     logits(model, rows=9, steps=2)
     ids, _ = prompt(1)
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)  # gradients are on, and norms may want theirs
-    model(ids[:, :1], past_key_values=cache).logits.float().sum().backward()
+    model(ids, cache=cache)  # gradients are on, and norms may want theirs
+    model(ids[:, :1], cache=cache).logits.float().sum().backward()
     assert model.model.norm.weight.grad is not None and not steps
     model.zero_grad()
     logits(model, steps=2)

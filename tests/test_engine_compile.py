@@ -185,10 +185,10 @@ def test_model(model, compiler):
 
     def logits(call):
         cache = StaticCache(config=model.config, max_cache_len=16)
-        found = [call(ids[:, :6], past_key_values=cache).logits[:, -1]]
+        found = [call(ids[:, :6], cache=cache).logits[:, -1]]
         for i in range(6, 12):
             position = torch.tensor([[i]])
-            found.append(call(ids[:, i : i + 1], position_ids=position, past_key_values=cache).logits[:, -1])
+            found.append(call(ids[:, i : i + 1], position_ids=position, cache=cache).logits[:, -1])
         return torch.cat(found)
 
     found = logits(compiled(model, compiler))

@@ -6,6 +6,7 @@ from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from modeling_deepseek_moe import attention
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 FAMILIES = ("v3", "v2")
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -109,9 +110,7 @@ def test_packed_sequences_stay_apart(model, implementation, given_mask, use_cach
         torch.testing.assert_close(out.logits, wanted, rtol=1e-4, atol=1e-4)
         if use_cache:  # the next token continues the second sequence, and sees nothing of the first
             longer = torch.cat((second, torch.tensor([[9]])), dim=1)
-            step = model(
-                torch.tensor([[9]]), position_ids=torch.tensor([[13]]), past_key_values=out.past_key_values
-            ).logits
+            step = model(torch.tensor([[9]]), position_ids=torch.tensor([[13]]), cache=out[CACHE_NAME]).logits
             torch.testing.assert_close(step, model(longer).logits[:, -1:], rtol=1e-4, atol=1e-4)
     model.set_attn_implementation("sdpa")
 
@@ -122,7 +121,7 @@ def test_cache_holds_the_latents_and_nothing_else(float_model, cache):
     config = model.config
     ids, _ = prompt(1, 9)
     held = DynamicCache(config=config) if cache == "dynamic" else StaticCache(config=config, max_cache_len=9)
-    model(ids, past_key_values=held, use_cache=True)
+    model(ids, cache=held, use_cache=True)
     total = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
     width = config.kv_lora_rank + config.qk_rope_head_dim
     assert total == 9 * config.num_hidden_layers * width * 2
@@ -141,8 +140,8 @@ def test_static_cache_costs_the_length_in_use(float_model, monkeypatch):
     cache = StaticCache(config=float_model.config, max_cache_len=2048)
     ids, _ = prompt(1, 9)
     with torch.no_grad():
-        float_model(ids, past_key_values=cache, use_cache=True, mla_path="absorbed")
-        float_model(ids[:, :1], past_key_values=cache, use_cache=True, mla_path="absorbed")
+        float_model(ids, cache=cache, use_cache=True, mla_path="absorbed")
+        float_model(ids[:, :1], cache=cache, use_cache=True, mla_path="absorbed")
     assert set(seen) == {9, 10}
 
 
@@ -163,9 +162,9 @@ def test_compiled_static_cache_step(float_model, length):
     with torch.no_grad():
         caches = [StaticCache(config=float_model.config, max_cache_len=32) for _ in range(2)]
         for cache in caches:
-            float_model(ids, past_key_values=cache, use_cache=True)
-        wanted = float_model(ids[:, :length], past_key_values=caches[0], use_cache=True).logits
-        found = compiled(ids[:, :length], past_key_values=caches[1], use_cache=True).logits
+            float_model(ids, cache=cache, use_cache=True)
+        wanted = float_model(ids[:, :length], cache=caches[0], use_cache=True).logits
+        found = compiled(ids[:, :length], cache=caches[1], use_cache=True).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 

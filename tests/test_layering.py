@@ -24,6 +24,7 @@ MAX_LINES = 450
 # other. "*" matches any text, dots too, and the first line that matches counts. A package's own name is its __init__.
 LAYERS = (
     "_version",
+    "compat",
     "ops._dispatch",
     "ops._native",
     "ops._library",

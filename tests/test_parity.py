@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as plain_v2
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 FAMILIES = {"v3": "DeepseekV3", "moonlight": "DeepseekV3", "v2-lite": "DeepseekV2", "v2": "DeepseekV2"}
 PATHS = ("expanded", "absorbed")
@@ -162,7 +163,7 @@ def test_chunked_prefill_equals_one_pass(tmp_path, mla_path, chunks):
                     ids[:, rows],
                     attention_mask=mask[:, : rows.stop],
                     position_ids=positions,
-                    past_key_values=cache,
+                    **{CACHE_NAME: cache},
                     mla_path=mla_path,
                 ).logits
             )

@@ -80,13 +80,13 @@ class _Decoder:
     def __init__(self, model: PreTrainedModel, context_ids: torch.Tensor):
         self.model, self.cache = model, DynamicCache(config=model.config)
         for part in context_ids.split(PREFILL_TOKENS, dim=1):
-            logits = model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=part, cache=self.cache, use_cache=True, logits_to_keep=1).logits
         self.token = logits.argmax(-1)
         self.seconds: list[float] = []
 
     def step(self) -> None:
         start = time.perf_counter()
-        logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(input_ids=self.token, cache=self.cache, use_cache=True).logits
         self.token = logits.argmax(-1)
         self.seconds.append(time.perf_counter() - start)
 

@@ -159,7 +159,7 @@ def _filled(model: PreTrainedModel, length: int) -> DynamicCache:
 def _decode(model: PreTrainedModel, cache: DynamicCache, tokens: int) -> None:
     for _ in range(tokens):
         ids = torch.randint(0, model.config.vocab_size, (1, 1))
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, cache=cache, logits_to_keep=1)
 
 
 def _seconds(run) -> float:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import stderr
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 HELP = "/system TEXT sets the system prompt and starts over, /reset starts over, /exit ends."
 
@@ -55,7 +56,7 @@ class Conversation:
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=self.settings,
-                past_key_values=self.cache,
+                **{CACHE_NAME: self.cache},
                 streamer=meter,
             )
         except BaseException:

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import stderr
+from modeling_deepseek_moe.compat import CACHE_NAME
 
 
 def generate(
@@ -58,7 +59,7 @@ def generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=settings,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         streamer=meter,
     )
     stderr().print(f"[dim]{meter.summary(cache)}[/]", soft_wrap=True)

@@ -1,0 +1,47 @@
+"""What differs between the transformers versions that are tested: the cache is ``past_key_values`` in 5.23, ``cache`` since 5.24.
+
+This package says ``cache``. Its models take both names, and hand the cache on under the one that is in force.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+
+import transformers
+from packaging.version import Version
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+
+TESTED = ("5.23", "5.24")
+OLD_NAME = "past_key_values"
+# of arguments and output fields of transformers
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else OLD_NAME
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Let ``forward(..., cache, ...)`` be called by the other name too; since 5.24 with transformers' own warning."""
+    if CACHE_NAME != OLD_NAME:
+        return deprecate_kwarg(OLD_NAME, "5.40.0", new_name="cache")(forward)
+
+    @wraps(forward)
+    def renamed(*arguments, **named):
+        if OLD_NAME in named:
+            named["cache"] = named.pop(OLD_NAME)
+        return forward(*arguments, **named)
+
+    # `generate` and `Trainer` look for the argument by the name that they pass
+    signature = inspect.signature(forward)
+    parameters = [p.replace(name=OLD_NAME if p.name == "cache" else p.name) for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=parameters)
+    return renamed
+
+
+def warn_untested() -> None:
+    """One line where transformers is newer (or older) than the versions that are tested."""
+    found = Version(transformers.__version__)
+    if f"{found.major}.{found.minor}" not in TESTED:
+        warnings.warn(
+            f"modeling_deepseek_moe is tested with transformers {' and '.join(TESTED)}; found {found}", stacklevel=3
+        )
