@@ -11,7 +11,7 @@ from cpu_readers import Readers, race, relative_error, row
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.moe.experts import StackedFp8Experts
+from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
 from modeling_deepseek_moe.ops import _native, block_fp8
 
 HIDDEN, WIDTH, EXPERTS = 2048, 1408, 64

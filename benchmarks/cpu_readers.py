@@ -27,7 +27,7 @@ class Readers:
             "read: torch sum": words.sum,
             "read: torch fp32 rows": lambda: torch.mv(floats, vector),
         }
-        if _native.refusal() is None:
+        if _native.unavailable_reason() is None:
             rows, codes = data.view(torch.bfloat16).view(-1, COLUMNS), data.view(torch.float8_e4m3fn).view(-1, COLUMNS)
             scales = torch.ones(block_fp8.scale_shape(codes.shape))
             self.contestants["read: engine bf16 rows"] = lambda: linear(x, rows)

@@ -14,10 +14,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_deepseek_moe.attention_chunks import attend, finish, merge
-from modeling_deepseek_moe.fp8 import Fp8Linear
-from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm, is_hooked
-from modeling_deepseek_moe.ops import absorbed_attention, block_fp8, mla_project
-from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention
+from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.rope import apply_rotary
 
 ABSORBED, EXPANDED = "absorbed", "expanded"
@@ -66,20 +65,32 @@ class DeepseekAttention(nn.Module):
 
         bias, hidden = config.attention_bias, config.hidden_size
         if config.q_lora_rank is None:
-            self.q_proj = DeepseekLinear(hidden, self.num_heads * config.qk_head_dim, bias=False)
+            self.q_proj = nn.Linear(hidden, self.num_heads * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = DeepseekLinear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekRMSNorm(config.q_lora_rank)
-            self.q_b_proj = DeepseekLinear(config.q_lora_rank, self.num_heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = DeepseekLinear(hidden, sum(self.kv_dims), bias=bias)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, sum(self.kv_dims), bias=bias)
         self.kv_a_layernorm = DeepseekRMSNorm(config.kv_lora_rank)
-        self.kv_b_proj = DeepseekLinear(config.kv_lora_rank, self.num_heads * sum(self.up_dims), bias=False)
-        self.o_proj = DeepseekLinear(self.num_heads * config.v_head_dim, hidden, bias=bias)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.num_heads * sum(self.up_dims), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **context,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `attend`, of ``hidden_states [B, q, hidden_size]`` and cosine and sine tables ``[B, q, p/2]``."""
+        queries = self._queries(hidden_states, position_embeddings)
+        return self.attend(*queries, *self._latents(hidden_states, position_embeddings), **context)
+
+    def attend(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        c_kv: torch.Tensor,
+        k_pe: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         mla_path: str = EXPANDED,
@@ -89,8 +100,8 @@ class DeepseekAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            hidden_states: ``[B, q, hidden_size]``.
-            position_embeddings: cosine and sine tables ``[B, q, p/2]``.
+            q_nope, q_pe: ``[B, H, q, n]`` and, rotated, ``[B, H, q, p]``.
+            c_kv, k_pe: ``[B, 1, q, r]`` and, rotated, ``[B, 1, q, p]``, of the new tokens: what the cache keeps.
             attention_mask: what the mask function of the attention implementation in use made, over the keys in use.
             mla_path: ``"absorbed"`` or ``"expanded"``.
             past_length: tokens cached before this call, or ``None`` when only the graph at run time will know
@@ -99,8 +110,7 @@ class DeepseekAttention(nn.Module):
         Returns:
             ``[B, q, hidden_size]`` and the probabilities ``[B, H, q, kv]`` where the implementation gives them.
         """
-        batch, length = hidden_states.shape[:-1]
-        q_nope, q_pe, c_kv, k_pe = self._project(hidden_states, position_embeddings)
+        batch, _, length, _ = q_nope.shape
         new = c_kv, k_pe
         if cache is not None:
             c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
@@ -133,7 +143,7 @@ class DeepseekAttention(nn.Module):
                 **kwargs,
             )
             output = output[..., :value_dim]
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+        return project(self.o_proj, output.reshape(batch, length, -1)), weights
 
     def _wants_equal_dims(self, device: torch.device) -> bool:
         """Whether torch attends by blocks if values are as wide as keys, as its FlashAttention for CPUs does.
@@ -143,83 +153,31 @@ class DeepseekAttention(nn.Module):
         dropout = self.training and self.attention_dropout
         return device.type == "cpu" and self.config._attn_implementation == "sdpa" and not dropout
 
-    def _project(self, hidden_states, position_embeddings):
-        """Queries and latents of the new tokens, in one call of the CPU engine where that can be."""
-        compressed = self.config.q_lora_rank is not None
-        linears = (self.q_a_proj, self.q_b_proj) if compressed else (self.q_proj,)
-        linears = (*linears, self.kv_a_proj_with_mqa)
-        norms = (self.q_a_layernorm, self.kv_a_layernorm) if compressed else (self.kv_a_layernorm,)
-        if (
-            not all(isinstance(layer, DeepseekLinear) and layer.is_bare for layer in linears)
-            or any(layer.block != block_fp8.BLOCK for layer in linears)
-            or any(is_hooked(norm) for norm in norms)
-        ):
-            return *self._queries(hidden_states, position_embeddings), *self._latents(
-                hidden_states, position_embeddings
-            )
-        weights, scales = [layer.weight for layer in linears], [layer.scale_inv for layer in linears]
-        gains = [norm.weight for norm in norms]
-        if not may_use(CPU, mla_project.cpu.refuses(hidden_states, weights, gains)):
-            return *self._queries(hidden_states, position_embeddings), *self._latents(
-                hidden_states, position_embeddings
-            )
-        scales = [scale for scale in scales if scale is not None]
-        eps = [norm.variance_epsilon for norm in norms]
-        dims = (self.num_heads, self.kv_dims[0], bool(self.config.rope_interleave))
-        query, c_kv, k_pe = mla_project.cpu.project(
-            hidden_states, *position_embeddings, weights, scales, gains, eps, *dims
-        )
-        query = query.unflatten(-1, (-1, sum(self.query_dims))).transpose(1, 2)
-        return *query.split(self.query_dims, dim=-1), c_kv.unsqueeze(1), k_pe.unsqueeze(1)
-
     def _queries(self, hidden_states, position_embeddings):
         """``q_nope [B, H, q, n]`` and rotated ``q_pe [B, H, q, p]``."""
         if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
+            query = project(self.q_proj, hidden_states)
         else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            query = project(self.q_b_proj, self.q_a_layernorm(project(self.q_a_proj, hidden_states)))
         query = query.unflatten(-1, (-1, sum(self.query_dims))).transpose(1, 2)
         q_nope, q_pe = query.split(self.query_dims, dim=-1)
         return q_nope, apply_rotary(q_pe, *position_embeddings, self.config.rope_interleave)
 
     def _latents(self, hidden_states, position_embeddings):
         """Normed ``c_kv [B, 1, q, r]`` and rotated ``k_pe [B, 1, q, p]``: what the cache keeps."""
-        c_kv, k_pe = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split(self.kv_dims, dim=-1)
+        c_kv, k_pe = project(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1).split(self.kv_dims, dim=-1)
         return self.kv_a_layernorm(c_kv), apply_rotary(k_pe, *position_embeddings, self.config.rope_interleave)
 
     def _expand(self, c_kv, k_pe):
         """``key [B, H, kv, n+p]`` and ``value [B, H, kv, v]``."""
-        up = self.kv_b_proj(c_kv.squeeze(1)).unflatten(-1, (-1, sum(self.up_dims))).transpose(1, 2)
+        up = project(self.kv_b_proj, c_kv.squeeze(1)).unflatten(-1, (-1, sum(self.up_dims))).transpose(1, 2)
         k_nope, value = up.split(self.up_dims, dim=-1)
         return torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1), value
 
-    def _up_projections(self, like: torch.Tensor):
-        """``W_UK [H, n, r]`` and ``W_UV [H, v, r]``, in the dtype and on the device of ``like``."""
-        module = self.kv_b_proj
-        if type(module) is Fp8Linear and not hasattr(module, "_hf_hook"):
-            weight = module.dequantized(like.dtype)
-        elif type(module) in (nn.Linear, DeepseekLinear) and not hasattr(module, "_hf_hook"):
-            weight = module.weight.to(like.dtype)
-        else:
-            # An adapter, another quantiser or an offloading hook wraps the weight: read it through the module.
-            unit = torch.eye(self.config.kv_lora_rank, dtype=like.dtype, device=like.device)
-            weight = module(unit).T
-        return weight.view(-1, sum(self.up_dims), weight.shape[-1]).split(self.up_dims, dim=1)
-
     def _absorbed(self, q_nope, q_pe, c_kv, k_pe, mask, output_attentions):
-        tensors = (q_nope, q_pe, c_kv, k_pe, mask)
         dropout = self.attention_dropout if self.training else 0.0
-        up = self.kv_b_proj
-        if (
-            not (output_attentions or dropout or torch.is_autocast_enabled(q_nope.device.type))
-            and isinstance(up, DeepseekLinear)
-            and up.is_bare
-            and up.block == block_fp8.BLOCK
-            and may_use(CPU, absorbed_attention.cpu.refuses(*tensors, up.weight))
-        ):
-            return absorbed_attention.cpu.decode(*tensors, up.weight, up.scale_inv, self.scaling), None
-        return absorbed_attention.reference.absorbed_attention(
-            *tensors, *self._up_projections(q_nope), self.scaling, dropout, output_attentions
+        return absorbed_attention(
+            q_nope, q_pe, c_kv, k_pe, mask, self.kv_b_proj, self.scaling, dropout, output_attentions
         )
 
     def _expanded_in_chunks(self, q_nope, q_pe, c_kv, k_pe, mask):

@@ -8,7 +8,6 @@ from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.observed import TrainingPass
-from modeling_deepseek_moe.ops._dispatch import REFERENCE, use_backend
 
 
 class DeepseekDecoderLayer(GradientCheckpointingLayer):
@@ -26,20 +25,8 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, training_pass: TrainingPass | None = None, **kwargs
     ) -> torch.Tensor:
-        if training_pass is None or torch.is_grad_enabled() or self._holds_fp8():
-            return self._layer(hidden_states, training_pass, **kwargs)
-        # Reentrant checkpointing runs this once without gradients and once with them. The engine has none: it would
-        # round otherwise in the first run, and the router could choose other experts than in the second.
-        with use_backend(REFERENCE):
-            return self._layer(hidden_states, training_pass, **kwargs)
-
-    def _layer(self, hidden_states: torch.Tensor, training_pass: TrainingPass | None, **kwargs) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         observed = (training_pass,) if training_pass is not None and isinstance(self.mlp, DeepseekMoE) else ()
         return hidden_states + self.mlp(normed, *observed)
-
-    def _holds_fp8(self) -> bool:
-        """Whether weights are FP8, which the engine computes with in both runs."""
-        return any(parameter.dtype.itemsize == 1 for parameter in self.parameters())

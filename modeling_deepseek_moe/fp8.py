@@ -5,11 +5,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from modeling_deepseek_moe.layers import DeepseekLinear, KeepsDtype
+from modeling_deepseek_moe.layers import KeepsDtype
 from modeling_deepseek_moe.ops import block_fp8
 
 
-class Fp8Linear(KeepsDtype, DeepseekLinear):
+class Fp8Linear(KeepsDtype, nn.Linear):
     """``nn.Linear`` whose weight stays as released: E4M3 codes and ``weight_scale_inv``, never trained or cast.
 
     Gradients flow to the input, so adapters and unquantised layers below it train. Its own two tensors are

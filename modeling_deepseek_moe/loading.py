@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
-from modeling_deepseek_moe.moe.experts import DeepseekExperts, MappedExperts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.scales import Scales
 from modeling_deepseek_moe.weights import (

@@ -5,6 +5,7 @@ configs of the releases.
 """
 
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,17 +26,18 @@ from modeling_deepseek_moe.cache import grow_in_place
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
-from modeling_deepseek_moe.decode_step import DecodeStep, NotPlain, few, grows_in_place
-from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm
+from modeling_deepseek_moe.engine.runs import recomputable, runs
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.masks import build_mask
-from modeling_deepseek_moe.moe.experts import DeepseekExperts, MappedExperts
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.observed import TrainingPass, TrainingState, sequence_ids
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.mtp import DeepseekMtpLayer
 from modeling_deepseek_moe.objective import Objective
-from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops.experts import IMPLEMENTATION
+from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin
 from modeling_deepseek_moe.streaming.model import StreamingMixin
@@ -67,6 +69,9 @@ class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, Stream
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or IMPLEMENTATION)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -113,7 +118,6 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self._step: DecodeStep | str | None = None  # or why there is none
         self.training_state: TrainingState | None = None
         for module in self.modules():
             if isinstance(module, DeepseekExperts):
@@ -155,33 +159,10 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             sequences = sequence_ids(shape, device, attention_mask, position_ids)
             kwargs["training_pass"] = TrainingPass(self.training_state, sequences)
         context = self._layer_context(inputs_embeds, attention_mask, position_ids, cache, mla_path, **kwargs)
-        hidden_states = self._decode(inputs_embeds, cache, context)
-        if hidden_states is None:
-            hidden_states = inputs_embeds
-            for layer in self.layers[: self.config.num_hidden_layers]:
-                hidden_states = layer(hidden_states, use_cache=use_cache, **{CACHE_NAME: cache}, **context)
+        hidden_states = inputs_embeds
+        for run in runs(self, self.layers[: self.config.num_hidden_layers], hidden_states, cache, context):
+            hidden_states = run(hidden_states, use_cache=use_cache, **{CACHE_NAME: cache}, **context)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
-
-    def _decode(self, states: torch.Tensor, cache: Cache | None, context: dict) -> torch.Tensor | None:
-        """All layers in one call of the CPU engine; ``None`` where that cannot be."""
-        past, mask = context["past_length"], context["attention_mask"]
-        if is_torchdynamo_compiling() or not few(states, mask):
-            self._step = None  # found anew with every prompt
-            return None
-        if not past or context["mla_path"] != ABSORBED or context["output_attentions"] or torch.is_grad_enabled():
-            return None
-        depth = self.config.num_hidden_layers
-        if torch.is_autocast_enabled("cpu") or not grows_in_place(cache, states.dtype, len(states), depth):
-            return None
-        if not may_use(CPU, _native.refusal()) or isinstance(self._step, str):
-            return None
-        try:
-            if self._step is None or self._step.dtype != states.dtype or not self._step.is_current():
-                self._step = DecodeStep(self.layers[:depth], self.config, states.dtype)
-        except NotPlain as reason:
-            self._step = str(reason)
-            return None
-        return self._step.run(states, cache, past, context["position_embeddings"], mask)
 
     def _layer_context(self, inputs_embeds, attention_mask, position_ids, cache, mla_path, **kwargs):
         """What every layer of one forward pass shares: rotary tables, mask, attention path."""
@@ -234,7 +215,10 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         if not 0 <= depth < len(self.mtp_layers):
             raise ValueError(f"MTP depth {depth} asked for, the model has {len(self.mtp_layers)} MTP layers")
         context = self._layer_context(hidden_states, attention_mask, position_ids, None, None, **kwargs)
-        return self.mtp_layers[depth](input_ids, hidden_states, **context)
+        layer = self.mtp_layers[depth]
+        if context.get("training_pass") is not None:
+            layer = partial(recomputable, layer)
+        return layer(input_ids, hidden_states, **context)
 
 
 class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
@@ -250,7 +234,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = DeepseekLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = next_token_loss
         self.post_init()
 
@@ -287,7 +271,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             mla_path=mla_path,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = project(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = aux_loss = None
         if objective is not None:
             loss, aux_loss = objective.loss(logits, outputs.last_hidden_state)
@@ -306,7 +290,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
     def mtp_logits(self, depth: int, input_ids, hidden_states, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, S, vocab_size]`` of MTP layer ``depth``, and its hidden states, which the next depth takes."""
         hidden_states = self.model.mtp(depth, input_ids, hidden_states, **kwargs)
-        return self.model.mtp_layers[depth].shared_head.head(hidden_states), hidden_states
+        return project(self.model.mtp_layers[depth].shared_head.head, hidden_states), hidden_states
 
 
 def _cached_length(cache: Cache | None) -> int | None:

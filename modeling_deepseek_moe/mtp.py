@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.ops.linear import project
 
 
 def shifted(tensor: torch.Tensor, offset: int, fill: int) -> torch.Tensor:
@@ -69,7 +70,7 @@ class MtpHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = DeepseekLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class DeepseekMtpLayer(DeepseekDecoderLayer):
@@ -80,7 +81,7 @@ class DeepseekMtpLayer(DeepseekDecoderLayer):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.enorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = DeepseekLinear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = MtpHead(config)
 
     def forward(self, input_ids: torch.Tensor, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -94,5 +95,5 @@ class DeepseekMtpLayer(DeepseekDecoderLayer):
             ``[B, S, hidden_size]``, normed: `shared_head.head` turns it into logits, the next depth takes it as is.
         """
         embedded = self.enorm(self.embed_tokens(input_ids))
-        merged = self.eh_proj(torch.cat((embedded, self.hnorm(hidden_states)), dim=-1))
+        merged = project(self.eh_proj, torch.cat((embedded, self.hnorm(hidden_states)), dim=-1))
         return self.shared_head.norm(super().forward(merged, **kwargs))

@@ -11,9 +11,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 
 from modeling_deepseek_moe.config import FP8_METHOD, check_fp8_fields
 from modeling_deepseek_moe.fp8 import Fp8Linear
+from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
 from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.loading import Release, open_release, prepare
-from modeling_deepseek_moe.moe.experts import PROJECTIONS, DeepseekExperts, MappedExperts, StackedFp8Experts
+from modeling_deepseek_moe.mapped_experts import PROJECTIONS, MappedExperts
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.streaming.model import fit_experts
 from modeling_deepseek_moe.weights import SCALE_SUFFIX

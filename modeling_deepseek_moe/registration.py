@@ -6,11 +6,13 @@ The built-in classes stay reachable by name, e.g. ``transformers.DeepseekV3ForCa
 import transformers
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modeling_deepseek_moe import modeling, quantizer  # noqa: F401 (importing quantizer registers it)
 from modeling_deepseek_moe.config import DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.ops.experts import IMPLEMENTATION, routed_swiglu
 
 FAMILIES = {"DeepseekV2": DeepseekV2Config, "DeepseekV3": DeepseekV3Config, "KimiK2": KimiK2Config}
 HEADS = {
@@ -30,6 +32,7 @@ NAMES = {
 
 def register() -> None:
     """Register configs, models and expert conversions (the latter serve adapters and sharded saves)."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_swiglu)
     for family, config in FAMILIES.items():
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
         for head, auto_class in HEADS.items():

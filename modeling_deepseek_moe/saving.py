@@ -13,7 +13,7 @@ from transformers.utils import logging
 from modeling_deepseek_moe.checkpoint import CheckpointReader, TensorPlan, write_checkpoint
 from modeling_deepseek_moe.hub import auto_map, shim_files
 from modeling_deepseek_moe.loading import Release
-from modeling_deepseek_moe.moe.experts import MappedExperts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX, release_tensors, unstack

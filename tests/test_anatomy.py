@@ -16,7 +16,7 @@ from modeling_deepseek_moe.anatomy import CONFIGS, describe, dissect, read_confi
 from modeling_deepseek_moe.checkpoint import CheckpointReader
 from modeling_deepseek_moe.inspection import inspect_checkpoint
 from modeling_deepseek_moe.mapped import MappedFiles
-from modeling_deepseek_moe.moe.experts import MappedExperts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.weights import release_tensors
 
 # The architecture fields of the released config.json files, written out: nothing here relies on a default.

@@ -11,10 +11,10 @@ from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from modeling_deepseek_moe import use_backend
+from modeling_deepseek_moe import modeling, use_backend
 from modeling_deepseek_moe.cache import LatentLayer, grow_in_place
-from modeling_deepseek_moe.decode_step import DecodeStep
-from modeling_deepseek_moe.modeling import DeepseekMoeModel
+from modeling_deepseek_moe.engine.plan import Plan
+from modeling_deepseek_moe.engine.runs import SLOT
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -58,10 +58,14 @@ def logits(model, rows=2, steps=12, cache=None) -> torch.Tensor:
 @pytest.fixture
 def steps(monkeypatch):
     """The number of steps that were taken in one call, as a list of their tokens."""
-    taken, run = [], DecodeStep.run
-    monkeypatch.setattr(
-        DecodeStep, "run", lambda self, states, *rest: taken.append(len(states)) or run(self, states, *rest)
-    )
+    taken, run = [], Plan.run
+
+    def noted(self, states, **context):
+        if all(runs for _, _, runs in self._segments):
+            taken.append(len(states))
+        return run(self, states, **context)
+
+    monkeypatch.setattr(Plan, "run", noted)
     return taken
 
 
@@ -69,7 +73,7 @@ def steps(monkeypatch):
 def by_layers(monkeypatch):
     def compute(function, *arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(DeepseekMoeModel, "_decode", lambda *_: None)
+            patch.setattr(modeling, "runs", lambda model, layers, *_: layers)
             return function(*arguments)
 
     return compute
@@ -189,7 +193,7 @@ def test_copies_and_pickles_find_their_own_weights(tmp_path_factory, steps):
     model = load(tmp_path_factory, "v3", False)
     wanted = logits(model)
     other = copy.deepcopy(model)
-    assert other.model._step is None and pickle.loads(pickle.dumps(model.model._step)) is None
+    assert other.model.__dict__[SLOT] is None and pickle.loads(pickle.dumps(model.model.__dict__[SLOT])) is None
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -5,7 +5,9 @@ import torch
 from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe.moe.experts import DeepseekExperts, MappedExperts, StackedFp8Experts
+from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
 
 OFFLOADED = {
     "model.embed_tokens": "cpu",

@@ -286,8 +286,8 @@ def test_who_multiplies_many_tokens(monkeypatch, capability, slow):
     """torch's bf16 product takes several times as long without AVX-512; with it, the engine leaves many tokens to torch."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     x, weight = torch.randn(9, 200).bfloat16(), torch.randn(40, 200).bfloat16()
-    assert linear_cpu.refuses(x[:8], weight, None) is None
-    assert (linear_cpu.refuses(x, weight, None) is None) == slow
+    assert linear_cpu.unsupported_reason(x[:8], weight, None) is None
+    assert (linear_cpu.unsupported_reason(x, weight, None) is None) == slow
 
 
 # To and from FP8: every bit is the reference's.

@@ -30,7 +30,7 @@ needs_clang = pytest.mark.skipif(CLANG is None, reason="clang is not installed")
 
 @pytest.fixture
 def load(monkeypatch):
-    """Load a file as the engine: ``(library, refusal)``."""
+    """Load a file as the engine: ``(library, reason)``."""
 
     def load(file: Path | None):
         spec = None if file is None else importlib.machinery.ModuleSpec(_native.MODULE, None, origin=str(file))
@@ -55,8 +55,8 @@ def compiled(source: str, file: Path, *flags) -> Path:
 
 @needs_engine
 def test_a_copy_loads(load, tmp_path):
-    library, refusal = load(Path(shutil.copy(built(), tmp_path / "copy.so")))
-    assert refusal is None and library.dsm_version() == _native.VERSION
+    library, reason = load(Path(shutil.copy(built(), tmp_path / "copy.so")))
+    assert reason is None and library.dsm_version() == _native.VERSION
 
 
 @needs_engine
@@ -65,18 +65,18 @@ def test_a_library_cut_short(load, tmp_path):
     for size in (0, 1, 63, 64, 1000, 4096, len(data) // 2, len(data) - 4096, len(data) - 1):
         file = tmp_path / f"{size}.so"
         file.write_bytes(data[:size])
-        library, refusal = load(file)
-        assert library is None and "einstall the package" in refusal and str(file) in refusal, (size, refusal)
+        library, reason = load(file)
+        assert library is None and "einstall the package" in reason and str(file) in reason, (size, reason)
 
 
 def test_a_library_that_is_none(load, tmp_path):
     file = tmp_path / "engine.so"
     for data in (b"text\n" * 1000, b"\x7fELF" + bytes(4000)):
         file.write_bytes(data)
-        library, refusal = load(file)
-        assert library is None and refusal.startswith("cannot be loaded: ") and str(file) in refusal
-    library, refusal = load(tmp_path / "missing.so")
-    assert library is None and refusal.startswith("cannot be loaded: ") and "missing.so" in refusal
+        library, reason = load(file)
+        assert library is None and reason.startswith("cannot be loaded: ") and str(file) in reason
+    library, reason = load(tmp_path / "missing.so")
+    assert library is None and reason.startswith("cannot be loaded: ") and "missing.so" in reason
 
 
 @needs_gcc
@@ -91,9 +91,9 @@ def test_a_library_of_another_version(load, tmp_path, source):
 
 
 def test_a_library_that_was_not_built(load):
-    library, refusal = load(None)
+    library, reason = load(None)
     assert library is None
-    assert "was not built: no C compiler" in refusal and "Install gcc or clang" in refusal
+    assert "was not built: no C compiler" in reason and "Install gcc or clang" in reason
 
 
 @needs_engine

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.moe.experts import MappedExperts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.ops._dispatch import use_backend
 
 pytestmark = needs_engine

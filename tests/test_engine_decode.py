@@ -6,11 +6,13 @@ from engine_cases import every_isa, needs_engine
 
 from modeling_deepseek_moe import DeepseekV3Config, use_backend
 from modeling_deepseek_moe.attention import DeepseekAttention
+from modeling_deepseek_moe.engine import reasons
+from modeling_deepseek_moe.engine.fused import fused_moe, fused_projections
 from modeling_deepseek_moe.fp8 import Fp8Linear
-from modeling_deepseek_moe.moe.experts import StackedFp8Experts
+from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
-from modeling_deepseek_moe.ops import block_fp8, moe, routing
+from modeling_deepseek_moe.ops import block_fp8, experts, moe, routing
 
 pytestmark = needs_engine
 
@@ -59,29 +61,23 @@ def test_projection_has_the_bits_of_its_layers(isa, dtype, fp8, q_lora_rank, int
     for batch, length in ((1, 1), (2, 1), (2, 4)):
         x, positions = torch.randn(batch, length, 200).to(dtype), tables(batch, length, 16)
         with use_backend(isa), torch.no_grad():
-            fused = attention._project(x, positions)
+            fused = fused_projections(attention, x, positions)
             layers = *attention._queries(x, positions), *attention._latents(x, positions)
         for one, other in zip(fused, layers, strict=True):
             assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-def test_projection_is_fused_and_can_be_asked_not_to_be(monkeypatch):
-    attention, calls = make_attention(True, torch.bfloat16), []
-    monkeypatch.setattr(attention, "_queries", lambda *_: calls.append("layers") or (None, None))
-    x = torch.randn(1, 1, 200, dtype=torch.bfloat16)
-    attention._project(x, tables(1, 1, 16))
-    assert not calls
-    with use_backend("reference"):
-        attention._project(x, tables(1, 1, 16))
-    assert calls == ["layers"]
-    attention._project(torch.randn(1, 9, 200, dtype=torch.bfloat16), tables(1, 9, 16))
-    assert calls == ["layers"] * 2  # many tokens
-    hook = attention.kv_a_layernorm.register_forward_hook(lambda *_: None)
-    attention._project(x, tables(1, 1, 16))
-    assert calls == ["layers"] * 3
-    hook.remove()
-    attention._project(x, tables(1, 1, 16))
-    assert calls == ["layers"] * 3
+def test_projection_is_fused_where_nothing_is_attached():
+    attention = make_attention(True, torch.bfloat16)
+    assert reasons.projections(attention, torch.bfloat16) is None
+    assert "torch.bfloat16" in reasons.projections(attention, torch.float32)  # whose norms are of another dtype
+    for part in (attention, attention.kv_a_layernorm, attention.q_proj, attention.kv_a_proj_with_mqa):
+        hook = part.register_forward_hook(lambda *_: None)
+        assert "hook" in reasons.projections(attention, torch.bfloat16)
+        hook.remove()
+    assert reasons.projections(attention, torch.bfloat16) is None
+    attention.q_proj.block = (64, 64)
+    assert "128 × 128" in reasons.projections(attention, torch.bfloat16)
 
 
 ROUTERS = {
@@ -123,7 +119,7 @@ def make_moe(fp8: bool, shared: int) -> DeepseekMoE:
     torch.manual_seed(2)
     config = DeepseekV3Config(
         hidden_size=160, moe_intermediate_size=72, n_routed_experts=16, n_shared_experts=shared, n_group=4, topk_group=2,
-        num_experts_per_tok=5, routed_scaling_factor=2.5,
+        num_experts_per_tok=5, routed_scaling_factor=2.5, experts_implementation="deepseek_moe",
     )  # fmt: skip
     layer = DeepseekMoE(config).bfloat16().eval()
     for parameter in layer.parameters():
@@ -149,33 +145,24 @@ def make_moe(fp8: bool, shared: int) -> DeepseekMoE:
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_experts_layer_has_the_bits_of_its_parts(isa, dtype, fp8, shared, monkeypatch):
+def test_experts_layer_has_the_bits_of_its_parts(isa, dtype, fp8, shared):
     layer = make_moe(fp8, shared)
     with use_backend(isa):
         for shape in ((1, 1, 160), (3, 2, 160)):
             x = torch.randn(shape).to(dtype)
-            fused = layer(x)
-            with monkeypatch.context() as patch:
-                patch.setattr(DeepseekMoE, "_engine_table", lambda *_: None)
-                assert torch.equal(fused, layer(x))
+            assert torch.equal(fused_moe(layer, x), layer(x))
 
 
-def test_experts_layer_is_fused_and_can_be_asked_not_to_be():
-    layer, x = make_moe(True, 1), torch.randn(1, 1, 160, dtype=torch.bfloat16)
-    assert layer._engine_table(x) is not None
-    with use_backend("reference"):
-        assert layer._engine_table(x) is None
-    assert layer._engine_table(torch.randn(9, 1, 160, dtype=torch.bfloat16)) is None  # many tokens
-    for module in (layer.gate, layer.experts, layer.shared_experts, layer.shared_experts.up_proj):
+def test_experts_layer_is_fused_where_nothing_is_attached():
+    layer = make_moe(True, 1)
+    assert reasons.moe(layer, torch.bfloat16) is None
+    for module in (layer, layer.gate, layer.experts, layer.shared_experts, layer.shared_experts.up_proj):
         hook = module.register_forward_hook(lambda *_: None)
-        assert layer._engine_table(x) is None
+        assert "hook" in reasons.moe(layer, torch.bfloat16)
         hook.remove()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer._engine_table(x) is None
-    layer.gate.weight.requires_grad_()
-    assert layer._engine_table(x) is None
-    with torch.no_grad():
-        assert layer._engine_table(x) is not None
+    assert reasons.moe(layer, torch.bfloat16) is None
+    layer.gate.float()
+    assert "torch.float32" in reasons.moe(layer, torch.bfloat16)
 
 
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
@@ -200,16 +187,22 @@ def test_moved_experts_are_found_again():
 
 def test_experts_layer_refuses_what_does_not_fit():
     layer, x = make_moe(True, 1), torch.randn(1, 1, 160, dtype=torch.bfloat16)
-    table, parts = layer._engine_table(x), layer.shared_experts.parts
-    good = [x, layer.gate.weight, None, [4, 2, 5, False, True, True], 1.0, *table]
-    good += [[part.weight for part in parts], [part.scale_inv for part in parts]]
+    shared = layer.shared_experts
+    parts, stacks = (shared.gate_proj, shared.up_proj, shared.down_proj), experts.operands(layer.experts).stacks
+    table = experts.cpu.addresses_of(*stacks)
+    good = [x, layer.gate.weight, None, [4, 2, 5, False, True, True], 1.0, table, [], 72, torch.float8_e4m3fn]
+    good += [[part.weight for part in parts], [part.weight_scale_inv for part in parts]]
     assert moe.cpu.moe(*good).shape == x.shape
     for place, wrong in (
         (0, x[..., :-1]), (1, good[1].float()), (2, torch.zeros(15)), (3, [4, 2, 9, False, True, True]),
-        (5, table[0][:-1]), (8, good[8][:2]), (8, [*good[8][:2], good[8][0]]), (9, []), (9, good[9][:2]),
+        (5, table[:-1]), (9, good[9][:2]), (9, [*good[9][:2], good[9][0]]), (10, []), (10, good[10][:2]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="do not fit"):
             moe.cpu.moe(*(wrong if at == place else value for at, value in enumerate(good)))
+    from_stacks = [*good[:5], None, list(stacks), *good[7:]]
+    assert torch.equal(moe.cpu.moe(*from_stacks), moe.cpu.moe(*good))
+    with pytest.raises(ValueError, match="gate_up"):
+        moe.cpu.moe(*good[:5], None, [stack[..., :-1] for stack in stacks], *good[7:])
 
 
 def test_equal_scores_and_nan_give_experts_that_exist():

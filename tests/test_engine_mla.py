@@ -1,4 +1,4 @@
-"""Absorbed attention of one new token on the CPU engine: the definition in fp64, masks, strides, threads, refusals."""
+"""Absorbed attention of one new token on the CPU engine: the definition in fp64, masks, strides, threads, reasons."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from modeling_deepseek_moe import CheckpointError, checkpoint
 from modeling_deepseek_moe.checkpoint import CheckpointReader
 from modeling_deepseek_moe.headers import read_header
-from modeling_deepseek_moe.moe.experts import MappedExperts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 
 NORM = "model.norm.weight"
 

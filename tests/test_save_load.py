@@ -24,7 +24,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import quantizer
-from modeling_deepseek_moe.moe.experts import MappedExperts, StackedFp8Experts
+from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"

@@ -63,7 +63,7 @@ def test_gradients_are_the_definition_s(hit, elsewhere):
     hidden, indices, weights = make_inputs(hit=hit)
     if elsewhere:
         indices[3, 1] = indices[7] = ELSEWHERE
-    found, wanted = (run(make_experts(name), hidden, indices, weights) for name in ("grouped_mm", "eager"))
+    found, wanted = (run(make_experts(name), hidden, indices, weights) for name in ("deepseek_moe", "eager"))
     for name in NAMES:
         assert error(found[name], wanted[name]) < 1e-13, name
     if elsewhere:
@@ -75,7 +75,7 @@ def test_gradients_are_the_definition_s(hit, elsewhere):
 def test_bf16_is_no_further_from_fp64_than_the_definition(dtype, autocast):
     inputs = make_inputs(tokens=400)
     exact = run(make_experts("eager"), *inputs)
-    found, plain = (run(make_experts(name), *inputs, dtype, autocast) for name in ("grouped_mm", "eager"))
+    found, plain = (run(make_experts(name), *inputs, dtype, autocast) for name in ("deepseek_moe", "eager"))
     for name in NAMES:
         assert error(found[name], exact[name]) < 1.1 * error(plain[name], exact[name]), name
 
@@ -84,7 +84,7 @@ def test_a_step_takes_this_path_and_another_implementation_its_own():
     hidden, indices, weights = make_inputs()
     names = [
         make_experts(name)(hidden.requires_grad_(), indices, weights).grad_fn.name()
-        for name in ("grouped_mm", "eager")
+        for name in ("deepseek_moe", "eager")
     ]
     assert names[0] == "RoutedSwiGluBackward" and names[1] != names[0]
 
@@ -92,8 +92,8 @@ def test_a_step_takes_this_path_and_another_implementation_its_own():
 @pytest.mark.parametrize("trained", NAMES[1:])
 def test_one_gradient_alone(trained):
     hidden, indices, weights = make_inputs()
-    wanted = run(make_experts("grouped_mm"), hidden, indices, weights)[trained]
-    module = make_experts("grouped_mm").requires_grad_(False)
+    wanted = run(make_experts("deepseek_moe"), hidden, indices, weights)[trained]
+    module = make_experts("deepseek_moe").requires_grad_(False)
     tensors = dict(zip(NAMES[1:], (hidden, weights, module.gate_up_proj, module.down_proj), strict=True))
     tensors[trained].requires_grad_()
     out = module(hidden, indices, weights)
@@ -105,19 +105,19 @@ def test_one_gradient_alone(trained):
 def test_weights_are_not_cast_to_narrower_hidden_states():
     """Without autocast nobody asked for that: the products are those of fp32 weights, as in transformers, rounded once."""
     hidden, indices, weights = make_inputs(tokens=400)
-    module, hidden = make_experts("grouped_mm").float(), hidden.bfloat16()
+    module, hidden = make_experts("deepseek_moe").float(), hidden.bfloat16()
     exact = module(hidden.float(), indices, weights)
     assert error(module(hidden, indices, weights).float(), exact) < 2.5e-3  # in bf16 throughout: 6e-3
 
 
 def test_one_token():
-    found, wanted = (run(make_experts(name), *make_inputs(tokens=1)) for name in ("grouped_mm", "eager"))
+    found, wanted = (run(make_experts(name), *make_inputs(tokens=1)) for name in ("deepseek_moe", "eager"))
     for name in NAMES:
         torch.testing.assert_close(found[name], wanted[name])
 
 
 def test_no_token():
-    found = run(make_experts("grouped_mm"), *make_inputs(tokens=0))
+    found = run(make_experts("deepseek_moe"), *make_inputs(tokens=0))
     assert found["output"].shape == found["hidden states"].shape == (0, HIDDEN)
     assert not found["gate_up_proj"].any() and not found["down_proj"].any()
 
@@ -126,7 +126,7 @@ def test_kept_for_the_backward_pass_is_one_product():
     """Hidden states, weights of slots, gate and up: none of the gathered rows or outputs."""
     kept = []
     hidden, indices, weights = make_inputs()
-    module = make_experts("grouped_mm")
+    module = make_experts("deepseek_moe")
     parameters = {parameter.data_ptr() for parameter in module.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         module(hidden.requires_grad_(), indices, weights)

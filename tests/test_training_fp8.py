@@ -9,7 +9,6 @@ from training_harness import Padded, Record, arguments
 from transformers import AutoModelForCausalLM, Trainer
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.layers import DeepseekLinear
 from modeling_deepseek_moe.moe.observed import TrainingState
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.training.fp8 import Fp8TrainedExperts, Fp8TrainedLinear, Fp8TrainedMLP
@@ -158,10 +157,10 @@ def make(kind="v3-mtp", fp8=None, **fields):
 def test_what_is_swapped():
     model, plain = make(fp8=dsm.Fp8TrainingConfig()), make()
     kinds = {name: type(module) for name, module in model.named_modules()}
-    kept = {name for name, kind in kinds.items() if kind is DeepseekLinear}
+    kept = {name for name, kind in kinds.items() if kind is torch.nn.Linear}
     assert kept == {"lm_head", "model.layers.3.eh_proj", "model.layers.3.shared_head.head"}
     swapped = {name for name, kind in kinds.items() if kind is Fp8TrainedLinear}
-    linears = {name for name, module in plain.named_modules() if isinstance(module, DeepseekLinear)}
+    linears = {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
     assert swapped == linears - kept
     assert sum(kind is Fp8TrainedExperts for kind in kinds.values()) == 3
     assert sum(kind is Fp8TrainedMLP for kind in kinds.values()) == 4

@@ -75,24 +75,24 @@ def requested_backend() -> str:
     return requested().backend
 
 
-def choose(operation: str, refusals: dict[str, str | None]) -> str:
+def choose(operation: str, reasons: dict[str, str | None]) -> str:
     """The backend to run ``operation`` on.
 
     Args:
-        refusals: for each backend that the operation has, in order of preference, why it cannot run (``None``: it
+        reasons: for each backend that the operation has, in order of preference, why it cannot run (``None``: it
             can). The reference is implied, last.
     """
     wanted = requested_backend()
     if wanted == AUTO:
-        return next((backend for backend, refusal in refusals.items() if refusal is None), REFERENCE)
+        return next((backend for backend, reason in reasons.items() if reason is None), REFERENCE)
     if wanted == REFERENCE:
         return REFERENCE
-    refusal = refusals.get(wanted, f"has no {operation}")
-    if refusal is not None:
-        raise BackendError(f"{operation}: backend {wanted!r} {refusal}")
+    reason = reasons.get(wanted, f"has no {operation}")
+    if reason is not None:
+        raise BackendError(f"{operation}: backend {wanted!r} {reason}")
     return wanted
 
 
-def may_use(backend: str, refusal: str | None) -> bool:
+def may_use(backend: str, reason: str | None) -> bool:
     """Whether to run an operation on ``backend`` in place of the smaller ones that it stands for, which all can run."""
-    return refusal is None and requested_backend() in (AUTO, backend)
+    return reason is None and requested_backend() in (AUTO, backend)

@@ -17,7 +17,7 @@ import torch
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 3  # DSM_VERSION
+VERSION = 4  # DSM_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
 _NO_MEMORY, _NOT_FINITE = -1, -3
@@ -43,7 +43,7 @@ _SIGNATURES = {
         *(c_void_p, c_void_p, c_void_p),
     ),
     "dsm_step": (
-        *(c_int, c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+        *(c_int, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_void_p, c_void_p, c_int64, c_double),
     ),
     "dsm_rms_norm": (c_int, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p),
@@ -113,7 +113,7 @@ def missing() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def refusal() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the engine cannot run in this process; ``None`` if it can. What ``auto`` falls back from is logged, once.
 
     Raises:
@@ -127,9 +127,9 @@ def refusal() -> str | None:
     return reason
 
 
-def refuses_activations(x: torch.Tensor) -> str | None:
+def unsupported_activations(x: torch.Tensor) -> str | None:
     """Why the engine cannot take ``x`` as activations; ``None`` if it can."""
-    reason = refusal()
+    reason = unavailable_reason()
     if reason is not None:
         return reason
     if x.device.type != "cpu":

@@ -7,7 +7,8 @@ from contextlib import closing
 
 import torch
 
-from modeling_deepseek_moe.moe.experts import Fp8Matrix, MappedExperts
+from modeling_deepseek_moe.fp8_experts import Fp8Matrix
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.ops import block_fp8, experts
 from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, Foresight
 from modeling_deepseek_moe.streaming.cache import ExpertCache, Key
@@ -42,13 +43,9 @@ class LayerStream:
         hidden_TD: torch.Tensor,
         topk_indices: torch.Tensor,
         topk_weights: torch.Tensor,
-        on_engine: bool,
     ) -> torch.Tensor:
-        """The layer's result, with the same bits as from the mapped files.
-
-        Args:
-            on_engine: use the CPU engine, not the reference.
-        """
+        """The layer's result, with the same bits as from the mapped files."""
+        on_engine = experts.may_run_natively(module, experts.operands(module), hidden_TD, topk_weights)
         self._resident.read()
         wanted = _experts_hit(topk_indices, module.num_experts)
         if self._here is not None:

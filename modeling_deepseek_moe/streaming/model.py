@@ -6,7 +6,7 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint import parse_size
 from modeling_deepseek_moe.machine import probe_machine
-from modeling_deepseek_moe.moe.experts import MappedExperts
+from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.planning import WORKSPACE_BYTES
 from modeling_deepseek_moe.streaming.ahead import Foresight

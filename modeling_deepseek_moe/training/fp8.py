@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekMLP, is_hooked
-from modeling_deepseek_moe.moe.experts import DeepseekExperts, EngineTable
+from modeling_deepseek_moe.attention import DeepseekAttention
+from modeling_deepseek_moe.layers import DeepseekMLP
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
+from modeling_deepseek_moe.ops._operands import is_hooked
 from modeling_deepseek_moe.ops.experts import Slots
 from modeling_deepseek_moe.training.attach import find_model
 from modeling_deepseek_moe.training.fp8_functions import Fp8LinearFunction, Fp8SwiGluFunction, Fp8Weight
-
-KEPT_PRECISE = ("eh_proj", "shared_head.head")  # of an MTP layer; router, norms and embedding are no linear layers
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,8 @@ class _Fp8Trained:
         return self._codes[1]
 
 
-class Fp8TrainedLinear(_Fp8Trained, DeepseekLinear):
+class Fp8TrainedLinear(_Fp8Trained, nn.Linear):
     """``nn.Linear`` whose three products are in FP8."""
-
-    @property
-    def is_bare(self) -> bool:
-        return False  # reading the weight is not what calling the module computes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = _autocast(x)
@@ -87,13 +83,13 @@ class Fp8TrainedMLP(DeepseekMLP):
     """SwiGLU in FP8 whose input is kept in FP8 and whose output is made again in the backward pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if any(type(p) is not Fp8TrainedLinear or p.bias is not None or is_hooked(p) for p in self.parts):
+        gate, up, down = parts = self.gate_proj, self.up_proj, self.down_proj
+        if any(type(p) is not Fp8TrainedLinear or p.bias is not None or is_hooked(p) for p in parts):
             return super().forward(x)  # adapters
         x = _autocast(x)
         rows = x.reshape(-1, x.shape[-1])
-        gate, up, down = self.parts
         gate_up = torch.cat((gate.weight, up.weight)).unsqueeze(0)
-        quantized = [tuple(part.quantized() for part in self.parts)]
+        quantized = [tuple(part.quantized() for part in parts)]
         fp8_wgrad = gate.fp8.fp8_wgrad
         y = Fp8SwiGluFunction.apply(rows, gate_up, down.weight.unsqueeze(0), quantized, [len(rows)], fp8_wgrad)
         return y.view(x.shape)
@@ -116,9 +112,6 @@ class Fp8TrainedExperts(_Fp8Trained, DeepseekExperts):
 
     def quantized(self) -> list[tuple[Fp8Weight, ...]]:
         return self._quantized(self.gate_up_proj, self.down_proj, make=self._quantize)
-
-    def engine_table(self, hidden_TD: torch.Tensor) -> EngineTable | None:
-        return None
 
     def _quantize(self) -> list[tuple[Fp8Weight, ...]]:
         experts = zip(self.gate_up_proj.detach(), self.down_proj.detach(), strict=True)
@@ -148,13 +141,20 @@ def prepare_fp8_training(model: nn.Module, config: Fp8TrainingConfig | None = No
             "FineGrainedFP8Config(dequantize=True)"
         )
     steps = OptimizerSteps()
-    swaps = {DeepseekLinear: Fp8TrainedLinear, DeepseekMLP: Fp8TrainedMLP, DeepseekExperts: Fp8TrainedExperts}
-    for layer in base.layers:
-        for name, module in layer.named_modules():
-            if type(module) in swaps and name not in KEPT_PRECISE:
+    for module in list(base.layers.modules()):
+        swaps = {}
+        if isinstance(module, (DeepseekAttention, DeepseekMLP)):
+            # an adapter keeps the layer that it wraps as ``base_layer``, beside small ones of its own
+            swaps = {getattr(child, "base_layer", child): Fp8TrainedLinear for child in module.children()}
+            if type(module) is DeepseekMLP:
+                swaps[module] = Fp8TrainedMLP
+        elif type(module) is DeepseekExperts:
+            swaps[module] = Fp8TrainedExperts
+        for part, trained in swaps.items():
+            if type(part) in trained.__mro__:
                 # Not a new module: parameters, hooks and whatever refers to this one stay as they are.
-                module.__class__ = swaps[type(module)]
-                module.fp8, module.steps = config, steps
+                part.__class__ = trained
+                part.fp8, part.steps = config, steps
     return model
 
 

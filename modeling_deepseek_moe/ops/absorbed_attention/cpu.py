@@ -11,7 +11,7 @@ CACHES = (torch.bfloat16, torch.float32)
 WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn)  # the latter in blocks of 128 x 128
 
 
-def refuses(
+def unsupported_reason(
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     c_kv: torch.Tensor,
@@ -32,7 +32,7 @@ def refuses(
         return f"takes one mask for all heads, found {mask.shape[1]}"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, c_kv, k_pe, weight)):
         return "computes no gradients"
-    return _native.refusal()
+    return _native.unavailable_reason()
 
 
 def _decode(

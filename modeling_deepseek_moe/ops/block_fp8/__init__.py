@@ -38,10 +38,10 @@ def dequantize(
 ) -> torch.Tensor:
     """``[N, K]`` E4M3 codes and their fp32 scales → the weight in ``dtype``, rounded once from the fp32 product."""
     _check(weight, scale_inv, block)
-    refusal = cpu.refuses_weight(weight, block)
-    if refusal is None and dtype not in cpu.OUTPUTS:
-        refusal = f"dequantises to {', '.join(str(output) for output in cpu.OUTPUTS)}, not {dtype}"
-    if choose("FP8 dequantize", {CPU: refusal}) == CPU:
+    reason = cpu.unsupported_weight(weight, block)
+    if reason is None and dtype not in cpu.OUTPUTS:
+        reason = f"dequantises to {', '.join(str(output) for output in cpu.OUTPUTS)}, not {dtype}"
+    if choose("FP8 dequantize", {CPU: reason}) == CPU:
         return cpu.dequantize(weight, scale_inv, dtype)
     return reference.dequantize(weight, scale_inv, dtype, block)
 
@@ -53,7 +53,7 @@ def quantize(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torc
         ValueError: the weight is not a finite floating-point matrix.
     """
     _check_float(weight)
-    if choose("FP8 quantize", {CPU: cpu.refuses_values(weight, block)}) == CPU:
+    if choose("FP8 quantize", {CPU: cpu.unsupported_values(weight, block)}) == CPU:
         return cpu.quantize(weight.detach(), True)
     return reference.quantize(weight, block)
 
@@ -61,7 +61,7 @@ def quantize(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torc
 def scales(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
     """The scales of `quantize` alone."""
     _check_float(weight)
-    if choose("FP8 scales", {CPU: cpu.refuses_values(weight, block)}) == CPU:
+    if choose("FP8 scales", {CPU: cpu.unsupported_values(weight, block)}) == CPU:
         return cpu.quantize(weight.detach(), False)[1]
     return reference.scales(weight, block)
 
@@ -129,8 +129,8 @@ def linear(
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != x.device):
         found = f"{list(bias.shape)} on {bias.device}"
         raise ValueError(f"bias has shape {found}, wanted [{weight.shape[0]}] on {x.device}")
-    refusal = cpu.refuses_weight(weight, block) or cpu.refuses_activations(x)
-    if choose("FP8 linear", {CPU: refusal}) == CPU:
+    reason = cpu.unsupported_weight(weight, block) or cpu.unsupported_activations(x)
+    if choose("FP8 linear", {CPU: reason}) == CPU:
         needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
         if not (torch.is_grad_enabled() and needs_grad):
             return cpu.linear(x, weight, scale_inv, bias)

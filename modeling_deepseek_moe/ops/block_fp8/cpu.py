@@ -6,14 +6,14 @@ from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
 
 OUTPUTS = _native.ACTIVATIONS
-refuses_activations = _native.refuses_activations
+unsupported_activations = _native.unsupported_activations
 FP8_DTYPE = torch.float8_e4m3fn
 FP8 = _native.DTYPES[FP8_DTYPE]
 
 
-def refuses_blocks(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
+def unsupported_blocks(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
     """Why the engine cannot work on a ``weight`` in such blocks; ``None`` if it can."""
-    reason = _native.refusal()
+    reason = _native.unavailable_reason()
     if reason is None and block != (128, 128):
         reason = f"has blocks of 128 × 128 only, found {block}"
     if reason is None and weight.device.type != "cpu":
@@ -21,17 +21,17 @@ def refuses_blocks(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
     return reason
 
 
-def refuses_weight(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
+def unsupported_weight(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
     """Why the engine cannot use FP8 ``weight`` where it lies; ``None`` if it can."""
-    reason = refuses_blocks(weight, block)
+    reason = unsupported_blocks(weight, block)
     if reason is None and not weight.is_contiguous():
         reason = f"needs contiguous weights, found strides {weight.stride()}"
     return reason
 
 
-def refuses_values(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
+def unsupported_values(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
     """Why the engine cannot quantise ``weight``; ``None`` if it can."""
-    reason = refuses_blocks(weight, block)
+    reason = unsupported_blocks(weight, block)
     if reason is None and weight.dtype not in _native.ACTIVATIONS:
         reason = f"quantises {', '.join(str(dtype) for dtype in _native.ACTIVATIONS)}, found {weight.dtype}"
     return reason

@@ -1,4 +1,4 @@
-/* One decoding step of a whole decoder: every layer, for one new token of each sequence, in one call.
+/* One decoding step of a decoder: a run of its layers, for one new token of each sequence, in one call.
 
    Between two calls an interpreter finds its own code and data gone from the caches through which the weights went, and
    takes longer over a call than a layer's smaller operations do: hence one. Each step rounds where the layers that it
@@ -61,7 +61,10 @@ static int attention(int isa, int threads, int dtype, const Layer *l, const Cach
     result = dsm_mla_decode(isa, threads, dtype, dims, b->q, b->q + s->nope * size, latents, ropes, strides, mask,
                             (int)l->kv_b.dtype, (const void *)(intptr_t)l->kv_b.data,
                             (const float *)(intptr_t)l->kv_b.scale, (float)scaling, b->o);
-    if (result) return result;
+    return result;
+}
+
+static int output(int isa, int threads, int dtype, const Layer *l, const Shape *s, const Buffers *b) {
     return dsm_linear(isa, threads, dtype, b->o, s->batch, (int)l->o.dtype, (const void *)(intptr_t)l->o.data,
                       (const float *)(intptr_t)l->o.scale, l->o.rows, l->o.cols, NULL, b->y);
 }
@@ -82,35 +85,45 @@ static int mlp(int isa, int threads, int dtype, const Layer *l, const Shape *s, 
                        l->shared, 1, (int)l->dims[DSM_SHARED_DTYPE], NULL, b->y);
 }
 
-/* states [batch, hidden] of `dtype` become those behind the last layer, and the caches get row `past`. shape: see Shape;
-   cosine and sine [batch, rope / 2] fp32; mask: fp32, over past + 1 keys, added to the scores of every layer, or NULL. */
-DSM_API int dsm_step(int isa, int threads, int dtype, void *states, const int64_t *shape, int64_t count,
-                     const Layer *layers, const CacheRows *caches, const float *cosine, const float *sine,
-                     const float *mask, int64_t mask_batch, double scaling) {
+/* A layer is three stages: norm, projections and attention; the output projection; norm and experts. Stage 3 i + k is the
+   k-th of layer i. states [batch, hidden] of `dtype` become those after the stages [first, last), and the caches of the
+   layers that attend get row `past`. attended [batch, heads, value]: what attention yields, where the output projection
+   is not of the same run; else NULL. shape: see Shape; cosine and sine [batch, rope / 2] fp32; mask: fp32, over past + 1
+   keys, added to the scores of every layer, or NULL. */
+DSM_API int dsm_step(int isa, int threads, int dtype, void *states, const int64_t *shape, int64_t first, int64_t last,
+                     void *attended, const Layer *layers, const CacheRows *caches, const float *cosine,
+                     const float *sine, const float *mask, int64_t mask_batch, double scaling) {
     const Shape *s = (const Shape *)shape;
     const size_t size = dsm_itemsize(dtype);
     const int64_t values = s->batch * s->hidden;
     int result = DSM_NO_MEMORY;
-    if (s->batch < 1 || s->batch > DSM_STEP_TOKENS || s->past < 0) return DSM_BAD_ARGUMENT;
+    if (s->batch < 1 || s->batch > DSM_STEP_TOKENS || s->past < 0 || first < 0) return DSM_BAD_ARGUMENT;
+    char *o = attended ? NULL : dsm_alloc(s->batch * s->heads * s->value * size);
     Buffers b = {
         .x = dsm_alloc(values * size),
         .y = dsm_alloc(values * size),
         .q = dsm_alloc(s->batch * s->heads * (s->nope + s->rope) * size),
         .c_kv = dsm_alloc(s->batch * s->rank * size),
         .k_pe = dsm_alloc(s->batch * s->rope * size),
-        .o = dsm_alloc(s->batch * s->heads * s->value * size),
+        .o = attended ? attended : o,
     };
     if (b.x && b.y && b.q && b.c_kv && b.k_pe && b.o) result = DSM_OK;
-    for (int64_t i = 0; i < count && !result; i++) {
-        const Layer *l = layers + i;
-        dsm_rms_norm(isa, threads, dtype, states, (const void *)(intptr_t)l->input_norm, s->batch, s->hidden,
-                     (float)l->input_eps, b.x);
-        result = attention(isa, threads, dtype, l, caches + i, s, cosine, sine, mask, mask_batch, scaling, &b);
-        if (result) break;
-        add(dtype, states, b.y, values);
-        dsm_rms_norm(isa, threads, dtype, states, (const void *)(intptr_t)l->post_norm, s->batch, s->hidden,
-                     (float)l->post_eps, b.x);
-        result = mlp(isa, threads, dtype, l, s, &b);
+    for (int64_t stage = first; stage < last && !result; stage++) {
+        const Layer *l = layers + stage / 3;
+        switch (stage % 3) {
+        case 0:
+            dsm_rms_norm(isa, threads, dtype, states, (const void *)(intptr_t)l->input_norm, s->batch, s->hidden,
+                         (float)l->input_eps, b.x);
+            result = attention(isa, threads, dtype, l, caches + stage / 3, s, cosine, sine, mask, mask_batch, scaling, &b);
+            continue;
+        case 1:
+            result = output(isa, threads, dtype, l, s, &b);
+            break;
+        default:
+            dsm_rms_norm(isa, threads, dtype, states, (const void *)(intptr_t)l->post_norm, s->batch, s->hidden,
+                         (float)l->post_eps, b.x);
+            result = mlp(isa, threads, dtype, l, s, &b);
+        }
         if (!result) add(dtype, states, b.y, values);
     }
     free(b.x);
@@ -118,6 +131,6 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, const int64_
     free(b.q);
     free(b.c_kv);
     free(b.k_pe);
-    free(b.o);
+    free(o);
     return result;
 }

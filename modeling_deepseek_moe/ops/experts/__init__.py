@@ -2,10 +2,98 @@
 
 What it computes is defined in `reference`, expert by expert; `cpu` does a whole layer in one call, on weights that are
 FP8 or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the layer with its gradients.
+Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops.experts import cpu
+from modeling_deepseek_moe.ops.experts.operands import STACKS, Operands, operands, unsupported_reason
 from modeling_deepseek_moe.ops.experts.reference import Slots, run_experts
 from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
 
-__all__ = ["RoutedSwiGlu", "Slots", "cpu", "run_experts"]
+__all__ = [
+    "IMPLEMENTATION",
+    "STACKS",
+    "Operands",
+    "RoutedSwiGlu",
+    "Slots",
+    "cpu",
+    "may_run_natively",
+    "operands",
+    "routed_fp8",
+    "routed_swiglu",
+    "run_experts",
+    "unsupported_reason",
+]
+
+IMPLEMENTATION = "deepseek_moe"  # the name of `routed_swiglu` among transformers' experts implementations
+FEW_TOKENS = 8
+
+
+def may_run_natively(
+    module: nn.Module, weights: Operands, hidden_TD: torch.Tensor, topk_weights: torch.Tensor
+) -> bool:
+    """Whether the CPU engine computes this layer of experts for these tokens."""
+    reason = unsupported_reason(module, weights, hidden_TD)
+    if reason is None and torch.is_grad_enabled() and topk_weights.requires_grad:
+        reason = "computes no gradients"  # the router is being trained, if nothing else is
+    return may_use(CPU, reason)
+
+
+def routed_swiglu(
+    module: nn.Module, hidden_TD: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    """Stacked floating-point experts, ``[T, D]``: the ``experts_implementation`` that the family's models have by default.
+
+    The CPU engine without gradients; on a CPU with them the experts one by one; elsewhere transformers' own kernels.
+
+    Args:
+        module: a `DeepseekExperts`, or one that is parametrised.
+    """
+    weights, device_type = operands(module), hidden_TD.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    if not autocast and may_run_natively(module, weights, hidden_TD, topk_weights):
+        return cpu.run(hidden_TD, topk_indices, topk_weights, weights)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_TD.dtype
+    gate_up, down = weights.stacks[:2]
+    if (
+        device_type == "cpu"
+        and not torch.compiler.is_compiling()  # how many rows an expert gets is no constant of a graph
+        and cpu.is_silu(module.act_fn)
+        # else nobody asked for weights to be cast to what the hidden states are
+        and (autocast or hidden_TD.dtype == gate_up.dtype)
+        and all(type(tensor) in PLAIN for tensor in (hidden_TD, gate_up, down))
+    ):
+        # the grouped kernels run one by one on a CPU too, and copy more for it
+        return RoutedSwiGlu.apply(hidden_TD, topk_indices, topk_weights, gate_up, down, dtype)
+    if autocast and gate_up.dtype != dtype:
+        # The grouped kernels are no autocast ops: with fp32 weights they would run in fp32 throughout.
+        cast = {"gate_up_proj": gate_up.to(dtype), "down_proj": down.to(dtype)}
+        return functional_call(module, cast, (hidden_TD.to(dtype), topk_indices, topk_weights))
+    # as `generate` chooses between transformers' two
+    few = device_type != "cpu" and len(hidden_TD) <= FEW_TOKENS
+    return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](module, hidden_TD, topk_indices, topk_weights)
+
+
+def routed_fp8(
+    module: nn.Module, hidden_TD: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    """FP8 experts, ``[T, D]``: the engine, or one expert and one tile at a time.
+
+    Args:
+        module: an `Fp8Experts`.
+    """
+    weights = operands(module)
+    if may_run_natively(module, weights, hidden_TD, topk_weights):
+        return cpu.run(hidden_TD, topk_indices, topk_weights, weights)
+
+    def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
+        return module.expert(module.matrices(index).values(), x_RD)
+
+    return run_experts(hidden_TD, topk_indices, topk_weights, expert, module.num_experts)

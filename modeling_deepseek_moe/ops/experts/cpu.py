@@ -3,6 +3,7 @@
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width.
 """
 
+import numpy as np
 import torch
 
 from modeling_deepseek_moe.ops import _native
@@ -13,14 +14,14 @@ WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
 WORKSPACE_BYTES = 256 << 20
 
 
-def refuses(x: torch.Tensor, act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
+def unsupported_reason(x: torch.Tensor, act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
     """Why the engine cannot run SwiGLU layers with these activations and weights; ``None`` if it can."""
-    return refuses_call(x, *weights) or refuses_layer(act_fn, *weights)
+    return unsupported_call(x, *weights) or unsupported_layer(act_fn, *weights)
 
 
-def refuses_call(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
+def unsupported_call(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
     """What of `refuses` depends on the activations, or whether gradients are wanted."""
-    reason = _native.refuses_activations(x)
+    reason = _native.unsupported_activations(x)
     if reason is None and torch.is_grad_enabled():
         for tensor in (x, *weights):
             if tensor.requires_grad:
@@ -32,7 +33,7 @@ def is_silu(act_fn: torch.nn.Module) -> bool:
     return isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
 
 
-def refuses_layer(act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
+def unsupported_layer(act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
     """The rest of `refuses`."""
     if not is_silu(act_fn):
         return f"has silu for its activation function, found {type(act_fn).__name__}"
@@ -150,24 +151,32 @@ def _check(name: str, weight: torch.Tensor, wanted: tuple[int, ...], scale: torc
 def addresses_of(gate_up, down, gate_up_scale, down_scale) -> torch.Tensor:
     """``[E, 3, 2]``, as `accumulate` takes them, of stacks that are contiguous, with scales in fp32 or ``None``."""
     experts = len(down)
-    addresses = torch.zeros((experts, 3, 2), dtype=torch.int64)
-    index = torch.arange(experts)
+    addresses = np.zeros((experts, 3, 2), np.int64)  # numpy's small operations take a tenth of torch's time
+    index = np.arange(experts)
     for column, stacks in enumerate(((gate_up, down), (gate_up_scale, down_scale))):
         for place, stack, half in ((0, stacks[0], 0), (1, stacks[0], 1), (2, stacks[1], 0)):
             if stack is not None and experts:
                 size = stack.nbytes // experts
-                addresses[:, place, column] = stack.data_ptr() + index * size + half * (size // 2)
-    return addresses
+                addresses[:, place, column] = index * size + (stack.data_ptr() + half * (size // 2))
+    return torch.from_numpy(addresses)
+
+
+def check_stacks(hidden: int, gate_up, down, gate_up_scale=None, down_scale=None) -> tuple[torch.Tensor | None, ...]:
+    """Stacks as C reads them: contiguous, with scales in fp32.
+
+    Raises:
+        ValueError: they do not fit each other or ``hidden``.
+    """
+    experts, width = len(down), down.shape[-1]
+    _check("gate_up", gate_up, (experts, 2 * width, hidden), gate_up_scale, gate_up.dtype)
+    _check("down", down, (experts, hidden, width), down_scale, gate_up.dtype)
+    scales = (None if scale is None else _native.fp32(scale) for scale in (gate_up_scale, down_scale))
+    return gate_up.contiguous(), down.contiguous(), *scales
 
 
 def _stacked(hidden_TD, topk_indices, topk_weights, gate_up, down, gate_up_scale, down_scale) -> torch.Tensor:
-    experts, width, hidden = len(down), down.shape[-1], hidden_TD.shape[-1]
-    _check("gate_up", gate_up, (experts, 2 * width, hidden), gate_up_scale, gate_up.dtype)
-    _check("down", down, (experts, hidden, width), down_scale, gate_up.dtype)
-    gate_up, down = gate_up.contiguous(), down.contiguous()
-    gate_up_scale, down_scale = (None if s is None else _native.fp32(s) for s in (gate_up_scale, down_scale))
-    addresses = addresses_of(gate_up, down, gate_up_scale, down_scale)
-    return _routed(hidden_TD, topk_indices, topk_weights, addresses, width, gate_up.dtype)
+    stacks = check_stacks(hidden_TD.shape[-1], gate_up, down, gate_up_scale, down_scale)
+    return _routed(hidden_TD, topk_indices, topk_weights, addresses_of(*stacks), down.shape[-1], down.dtype)
 
 
 # As `routed`, for gate_up [E, 2I, D] and down [E, D, I]; FP8 scales are stacked alike, gate's rows before up's.
@@ -177,6 +186,13 @@ stacked = define(
     _stacked,
     lambda hidden, *_: hidden.new_empty(hidden.shape),
 )
+
+
+def run(hidden_TD: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor, weights) -> torch.Tensor:
+    """As `routed` or `stacked`, by what the `operands.Operands` are."""
+    if weights.addresses is None:
+        return stacked(hidden_TD, topk_indices, topk_weights, *weights.stacks)
+    return routed(hidden_TD, topk_indices, topk_weights, weights.addresses, weights.width, weights.dtype)
 
 
 def _swiglu(x, gate, up, down, gate_scale, up_scale, down_scale) -> torch.Tensor:

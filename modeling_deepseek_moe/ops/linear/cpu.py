@@ -14,7 +14,7 @@ def torch_is_slow() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+def unsupported_reason(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     """Why the engine should not run this layer; ``None`` if it should."""
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"needs CPU tensors, found {x.device} and {weight.device}"
@@ -26,7 +26,7 @@ def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         return "computes no gradients"
     if not weight.is_contiguous():
         return f"needs contiguous weights, found strides {weight.stride()}"
-    return _native.refusal()
+    return _native.unavailable_reason()
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -11,22 +11,6 @@ FEW_TOKENS = 8
 WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn)  # the latter in blocks of 128 x 128
 
 
-def refuses(x: torch.Tensor, weights: list[torch.Tensor], norms: list[torch.Tensor]) -> str | None:
-    """Why the engine should not project ``x``; ``None`` if it should."""
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):
-        return f"takes bf16 or fp32 on the CPU, outside of autocast, found {x.dtype} on {x.device}"
-    if x.numel() > FEW_TOKENS * x.shape[-1]:
-        return f"is for up to {FEW_TOKENS} tokens, found {x.numel() // x.shape[-1]}"
-    for weight in weights:
-        if weight.dtype not in WEIGHTS or weight.dtype != weights[0].dtype or not weight.is_contiguous():
-            return f"takes contiguous weights, all FP8 or all bf16, found {weight.dtype}"
-    if any(norm.dtype != x.dtype for norm in norms):
-        return f"needs norms like the activations, found {norms[0].dtype}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *norms)):
-        return "computes no gradients"
-    return _native.refusal()
-
-
 def _project(
     x: torch.Tensor,
     cos: torch.Tensor,

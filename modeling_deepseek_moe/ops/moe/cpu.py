@@ -6,23 +6,10 @@ import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops.experts.cpu import addresses_of, check_stacks
 
-FEW_TOKENS = 8
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
 MOST_EXPERTS = 4096
-
-
-def refuses(x: torch.Tensor, gate: torch.Tensor) -> str | None:
-    """Why the engine should not run the layer; ``None`` if it should, where `experts.cpu` does not refuse its weights."""
-    if x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):
-        return f"takes bf16 or fp32 outside of autocast, found {x.dtype}"
-    if x.numel() > FEW_TOKENS * x.shape[-1]:
-        return f"is for up to {FEW_TOKENS} tokens, found {x.numel() // x.shape[-1]}"
-    if gate.dtype != torch.bfloat16 or not gate.is_contiguous() or len(gate) > MOST_EXPERTS:
-        return f"takes a router in bf16, of up to {MOST_EXPERTS} experts, found {_native.describe(gate)}"
-    if torch.is_grad_enabled() and gate.requires_grad:
-        return "computes no gradients"
-    return _native.refusal()
 
 
 def _moe(
@@ -31,7 +18,8 @@ def _moe(
     bias: torch.Tensor | None,
     routing: list[int],
     factor: float,
-    addresses: torch.Tensor,
+    addresses: torch.Tensor | None,
+    stacks: list[torch.Tensor],
     width: int,
     dtype: torch.dtype,
     shared: list[torch.Tensor],
@@ -43,12 +31,16 @@ def _moe(
         gate: the router ``[E, D]`` in bf16; ``bias [E]`` in fp32.
         routing: groups, kept groups, top-k, and whether by softmax, by the best two of a group, and normalised.
         addresses, width, dtype: of the routed experts, see `experts.cpu.accumulate`.
+        stacks: in place of ``addresses``: gate and up, down, and the scales of both if they are FP8.
         shared, scales: gate, up and down of the shared experts, as one wide expert; scales if they are FP8.
 
     Raises:
         ValueError: tensors that do not fit each other.
     """
     experts, hidden = gate.shape
+    if addresses is None:
+        stacks = check_stacks(hidden, *stacks)  # kept until the call is over
+        addresses, width, dtype = addresses_of(*stacks), stacks[1].shape[-1], stacks[1].dtype
     groups, kept, top_k, _, best_two, _ = routing
     wide = shared[0].shape[0] if shared else 0
     shapes = [(wide, hidden), (wide, hidden), (hidden, wide)][: len(shared)]
@@ -96,7 +88,8 @@ def _moe(
 
 
 moe = define(
-    "moe(Tensor x, Tensor gate, Tensor? bias, int[] routing, float factor, Tensor addresses, int width, "
+    "moe(Tensor x, Tensor gate, Tensor? bias, int[] routing, float factor, Tensor? addresses, "
+    "Tensor[] stacks, int width, "
     "ScalarType dtype, Tensor[] shared, Tensor[] scales) -> Tensor",
     _moe,
     lambda x, *_: x.new_empty(x.shape),

@@ -10,6 +10,6 @@ __all__ = ["rms_norm"]
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x [..., D]``, ``weight [D]`` → ``[..., D]``; rounded to the dtype of ``x`` before the product with ``weight``."""
-    if may_use(CPU, cpu.refuses(x, weight)):
+    if may_use(CPU, cpu.unsupported_reason(x, weight)):
         return cpu.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)

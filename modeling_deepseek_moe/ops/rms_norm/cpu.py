@@ -6,9 +6,9 @@ from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
 
 
-def refuses(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def unsupported_reason(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the engine cannot norm ``x``; ``None`` if it can."""
-    reason = _native.refuses_activations(x)
+    reason = _native.unsupported_activations(x)
     if reason is not None:
         return reason
     if weight.dtype != x.dtype or weight.device.type != "cpu":

@@ -8,7 +8,7 @@ from modeling_deepseek_moe.ops._library import define
 MOST_EXPERTS = 4096
 
 
-def refuses(logits: torch.Tensor) -> str | None:
+def unsupported_reason(logits: torch.Tensor) -> str | None:
     """Why the engine should not route; ``None`` if it should."""
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         return f"takes fp32 logits on the CPU, found {logits.dtype} on {logits.device}"
@@ -16,7 +16,7 @@ def refuses(logits: torch.Tensor) -> str | None:
         return f"is for up to {MOST_EXPERTS} experts, found {logits.shape[-1]}"
     if torch.is_grad_enabled() and logits.requires_grad:
         return "computes no gradients"
-    return _native.refusal()
+    return _native.unavailable_reason()
 
 
 def _route(

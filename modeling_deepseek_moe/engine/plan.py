@@ -1,0 +1,233 @@
+"""What the CPU engine runs of a decoder while it decodes: a table made once a prompt and looked over before every step.
+
+A layer is three stages: norm, projections and attention; the output projection; norm and experts. Those that the engine
+can run it runs by address, in runs as long as they come; between two runs whatever is foreign (an adapter, a hook, a
+quantiser's layer, streamed experts) is called as the module that it is.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from modeling_deepseek_moe.cache import LatentLayer
+from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.engine import reasons
+from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.moe.layer import DeepseekMoE
+from modeling_deepseek_moe.ops import _native, experts
+from modeling_deepseek_moe.ops._operands import is_hooked, scale_of
+from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Dims, Layer, Step, Weight
+
+ATTEND, OUTPUT, MIX = range(STAGES)
+
+
+class Stages(NamedTuple):
+    """Why the engine cannot run each part of a layer; ``None`` where it can."""
+
+    layer: str | None
+    projections: str | None
+    attention: str | None
+    output: str | None
+    mlp: str | None
+
+    @classmethod
+    def of(cls, layer: nn.Module, dtype: torch.dtype) -> "Stages":
+        own = reasons.layer(layer, dtype)
+        if own is not None:
+            return cls(own, own, own, own, own)
+        projections = reasons.norm(layer.input_layernorm, dtype) or reasons.projections(layer.self_attn, dtype)
+        attention = projections or reasons.linear(layer.self_attn.kv_b_proj, dtype)
+        output = attention or reasons.linear(layer.self_attn.o_proj, dtype)
+        kind = reasons.moe if isinstance(layer.mlp, DeepseekMoE) else reasons.mlp
+        return cls(
+            *(None, projections, attention, output),
+            reasons.norm(layer.post_attention_layernorm, dtype) or kind(layer.mlp, dtype),
+        )
+
+    def native(self) -> tuple[bool, bool, bool]:
+        return self.attention is None, self.output is None, self.mlp is None
+
+
+class Plan:
+    """The layers of a decoder for one new token a sequence. Copies and pickles of it are ``None``."""
+
+    def __init__(self, layers: nn.ModuleList, config, dtype: torch.dtype):
+        self.dtype, self.layers = dtype, list(layers)
+        self._config = config
+        self.stages = [Stages.of(layer, dtype) for layer in self.layers]
+        self._modules: list[tuple[nn.Module, bool]] = []
+        self._children: list[tuple[dict, str, nn.Module]] = []
+        self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
+        self._mapped: list[tuple[MappedExperts, object]] = []
+        self._kept: list[torch.Tensor] = []  # tables that the layers point to
+        for layer in self.layers:
+            self._watch(layer)
+        pairs = zip(self.layers, self.stages, strict=True)
+        self._structs = (Layer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
+        flags = [flag for stages in self.stages for flag in stages.native()]
+        self._segments = list(_segments(flags))
+        self.runs_anything = any(flags)
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def is_current(self) -> bool:
+        """Whether no module, hook or weight was changed since the table was made.
+
+        Raises:
+            CheckpointError: a file that experts are mapped from was truncated or rewritten.
+        """
+        if any(is_hooked(module) is not hooked for module, hooked in self._modules):
+            return False
+        if any(children.get(name) is not child for children, name, child in self._children):
+            return False
+        for tensors, name, tensor, pointer in self._tensors:
+            if tensors.get(name) is not tensor or tensor.data_ptr() != pointer:
+                return False
+        for module, stream in self._mapped:
+            if module.stream is not stream:
+                return False
+            module.check_files()
+        return True
+
+    def can_write(self, cache: Cache, batch: int) -> bool:
+        """Whether the layers of a cache can take a step's rows."""
+        count = len(self.layers)
+        return len(cache.layers) >= count and all(
+            type(layer) is LatentLayer
+            and layer.is_initialized
+            and layer.keys.dtype == self.dtype
+            and layer.keys.shape[0] == batch
+            for layer in cache.layers[:count]
+        )
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        cache: Cache,
+        past_length: int,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        **context,
+    ) -> torch.Tensor:
+        """``hidden_states [B, 1, D]`` after the last layer; the cache, of `LatentLayer`, gets their row."""
+        config, batch = self._config, hidden_states.shape[0]
+        new = [hidden_states.new_empty((batch, 1, 1, size)) for size in (config.kv_lora_rank, config.qk_rope_head_dim)]
+        used = [
+            layer if stages.attention is None else None
+            for layer, stages in zip(cache.layers, self.stages, strict=False)
+        ]
+        dims = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+        step = Step(
+            *(self._structs, [layer and layer.reserve(*new) for layer in used], past_length),
+            *(Dims(*dims, config.v_head_dim, bool(config.rope_interleave)), batch, hidden_states.shape[-1]),
+            *(*position_embeddings, attention_mask, config.softmax_scale),
+        )
+        context |= {
+            CACHE_NAME: cache,
+            "past_length": past_length,
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+        }
+        attended = None
+        for first, last, runs in self._segments:
+            if runs:
+                hidden_states, attended = step.run(hidden_states, first, last)
+            else:
+                hidden_states = self._call(first, hidden_states, attended, context)
+        for layer in filter(None, used):
+            layer.advance(past_length + 1)
+        return hidden_states
+
+    def _call(self, stage: int, hidden_states, attended, context: dict) -> torch.Tensor:
+        """A stage by its modules: attention with its output projection where both are foreign, or a whole layer."""
+        layer = self.layers[stage // STAGES]
+        if self.stages[stage // STAGES].layer is not None:
+            return layer(hidden_states, **context) if stage % STAGES == ATTEND else hidden_states
+        if stage % STAGES == MIX:
+            return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+        if stage % STAGES == ATTEND:
+            arguments = {("cache" if name == CACHE_NAME else name): value for name, value in context.items()}
+            return hidden_states + layer.self_attn(layer.input_layernorm(hidden_states), **arguments)[0]
+        if self.stages[stage // STAGES].attention is None:
+            return hidden_states + layer.self_attn.o_proj(attended)
+        return hidden_states  # with its attention
+
+    def _watch(self, layer: nn.Module) -> None:
+        for module in layer.modules():
+            self._modules.append((module, is_hooked(module)))
+            self._children += [(module._modules, name, child) for name, child in module._modules.items()]
+            for tensors in (module._parameters, module._buffers):
+                found = [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
+                self._tensors += [(*slot, slot[2].data_ptr()) for slot in found]
+            if isinstance(module, MappedExperts):
+                self._mapped.append((module, module.stream))
+
+    def _struct(self, layer: nn.Module, stages: Stages) -> Layer:
+        """The stages that run, by address; what is checked here are no reasons, but what `reasons` has looked at."""
+        struct = Layer()
+        if stages.attention is None:
+            attention = layer.self_attn
+            struct.input_norm, struct.input_eps = _norm(layer.input_layernorm)
+            if self._config.q_lora_rank is None:
+                struct.q_b = _weight(attention.q_proj)
+            else:
+                struct.q_a, struct.q_b = _weight(attention.q_a_proj), _weight(attention.q_b_proj)
+                struct.q_norm, struct.q_eps = _norm(attention.q_a_layernorm)
+            struct.kv_a, struct.kv_b = _weight(attention.kv_a_proj_with_mqa), _weight(attention.kv_b_proj)
+            struct.kv_norm, struct.kv_eps = _norm(attention.kv_a_layernorm)
+        if stages.output is None:
+            struct.o = _weight(layer.self_attn.o_proj)
+        if stages.mlp is None:
+            struct.post_norm, struct.post_eps = _norm(layer.post_attention_layernorm)
+            if isinstance(layer.mlp, DeepseekMoE):
+                self._mix(layer.mlp, struct)
+            else:
+                _swiglu(layer.mlp, struct)
+        return struct
+
+    def _mix(self, moe: DeepseekMoE, struct: Layer) -> None:
+        gate, weights = moe.gate, experts.operands(moe.experts)
+        table = weights.addresses
+        if table is None:
+            table = experts.cpu.addresses_of(*weights.stacks)
+        self._kept.append(table)
+        struct.gate, struct.table = gate.weight.data_ptr(), table.data_ptr()
+        if gate.e_score_correction_bias is not None:
+            struct.bias = gate.e_score_correction_bias.data_ptr()
+        *routing, struct.factor = gate.routing
+        dims = (0, self._config.hidden_size, weights.width, gate.num_experts, *routing)
+        struct.dims[: len(dims)] = dims
+        struct.dims[10] = _native.DTYPES[weights.dtype]
+        if moe.shared_experts is not None:
+            _swiglu(moe.shared_experts, struct)
+
+
+def _segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
+    """First stage, last stage (exclusive) and whether the engine runs them: its stages together, others one by one."""
+    start = 0
+    while start < len(flags):
+        end = start + 1
+        while flags[start] and end < len(flags) and flags[end]:
+            end += 1
+        yield start, end, flags[start]
+        start = end
+
+
+def _norm(norm: nn.Module) -> tuple[int, float]:
+    return norm.weight.data_ptr(), norm.variance_epsilon
+
+
+def _weight(linear: nn.Module) -> Weight:
+    weight, scale = linear.weight, scale_of(linear)
+    return Weight(weight.data_ptr(), _native.pointer(scale) or 0, *weight.shape, _native.DTYPES[weight.dtype])
+
+
+def _swiglu(mlp: nn.Module, struct: Layer) -> None:
+    weights = [_weight(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    for place, weight in enumerate(weights):
+        struct.shared[2 * place], struct.shared[2 * place + 1] = weight.data, weight.scale
+    struct.dims[11], struct.dims[12] = weights[0].rows, weights[0].dtype

@@ -1,0 +1,162 @@
+"""Why the CPU engine cannot run a module for a few tokens: one function for each kind of module, one vocabulary.
+
+Every function takes the module and the dtype of the activations and returns a sentence, or ``None`` where it can. What
+depends on a call alone (how many tokens, gradients, autocast) is asked in `runs`.
+"""
+
+import torch
+from torch import nn
+
+from modeling_deepseek_moe.attention import DeepseekAttention
+from modeling_deepseek_moe.block import DeepseekDecoderLayer
+from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
+from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
+from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
+from modeling_deepseek_moe.moe.layer import DeepseekMoE
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.ops import _native, experts
+from modeling_deepseek_moe.ops._library import PLAIN
+from modeling_deepseek_moe.ops._operands import is_hooked, scale_of, unsupported_linear
+from modeling_deepseek_moe.ops.decode_step.cpu import DTYPES, WEIGHTS
+from modeling_deepseek_moe.ops.moe.cpu import MOST_EXPERTS
+from modeling_deepseek_moe.ops.swiglu import unsupported_reason as unsupported_swiglu
+
+Reason = str | None
+
+
+def unsupported_reason(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """Why the engine cannot run this module on activations in ``dtype``; ``None`` if it can."""
+    function = KINDS.get(type(module))
+    return function(module, dtype) if function is not None else linear(module, dtype)
+
+
+def layer(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """A decoder layer's own call; its halves are asked for by themselves."""
+    if dtype not in DTYPES:
+        return f"takes activations in {', '.join(map(str, DTYPES))}, found {dtype}"
+    return _is_own(module, DeepseekDecoderLayer)
+
+
+def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """All of attention before keys meet queries."""
+    reason = _is_own(module, DeepseekAttention)
+    if reason is not None:
+        return reason
+    linears, norms = parts(module)
+    reason = _first(*(linear(part, dtype) for part in linears), *(norm(part, dtype) for part in norms))
+    if reason is None and len({part.weight.dtype for part in linears}) > 1:
+        reason = "needs projections of one dtype"
+    return reason
+
+
+def attention(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """Attention before its output projection."""
+    return projections(module, dtype) or linear(module.kv_b_proj, dtype)
+
+
+def parts(module: DeepseekAttention) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+    """The projections and norms of attention in the order of the computation."""
+    if module.config.q_lora_rank is None:
+        return (module.q_proj, module.kv_a_proj_with_mqa), (module.kv_a_layernorm,)
+    linears = module.q_a_proj, module.q_b_proj, module.kv_a_proj_with_mqa
+    return linears, (module.q_a_layernorm, module.kv_a_layernorm)
+
+
+def linear(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """A linear layer whose weight is read where it lies."""
+    reason = unsupported_linear(module)
+    if reason is not None:
+        return reason
+    scale = scale_of(module)
+    if (scale is None) != (module.weight.dtype == torch.bfloat16):
+        return f"takes weights in {', '.join(map(str, WEIGHTS))}, found {module.weight.dtype}"
+    return _tensor(module.weight, WEIGHTS) or (None if scale is None else _tensor(scale, (torch.float32,)))
+
+
+def norm(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """RMSNorm."""
+    return _is_own(module, DeepseekRMSNorm) or _tensor(module.weight, (dtype,))
+
+
+def mlp(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """SwiGLU of a dense layer or of shared experts."""
+    reason = _is_own(module, DeepseekMLP)
+    if reason is not None:
+        return reason
+    layers = module.gate_proj, module.up_proj, module.down_proj
+    probe = torch.empty((1, layers[0].in_features), dtype=dtype) if hasattr(layers[0], "in_features") else None
+    if probe is None:
+        return unsupported_linear(layers[0])
+    return unsupported_swiglu(probe, *layers, module.act_fn) or _first(*(linear(part, dtype) for part in layers))
+
+
+def router(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """A router's matrix and its choice."""
+    reason = _is_own(module, DeepseekTopkRouter) or _tensor(module.weight, (torch.bfloat16,))
+    if reason is None and module.e_score_correction_bias is not None:
+        reason = _tensor(module.e_score_correction_bias, (torch.float32,))
+    if reason is None and module.num_experts > MOST_EXPERTS:
+        reason = f"is for up to {MOST_EXPERTS} experts, found {module.num_experts}"
+    return reason
+
+
+def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """Routed experts, in whichever home."""
+    reason = _is_own(module, DeepseekExperts, StackedFp8Experts, MappedExperts)
+    if reason is not None:
+        return reason
+    if type(module) is DeepseekExperts and module.config._experts_implementation != experts.IMPLEMENTATION:
+        return f"is not the experts_implementation that was asked for: {module.config._experts_implementation!r}"
+    if getattr(module, "stream", None) is not None:
+        return "does not run experts that are streamed with the rest of their layer"
+    weights = experts.operands(module)
+    probe = torch.empty((1, 1), dtype=dtype)
+    reason = experts.unsupported_reason(module, weights, probe)
+    if reason is None:
+        scales = [scale for scale in weights.stacks[2:] if scale is not None]
+        reason = _first(*(_tensor(scale, (torch.float32,)) for scale in scales))
+    return reason
+
+
+def moe(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """A whole mixture-of-experts layer in one call."""
+    reason = _is_own(module, DeepseekMoE)
+    if reason is not None:
+        return reason
+    shared = module.shared_experts
+    return (
+        router(module.gate, dtype)
+        or routed_experts(module.experts, dtype)
+        or (None if shared is None else mlp(shared, dtype))
+    )
+
+
+KINDS = {
+    DeepseekDecoderLayer: layer,
+    DeepseekAttention: attention,
+    DeepseekRMSNorm: norm,
+    DeepseekMLP: mlp,
+    DeepseekMoE: moe,
+    DeepseekTopkRouter: router,
+    **dict.fromkeys((DeepseekExperts, StackedFp8Experts, MappedExperts), routed_experts),
+}
+
+
+def _first(*reasons: Reason) -> Reason:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _is_own(module: nn.Module, *kinds: type[nn.Module]) -> Reason:
+    if type(module) not in kinds:
+        return f"runs {' or '.join(kind.__name__ for kind in kinds)}, found {type(module).__name__}"
+    return f"cannot call the hooks of a {type(module).__name__}" if is_hooked(module) else None
+
+
+def _tensor(tensor: torch.Tensor, dtypes) -> Reason:
+    """Why the engine cannot read a tensor where it lies."""
+    if type(tensor) not in PLAIN or tensor.device.type != "cpu":
+        return f"needs plain tensors on the CPU, found {type(tensor).__name__} on {tensor.device}"
+    if tensor.dtype not in dtypes or not tensor.is_contiguous():
+        return f"needs contiguous tensors in {', '.join(map(str, dtypes))}, found {_native.describe(tensor)}"
+    return None

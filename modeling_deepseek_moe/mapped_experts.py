@@ -1,0 +1,131 @@
+"""Routed experts in the checkpoint's memory-mapped files. Legend: E experts."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+
+from modeling_deepseek_moe.fp8_experts import Fp8Experts, Fp8Matrix
+from modeling_deepseek_moe.headers import TensorInfo
+from modeling_deepseek_moe.mapped import MappedFiles
+from modeling_deepseek_moe.ops import block_fp8
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class MappedExperts(Fp8Experts):
+    """FP8 experts that stay in the checkpoint's memory-mapped files: no copy, no load time, no private memory.
+
+    Codes and scales are no parameters: they have no place in ``state_dict`` and never leave the CPU. What the module
+    holds for its E·3 matrices is where they are; views are made as they are asked for. Saving writes the mapped bytes.
+
+    Args:
+        codes: where the codes of ``gate_proj``, ``up_proj`` and ``down_proj`` are, of one expert after the other.
+        scales: the fp32 scales of the same matrices in the same order, in one piece.
+        files: the mappings of the files that ``codes`` names.
+    """
+
+    # A file cut short while it is mapped kills the process, so it is looked at; more often would cost more than it saves.
+    check_seconds: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        config,
+        block: tuple[int, int],
+        codes: Sequence[TensorInfo],
+        scales: torch.Tensor,
+        files: MappedFiles,
+    ):
+        super().__init__(config, block)
+        self._files = files
+        self._paths = tuple(dict.fromkeys(info.file for info in codes))
+        for path in self._paths:
+            files.address(path)  # from here on the bytes are those that were checked, whatever becomes of the name
+        numbers = {path: number for number, path in enumerate(self._paths)}
+        self._prefix = codes[0].name.removesuffix(".0.gate_proj.weight")
+        self._shapes = tuple(info.shape for info in codes[: len(PROJECTIONS)])
+        self._scale_shapes = tuple(block_fp8.scale_shape(shape, self.block) for shape in self._shapes)
+        ends = list(accumulate(math.prod(shape) for shape in self._scale_shapes))
+        self._scale_ranges = tuple(zip([0, *ends[:-1]], ends, strict=True))  # within the scales of one expert
+        places = [(numbers[info.file], info.start) for info in codes]
+        self._places = torch.tensor(places, device="cpu").view(self.num_experts, len(PROJECTIONS), 2)
+        self._scales = scales.view(self.num_experts, -1)
+        self._addresses: torch.Tensor | None = None
+        self.stream = None  # a `streaming.layer.LayerStream`, if experts are held in memory of their own
+
+    @property
+    def files(self) -> MappedFiles:
+        """The mappings of the checkpoint's files."""
+        return self._files
+
+    @property
+    def matrix_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of gate, up and down."""
+        return self._shapes
+
+    def addresses(self) -> torch.Tensor:
+        """Where every matrix lies in memory: ``[E, 3, 2]`` int64 on the CPU, of its codes and of its fp32 scales.
+
+        Valid as long as this module lives. A copy of the module has its own.
+        """
+        if self._addresses is None:
+            bases = torch.tensor([self._files.address(path) for path in self._paths], device="cpu")
+            codes = bases[self._places[..., 0]] + self._places[..., 1]
+            rows = torch.arange(self.num_experts, device="cpu") * self._scales[0].nbytes
+            starts = [start * self._scales.itemsize for start, _ in self._scale_ranges]
+            scales = self._scales.data_ptr() + rows[:, None] + torch.tensor(starts, device="cpu")
+            self._addresses = torch.stack((codes, scales), dim=-1)
+        return self._addresses
+
+    def infos(self, index: int) -> dict[str, TensorInfo]:
+        """Where the codes of one expert lie in the files: ``gate_proj``, ``up_proj`` and ``down_proj``."""
+        found = {}
+        for name, shape, (number, start) in zip(PROJECTIONS, self._shapes, self._places[index].tolist(), strict=True):
+            full = f"{self._prefix}.{index}.{name}.weight"
+            end = start + math.prod(shape)
+            found[name] = TensorInfo(full, block_fp8.FP8_DTYPE, shape, self._paths[number], start, end)
+        return found
+
+    def routed(self, hidden_TD, topk_indices, topk_weights) -> torch.Tensor:
+        self.check_files()
+        # a backward pass reads the weights again, when streamed ones may be gone
+        if self.stream is not None and not (torch.is_grad_enabled() and hidden_TD.requires_grad):
+            return self.stream.run(self, hidden_TD, topk_indices, topk_weights)
+        return super().routed(hidden_TD, topk_indices, topk_weights)
+
+    def matrices(self, index: int) -> dict[str, Fp8Matrix]:
+        found = {}
+        ranges = zip(self.infos(index).items(), self._scale_ranges, self._scale_shapes, strict=True)
+        for (name, info), (start, end), scale_shape in ranges:
+            found[name] = Fp8Matrix(self._files.view(info), self._scales[index, start:end].view(scale_shape))
+        return found
+
+    def named_matrices(self) -> Iterator[tuple[str, Fp8Matrix]]:
+        """``("{expert}.{projection}", matrix)`` for every expert, as the release orders them."""
+        self._files.check_unchanged()
+        for index in range(self.num_experts):
+            for name, matrix in self.matrices(index).items():
+                yield f"{index}.{name}", matrix
+
+    def check_files(self) -> None:
+        """Before the codes are read: raise if their files, or others of the checkpoint, changed in place.
+
+        Looks once in `check_seconds` for all layers together, since they share ``files``.
+
+        Raises:
+            CheckpointError: a file was truncated, where reading on would kill the process, or rewritten.
+        """
+        self._files.check_unchanged(self.check_seconds)
+
+    @property
+    def num_mapped(self) -> int:
+        """Parameters (codes, without scales) that are mapped."""
+        return self.num_experts * sum(math.prod(shape) for shape in self._shapes)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_addresses": None}  # those of this module's memory
+
+    def extra_repr(self):
+        return f"{self.num_experts} experts mapped, block={self.block}"

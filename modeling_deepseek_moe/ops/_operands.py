@@ -1,0 +1,55 @@
+"""Layers as operands: what an operation may know of a module without calling it.
+
+An operation that multiplies with a layer's weight is handed the layer, since only that knows what is attached to its call:
+an adapter, a quantiser, a hook. Where nothing is, its weight may be read in place of the call.
+"""
+
+import torch
+from torch import nn
+
+BLOCK = (128, 128)  # of FP8 weights; the release's and the engine's
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something happens when the module is called besides the ``forward`` of its class."""
+    # looked for where they are kept: `hasattr` takes a microsecond to find nothing, for each module and token
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer multiplies with its weight, adds its bias, and does nothing else."""
+    return (type(layer) is nn.Linear or is_fp8(layer)) and not is_hooked(layer)
+
+
+def is_fp8(layer: nn.Module) -> bool:
+    """Whether it is this package's `Fp8Linear`, which is defined further up."""
+    return isinstance(layer, nn.Linear) and "weight_scale_inv" in layer._parameters and hasattr(layer, "dequantized")
+
+
+def unsupported_linear(layer: nn.Module) -> str | None:
+    """Why a fused operation cannot read this layer's weight where it lies; ``None`` if it can."""
+    if not is_linear(layer):
+        return f"needs plain linear layers, found {_called(layer)}"
+    if layer.bias is not None:
+        return "needs linear layers without bias"
+    if getattr(layer, "block", BLOCK) != BLOCK:
+        return f"has blocks of {BLOCK[0]} × {BLOCK[1]} only, found {layer.block}"
+    return None
+
+
+def scale_of(layer: nn.Module) -> torch.Tensor | None:
+    """The scales of an FP8 weight, ``None`` for any other."""
+    return layer._parameters.get("weight_scale_inv")
+
+
+def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
+    """The weight ``[N, K]`` that calling the layer multiplies with, in the dtype and on the device of ``like``."""
+    if is_linear(layer):
+        return layer.dequantized(like.dtype) if is_fp8(layer) else layer.weight.to(like.dtype)
+    # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
+    return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
+
+
+def _called(module: nn.Module) -> str:
+    return f"{type(module).__name__}{' with a hook' if is_hooked(module) else ''}"
