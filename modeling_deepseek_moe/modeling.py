@@ -160,7 +160,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             kwargs["training_pass"] = TrainingPass(self.training_state, sequences)
         context = self._layer_context(inputs_embeds, attention_mask, position_ids, cache, mla_path, **kwargs)
         hidden_states = inputs_embeds
-        for run in runs(self, self.layers[: self.config.num_hidden_layers], hidden_states, cache, context):
+        layers = list(self.layers)[: self.config.num_hidden_layers]
+        for run in runs(self, layers, hidden_states, cache, context):
             hidden_states = run(hidden_states, use_cache=use_cache, **{CACHE_NAME: cache}, **context)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 

@@ -60,7 +60,7 @@ def fused_moe(layer: DeepseekMoE, x: torch.Tensor) -> torch.Tensor:
     parts = () if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
     scales = [scale for scale in map(scale_of, parts) if scale is not None]
     weights = experts.operands(layer.experts)
-    stacks = [stack for stack in weights.stacks if stack is not None]
+    stacks = [stack for stack in weights.stacks if stack is not None] if weights.addresses is None else []
     *routing, factor = gate.routing
     return moe.cpu.moe(
         *(x, gate.weight, gate.e_score_correction_bias, routing, factor),

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.cache import LatentLayer
-from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
@@ -54,8 +54,8 @@ class Stages(NamedTuple):
 class Plan:
     """The layers of a decoder for one new token a sequence. Copies and pickles of it are ``None``."""
 
-    def __init__(self, layers: nn.ModuleList, config, dtype: torch.dtype):
-        self.dtype, self.layers = dtype, list(layers)
+    def __init__(self, layers: list[nn.Module], config, dtype: torch.dtype):
+        self.dtype, self.layers = dtype, layers
         self._config = config
         self.stages = [Stages.of(layer, dtype) for layer in self.layers]
         self._modules: list[tuple[nn.Module, bool]] = []
@@ -70,6 +70,12 @@ class Plan:
         flags = [flag for stages in self.stages for flag in stages.native()]
         self._segments = list(_segments(flags))
         self.runs_anything = any(flags)
+        self._attends = [stages.attention is None for stages in self.stages]
+        dims = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+        self._dims, self._softmax_scale = (
+            Dims(*dims, config.v_head_dim, bool(config.rope_interleave)),
+            config.softmax_scale,
+        )
 
     def __reduce__(self):
         return type(None), ()
@@ -80,13 +86,18 @@ class Plan:
         Raises:
             CheckpointError: a file that experts are mapped from was truncated or rewritten.
         """
-        if any(is_hooked(module) is not hooked for module, hooked in self._modules):
-            return False
-        if any(children.get(name) is not child for children, name, child in self._children):
-            return False
-        for tensors, name, tensor, pointer in self._tensors:
-            if tensors.get(name) is not tensor or tensor.data_ptr() != pointer:
+        for module, hooked in self._modules:
+            if is_hooked(module) is not hooked:
                 return False
+        try:
+            for children, name, child in self._children:
+                if children[name] is not child:
+                    return False
+            for tensors, name, tensor, pointer in self._tensors:
+                if tensors[name] is not tensor or tensor.data_ptr() != pointer:
+                    return False
+        except KeyError:  # deleted
+            return False
         for module, stream in self._mapped:
             if module.stream is not stream:
                 return False
@@ -104,6 +115,7 @@ class Plan:
             for layer in cache.layers[:count]
         )
 
+    @takes_cache
     def run(
         self,
         hidden_states: torch.Tensor,
@@ -114,32 +126,23 @@ class Plan:
         **context,
     ) -> torch.Tensor:
         """``hidden_states [B, 1, D]`` after the last layer; the cache, of `LatentLayer`, gets their row."""
-        config, batch = self._config, hidden_states.shape[0]
-        new = [hidden_states.new_empty((batch, 1, 1, size)) for size in (config.kv_lora_rank, config.qk_rope_head_dim)]
-        used = [
-            layer if stages.attention is None else None
-            for layer, stages in zip(cache.layers, self.stages, strict=False)
-        ]
-        dims = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-        step = Step(
-            *(self._structs, [layer and layer.reserve(*new) for layer in used], past_length),
-            *(Dims(*dims, config.v_head_dim, bool(config.rope_interleave)), batch, hidden_states.shape[-1]),
-            *(*position_embeddings, attention_mask, config.softmax_scale),
-        )
-        context |= {
-            CACHE_NAME: cache,
-            "past_length": past_length,
-            "position_embeddings": position_embeddings,
-            "attention_mask": attention_mask,
-        }
+        batch, _, hidden_size = hidden_states.shape
+        new = [hidden_states.new_empty((batch, 1, 1, size)) for size in (self._dims.rank, self._dims.rope)]
+        used = [layer if attends else None for layer, attends in zip(cache.layers, self._attends, strict=False)]
+        buffers = [layer and layer.reserve(*new) for layer in used]
+        tables = *position_embeddings, attention_mask, self._softmax_scale
+        step = Step(self._structs, buffers, past_length, self._dims, batch, hidden_size, *tables)
+        context |= {CACHE_NAME: cache, "past_length": past_length}
+        context |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         attended = None
         for first, last, runs in self._segments:
             if runs:
                 hidden_states, attended = step.run(hidden_states, first, last)
             else:
                 hidden_states = self._call(first, hidden_states, attended, context)
-        for layer in filter(None, used):
-            layer.advance(past_length + 1)
+        for layer in used:
+            if layer is not None:
+                layer.advance(past_length + 1)
         return hidden_states
 
     def _call(self, stage: int, hidden_states, attended, context: dict) -> torch.Tensor:
@@ -191,11 +194,8 @@ class Plan:
 
     def _mix(self, moe: DeepseekMoE, struct: Layer) -> None:
         gate, weights = moe.gate, experts.operands(moe.experts)
-        table = weights.addresses
-        if table is None:
-            table = experts.cpu.addresses_of(*weights.stacks)
-        self._kept.append(table)
-        struct.gate, struct.table = gate.weight.data_ptr(), table.data_ptr()
+        self._kept.append(weights.addresses)
+        struct.gate, struct.table = gate.weight.data_ptr(), weights.addresses.data_ptr()
         if gate.e_score_correction_bias is not None:
             struct.bias = gate.e_score_correction_bias.data_ptr()
         *routing, struct.factor = gate.routing

@@ -106,17 +106,16 @@ def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
     reason = _is_own(module, DeepseekExperts, StackedFp8Experts, MappedExperts)
     if reason is not None:
         return reason
-    if type(module) is DeepseekExperts and module.config._experts_implementation != experts.IMPLEMENTATION:
-        return f"is not the experts_implementation that was asked for: {module.config._experts_implementation!r}"
+    chosen = module.config._experts_implementation if type(module) is DeepseekExperts else None
+    if chosen not in (None, experts.IMPLEMENTATION):
+        return f"is not the experts_implementation that was asked for: {chosen!r}"
     if getattr(module, "stream", None) is not None:
         return "does not run experts that are streamed with the rest of their layer"
     weights = experts.operands(module)
     probe = torch.empty((1, 1), dtype=dtype)
     reason = experts.unsupported_reason(module, weights, probe)
-    if reason is None:
-        scales = [scale for scale in weights.stacks[2:] if scale is not None]
-        reason = _first(*(_tensor(scale, (torch.float32,)) for scale in scales))
-    return reason
+    scales = [scale for scale in weights.stacks[2:] if scale is not None]
+    return reason or _first(*(_tensor(scale, (torch.float32,)) for scale in scales))
 
 
 def moe(module: nn.Module, dtype: torch.dtype) -> Reason:

@@ -8,7 +8,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
-from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.engine.fused import run_layer
 from modeling_deepseek_moe.engine.plan import Plan, Stages
 from modeling_deepseek_moe.ops import _native
@@ -19,7 +18,9 @@ ABSORBED = "absorbed"
 SLOT = "_engine_plan"  # where a model carries the plan that was made of it
 
 
-def runs(model: nn.Module, layers: nn.ModuleList, hidden_states: torch.Tensor, cache: Cache | None, context: dict):
+def runs(
+    model: nn.Module, layers: list[nn.Module], hidden_states: torch.Tensor, cache: Cache | None, context: dict
+) -> Sequence[Callable]:
     """The calls that take ``hidden_states [B, q, D]`` through ``layers``, each with the arguments and result of a layer.
 
     A prompt goes through the layers. While a model decodes without gradients on a CPU, the CPU engine runs what it can of
@@ -46,7 +47,7 @@ def runs(model: nn.Module, layers: nn.ModuleList, hidden_states: torch.Tensor, c
         return layers
     one_token = hidden_states.shape[1] == 1 and context["mla_path"] == ABSORBED
     if one_token and cache is not None and context["past_length"] and plan.can_write(cache, len(hidden_states)):
-        return [takes_cache(plan.run)]
+        return [plan.run]
     return _fused(layers, plan.stages)
 
 
@@ -62,14 +63,14 @@ def recomputable(layer: nn.Module, *arguments, **context) -> torch.Tensor:
         return layer(*arguments, **context)
 
 
-def _plan(model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype) -> Plan:
+def _plan(model: nn.Module, layers: list[nn.Module], dtype: torch.dtype) -> Plan:
     plan = model.__dict__.get(SLOT)
-    if plan is None or plan.dtype != dtype or len(plan.layers) != len(layers) or not plan.is_current():
+    if plan is None or plan.dtype != dtype or plan.layers != layers or not plan.is_current():
         plan = model.__dict__[SLOT] = Plan(layers, model.config, dtype)
     return plan
 
 
-def _fused(layers: nn.ModuleList, stages: Sequence[Stages]) -> list[Callable]:
+def _fused(layers: list[nn.Module], stages: Sequence[Stages]) -> list[Callable]:
     calls = []
     for layer, stage in zip(layers, stages, strict=True):
         if stage.projections is None or stage.mlp is None:

@@ -10,10 +10,10 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from modeling_deepseek_moe.ops.experts import run_experts
+from modeling_deepseek_moe.ops.experts import Implementations, run_experts
 
 
-@use_experts_implementation
+@use_experts_implementation(experts_interface=Implementations())
 class DeepseekExperts(nn.Module):
     """``gate_up_proj [E, 2I, D]``, ``down_proj [E, D, I]``: the names that grouped kernels and parallel plans expect.
 

@@ -5,6 +5,8 @@ FP8 or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the laye
 Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -20,6 +22,7 @@ from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
 __all__ = [
     "IMPLEMENTATION",
     "STACKS",
+    "Implementations",
     "Operands",
     "RoutedSwiGlu",
     "Slots",
@@ -34,6 +37,19 @@ __all__ = [
 
 IMPLEMENTATION = "deepseek_moe"  # the name of `routed_swiglu` among transformers' experts implementations
 FEW_TOKENS = 8
+
+
+class Implementations:
+    """transformers' interface of experts implementations, where this package's own is the default.
+
+    It is asked in each call of a layer, where looking the name up among all of them takes as long as a small layer.
+    """
+
+    def get_interface(self, name: str | None, default: Callable) -> Callable:
+        """The function that ``experts_implementation=name`` stands for; ``default`` for "eager"."""
+        if name is None or name == IMPLEMENTATION:
+            return routed_swiglu
+        return ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
 
 
 def may_run_natively(

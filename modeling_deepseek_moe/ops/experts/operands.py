@@ -5,15 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops._operands import BLOCK
 from modeling_deepseek_moe.ops.experts import cpu
 
 STACKS = ("gate_up_proj", "down_proj", "gate_up_proj_scale_inv", "down_proj_scale_inv")
+SLOT = "_expert_table"  # where a module carries the table that was made of its stacks
 
 
 class Operands(NamedTuple):
-    """Either ``stacks``: gate and up ``[E, 2I, D]``, down ``[E, D, I]`` and the scales of both (``None``: bf16);
-    or ``addresses [E, 3, 2]`` int64 of the codes and scales of every matrix.
+    """``stacks``: gate and up ``[E, 2I, D]``, down ``[E, D, I]`` and the scales of both (``None``: bf16), none for mapped
+    experts; ``addresses [E, 3, 2]`` int64 of the codes and scales of every matrix, or ``None`` where the engine cannot
+    read the stacks where they lie, or a graph is being compiled, which knows no addresses.
 
     ``width`` is I, ``dtype`` that of the weights.
     """
@@ -24,19 +27,63 @@ class Operands(NamedTuple):
     dtype: torch.dtype
 
 
+class _Table:
+    """The addresses of a module's stacks, until one of them is another. Copies and pickles of it are ``None``."""
+
+    def __init__(self, stacks: tuple[torch.Tensor | None, ...]):
+        self.stacks = stacks
+        self.pointers = [(stack.data_ptr(), stack.shape) for stack in stacks if stack is not None]
+        self.operands = Operands(stacks, cpu.addresses_of(*stacks), stacks[1].shape[-1], stacks[0].dtype)
+
+    def is_of(self, own: dict) -> bool:
+        place = 0
+        for name, stack in zip(STACKS, self.stacks, strict=True):
+            if own.get(name) is not stack:
+                return False
+            if stack is not None:
+                pointer, shape = self.pointers[place]
+                if stack.data_ptr() != pointer or stack.shape != shape:
+                    return False
+                place += 1
+        return True
+
+    def __reduce__(self):
+        return type(None), ()
+
+
 def operands(module: nn.Module) -> Operands:
-    """Of a layer of experts, whatever its home. Parametrised stacks are made here, once."""
-    if hasattr(module, "addresses"):
+    """Of a layer of experts, whatever its home. Parametrised stacks are made here, once a call."""
+    if hasattr(type(module), "addresses"):
         return Operands((), module.addresses(), module.matrix_shapes[0][0], torch.float8_e4m3fn)
-    # a module's own look-ups take longer than the rest of a small layer
-    own = module._parameters
-    stacks = tuple(own[name] if name in own else getattr(module, name, None) for name in STACKS)
-    return Operands(stacks, None, stacks[1].shape[-1], stacks[0].dtype)
+    own = module._parameters  # a module's own look-ups take longer than the rest of a small layer
+    if STACKS[0] not in own or STACKS[1] not in own:
+        stacks = module.gate_up_proj, module.down_proj, None, None
+        return Operands(stacks, None, stacks[1].shape[-1], stacks[0].dtype)
+    if torch.compiler.is_compiling():
+        stacks = tuple(own.get(name) for name in STACKS)
+        return Operands(stacks, None, stacks[1].shape[-1], stacks[0].dtype)
+    table = module.__dict__.get(SLOT)
+    if table is None or not table.is_of(own):
+        stacks = tuple(map(own.get, STACKS))
+        if not all(stack is None or _is_readable(stack) for stack in stacks):
+            return Operands(stacks, None, stacks[1].shape[-1], stacks[0].dtype)
+        table = module.__dict__[SLOT] = _Table(stacks)
+    return table.operands
 
 
 def unsupported_reason(module: nn.Module, weights: Operands, hidden_TD: torch.Tensor) -> str | None:
     """Why the CPU engine cannot run these experts on such activations; ``None`` if it can."""
-    block = getattr(module, "block", BLOCK)
+    block = getattr(module, "block", BLOCK) if weights.dtype.itemsize == 1 else BLOCK
     if block != BLOCK:
         return f"has blocks of {BLOCK[0]} × {BLOCK[1]} only, found {block}"
     return cpu.unsupported_reason(hidden_TD, module.act_fn, *weights.stacks[:2])
+
+
+def _is_readable(stack: torch.Tensor) -> bool:
+    """Whether C can read a stack where it lies; scales too, which are fp32."""
+    return (
+        type(stack) in PLAIN
+        and stack.device.type == "cpu"
+        and stack.is_contiguous()
+        and (stack.ndim == 3 and (stack.dtype in cpu.WEIGHTS or stack.dtype == torch.float32))
+    )
