@@ -38,8 +38,9 @@ class Stages(NamedTuple):
         own = reasons.layer(layer, dtype)
         if own is not None:
             return cls(own, own, own, own, own)
-        projections = reasons.norm(layer.input_layernorm, dtype) or reasons.projections(layer.self_attn, dtype)
-        attention = projections or reasons.linear(layer.self_attn.kv_b_proj, dtype)
+        norm = reasons.norm(layer.input_layernorm, dtype)
+        projections = norm or reasons.projections(layer.self_attn, dtype)
+        attention = norm or reasons.attention(layer.self_attn, dtype)
         output = attention or reasons.linear(layer.self_attn.o_proj, dtype)
         kind = reasons.moe if isinstance(layer.mlp, DeepseekMoE) else reasons.mlp
         return cls(
@@ -68,7 +69,7 @@ class Plan:
         pairs = zip(self.layers, self.stages, strict=True)
         self._structs = (Layer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
         flags = [flag for stages in self.stages for flag in stages.native()]
-        self._segments = list(_segments(flags))
+        self._segments = list(segments(flags))
         self.runs_anything = any(flags)
         self._attends = [stages.attention is None for stages in self.stages]
         dims = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
@@ -206,7 +207,7 @@ class Plan:
             _swiglu(moe.shared_experts, struct)
 
 
-def _segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
+def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
     """First stage, last stage (exclusive) and whether the engine runs them: its stages together, others one by one."""
     start = 0
     while start < len(flags):
