@@ -18,6 +18,7 @@ from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _native, experts
+from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
 from modeling_deepseek_moe.ops._operands import is_hooked, scale_of
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Dims, Layer, Step, Weight
 
@@ -52,13 +53,17 @@ class Stages(NamedTuple):
         return self.attention is None, self.output is None, self.mlp is None
 
 
+NO_ENGINE = Stages(*["is not there, or not asked for"] * len(Stages._fields))
+
+
 class Plan:
     """The layers of a decoder for one new token a sequence. Copies and pickles of it are ``None``."""
 
     def __init__(self, layers: list[nn.Module], config, dtype: torch.dtype):
         self.dtype, self.layers = dtype, layers
-        self._config = config
-        self.stages = [Stages.of(layer, dtype) for layer in self.layers]
+        self._config, self._request = config, requested()
+        is_there = may_use(CPU, _native.unavailable_reason())
+        self.stages = [Stages.of(layer, dtype) if is_there else NO_ENGINE for layer in self.layers]
         self._modules: list[tuple[nn.Module, bool]] = []
         self._children: list[tuple[dict, str, nn.Module]] = []
         self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
@@ -81,12 +86,14 @@ class Plan:
     def __reduce__(self):
         return type(None), ()
 
-    def is_current(self) -> bool:
-        """Whether no module, hook or weight was changed since the table was made.
+    def is_current(self, dtype: torch.dtype) -> bool:
+        """Whether no module, hook, weight or wish for a backend was changed since the table was made.
 
         Raises:
             CheckpointError: a file that experts are mapped from was truncated or rewritten.
         """
+        if dtype != self.dtype or requested() is not self._request:
+            return False
         for module, hooked in self._modules:
             if is_hooked(module) is not hooked:
                 return False
@@ -105,10 +112,12 @@ class Plan:
             module.check_files()
         return True
 
-    def can_write(self, cache: Cache, batch: int) -> bool:
-        """Whether the layers of a cache can take a step's rows."""
-        count = len(self.layers)
-        return len(cache.layers) >= count and all(
+    def can_write(self, cache: Cache | None, hidden_states: torch.Tensor) -> bool:
+        """Whether ``hidden_states`` are one token a sequence, and the layers of a cache can take its rows."""
+        count, (batch, length, _) = len(self.layers), hidden_states.shape
+        if length != 1 or cache is None or len(cache.layers) < count:
+            return False
+        return all(
             type(layer) is LatentLayer
             and layer.is_initialized
             and layer.keys.dtype == self.dtype
