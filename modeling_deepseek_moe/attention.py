@@ -18,6 +18,7 @@ from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.layers import DeepseekLinear, DeepseekRMSNorm, is_hooked
 from modeling_deepseek_moe.ops import absorbed_attention, block_fp8, mla_project
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.paged import PagedLatents
 from modeling_deepseek_moe.rope import apply_rotary
 
 ABSORBED, EXPANDED = "absorbed", "expanded"
@@ -104,13 +105,15 @@ class DeepseekAttention(nn.Module):
         new = c_kv, k_pe
         if cache is not None:
             c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
-            if past_length is not None:
+            if past_length is not None and not isinstance(cache, PagedLatents):
                 used = past_length + length
                 c_kv, k_pe = c_kv[:, :, :used], k_pe[:, :, :used]
         if c_kv.dtype != q_nope.dtype:  # a cache kept in another dtype
             c_kv, k_pe = c_kv.to(q_nope.dtype), k_pe.to(q_nope.dtype)
 
-        if mla_path == ABSORBED:
+        if isinstance(cache, PagedLatents):
+            output, weights = self._each_request(q_nope, q_pe, c_kv, k_pe, cache.requests), None
+        elif mla_path == ABSORBED:
             output, weights = self._absorbed(q_nope, q_pe, c_kv, k_pe, attention_mask, output_attentions)
         elif past_length and not output_attentions:
             output, weights = self._expanded_in_chunks(q_nope, q_pe, c_kv, k_pe, attention_mask), None
@@ -221,6 +224,17 @@ class DeepseekAttention(nn.Module):
         return absorbed_attention.reference.absorbed_attention(
             *tensors, *self._up_projections(q_nope), self.scaling, dropout, output_attentions
         )
+
+    def _each_request(self, q_nope, q_pe, c_kv, k_pe, requests):
+        """Each request's queries over its own latents, in the form that costs less."""
+        outputs = []
+        for queries, keys in requests:
+            tensors = q_nope[:, :, queries], q_pe[:, :, queries], c_kv[:, :, keys], k_pe[:, :, keys]
+            if choose_mla_path(self.config, tensors[0].shape[2], tensors[2].shape[2]) == ABSORBED:
+                outputs.append(self._absorbed(*tensors, None, False)[0])
+            else:
+                outputs.append(self._expanded_in_chunks(*tensors, None))
+        return torch.cat(outputs, dim=1)
 
     def _expanded_in_chunks(self, q_nope, q_pe, c_kv, k_pe, mask):
         """Expanded attention over a past cache, its keys a chunk at a time, merged by log-sum-exp."""

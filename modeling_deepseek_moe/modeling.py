@@ -36,6 +36,7 @@ from modeling_deepseek_moe.mtp import DeepseekMtpLayer
 from modeling_deepseek_moe.objective import Objective
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.paged import ContinuousLatentMixin
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin
 from modeling_deepseek_moe.streaming.model import StreamingMixin
@@ -237,7 +238,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         return self.mtp_layers[depth](input_ids, hidden_states, **context)
 
 
-class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
+class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, ContinuousLatentMixin, GenerationMixin):
     """The language model: `DeepseekMoeModel` and ``lm_head``."""
 
     model_class: type[DeepseekMoeModel]

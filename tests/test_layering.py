@@ -46,6 +46,7 @@ LAYERS = (
     "layers",
     "fp8",
     "rope",
+    "paged",
     "masks",
     "cross_entropy",
     "attention_chunks",
