@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.cache import grow_in_place
+from modeling_deepseek_moe.cache import check_layout, grow_in_place
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
@@ -149,6 +149,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        if cache is not None:
+            check_layout(cache, self.config)
         if cache is not None and inputs_embeds.device.type == "cpu" and not is_torchdynamo_compiling():
             grow_in_place(cache)
         if self.training_state is not None and self.training and "training_pass" not in kwargs:

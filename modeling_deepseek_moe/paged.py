@@ -7,6 +7,7 @@ transformers sizes a page by ``num_key_value_heads`` and ``head_dim`` and keeps 
 """
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -133,4 +134,4 @@ class ContinuousLatentMixin(ContinuousMixin):
 
 
 def _slices(cumulative: list[int]) -> list[slice]:
-    return [slice(start, stop) for start, stop in zip(cumulative, cumulative[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(cumulative)]

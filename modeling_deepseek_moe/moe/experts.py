@@ -88,9 +88,10 @@ def _run_stacks(module: nn.Module, hidden_TD, topk_indices, topk_weights, *stack
 
 def _table(module: nn.Module, hidden_TD: torch.Tensor) -> EngineTable | None:
     """See `EngineTable`; ``None`` where the CPU engine cannot run the experts."""
-    if module._refusal(hidden_TD) is not None or module._known.addresses is None:
+    refusal, known = module._refusal(hidden_TD), module._known  # which nothing has set in a graph of a fresh model
+    if refusal is not None or known is None or known.addresses is None:
         return None
-    return EngineTable(module._known.addresses, module.intermediate_dim, module.gate_up_proj.dtype)
+    return EngineTable(known.addresses, module.intermediate_dim, module.gate_up_proj.dtype)
 
 
 def _is_plain(scale: torch.Tensor) -> bool:
@@ -199,6 +200,11 @@ class _Fp8Experts(KeepsDtype):
         raise NotImplementedError
 
     def forward(self, hidden_TD, topk_indices, topk_weights):
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "torch.export: FP8 experts run one by one, those that tokens chose, which no exported program can; "
+                'load the model with quantization_config=FineGrainedFP8Config(dequantize=True), dtype="bfloat16"'
+            )
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
         out_TD = self.engine(hidden_TD, topk_indices, topk_weights)

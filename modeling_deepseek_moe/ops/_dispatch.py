@@ -17,6 +17,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 AUTO, REFERENCE, CPU, TRITON = "auto", "reference", "cpu", "triton"
 BACKENDS = (AUTO, REFERENCE, CPU, TRITON)
+EXPORTING = "is left out of exported programs, which run where this package is not"
 ENVIRONMENT = "DEEPSEEK_MOE_BACKEND"
 
 
@@ -83,6 +84,8 @@ def choose(operation: str, refusals: dict[str, str | None]) -> str:
             can). The reference is implied, last.
     """
     wanted = requested_backend()
+    if torch.compiler.is_exporting():
+        return REFERENCE
     if wanted == AUTO:
         return next((backend for backend, refusal in refusals.items() if refusal is None), REFERENCE)
     if wanted == REFERENCE:
@@ -95,4 +98,4 @@ def choose(operation: str, refusals: dict[str, str | None]) -> str:
 
 def may_use(backend: str, refusal: str | None) -> bool:
     """Whether to run an operation on ``backend`` in place of the smaller ones that it stands for, which all can run."""
-    return refusal is None and requested_backend() in (AUTO, backend)
+    return refusal is None and not torch.compiler.is_exporting() and requested_backend() in (AUTO, backend)

@@ -3,6 +3,7 @@
 import torch
 
 from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.ops._dispatch import EXPORTING
 from modeling_deepseek_moe.ops._library import define
 
 FEW_TOKENS = 8  # above, torch's matrix product catches up
@@ -16,6 +17,8 @@ def torch_is_slow() -> bool:
 
 def refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     """Why the engine should not run this layer; ``None`` if it should."""
+    if torch.compiler.is_exporting():
+        return EXPORTING
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"needs CPU tensors, found {x.device} and {weight.device}"
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):

@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.ops._dispatch import EXPORTING
 from modeling_deepseek_moe.ops._library import define
 
 FEW_TOKENS = 8
@@ -13,6 +14,8 @@ WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn)  # the latter in blocks of 128 x
 
 def refuses(x: torch.Tensor, weights: list[torch.Tensor], norms: list[torch.Tensor]) -> str | None:
     """Why the engine should not project ``x``; ``None`` if it should."""
+    if torch.compiler.is_exporting():
+        return EXPORTING
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):
         return f"takes bf16 or fp32 on the CPU, outside of autocast, found {x.dtype} on {x.device}"
     if x.numel() > FEW_TOKENS * x.shape[-1]:

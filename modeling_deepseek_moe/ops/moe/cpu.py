@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.ops._dispatch import EXPORTING
 from modeling_deepseek_moe.ops._library import define
 
 FEW_TOKENS = 8
@@ -14,6 +15,8 @@ MOST_EXPERTS = 4096
 
 def refuses(x: torch.Tensor, gate: torch.Tensor) -> str | None:
     """Why the engine should not run the layer; ``None`` if it should, where `experts.cpu` does not refuse its weights."""
+    if torch.compiler.is_exporting():
+        return EXPORTING
     if x.dtype not in (torch.bfloat16, torch.float32) or torch.is_autocast_enabled("cpu"):
         return f"takes bf16 or fp32 outside of autocast, found {x.dtype}"
     if x.numel() > FEW_TOKENS * x.shape[-1]:
