@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.machine import probe_machine
 
 # Settings of graphs with fixed shapes; a forward pass over pages depends on how long each request is.
 FIXED_SHAPES = (
@@ -29,6 +30,14 @@ FIXED_SHAPES = (
     "kv_padding_interval_size",
     "max_blocks_per_request",
 )
+
+
+CPU_SHARE = 0.6  # of memory, as transformers has it
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Half the width of a latent, rounded up: what transformers calls the size of a head."""
+    return -(-(config.kv_lora_rank + config.qk_rope_head_dim) // 2)
 
 
 class PagedLatents:
@@ -87,7 +96,7 @@ class PagedModel:
         paged = copy.copy(found)
         layout = {
             "num_key_value_heads": 1,
-            "head_dim": -(-(found.kv_lora_rank + found.qk_rope_head_dim) // 2),
+            "head_dim": head_dim(found),
             "_attn_implementation_internal": "flash_attention_2",
             "layer_types": None,
             "sliding_window": None,
@@ -130,7 +139,27 @@ class ContinuousLatentMixin(ContinuousMixin):
                     "attends to its own latents, by its own length, so there is no graph of fixed shapes"
                 )
         settings.use_cuda_graph, settings.max_blocks_per_request = False, 0
+        if self.device.type == "cpu" and settings.num_blocks is None and settings.max_memory_percent is None:
+            _plan_memory(settings, workload_hints, self.config, self.dtype)
         return ContinuousMixin.init_continuous_batching(PagedModel(self), generation_config, settings, workload_hints)
+
+
+def _plan_memory(settings: ContinuousBatchingConfig, hints, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Pages for all requests that are known, if half of the free memory holds them; else a share of what is free.
+
+    transformers alone plans a share of all memory, in which the weights and the mapped checkpoint lie too.
+    """
+    machine = probe_machine(measure=False)
+    settings.max_memory_percent = CPU_SHARE * machine.ram_available / machine.ram_bytes
+    if hints is None or not (hints.num_requests and hints.max_generated_length):
+        return
+    length = hints.max_prompt_length + hints.max_generated_length
+    at_once = min(hints.num_requests, settings.max_requests_per_batch or hints.num_requests)
+    # a quarter more, since the scheduler admits nobody to the last pages
+    blocks = at_once * -(-length // settings.page_size) * 5 // 4 + 1
+    token_bytes = 2 * head_dim(config) * dtype.itemsize * config.num_hidden_layers
+    if blocks * settings.page_size * token_bytes <= machine.ram_available // 2:
+        settings.num_blocks = blocks
 
 
 def _slices(cumulative: list[int]) -> list[slice]:

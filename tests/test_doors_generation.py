@@ -185,6 +185,19 @@ def test_a_manager_that_is_kept(folder):
     assert not hasattr(model, "_cached_continuous_batching_manager")
 
 
+def test_no_more_pages_than_the_requests_need(folder):
+    """Where nobody says how many: on a CPU transformers would take three fifths of the machine's memory."""
+    model = load(folder("v3"))
+    requests = prompts(300, 19)
+    results = model.generate_batch(requests, max_new_tokens=NEW, persistent_manager=True)
+    cache = model._cached_continuous_batching_manager.batch_processor.cache
+    model.destroy_cached_continuous_batching_manager()
+    assert [result.generated_tokens for result in results.values()] == [alone(model, r) for r in requests]
+    assert cache.num_blocks == 6  # of 256 tokens, two a request and a quarter more
+    manager = model.init_continuous_batching()
+    assert 0 < manager.continuous_batching_config.max_memory_percent < 0.6
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -273,7 +286,7 @@ def test_a_cache_laid_out_for_other_keys_is_refused(folder):
     model = load(folder("v3"))
     held = StaticCache(model.config, max_cache_len=16)
     held.early_initialization(1, model.config.num_attention_heads, model.config.head_dim, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="found 4 heads with keys of 8 .* wanted 1 head of 32 and 8"):
+    with pytest.raises(ValueError, match=r"found 4 heads with keys of 8 .* wanted 1 head of 32 and 8"):
         model.generate(torch.tensor(prompts(4)), **GREEDY, **{CACHE_NAME: held})
 
 
