@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from releases import COMMON, SHAPES, V3, write_release
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -107,6 +108,18 @@ def test_bf16(tmp_path, fp8):
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint())
     requests = tokenizer(["12 + 34 =", "The", "a longer prompt of some more words, and", "7 * 8 ="]).input_ids
     assert batched(model, requests) == [alone(model, request) for request in requests]
+
+
+def test_with_an_adapter(folder):
+    adapted = get_peft_model(load(folder("v3")), LoraConfig(target_modules=["q_b_proj", "kv_b_proj"], r=4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model, plain = adapted.eval(), load(folder("v3"))
+    requests = prompts(5, 17)
+    found = batched(model, requests)
+    assert found == [model.generate(input_ids=torch.tensor([r]), **GREEDY)[0, len(r) :].tolist() for r in requests]
+    assert found != [alone(plain, request) for request in requests]
 
 
 @pytest.mark.parametrize("rank", [32, 33])
