@@ -10,6 +10,7 @@ import copy
 import itertools
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from transformers.configuration_utils import PreTrainedConfig
@@ -30,8 +31,6 @@ FIXED_SHAPES = (
     "kv_padding_interval_size",
     "max_blocks_per_request",
 )
-
-
 CPU_SHARE = 0.6  # of memory, as transformers has it
 
 
@@ -149,8 +148,8 @@ def _plan_memory(settings: ContinuousBatchingConfig, hints, config: PreTrainedCo
 
     transformers alone plans a share of all memory, in which the weights and the mapped checkpoint lie too.
     """
-    machine = probe_machine(measure=False)
-    settings.max_memory_percent = CPU_SHARE * machine.ram_available / machine.ram_bytes
+    available = probe_machine(measure=False).ram_available  # of the container, where there is one
+    settings.max_memory_percent = CPU_SHARE * available / psutil.virtual_memory().total
     if hints is None or not (hints.num_requests and hints.max_generated_length):
         return
     length = hints.max_prompt_length + hints.max_generated_length
@@ -158,7 +157,7 @@ def _plan_memory(settings: ContinuousBatchingConfig, hints, config: PreTrainedCo
     # a quarter more, since the scheduler admits nobody to the last pages
     blocks = at_once * -(-length // settings.page_size) * 5 // 4 + 1
     token_bytes = 2 * head_dim(config) * dtype.itemsize * config.num_hidden_layers
-    if blocks * settings.page_size * token_bytes <= machine.ram_available // 2:
+    if blocks * settings.page_size * token_bytes <= available // 2:
         settings.num_blocks = blocks
 
 

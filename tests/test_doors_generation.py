@@ -17,13 +17,14 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from releases import COMMON, SHAPES, V3, write_release
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, FineGrainedFP8Config, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation import ContinuousBatchingConfig
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM, export_with_dynamic_cache
 
 from modeling_deepseek_moe import DeepseekV3Config, tiny_checkpoint
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.moe.experts import MappedExperts
 
 PLAIN = {"v3": transformers.DeepseekV3ForCausalLM, "v2": transformers.DeepseekV2ForCausalLM}
 NEW = 12
@@ -40,7 +41,9 @@ def folder(tmp_path_factory):
     def of(kind: str, fp8: bool = False):
         if (kind, fp8) not in written:
             written[kind, fp8] = tmp_path_factory.mktemp(kind)
-            write_release(written[kind, fp8], SHAPES[kind](), fp8=fp8)
+            config = SHAPES[kind]()
+            config.num_hidden_layers = 2  # one dense, one of experts
+            write_release(written[kind, fp8], config, fp8=fp8)
         return written[kind, fp8]
 
     return of
@@ -89,8 +92,7 @@ def test_other_shapes(folder, kind):
     assert batched(model, requests) == [alone(model, request) for request in requests]
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["v3", "v2"])
+@pytest.mark.parametrize(("kind", "implementation"), [("v3", "sdpa"), ("v2", "eager")])
 def test_fp8_resident(folder, kind, implementation):
     requests = prompts(5, 17, 9)
     model = load(folder(kind, fp8=True), attn_implementation=implementation)
@@ -98,13 +100,11 @@ def test_fp8_resident(folder, kind, implementation):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_bf16(tmp_path, fp8):
+def test_bf16(fp8):
     """Of a model that has learnt something: prompts beside each other round otherwise than alone, in the last bit."""
-    model = load(tiny_checkpoint(), torch.bfloat16)
-    if fp8:
-        model.save_pretrained(tmp_path, quantize="fp8")
-        model = load(tmp_path, torch.bfloat16)
-        assert model.config.quantization_config.weight_block_size
+    settings = {} if fp8 else {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    model = load(tiny_checkpoint(), torch.bfloat16, **settings)
+    assert fp8 == isinstance(model.model.layers[-1].mlp.experts, MappedExperts)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint())
     requests = tokenizer(["12 + 34 =", "The", "a longer prompt of some more words, and", "7 * 8 ="]).input_ids
     assert batched(model, requests) == [alone(model, request) for request in requests]
@@ -345,7 +345,7 @@ def exported(module, inputs, **settings):
     return torch.export.load(file).module()
 
 
-@pytest.mark.parametrize(("kind", "strict"), [("v3", False), ("v3", True), ("v2", False)])
+@pytest.mark.parametrize(("kind", "strict"), [("v3", False), ("v2", True)])
 def test_export_of_any_length(folder, kind, strict):
     model, plain = load(folder(kind)), load(folder(kind), cls=PLAIN[kind])
     (ids,) = torch.tensor([prompts(7)])
@@ -357,21 +357,19 @@ def test_export_of_any_length(folder, kind, strict):
             torch.testing.assert_close(program(input_ids=ids), plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_export_of_bf16(folder, warm):
+def test_export_of_bf16_that_has_run(folder):
+    """What the engine remembers of a run, addresses among it, stays out of the program."""
     model, plain = load(folder("v3"), torch.bfloat16), load(folder("v3"), torch.bfloat16, cls=PLAIN["v3"])
     ids, others = torch.tensor(prompts(7, 7))[:, None]
     with torch.no_grad():
-        if warm:
-            model(ids)
+        model(ids)
         program = exported(_Logits(model), {"input_ids": ids}, strict=False)
         found, wanted = program(input_ids=others).float(), plain(others).logits.float()
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", ["v3", "v2"])
-def test_export_with_a_static_cache(folder, kind):
-    model, plain = load(folder(kind)), load(folder(kind), cls=PLAIN[kind])
+def test_export_with_a_static_cache(folder):
+    model, plain = load(folder("v3")), load(folder("v3"), cls=PLAIN["v3"])
     (ids,) = torch.tensor([prompts(9)])
     one = {"input_ids": ids[:, :1], "cache_position": torch.tensor([0])}
     program = exported(_StaticStep(model, 32), one, strict=False)
@@ -426,12 +424,11 @@ def test_cold_compile(folder, kind, fp8, backend):
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_cold_compile_of_one_token(folder, backend):
+def test_cold_compile_of_one_token(folder):
     torch._dynamo.reset()
     ids = torch.tensor(prompts(1))
     model = load(folder("v3"), torch.bfloat16)
     with torch.no_grad():
-        found = torch.compile(model, backend=backend, fullgraph=True)(ids, use_cache=False).logits.float()
+        found = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits.float()
         wanted = load(folder("v3"), torch.bfloat16)(ids, use_cache=False).logits.float()
     assert (found - wanted).norm() < 0.05 * wanted.norm()
