@@ -17,6 +17,7 @@ from modeling_deepseek_moe.attention_chunks import attend, finish, merge
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention
 from modeling_deepseek_moe.ops.linear import project
+from modeling_deepseek_moe.paged import PagedLatents
 from modeling_deepseek_moe.rope import apply_rotary
 
 ABSORBED, EXPANDED = "absorbed", "expanded"
@@ -114,13 +115,15 @@ class DeepseekAttention(nn.Module):
         new = c_kv, k_pe
         if cache is not None:
             c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
-            if past_length is not None:
+            if past_length is not None and not isinstance(cache, PagedLatents):
                 used = past_length + length
                 c_kv, k_pe = c_kv[:, :, :used], k_pe[:, :, :used]
         if c_kv.dtype != q_nope.dtype:  # a cache kept in another dtype
             c_kv, k_pe = c_kv.to(q_nope.dtype), k_pe.to(q_nope.dtype)
 
-        if mla_path == ABSORBED:
+        if isinstance(cache, PagedLatents):
+            output, weights = self._each_request(q_nope, q_pe, c_kv, k_pe, cache.requests), None
+        elif mla_path == ABSORBED:
             output, weights = self._absorbed(q_nope, q_pe, c_kv, k_pe, attention_mask, output_attentions)
         elif past_length and not output_attentions:
             output, weights = self._expanded_in_chunks(q_nope, q_pe, c_kv, k_pe, attention_mask), None
@@ -179,6 +182,17 @@ class DeepseekAttention(nn.Module):
         return absorbed_attention(
             q_nope, q_pe, c_kv, k_pe, mask, self.kv_b_proj, self.scaling, dropout, output_attentions
         )
+
+    def _each_request(self, q_nope, q_pe, c_kv, k_pe, requests):
+        """Each request's queries over its own latents, in the form that costs less."""
+        outputs = []
+        for queries, keys in requests:
+            tensors = q_nope[:, :, queries], q_pe[:, :, queries], c_kv[:, :, keys], k_pe[:, :, keys]
+            if choose_mla_path(self.config, tensors[0].shape[2], tensors[2].shape[2]) == ABSORBED:
+                outputs.append(self._absorbed(*tensors, None, False)[0])
+            else:
+                outputs.append(self._expanded_in_chunks(*tensors, None))
+        return torch.cat(outputs, dim=1)
 
     def _expanded_in_chunks(self, q_nope, q_pe, c_kv, k_pe, mask):
         """Expanded attention over a past cache, its keys a chunk at a time, merged by log-sum-exp."""

@@ -60,14 +60,15 @@ def _by_blocks(query, key, value, mask, keys, kv_length, scaling):
     It takes values as wide as keys, so narrower ones are padded, and a mask of their dtype to be added.
     """
     length, width = query.shape[2], value.shape[-1]
-    if mask is not None or keys.stop > kv_length - length:  # else they are all in the past
+    causal = mask is None and length == keys.stop - keys.start == kv_length  # there is no past
+    if not causal and (mask is not None or keys.stop > kv_length - length):  # else they are all in the past
         none = query.new_zeros((*((1, 1) if mask is None else mask.shape[:2]), length, keys.stop - keys.start))
         mask = masked(none, mask, slice(0, length), keys, length, kv_length)
         # of a row of -inf it would give 0, and so would what rounds to that
         mask = mask.clamp_min(torch.finfo(query.dtype).min).to(query.dtype)
     value = F.pad(value, (0, key.shape[-1] - width))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, norm = flash(query, key, value, 0.0, False, attn_mask=mask, scale=scaling)
+    output, norm = flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scaling)
     return output[..., :width].to(norm.dtype), norm.unsqueeze(-1)
 
 

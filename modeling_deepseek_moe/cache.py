@@ -83,3 +83,23 @@ def grow_in_place(cache: Cache) -> bool:
         if type(layer) is DynamicLayer:
             cache.layers[index] = LatentLayer.of(layer)
     return all(type(layer) is LatentLayer for layer in cache.layers)
+
+
+def check_layout(cache: Cache, config) -> None:
+    """Refuse a cache that was laid out for expanded keys and values before a model saw it.
+
+    Raises:
+        ValueError: its first layer holds, or has room for, something else than latents.
+    """
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    if keys is None or keys.ndim != 4:
+        return
+    found = keys.shape[1], keys.shape[3], layers[0].values.shape[3]
+    wanted = 1, config.kv_lora_rank, config.qk_rope_head_dim
+    if found != wanted:
+        raise ValueError(
+            f"cache: layer 0: found {found[0]} heads with keys of {found[1]} and values of {found[2]} numbers, wanted "
+            f"{wanted[0]} head of {wanted[1]} and {wanted[2]}: only latents are cached. Pass a cache that no other code "
+            "has laid out or filled; it takes its shapes from the first call of the model"
+        )

@@ -41,6 +41,11 @@ class Fp8Experts(KeepsDtype):
         raise NotImplementedError
 
     def forward(self, hidden_TD, topk_indices, topk_weights):
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "torch.export: FP8 experts run one by one, those that tokens chose, which no exported program can; "
+                'load the model with quantization_config=FineGrainedFP8Config(dequantize=True), dtype="bfloat16"'
+            )
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
         return self.routed(hidden_TD, topk_indices, topk_weights)

@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_torchdynamo_compiling
 
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.paged import PagedLatents
 
 DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -35,6 +36,8 @@ def build_mask(
         What `transformers.masking_utils` makes for the attention implementation (``None``: plain causal), with the
         unused end of a static cache cut off.
     """
+    if isinstance(cache, PagedLatents):
+        return None  # each request is attended to by itself
     if dense and config._attn_implementation not in DENSE_IMPLEMENTATIONS:
         config = copy.copy(config)
         config._attn_implementation = "sdpa"

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.cache import grow_in_place
+from modeling_deepseek_moe.cache import check_layout, grow_in_place
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
@@ -39,6 +39,7 @@ from modeling_deepseek_moe.mtp import DeepseekMtpLayer
 from modeling_deepseek_moe.objective import Objective
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION
 from modeling_deepseek_moe.ops.linear import project
+from modeling_deepseek_moe.paged import ContinuousLatentMixin
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin
 from modeling_deepseek_moe.streaming.model import StreamingMixin
@@ -155,6 +156,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        if cache is not None:
+            check_layout(cache, self.config)
         if cache is not None and inputs_embeds.device.type == "cpu" and not is_torchdynamo_compiling():
             grow_in_place(cache)
         if self.training_state is not None and self.training and "training_pass" not in kwargs:
@@ -225,7 +228,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         return layer(input_ids, hidden_states, **context)
 
 
-class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
+class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, ContinuousLatentMixin, GenerationMixin):
     """The language model: `DeepseekMoeModel` and ``lm_head``."""
 
     model_class: type[DeepseekMoeModel]

@@ -66,6 +66,7 @@ LAYERS = (
     "fp8_experts",
     "mapped_experts",
     "rope",
+    "paged",
     "masks",
     "cross_entropy",
     "attention_chunks",

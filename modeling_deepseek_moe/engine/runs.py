@@ -31,6 +31,8 @@ def runs(
     """
     if context.get("training_pass") is not None:
         return [partial(recomputable, layer) for layer in layers]
+    if torch.compiler.is_exporting():  # an exported program runs where this package is not
+        return layers
     mask, compiling = context["attention_mask"], is_torchdynamo_compiling()
     one_for_all_heads = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == 1)
     tokens = hidden_states.shape[0] * hidden_states.shape[1]

@@ -83,6 +83,8 @@ def choose(operation: str, reasons: dict[str, str | None]) -> str:
             can). The reference is implied, last.
     """
     wanted = requested_backend()
+    if torch.compiler.is_exporting():  # exported programs run where this package is not
+        return REFERENCE
     if wanted == AUTO:
         return next((backend for backend, reason in reasons.items() if reason is None), REFERENCE)
     if wanted == REFERENCE:
@@ -95,4 +97,4 @@ def choose(operation: str, reasons: dict[str, str | None]) -> str:
 
 def may_use(backend: str, reason: str | None) -> bool:
     """Whether to run an operation on ``backend`` in place of the smaller ones that it stands for, which all can run."""
-    return reason is None and requested_backend() in (AUTO, backend)
+    return reason is None and not torch.compiler.is_exporting() and requested_backend() in (AUTO, backend)
