@@ -39,7 +39,10 @@ class CheckpointError(Exception):
 
 
 class MisfitError(CheckpointError, RuntimeError):
-    """A tensor of another shape than the config's. A `RuntimeError`, since that is what transformers raises for it."""
+    """A tensor that fits its own folder's config, and not the one that the caller made of it.
+
+    A `RuntimeError`, since that is what transformers raises for it.
+    """
 
 
 class TensorInfo(NamedTuple):

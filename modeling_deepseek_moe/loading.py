@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe.adapter_dtypes import widen_adapters
 from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
-from modeling_deepseek_moe.headers import CheckpointError, MisfitError
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import block_fp8
@@ -195,7 +194,7 @@ class ReleaseLoadingMixin:
         """
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
-        with _collector_paused(), _told_to_pipelines(kwargs.get("_from_pipeline") is not None):
+        with _collector_paused():
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
                 reader = _open_folder(path, subfolder)
@@ -228,20 +227,6 @@ class ReleaseLoadingMixin:
                 "from_pretrained(folder, device_map=..., offload_folder=...) only, not by loaders that copy tensor by "
                 "tensor; dispatch_model takes a model loaded that way."
             ) from error
-
-
-@contextlib.contextmanager
-def _told_to_pipelines(is_pipeline: bool) -> Iterator[None]:
-    """`pipeline` goes from a class that raises a `RuntimeError` on to transformers' own, and lets others pass.
-
-    That would load what is refused here, with random values for what it lacks.
-    """
-    try:
-        yield
-    except MisfitError as error:
-        if not is_pipeline:
-            raise
-        raise CheckpointError(str(error)) from error
 
 
 @contextlib.contextmanager

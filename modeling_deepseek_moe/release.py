@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -86,7 +87,8 @@ class Release:
         config does not have either stay, and are refused by `check`.
         """
         depth, mtp = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        disk_depth, disk_mtp = self._layers_on_disk()
+        disk_depth = self._config_on_disk.num_hidden_layers
+        disk_mtp = self._config_on_disk.num_nextn_predict_layers
         if depth < disk_depth:
             kept = depth
         elif depth == disk_depth and mtp < disk_mtp:
@@ -99,15 +101,18 @@ class Release:
         self.infos = {name: info for name, info in self.infos.items() if name not in dropped}
         return sorted(set(dropped.values()))
 
-    def _layers_on_disk(self) -> tuple[int, int]:
-        """Decoder and MTP layers by the folder's config.json; those of the config in memory where there is none."""
-        own = {name: getattr(self.config, name) for name in ("num_hidden_layers", "num_nextn_predict_layers")}
+    @cached_property
+    def _config_on_disk(self):
+        """The folder's own config; the one in memory where there is none, or none that is one of this family's."""
         file = self.reader.files[0].parent / "config.json"
-        if file.is_file():
-            fields = json.loads(file.read_bytes())
-            defaults = {name: getattr(type(self.config), name) for name in own}
-            own = {name: fields.get(name, default) for name, default in defaults.items()}
-        return own["num_hidden_layers"], own["num_nextn_predict_layers"]
+        try:
+            return type(self.config).from_dict(json.loads(file.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return self.config
+
+    def _fits_on_disk(self, problem: Problem) -> bool:
+        spec = release_tensors(self._config_on_disk).get(self.canonical(problem.name))
+        return spec is not None and spec.shape == problem.info.shape
 
     def check(self, needs_head: bool, ignored: Collection[str] = ()) -> None:
         """Compare names, shapes and dtypes with the config, and look at every scale's values.
@@ -116,13 +121,14 @@ class Release:
             ignored: kinds of `Problem` to let pass.
 
         Raises:
-            CheckpointError: for the first disagreement (`MisfitError` if it is of shapes), naming file, tensor, what was found and what was wanted.
+            CheckpointError: for the first disagreement (`MisfitError` if the caller's own changes to
+                the folder's config made it), naming file, tensor, what was found and what was wanted.
         """
         for problem in self.problems(needs_head):
             if problem.kind in ignored:
                 continue
             file = self.where(problem.name) if problem.info is None else problem.info.file
-            kind = MisfitError if problem.kind == "shape" else CheckpointError
+            kind = MisfitError if problem.kind == "shape" and self._fits_on_disk(problem) else CheckpointError
             raise kind(f"{file}: tensor {problem.name}: found {problem.found}, wanted {problem.wanted}")
 
     def problems(self, needs_head: bool, read_scales: bool = True) -> Iterator[Problem]:

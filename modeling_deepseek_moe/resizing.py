@@ -1,6 +1,7 @@
 """`resize_token_embeddings` for models with MTP layers, which have copies of the embedding and of the head."""
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 from modeling_deepseek_moe.mtp import SharedModule
@@ -9,40 +10,35 @@ from modeling_deepseek_moe.mtp import SharedModule
 class ResizingMixin:
     """The MTP layers' vocabulary follows the model's. Mixed into the models before `PreTrainedModel`."""
 
+    @torch.no_grad()
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
-        # the one place that sees both ends of a resize: the modules replaced, and those that replace them
-        before = (self.get_input_embeddings(), self.get_output_embeddings())
+        # the one place that sees both ends of a resize: what is resized, and what came of it
+        owners = (self.get_input_embeddings(), self.get_output_embeddings())
+        copies = [
+            (holder, name, owner is not None and torch.equal(getattr(holder, name).weight, owner.weight))
+            for layer in self.base_model.mtp_layers
+            for holder, name, owner in zip((layer, layer.shared_head), ("embed_tokens", "head"), owners, strict=True)
+        ]
         embedding = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        after = (embedding, self.get_output_embeddings())
-        size = embedding.weight.shape[0]
-        for layer in self.base_model.mtp_layers:
-            for holder, name, old, new in (
-                (layer, "embed_tokens", before[0], after[0]),
-                (layer.shared_head, "head", before[1], after[1]),
-            ):
-                self._resize_copy(holder, name, old, new, size, mean_resizing)
+        owners = {"embed_tokens": embedding, "head": self.get_output_embeddings()}
+        for holder, name, is_copy in copies:
+            self._resize_copy(holder, name, owners[name], is_copy, mean_resizing)
         return embedding
 
-    @torch.no_grad()
-    def _resize_copy(
-        self, holder: nn.Module, name: str, old: nn.Module | None, new: nn.Module | None, size: int, mean
-    ):
+    def _resize_copy(self, holder: nn.Module, name: str, owner: nn.Module | None, is_copy: bool, mean_resizing: bool):
         """One MTP layer's embedding or head; a true copy of the model's stays one, new rows included."""
-        module = getattr(holder, name)
+        module, size = getattr(holder, name), self.get_input_embeddings().weight.shape[0]
         if isinstance(module, SharedModule):
-            setattr(holder, name, SharedModule(new))
+            setattr(holder, name, SharedModule(owner))
             return
         if module.weight.shape[0] == size:
             return
-        if isinstance(module, nn.Embedding):
-            resized = self._get_resized_embeddings(module, size, mean_resizing=mean)
-        else:
-            resized = self._get_resized_lm_head(module, size, mean_resizing=mean)
-        if old is not None and torch.equal(old.weight, module.weight):
-            resized.weight.copy_(new.weight)
-        resized.weight.requires_grad_(module.weight.requires_grad)
-        if hasattr(module, "_hf_hook"):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(resized, module._hf_hook)
+        requires_grad, hook = module.weight.requires_grad, getattr(module, "_hf_hook", None)
+        resize = self._get_resized_embeddings if isinstance(module, nn.Embedding) else self._get_resized_lm_head
+        resized = resize(module, size, mean_resizing=mean_resizing)
+        if is_copy:
+            resized.weight.copy_(owner.weight)
+        resized.weight.requires_grad_(requires_grad)
+        if hook is not None:
+            add_hook_to_module(resized, hook)
         setattr(holder, name, resized)
