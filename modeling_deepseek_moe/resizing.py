@@ -15,7 +15,7 @@ class ResizingMixin:
         # the one place that sees both ends of a resize: what is resized, and what came of it
         owners = (self.get_input_embeddings(), self.get_output_embeddings())
         copies = [
-            (holder, name, owner is not None and torch.equal(getattr(holder, name).weight, owner.weight))
+            (holder, name, _is_copy(getattr(holder, name), owner))
             for layer in self.base_model.mtp_layers
             for holder, name, owner in zip((layer, layer.shared_head), ("embed_tokens", "head"), owners, strict=True)
         ]
@@ -42,3 +42,9 @@ class ResizingMixin:
         if hook is not None:
             add_hook_to_module(resized, hook)
         setattr(holder, name, resized)
+
+
+def _is_copy(module: nn.Module, owner: nn.Module | None) -> bool:
+    if owner is None or module.weight.is_meta or owner.weight.is_meta:
+        return False
+    return torch.equal(module.weight, owner.weight.to(module.weight.device))

@@ -66,7 +66,7 @@ class ReleaseSavingMixin:
                 are still what it holds (dequantised, where it is FP8) as its very bytes.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
             kwargs: as `PreTrainedModel.save_pretrained`. Adapters, distributed checkpoints, models whose weights are
-                sharded or offloaded, and ``variant`` are saved by transformers itself.
+                sharded, or offloaded while they were loaded, and ``variant`` are saved by transformers itself.
 
         Raises:
             OSError: disk full. Nothing that was in the folder is touched.
