@@ -6,12 +6,15 @@ BIN := $(VENV)/bin
 ARGS :=
 STAMP := .venv/.installed
 READY := $(if $(filter .venv,$(VENV)),$(STAMP))
+# The oldest transformers that is tested, in an environment of its own; all else is as in constraints.txt.
+OLDEST := 5.23.0
+OLD_VENV := .venv-$(OLDEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test peer lint format wheel clean
+.PHONY: help demo test test-oldest peer lint format wheel clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch goes first and alone, so that pip takes exactly that build of it.
 $(STAMP): setup.py constraints.txt $(wildcard modeling_deepseek_moe/ops/csrc/*)
@@ -20,14 +23,24 @@ $(STAMP): setup.py constraints.txt $(wildcard modeling_deepseek_moe/ops/csrc/*)
 	.venv/bin/python -m pip install -c constraints.txt -e ".[dev,eval,peft,bnb]"
 	touch $@
 
+$(OLD_VENV)/.installed: setup.py constraints.txt $(wildcard modeling_deepseek_moe/ops/csrc/*)
+	test -x $(OLD_VENV)/bin/pip || $(PYTHON) -m venv $(OLD_VENV)
+	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > $(OLD_VENV)/constraints.txt
+	$(OLD_VENV)/bin/python -m pip install -c $(OLD_VENV)/constraints.txt torch==2.13.0
+	$(OLD_VENV)/bin/python -m pip install -c $(OLD_VENV)/constraints.txt -e ".[dev,eval,peft,bnb]"
+	touch $@
+
 demo: $(READY) ## Train, write as FP8, load and generate with a small model
 	$(BIN)/deepseek-moe demo $(ARGS)
 
 test: lint ## Check the style and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformers that is supported
+	$(OLD_VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
 peer: $(READY) ## Run the tests that compare with other software (downloads transformers' source distribution)
-	$(BIN)/python -m pytest -m peer $(ARGS)
+	$(BIN)/python -m pytest -m peer -n 2 $(ARGS)
 
 lint: $(READY) ## Check the style
 	$(BIN)/python -m ruff check .
@@ -43,4 +56,4 @@ wheel: $(READY) ## Build the wheel into dist/
 
 clean: ## Remove what was built, and caches
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -4,7 +4,6 @@ This package says ``cache``. Its models take both names, and hand the cache on u
 """
 
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
@@ -12,7 +11,10 @@ from functools import wraps
 import transformers
 from packaging.version import Version
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
+
+logger = logging.get_logger(__name__)
 
 TESTED = ("5.23", "5.24")
 OLD_NAME = "past_key_values"
@@ -38,10 +40,9 @@ def takes_cache(forward: Callable) -> Callable:
     return renamed
 
 
-def warn_untested() -> None:
+def warn_untested(version: str = transformers.__version__) -> None:
     """One line where transformers is newer (or older) than the versions that are tested."""
-    found = Version(transformers.__version__)
+    found = Version(version)
     if f"{found.major}.{found.minor}" not in TESTED:
-        warnings.warn(
-            f"modeling_deepseek_moe is tested with transformers {' and '.join(TESTED)}; found {found}", stacklevel=3
-        )
+        tested = " and ".join(TESTED)
+        logger.warning(f"modeling_deepseek_moe is tested with transformers {tested}; found {version}.")

@@ -26,6 +26,7 @@ from modeling_deepseek_moe.cache import grow_in_place
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
+from modeling_deepseek_moe.engine.report import EngineReportMixin
 from modeling_deepseek_moe.engine.runs import recomputable, runs
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
@@ -45,7 +46,7 @@ from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 
 class DeepseekMoePreTrainedModel(
-    ReleaseLoadingMixin, ReleaseSavingMixin, ResizingMixin, StreamingMixin, PreTrainedModel
+    ReleaseLoadingMixin, ReleaseSavingMixin, ResizingMixin, StreamingMixin, EngineReportMixin, PreTrainedModel
 ):
     """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""
 

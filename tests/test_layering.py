@@ -19,6 +19,19 @@ COMMANDS = {
     ("cli.report", "eval"),
 }  # and the folder of each
 MAX_LINES = 450
+NATIVE = (
+    "absorbed_attention",
+    "block_fp8",
+    "decode_step",
+    "experts",
+    "linear",
+    "mla_project",
+    "moe",
+    "rms_norm",
+    "routing",
+)
+# a user's `use_backend`; and whether there is an engine, of which a plan's figures depend
+ALLOWED_NATIVE = {"__init__": {"ops._dispatch"}, "planning": {"ops._native"}}
 
 # Lowest first. A module may import only from layers above its own line; those that share a line may not import each
 # other. "*" matches any text, dots too, and the first line that matches counts. A package's own name is its __init__.
@@ -78,6 +91,7 @@ LAYERS = (
     "engine.plan",
     "engine.fused",
     "engine.runs",
+    "engine.report",
     "engine",
     "mtp",
     "resizing",
@@ -189,6 +203,18 @@ def test_imports_only_from_above(module):
     path = MODULES[module]
     imports = find_imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
     assert not faults(module, imports, MODULES)
+
+
+@pytest.mark.parametrize("module", IN_PACKAGE)
+def test_only_operations_and_the_engine_know_of_backends(module):
+    """How a model's modules stay plain: what runs them natively looks at them, and they never at it."""
+    if short(module).startswith(("ops", "engine")) or is_cli(short(module)):
+        return
+    path = MODULES[module]
+    imports = find_imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    native = {"ops._native", "ops._dispatch", "ops._library"} | {f"ops.{name}.cpu" for name in NATIVE}
+    found = {short(owner(name, MODULES)) for name in imports if owner(name, MODULES)} & native
+    assert not found - ALLOWED_NATIVE.get(short(module), set()), f"{short(module)} imports {found}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if in_folders(name)])

@@ -8,9 +8,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from modeling_deepseek_moe.anatomy import Anatomy
 from modeling_deepseek_moe.cli._console import count, print_json, size, stderr, stdout
+from modeling_deepseek_moe.engine.report import EngineReport
 from modeling_deepseek_moe.inspection import Inspection, inspect_checkpoint
 
 TITLES = {
@@ -29,6 +31,9 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="At most so many lines of each kind of problem.")] = 10,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Load the model too, and show what the CPU engine runs of it.")
+    ] = False,
 ) -> None:
     """Show what a checkpoint folder holds and whether it would load.
 
@@ -36,20 +41,27 @@ def inspect(
     Tensors that are missing, unexpected, of another shape or dtype, and FP8 scales that do not fit are listed;
     only the values of the scales are left to the loading. Exit code 1 if the folder is not loadable as it is.
 
+    With --engine the model is loaded on the CPU, and each part is shown that the CPU engine runs while it decodes, or the
+    reason why it does not.
+
     Examples:
       [cyan]deepseek-moe inspect DeepSeek-V3[/]
       [cyan]deepseek-moe inspect DeepSeek-V3 --json | jq .parameters[/]
       [cyan]deepseek-moe inspect half-a-download && echo complete[/]
+      [cyan]deepseek-moe inspect runs/demo/fp8 --engine[/]
     """
     columns = (TextColumn("reading headers"), BarColumn(), MofNCompleteColumn())
     console = stderr()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         found = inspect_checkpoint(path, lambda done, total: progress.update(task, completed=done, total=total))
+    report = _engine_report(path) if engine and found.is_loadable else None
     if as_json:
-        print_json(_as_dict(found))
+        print_json(_as_dict(found) | ({} if report is None else {"engine": _engine_dict(report)}))
     else:
         _show(found, limit, stdout())
+        if report is not None:
+            _show_engine(report, stdout())
     if not found.is_loadable:
         raise typer.Exit(1)
 
@@ -89,6 +101,31 @@ def show_architecture(architecture: dict[str, str], anatomy: Anatomy, console: C
         grid.add_row("" if index else "parameters", line)
     console.print(grid)
     console.print("[dim]active: chosen experts only, embedding as one row, head in full, without MTP[/]")
+
+
+def _engine_report(path: Path) -> EngineReport:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16  # that of the releases, whatever a copy was saved in
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().engine_report()
+
+
+def _engine_dict(report: EngineReport) -> dict:
+    rows = {name: reason for name, reason in report.lines()}
+    return {"unavailable": report.unavailable, "calls": report.calls, "reasons": rows}
+
+
+def _show_engine(report: EngineReport, console: Console) -> None:
+    console.print()
+    if report.unavailable is not None:
+        console.print(f"[yellow]The CPU engine {report.unavailable}[/]")
+        return
+    table = Table("while decoding", "CPU engine", box=None, header_style="dim", pad_edge=False)
+    for name, reason in report.lines():
+        table.add_row(name, "[green]native[/]" if reason is None else Text(reason, style="yellow"))
+    console.print(table)
+    console.print(f"{report.calls} call{'s' if report.calls != 1 else ''} of the engine for the layers of a token")
 
 
 def _as_dict(found: Inspection) -> dict:

@@ -3,15 +3,28 @@
 The whole layer by address, which `plan` runs, is faster still, and takes a growing cache and one new token.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from torch import nn
 
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.engine import reasons
+from modeling_deepseek_moe.engine.plan import Stages
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import experts, mla_project, moe
 from modeling_deepseek_moe.ops._operands import scale_of
+
+
+def run_by_halves(layer: nn.Module, stages: Stages) -> Callable:
+    """The call for a layer: `run_layer` if the engine runs a part of it, else the layer itself."""
+    fuses_moe = stages.mlp is None and isinstance(layer.mlp, DeepseekMoE)
+    if stages.projections is None or fuses_moe:
+        return partial(run_layer, layer, stages.projections is None, fuses_moe)
+    return layer
 
 
 @takes_cache

@@ -18,6 +18,7 @@ from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _native, experts
+from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
 from modeling_deepseek_moe.ops._operands import is_hooked, scale_of
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Dims, Layer, Step, Weight
 
@@ -38,8 +39,9 @@ class Stages(NamedTuple):
         own = reasons.layer(layer, dtype)
         if own is not None:
             return cls(own, own, own, own, own)
-        projections = reasons.norm(layer.input_layernorm, dtype) or reasons.projections(layer.self_attn, dtype)
-        attention = projections or reasons.linear(layer.self_attn.kv_b_proj, dtype)
+        norm = reasons.norm(layer.input_layernorm, dtype)
+        projections = norm or reasons.projections(layer.self_attn, dtype)
+        attention = norm or reasons.attention(layer.self_attn, dtype)
         output = attention or reasons.linear(layer.self_attn.o_proj, dtype)
         kind = reasons.moe if isinstance(layer.mlp, DeepseekMoE) else reasons.mlp
         return cls(
@@ -51,13 +53,17 @@ class Stages(NamedTuple):
         return self.attention is None, self.output is None, self.mlp is None
 
 
+NO_ENGINE = Stages(*["is not there, or not asked for"] * len(Stages._fields))
+
+
 class Plan:
     """The layers of a decoder for one new token a sequence. Copies and pickles of it are ``None``."""
 
     def __init__(self, layers: list[nn.Module], config, dtype: torch.dtype):
         self.dtype, self.layers = dtype, layers
-        self._config = config
-        self.stages = [Stages.of(layer, dtype) for layer in self.layers]
+        self._config, self._request = config, requested()
+        is_there = may_use(CPU, _native.unavailable_reason())
+        self.stages = [Stages.of(layer, dtype) if is_there else NO_ENGINE for layer in self.layers]
         self._modules: list[tuple[nn.Module, bool]] = []
         self._children: list[tuple[dict, str, nn.Module]] = []
         self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
@@ -68,7 +74,7 @@ class Plan:
         pairs = zip(self.layers, self.stages, strict=True)
         self._structs = (Layer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
         flags = [flag for stages in self.stages for flag in stages.native()]
-        self._segments = list(_segments(flags))
+        self._segments = list(segments(flags))
         self.runs_anything = any(flags)
         self._attends = [stages.attention is None for stages in self.stages]
         dims = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
@@ -80,12 +86,14 @@ class Plan:
     def __reduce__(self):
         return type(None), ()
 
-    def is_current(self) -> bool:
-        """Whether no module, hook or weight was changed since the table was made.
+    def is_current(self, dtype: torch.dtype) -> bool:
+        """Whether no module, hook, weight or wish for a backend was changed since the table was made.
 
         Raises:
             CheckpointError: a file that experts are mapped from was truncated or rewritten.
         """
+        if dtype != self.dtype or requested() is not self._request:
+            return False
         for module, hooked in self._modules:
             if is_hooked(module) is not hooked:
                 return False
@@ -104,10 +112,12 @@ class Plan:
             module.check_files()
         return True
 
-    def can_write(self, cache: Cache, batch: int) -> bool:
-        """Whether the layers of a cache can take a step's rows."""
-        count = len(self.layers)
-        return len(cache.layers) >= count and all(
+    def can_write(self, cache: Cache | None, hidden_states: torch.Tensor) -> bool:
+        """Whether ``hidden_states`` are one token a sequence, and the layers of a cache can take its rows."""
+        count, (batch, length, _) = len(self.layers), hidden_states.shape
+        if length != 1 or cache is None or len(cache.layers) < count:
+            return False
+        return all(
             type(layer) is LatentLayer
             and layer.is_initialized
             and layer.keys.dtype == self.dtype
@@ -206,7 +216,7 @@ class Plan:
             _swiglu(moe.shared_experts, struct)
 
 
-def _segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
+def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
     """First stage, last stage (exclusive) and whether the engine runs them: its stages together, others one by one."""
     start = 0
     while start < len(flags):

@@ -4,6 +4,8 @@ Every function takes the module and the dtype of the activations and returns a s
 depends on a call alone (how many tokens, gradients, autocast) is asked in `runs`.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 
@@ -44,7 +46,7 @@ def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
     if reason is not None:
         return reason
     linears, norms = parts(module)
-    reason = _first(*(linear(part, dtype) for part in linears), *(norm(part, dtype) for part in norms))
+    reason = _of_parts(module, linears, linear, dtype) or _of_parts(module, norms, norm, dtype)
     if reason is None and len({part.weight.dtype for part in linears}) > 1:
         reason = "needs projections of one dtype"
     return reason
@@ -52,7 +54,7 @@ def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
 
 def attention(module: nn.Module, dtype: torch.dtype) -> Reason:
     """Attention before its output projection."""
-    return projections(module, dtype) or linear(module.kv_b_proj, dtype)
+    return projections(module, dtype) or _of_parts(module, (module.kv_b_proj,), linear, dtype)
 
 
 def parts(module: DeepseekAttention) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
@@ -85,10 +87,8 @@ def mlp(module: nn.Module, dtype: torch.dtype) -> Reason:
     if reason is not None:
         return reason
     layers = module.gate_proj, module.up_proj, module.down_proj
-    probe = torch.empty((1, layers[0].in_features), dtype=dtype) if hasattr(layers[0], "in_features") else None
-    if probe is None:
-        return unsupported_linear(layers[0])
-    return unsupported_swiglu(probe, *layers, module.act_fn) or _first(*(linear(part, dtype) for part in layers))
+    reason = _of_parts(module, layers, linear, dtype)
+    return reason or unsupported_swiglu(torch.empty((1, 1), dtype=dtype), *layers, module.act_fn)
 
 
 def router(module: nn.Module, dtype: torch.dtype) -> Reason:
@@ -115,7 +115,7 @@ def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
     probe = torch.empty((1, 1), dtype=dtype)
     reason = experts.unsupported_reason(module, weights, probe)
     scales = [scale for scale in weights.stacks[2:] if scale is not None]
-    return reason or _first(*(_tensor(scale, (torch.float32,)) for scale in scales))
+    return reason or next(filter(None, (_tensor(scale, (torch.float32,)) for scale in scales)), None)
 
 
 def moe(module: nn.Module, dtype: torch.dtype) -> Reason:
@@ -123,11 +123,11 @@ def moe(module: nn.Module, dtype: torch.dtype) -> Reason:
     reason = _is_own(module, DeepseekMoE)
     if reason is not None:
         return reason
-    shared = module.shared_experts
+    shared = () if module.shared_experts is None else (module.shared_experts,)
     return (
-        router(module.gate, dtype)
-        or routed_experts(module.experts, dtype)
-        or (None if shared is None else mlp(shared, dtype))
+        _of_parts(module, (module.gate,), router, dtype)
+        or _of_parts(module, (module.experts,), routed_experts, dtype)
+        or _of_parts(module, shared, mlp, dtype)
     )
 
 
@@ -142,8 +142,14 @@ KINDS = {
 }
 
 
-def _first(*reasons: Reason) -> Reason:
-    return next((reason for reason in reasons if reason is not None), None)
+def _of_parts(module: nn.Module, parts: Iterable[nn.Module], reason_of: Callable, dtype: torch.dtype) -> Reason:
+    """The first part's reason, with the part's name."""
+    for part in parts:
+        reason = reason_of(part, dtype)
+        if reason is not None:
+            name = next(name for name, child in module._modules.items() if child is part)
+            return f"{name}: {reason}"
+    return None
 
 
 def _is_own(module: nn.Module, *kinds: type[nn.Module]) -> Reason:

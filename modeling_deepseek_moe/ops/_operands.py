@@ -52,4 +52,6 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
 
 
 def _called(module: nn.Module) -> str:
-    return f"{type(module).__name__}{' with a hook' if is_hooked(module) else ''}"
+    kind = type(module)
+    own = kind.__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
+    return f"{kind.__name__ if own else f'{kind.__module__}.{kind.__name__}'}{' with a hook' if is_hooked(module) else ''}"

@@ -65,7 +65,7 @@ class LayerStream:
             for group in groups:
                 rows = [slot.key[1] for slot in group]
                 self._table[rows, :, 0] = torch.tensor([self.cache.addresses(slot) for slot in group])
-                experts.cpu.accumulate(
+                experts.accumulate(
                     out_TD, hidden_TD, topk_indices, topk_weights, self._table, width, block_fp8.FP8_DTYPE
                 )
                 self._table[rows, :, 0] = 0

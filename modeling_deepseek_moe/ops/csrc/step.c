@@ -64,11 +64,6 @@ static int attention(int isa, int threads, int dtype, const Layer *l, const Cach
     return result;
 }
 
-static int output(int isa, int threads, int dtype, const Layer *l, const Shape *s, const Buffers *b) {
-    return dsm_linear(isa, threads, dtype, b->o, s->batch, (int)l->o.dtype, (const void *)(intptr_t)l->o.data,
-                      (const float *)(intptr_t)l->o.scale, l->o.rows, l->o.cols, NULL, b->y);
-}
-
 static int mlp(int isa, int threads, int dtype, const Layer *l, const Shape *s, const Buffers *b) {
     if (l->gate) {
         int64_t dims[13];
@@ -117,7 +112,8 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, const int64_
             result = attention(isa, threads, dtype, l, caches + stage / 3, s, cosine, sine, mask, mask_batch, scaling, &b);
             continue;
         case 1:
-            result = output(isa, threads, dtype, l, s, &b);
+            result = dsm_linear(isa, threads, dtype, b.o, s->batch, (int)l->o.dtype, (const void *)(intptr_t)l->o.data,
+                                (const float *)(intptr_t)l->o.scale, l->o.rows, l->o.cols, NULL, b.y);
             break;
         default:
             dsm_rms_norm(isa, threads, dtype, states, (const void *)(intptr_t)l->post_norm, s->batch, s->hidden,

@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
 from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops.experts import cpu
+from modeling_deepseek_moe.ops.experts.cpu import accumulate
 from modeling_deepseek_moe.ops.experts.operands import STACKS, Operands, operands, unsupported_reason
 from modeling_deepseek_moe.ops.experts.reference import Slots, run_experts
 from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
@@ -26,6 +27,7 @@ __all__ = [
     "Operands",
     "RoutedSwiGlu",
     "Slots",
+    "accumulate",
     "cpu",
     "may_run_natively",
     "operands",

@@ -1,0 +1,147 @@
+"""What decoding costs with a guest in the model: LoRA on one projection, bitsandbytes' 4-bit layers, torch.compile.
+
+    python benchmarks/guests.py                  everything: about five minutes on two cores, 16 GB of memory
+    python benchmarks/guests.py --only lora      one part; the others stay as they are in the result file
+
+Parts, each with contestants in turns on the same weights (the model of `cpu.py`'s e2e, one token after the other from 128
+cached ones on):
+    lora     FP8 and bf16, plain and with LoRA (rank 8) on ``o_proj``: what the adapter leaves of the speed
+    bnb      NF4 linear layers, here and in plain transformers; experts are bf16 in both
+    compile  a compiled step on a static cache, FP8, beside the eager one on a growing cache
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import common
+import torch
+import transformers
+from cpu_e2e import CONFIG, write_model
+from decode import filled_caches
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, StaticCache
+
+from modeling_deepseek_moe.compat import CACHE_NAME
+
+CONTEXT, TOKENS = 128, 6
+
+
+def load(folder: Path, **settings) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **settings).eval()
+
+
+def with_lora(model: torch.nn.Module) -> torch.nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=8, target_modules=["o_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config).to(torch.bfloat16).eval()
+
+
+def tokens_of(model, cache) -> None:
+    for _ in range(TOKENS):
+        model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), **{CACHE_NAME: cache}, logits_to_keep=1)
+
+
+def race(models: dict[str, torch.nn.Module], rounds: int) -> dict[str, common.Timing]:
+    contestants = {
+        name: partial(tokens_of, model, filled_caches(model.config, CONTEXT)[0]) for name, model in models.items()
+    }
+    return common.interleave(contestants, rounds, warm_up=2)
+
+
+def rows(times: dict[str, common.Timing], pairs: dict[str, str]) -> list[dict]:
+    """Tokens/s, and the ratio to the contestant that each name is paired with."""
+    found = []
+    for name, timing in times.items():
+        fields = {"contestant": name, "tokens_s": TOKENS / timing.median, **timing.fields()}
+        if name in pairs:
+            fields |= {"beside": pairs[name], "ratio": times[pairs[name]].median / timing.median}
+        found.append(fields)
+    return found
+
+
+def lora(folder: Path, options: argparse.Namespace) -> list[dict]:
+    dequantize = FineGrainedFP8Config(dequantize=True)
+    models = {
+        "FP8": load(folder),
+        "FP8, LoRA on o_proj": with_lora(load(folder)),
+        "bf16": load(folder, quantization_config=dequantize),
+        "bf16, LoRA on o_proj": with_lora(load(folder, quantization_config=dequantize)),
+    }
+    times = race(models, options.rounds)
+    return rows(times, {"FP8, LoRA on o_proj": "FP8", "bf16, LoRA on o_proj": "bf16"})
+
+
+def bnb(folder: Path, options: argparse.Namespace) -> list[dict]:
+    source = folder.parent / "bf16"
+    if not source.exists():
+        load(folder, quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(source)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    settings = {"dtype": torch.bfloat16, "quantization_config": four_bit}
+    models = {
+        "NF4, this package": AutoModelForCausalLM.from_pretrained(source, **settings).eval(),
+        "NF4, plain": transformers.DeepseekV3ForCausalLM.from_pretrained(source, **settings).eval(),
+    }
+    found = rows(race(models, options.rounds), {"NF4, this package": "NF4, plain"})
+    for row, model in zip(found, models.values(), strict=True):
+        row["four_bit_layers"] = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+        row["bytes"] = model.get_memory_footprint()
+    return found
+
+
+def compiled_step(folder: Path, options: argparse.Namespace) -> list[dict]:
+    model = load(folder)
+    call = torch.compile(model, fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT + 32)
+    model(torch.randint(0, CONFIG["vocab_size"], (1, CONTEXT)), **{CACHE_NAME: cache}, logits_to_keep=1)
+
+    def compiled() -> None:
+        for step in range(TOKENS):
+            position = torch.tensor([[CONTEXT + step]])
+            token = torch.randint(0, CONFIG["vocab_size"], (1, 1))
+            call(token, position_ids=position, **{CACHE_NAME: cache}, logits_to_keep=1)
+        for layer in cache.layers:  # take the tokens out again
+            layer.cumulative_length.sub_(TOKENS)
+
+    eager = partial(tokens_of, model, filled_caches(model.config, CONTEXT)[0])
+    times = common.interleave({"compiled, static cache": compiled, "eager, growing cache": eager}, options.rounds, 2)
+    return rows(times, {"compiled, static cache": "eager, growing cache"})
+
+
+PARTS = {"lora": lora, "bnb": bnb, "compile": compiled_step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part (may be given again)")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "guests.json")
+    parser.add_argument("--model-folder", type=Path, help="where the model is written, or found (default: temporary)")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    result = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.model_folder or Path(temporary) / "model"
+        write_model(folder)
+        for part in options.only or PARTS:
+            with torch.inference_mode(part != "bnb"), torch.no_grad():
+                found = PARTS[part](folder, options)
+            result[part] = {"machine": common.machine(), "rows": found}
+            for row in found:
+                ratio = f"  {row['ratio']:.3f} of {row['beside']}" if "ratio" in row else ""
+                extra = f"  {row['four_bit_layers']} layers, {row['bytes']:,} bytes" if "bytes" in row else ""
+                print(f"{part:8} {row['contestant']:26} {row['tokens_s']:7.2f} tokens/s{ratio}{extra}", flush=True)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print("written to", options.out)
+
+
+if __name__ == "__main__":
+    main()
