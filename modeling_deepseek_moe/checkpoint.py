@@ -244,7 +244,8 @@ def write_checkpoint(
 
     Raises:
         OSError: the disk is full (checked first, and again by every write); the message names the file.
-        CheckpointError: a tensor cannot be produced as planned.
+        CheckpointError: a tensor comes in another dtype or shape than planned.
+        ValueError: a tensor cannot be made, as the codes of one that is not finite.
     """
     folder = Path(folder)
     shards = plan_shards(plans, parse_size(max_shard_size))
@@ -315,8 +316,9 @@ def write_shard(path: Path, name: str, plans: list[TensorPlan], bar: tqdm) -> No
                         stream.write(data)
                         flusher.written(len(data))
                         bar.update(len(data))
-                except ValueError as error:
-                    raise CheckpointError(f"{path.parent / name}: tensor {plan.name}: {error}") from error
+                except (CheckpointError, ValueError) as error:
+                    kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
+                    raise kind(f"{path.parent / name}: tensor {plan.name}: {error}") from error
         finally:
             flusher.close()
 

@@ -141,6 +141,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
         for name in ("moe_layer_freq", "num_hidden_layers", "hidden_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim={self.qk_rope_head_dim} must be even and at least 2: it turns in pairs"
+            )
         for name, supported in (("pretraining_tp", 1), ("ep_size", 1), ("mlp_bias", False)):
             if getattr(self, name, None) not in (None, supported):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported, only {supported}")

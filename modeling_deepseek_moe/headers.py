@@ -30,10 +30,18 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class CheckpointError(ValueError, RuntimeError):
+class CheckpointError(Exception):
     """A checkpoint that cannot be trusted: the message names file, tensor, what was found and what was wanted.
 
-    A `RuntimeError` too, since that is what transformers raises for shapes that do not fit.
+    Not a `ValueError`: `pipeline` takes those for "not this class" and loads the folder with transformers' own, with
+    random values for what is missing.
+    """
+
+
+class MisfitError(CheckpointError, RuntimeError):
+    """A tensor that fits its own folder's config, and not the one that the caller made of it.
+
+    A `RuntimeError`, since that is what transformers raises for it.
     """
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modeling_deepseek_moe.anatomy import PARTS, Anatomy, describe, dissect, read_config
 from modeling_deepseek_moe.checkpoint import CheckpointError, TensorInfo, read_header, resolve_shards
-from modeling_deepseek_moe.loading import Problem, Release
+from modeling_deepseek_moe.release import Problem, Release
 from modeling_deepseek_moe.weights import EXPERT_KEY, SCALE_SUFFIX, TensorSpec, release_tensors
 
 CLASSIFIER = "score."  # the head of a classification model, which no release has

@@ -7,7 +7,7 @@ asks for them: expert stacks, and dequantised weights where the caller wants tho
 import contextlib
 import gc
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
@@ -17,217 +17,79 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from modeling_deepseek_moe.adapter_dtypes import widen_adapters
 from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
-from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.scales import Scales
-from modeling_deepseek_moe.weights import (
-    EXPERT_KEY,
-    LAYER_KEY,
-    MTP_KEY,
-    SCALE_SUFFIX,
-    LazyStack,
-    LazyTensor,
-    TensorSpec,
-    release_tensors,
-    stack_sources,
-    unstack_info,
-)
+from modeling_deepseek_moe.release import Release
+from modeling_deepseek_moe.weights import EXPERT_KEY, SCALE_SUFFIX, LazyStack, LazyTensor, stack_sources
 
 logger = logging.get_logger(__name__)
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# What `from_pretrained` tells the functions that transformers calls in its course: whether the caller asked for the
-# loading info, where missing tensors are then told; and the reader of a local folder, whose headers it has read.
-_wants_loading_info = ContextVar("wants_loading_info", default=False)
-_opened = ContextVar("opened", default=None)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One disagreement of a checkpoint with its config, for which it is refused.
+@dataclass
+class Loading:
+    """One call of `from_pretrained`: what its caller asked for, and the one release that it loads.
 
-    ``kind`` is ``missing``, ``surplus`` (a layer or expert that the config does not have), ``shape``, ``dtype`` or
-    ``scale``; ``info`` is what the header says of the tensor, ``None`` when it is missing.
+    ``reader`` is that of a local folder, whose headers are read already.
     """
 
-    kind: str
-    name: str
-    info: TensorInfo | None
-    found: str
-    wanted: str
+    reader: CheckpointReader | None
+    wants_info: bool = False
+    release: Release | None = None
+
+    def open(self, model: PreTrainedModel, files: Sequence[str | os.PathLike], ignored: Collection[str] = ()) -> None:
+        """Make the release of the files that transformers found, checked against the model about to be filled."""
+        reader = self.reader
+        if reader is None or set(reader.files) != {Path(file).absolute() for file in files}:
+            reader = CheckpointReader(files)
+        self.release = Release(reader, model.config)
+        fit_model(model, self.release)
+        needs_head = hasattr(model, "lm_head") and not model.config.tie_word_embeddings
+        self.release.check(needs_head, ignored)
 
 
-class Release:
-    """A checkpoint seen through a config: canonical names (``model.…``), FP8 weights paired with their scales."""
+# The one thing that `from_pretrained` hands on past transformers, which passes nothing of its caller's through.
+_current: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
-    def __init__(self, reader: CheckpointReader, config):
-        self.reader, self.config = reader, config
-        self.scales: Scales | None = None  # once they are checked
-        # a headless model is saved without the prefix
-        self.is_bare = not any(name.startswith("model.") for name in reader)
-        infos = reader.values()
-        if any(".experts.gate_up_proj" in name or ".experts.down_proj" in name for name in reader):
-            experts = config.n_routed_experts
-            infos = (part for info in infos for part in unstack_info(info, experts))
-        self.infos = {self.canonical(info.name): info for info in infos}
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None and not isinstance(quantization, Mapping):
-            quantization = quantization.to_dict()
-        self.is_fp8 = bool(quantization) and quantization.get("quant_method") in ("fp8", "deepseek_moe_fp8")
-        self.block = tuple((quantization or {}).get("weight_block_size") or block_fp8.BLOCK)
 
-    def canonical(self, name: str) -> str:
-        return (
-            f"model.{name}" if self.is_bare and name.partition(".")[0] in ("layers", "embed_tokens", "norm") else name
+def release_for(model: PreTrainedModel, files: Sequence[str | os.PathLike]) -> Release:
+    """The release in the files, for a quantizer, which sees them first: made once, and checked in full."""
+    loading = _current.get()
+    if loading is None:
+        loading = Loading(None)
+    if loading.release is None:
+        loading.open(model, files)
+    return loading.release
+
+
+def fit_model(model: PreTrainedModel, release: Release) -> None:
+    """Leave out what the caller did not want, and MTP layers that the release does not have.
+
+    Derived checkpoints often lost the MTP module while their config still announces it.
+    """
+    config = model.config
+    folder = release.reader.files[0].parent
+    left_out = release.leave_out_layers()
+    said = ""
+    if left_out:
+        said = (
+            f"{folder}: layer(s) {', '.join(map(str, left_out))} left out, as num_hidden_layers="
+            f"{config.num_hidden_layers}, num_nextn_predict_layers={config.num_nextn_predict_layers} ask"
         )
-
-    def tensor(self, name: str) -> torch.Tensor:
-        if self.scales is not None and name in self.scales:
-            return self.scales[name]
-        return self.reader.view(self.infos[name])
-
-    def is_quantized(self, name: str) -> bool:
-        return name in self.infos and self.infos[name].dtype == block_fp8.FP8_DTYPE
-
-    def dequantized(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return block_fp8.dequantize(self.tensor(name), self.tensor(name + SCALE_SUFFIX), dtype, self.block)
-
-    @property
-    def has_mtp(self) -> bool:
-        first = f"model.layers.{self.config.num_hidden_layers}."
-        return any(name.startswith(first) for name in self.infos)
-
-    def check(self, needs_head: bool, ignored: Collection[str] = ()) -> None:
-        """Compare names, shapes and dtypes with the config, and look at every scale's values.
-
-        Args:
-            ignored: kinds of `Problem` to let pass.
-
-        Raises:
-            CheckpointError: for the first disagreement, naming file, tensor, what was found and what was wanted.
-        """
-        for problem in self.problems(needs_head):
-            if problem.kind in ignored:
-                continue
-            file = self.where(problem.name) if problem.info is None else problem.info.file
-            raise CheckpointError(f"{file}: tensor {problem.name}: found {problem.found}, wanted {problem.wanted}")
-
-    def problems(self, needs_head: bool, read_scales: bool = True) -> Iterator[Problem]:
-        """Every disagreement with the config; from the headers alone with ``read_scales=False``.
-
-        Scales come last: they are read when nothing in the headers stood against it, or when the caller goes on.
-        """
-        expected = release_tensors(self.config)
-        if self.is_bare or not needs_head:
-            expected.pop("lm_head.weight", None)
-        yield from self._surplus(expected)
-        scales = {}
-        for name, spec in expected.items():
-            info = self.infos.get(name)
-            if info is None:
-                yield Problem("missing", name, None, "no such tensor", f"{list(spec.shape)} by the config")
-                continue
-            if info.shape != spec.shape:
-                wanted = f"{list(spec.shape)} by the config"
-                yield Problem("shape", info.name, info, f"shape {list(info.shape)}", wanted)
-                if len(info.shape) != len(spec.shape):
-                    continue
-            if info.dtype == block_fp8.FP8_DTYPE:
-                scale = self.infos.get(name + SCALE_SUFFIX)
-                problem = self._quantized_problem(info, scale, spec)
-                if problem is None:
-                    scales[name + SCALE_SUFFIX] = scale
-                else:
-                    yield problem
-            elif info.dtype not in FLOATS:
-                wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
-                yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
-        if read_scales:
-            self.scales = Scales(self.reader, scales)
-            for info, value, index in self.scales.unusable():
-                yield Problem("scale", info.name, info, f"{value} at {index}", "finite, non-negative scales")
-
-    def where(self, name: str) -> str:
-        """The file that holds the tensor's neighbours, to look in for what is missing."""
-        stem = name.rpartition(".")[0]
-        while stem:
-            for other, info in self.infos.items():
-                if other.startswith(stem + "."):
-                    return str(info.file)
-            stem = stem.rpartition(".")[0]
-        return str(self.reader.files[0].parent)
-
-    def _surplus(self, expected: dict[str, TensorSpec]) -> Iterator[Problem]:
-        layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
-        for name, info in self.infos.items():
-            weight = name.removesuffix(SCALE_SUFFIX)
-            if name in expected or (weight in expected and weight != name):
-                if weight != name and not self.is_quantized(weight):
-                    found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
-                    yield Problem("scale", info.name, info, found, "FP8 codes beside it")
-                continue
-            layer = LAYER_KEY.match(name)
-            if layer and int(layer[1]) >= layers:
-                wanted = (
-                    f"{layers} layers (num_hidden_layers={self.config.num_hidden_layers}, "
-                    f"num_nextn_predict_layers={self.config.num_nextn_predict_layers})"
-                )
-                yield Problem("surplus", info.name, info, f"layer {layer[1]}", wanted)
-                continue
-            if MTP_KEY.match(name):
-                wanted = f"a decoder layer (num_hidden_layers={self.config.num_hidden_layers})"
-                yield Problem("surplus", info.name, info, f"MTP layer {layer[1]}", wanted)
-                continue
-            expert = EXPERT_KEY.match(name)
-            if expert and int(expert[2]) >= (self.config.n_routed_experts or 0):
-                wanted = f"n_routed_experts={self.config.n_routed_experts}"
-                yield Problem("surplus", info.name, info, f"expert {expert[2]}", wanted)
-
-    def _quantized_problem(self, info: TensorInfo, scale: TensorInfo | None, spec: TensorSpec) -> Problem | None:
-        if not (self.is_fp8 and spec.quantized):
-            reason = (
-                "a floating-point tensor" if self.is_fp8 else "no FP8 without quantization_config (quant_method fp8)"
-            )
-            return Problem("dtype", info.name, info, f"dtype {info.dtype}", reason)
-        wanted = block_fp8.scale_shape(info.shape, self.block)
-        if scale is None:
-            found = f"FP8 codes without {info.name}{SCALE_SUFFIX}"
-            return Problem("scale", info.name, info, found, f"fp32 scales {list(wanted)}")
-        if scale.dtype != torch.float32:
-            return Problem("scale", scale.name, scale, f"dtype {scale.dtype}", "torch.float32")
-        if scale.shape != wanted:
-            why = f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
-            return Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
-        return None
-
-
-def open_release(checkpoint_files: Sequence[str | os.PathLike], config) -> Release:
-    """The release in the files that transformers found; headers that `from_pretrained` read are not read again."""
-    reader = _opened.get()
-    if reader is None or set(reader.files) != {Path(file).absolute() for file in checkpoint_files}:
-        reader = CheckpointReader(checkpoint_files)
-    return Release(reader, config)
-
-
-def prepare(model: PreTrainedModel, release: Release, ignored: Collection[str] = ()) -> None:
-    """Check a release against a model about to be filled, and drop MTP layers that the release does not have.
-
-    Derived checkpoints often lost the MTP module while their config still announces it. ``ignored`` is as for
-    `Release.check`.
-    """
-    config, base = model.config, model.base_model
     if config.num_nextn_predict_layers and not release.has_mtp:
-        logger.warning(
-            f"{release.reader.files[0].parent}: the config announces {config.num_nextn_predict_layers} MTP layer(s), "
-            "the checkpoint has none: the model is loaded without."
-        )
-        del base.layers[config.num_hidden_layers :]
+        if said:
+            said += "; MTP layers continue from the last decoder layer and are left out with it"
+        else:
+            said = (
+                f"{folder}: the config announces {config.num_nextn_predict_layers} MTP layer(s), the checkpoint has "
+                "none: the model is loaded without"
+            )
+        del model.base_model.layers[config.num_hidden_layers :]
         config.num_nextn_predict_layers = 0
-        release.config.num_nextn_predict_layers = 0
-    needs_head = hasattr(model, "lm_head") and not config.tie_word_embeddings
-    release.check(needs_head, ignored)
+    if said:
+        logger.warning(f"{said}.")
 
 
 def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch.Tensor | LazyStack | LazyTensor]:
@@ -297,6 +159,9 @@ class ReleaseLoadingMixin:
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # transformers has no public hook between resolving the files and reading them; this is where it reads them.
+        if model._hf_peft_config_loaded:  # an adapter's files, not a checkpoint's
+            widen_adapters(model)
+            return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         quantizer = load_config.hf_quantizer
         if quantizer is not None and getattr(quantizer.quantization_config, "quant_method", None) == "fp8":
             raise ValueError(
@@ -304,13 +169,13 @@ class ReleaseLoadingMixin:
                 "save_pretrained(folder, quantize='fp8') and load that folder."
             )
         if state_dict is None and checkpoint_files:
-            release = getattr(quantizer, "release", None)
-            if release is None:
-                release = open_release(checkpoint_files, model.config)
+            loading = _current.get() or Loading(None)
+            if loading.release is None:
                 ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
-                prepare(model, release, ignored | ({"missing"} if _wants_loading_info.get() else set()))
-            state_dict = lazy_state_dict(model, release)
-            _remember_bias_dtypes(model, release)
+                loading.open(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
+            state_dict = lazy_state_dict(model, loading.release)
+            _remember_bias_dtypes(model, loading.release)
+            loading.release = None  # the headers of all tensors: nobody needs them now
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
         model._weight_conversions = None
@@ -321,7 +186,8 @@ class ReleaseLoadingMixin:
         """As `PreTrainedModel.from_pretrained`; a local folder's index and headers are checked before anything else.
 
         With ``output_loading_info=True`` tensors that the checkpoint lacks are initialised and told there as
-        ``missing_keys``; an FP8 checkpoint must have them all.
+        ``missing_keys``; an FP8 checkpoint must have them all. A config with fewer layers than the folder's own is
+        the caller's wish: the others are left out, and a warning names them.
 
         Raises:
             CheckpointError: a tensor is missing, or is not what the config wants.
@@ -332,13 +198,35 @@ class ReleaseLoadingMixin:
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
                 reader = _open_folder(path, subfolder)
-            wants_info = _wants_loading_info.set(bool(kwargs.get("output_loading_info")))
-            opened = _opened.set(reader)
+            token = _current.set(Loading(reader, bool(kwargs.get("output_loading_info"))))
             try:
                 return super().from_pretrained(path, *args, **kwargs)
             finally:
-                _wants_loading_info.reset(wants_info)
-                _opened.reset(opened)
+                _current.reset(token)
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        """As transformers'; adapters of FP8 weights are in a floating-point dtype of their own."""
+        super().add_adapter(*args, **kwargs)
+        widen_adapters(self, new_values=True)
+
+    def to(self, *args, **kwargs):
+        """As `PreTrainedModel.to`; a model that still has tensors without data says which way it gets them.
+
+        Raises:
+            NotImplementedError: a tensor was never loaded.
+        """
+        try:
+            return super().to(*args, **kwargs)
+        except NotImplementedError as error:
+            empty = [name for name, tensor in self.state_dict().items() if tensor.is_meta]
+            if not empty:
+                raise
+            raise NotImplementedError(
+                f"tensor {empty[0]}: found no data (it is on the meta device, as are {len(empty) - 1} others), wanted "
+                "a loaded or initialised tensor. A checkpoint's experts are stacked, and its FP8 codes are kept, by "
+                "from_pretrained(folder, device_map=..., offload_folder=...) only, not by loaders that copy tensor by "
+                "tensor; dispatch_model takes a model loaded that way."
+            ) from error
 
 
 @contextlib.contextmanager

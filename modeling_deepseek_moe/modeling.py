@@ -40,13 +40,14 @@ from modeling_deepseek_moe.objective import Objective
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.paged import ContinuousLatentMixin
+from modeling_deepseek_moe.resizing import ResizingMixin
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin
 from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 
 class DeepseekMoePreTrainedModel(
-    ReleaseLoadingMixin, ReleaseSavingMixin, StreamingMixin, EngineReportMixin, PreTrainedModel
+    ReleaseLoadingMixin, ReleaseSavingMixin, ResizingMixin, StreamingMixin, EngineReportMixin, PreTrainedModel
 ):
     """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""
 

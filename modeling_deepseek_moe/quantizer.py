@@ -13,10 +13,11 @@ from modeling_deepseek_moe.config import FP8_METHOD, check_fp8_fields
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
 from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
-from modeling_deepseek_moe.loading import Release, open_release, prepare
+from modeling_deepseek_moe.loading import release_for
 from modeling_deepseek_moe.mapped_experts import PROJECTIONS, MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.release import Release
 from modeling_deepseek_moe.streaming.model import fit_experts
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
@@ -48,60 +49,29 @@ class DeepseekFp8Quantizer(HfQuantizer):
     it is and `lazy_state_dict` hands it floating-point weights.
     """
 
-    release: Release | None = None  # while it is being loaded
-
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized:
             raise ValueError("this quantizer loads FP8 checkpoints; it does not quantise while loading")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
-        self.release = open_release(checkpoint_files, model.config)
-        prepare(model, self.release)
+        release = release_for(model, checkpoint_files)
         if self.quantization_config.dequantize:
             return
         prefix = "model." if model.base_model is model else ""
         on_cpu = _stays_on_cpu(device_map)
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and self.release.is_quantized(f"{prefix}{name}.weight"):
+            if isinstance(module, nn.Linear) and release.is_quantized(f"{prefix}{name}.weight"):
                 with torch.device("meta"):
-                    new = Fp8Linear(
-                        module.in_features, module.out_features, module.bias is not None, self.release.block
-                    )
+                    new = Fp8Linear(module.in_features, module.out_features, module.bias is not None, release.block)
                 model.set_submodule(name, new)
-            elif isinstance(module, DeepseekExperts) and (codes := self._fp8_experts(prefix + name)):
-                model.set_submodule(name, self._experts(model.config, prefix + name, codes, on_cpu))
-
-    def _fp8_experts(self, name: str) -> list[TensorInfo]:
-        """A layer's routed experts, if they are FP8: all of them or none, since they share one home."""
-        infos = self.release.infos
-        experts = range(self.release.config.n_routed_experts)
-        # a gap was refused already
-        weights = [infos[f"{name}.{expert}.{projection}.weight"] for expert in experts for projection in PROJECTIONS]
-        plain = [info for info in weights if info.dtype != block_fp8.FP8_DTYPE]
-        if plain and len(plain) < len(weights):
-            info = plain[0]
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {block_fp8.FP8_DTYPE} "
-                "like the layer's other experts"
-            )
-        return [] if plain else weights
-
-    def _experts(self, config, name: str, codes: list[TensorInfo], on_cpu: bool) -> nn.Module:
-        release = self.release
-        if on_cpu:
-            scales = release.scales.of_experts_beside(f"{name}.0.gate_proj.weight{SCALE_SUFFIX}")
-            experts = MappedExperts(config, release.block, codes, scales, release.reader.mapped)
-            experts.addresses()  # kept from here on: how they are found is nothing that torch.compile can trace
-            return experts
-        with torch.device("meta"):
-            return StackedFp8Experts(config, release.block)
+            elif isinstance(module, DeepseekExperts) and (codes := _fp8_experts(release, prefix + name)):
+                model.set_submodule(name, _experts(release, prefix + name, codes, on_cpu))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
             for name in getattr(module, "dtype_kept", ()):
                 if name in module._parameters:
                     module._parameters[name].requires_grad_(False)
-        self.release = None  # the headers of all tensors: nobody needs them now
         fit_experts(model)
         return model
 
@@ -116,6 +86,32 @@ class DeepseekFp8Quantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return False
+
+
+def _fp8_experts(release: Release, name: str) -> list[TensorInfo]:
+    """A layer's routed experts, if they are FP8: all of them or none, since they share one home."""
+    infos = release.infos
+    experts = range(release.config.n_routed_experts)
+    # a gap was refused already
+    weights = [infos[f"{name}.{expert}.{projection}.weight"] for expert in experts for projection in PROJECTIONS]
+    plain = [info for info in weights if info.dtype != block_fp8.FP8_DTYPE]
+    if plain and len(plain) < len(weights):
+        info = plain[0]
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {block_fp8.FP8_DTYPE} "
+            "like the layer's other experts"
+        )
+    return [] if plain else weights
+
+
+def _experts(release: Release, name: str, codes: list[TensorInfo], on_cpu: bool) -> nn.Module:
+    if on_cpu:
+        scales = release.scales.of_experts_beside(f"{name}.0.gate_proj.weight{SCALE_SUFFIX}")
+        experts = MappedExperts(release.config, release.block, codes, scales, release.reader.mapped)
+        experts.addresses()  # kept from here on: how they are found is nothing that torch.compile can trace
+        return experts
+    with torch.device("meta"):
+        return StackedFp8Experts(release.config, release.block)
 
 
 def _stays_on_cpu(device_map) -> bool:

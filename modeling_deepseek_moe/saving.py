@@ -11,11 +11,13 @@ from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint import CheckpointReader, TensorPlan, write_checkpoint
+from modeling_deepseek_moe.config import FP8_METHOD
 from modeling_deepseek_moe.hub import auto_map, shim_files
-from modeling_deepseek_moe.loading import Release
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.offloaded import with_offloaded
 from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.release import Release
 from modeling_deepseek_moe.weights import SCALE_SUFFIX, release_tensors, unstack
 
 # `Trainer` reads the config of a checkpoint it resumes from with the bare `PreTrainedConfig`, which fails on a scaled
@@ -64,7 +66,7 @@ class ReleaseSavingMixin:
                 are still what it holds (dequantised, where it is FP8) as its very bytes.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
             kwargs: as `PreTrainedModel.save_pretrained`. Adapters, distributed checkpoints, models whose weights are
-                sharded or offloaded, and ``variant`` are saved by transformers itself.
+                sharded, or offloaded while they were loaded, and ``variant`` are saved by transformers itself.
 
         Raises:
             OSError: disk full. Nothing that was in the folder is touched.
@@ -72,7 +74,7 @@ class ReleaseSavingMixin:
         """
         if quantize not in (None, "fp8"):
             raise ValueError(f"quantize={quantize!r} is not supported, wanted 'fp8' or None")
-        tensors = self.state_dict() if state_dict is None else state_dict
+        tensors = with_offloaded(self) if state_dict is None else state_dict
         if self._saved_by_transformers(tensors, kwargs):
             if quantize or remote_code or like:
                 raise ValueError(
@@ -115,7 +117,7 @@ class ReleaseSavingMixin:
             or kwargs.get("distributed_checkpoint")
             or kwargs.get("variant") is not None
             or kwargs.get("save_original_format") is False
-            or (quantizer is not None and not hasattr(quantizer, "release"))
+            or (quantizer is not None and quantizer.quantization_config.quant_method != FP8_METHOD)
             or any(not _is_plain(tensor) for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
         )
 

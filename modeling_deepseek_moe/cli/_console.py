@@ -13,9 +13,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from modeling_deepseek_moe.headers import CheckpointError
+
 DEBUG: ContextVar[bool] = ContextVar("DEBUG", default=False)
 # What this package and transformers raise for bad input: the message says it all.
-EXPECTED = (ValueError, OSError, ImportError)
+EXPECTED = (CheckpointError, ValueError, OSError, ImportError)
 
 
 def stdout() -> Console:

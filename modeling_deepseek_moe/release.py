@@ -1,0 +1,220 @@
+"""A checkpoint seen through a config: canonical names, FP8 weights beside their scales, and where the two disagree."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from modeling_deepseek_moe.checkpoint import CheckpointReader
+from modeling_deepseek_moe.headers import CheckpointError, MisfitError, TensorInfo
+from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.scales import Scales
+from modeling_deepseek_moe.weights import (
+    EXPERT_KEY,
+    LAYER_KEY,
+    MTP_KEY,
+    SCALE_SUFFIX,
+    TensorSpec,
+    release_tensors,
+    unstack_info,
+)
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One disagreement of a checkpoint with its config, for which it is refused.
+
+    ``kind`` is ``missing``, ``surplus`` (a layer or expert that the config does not have), ``shape``, ``dtype`` or
+    ``scale``; ``info`` is what the header says of the tensor, ``None`` when it is missing.
+    """
+
+    kind: str
+    name: str
+    info: TensorInfo | None
+    found: str
+    wanted: str
+
+
+class Release:
+    """A checkpoint seen through a config: canonical names (``model.…``), FP8 weights paired with their scales."""
+
+    def __init__(self, reader: CheckpointReader, config):
+        self.reader, self.config = reader, config
+        self.scales: Scales | None = None  # once they are checked
+        # a headless model is saved without the prefix
+        self.is_bare = not any(name.startswith("model.") for name in reader)
+        infos = reader.values()
+        if any(".experts.gate_up_proj" in name or ".experts.down_proj" in name for name in reader):
+            experts = config.n_routed_experts
+            infos = (part for info in infos for part in unstack_info(info, experts))
+        self.infos = {self.canonical(info.name): info for info in infos}
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None and not isinstance(quantization, Mapping):
+            quantization = quantization.to_dict()
+        self.is_fp8 = bool(quantization) and quantization.get("quant_method") in ("fp8", "deepseek_moe_fp8")
+        self.block = tuple((quantization or {}).get("weight_block_size") or block_fp8.BLOCK)
+
+    def canonical(self, name: str) -> str:
+        return (
+            f"model.{name}" if self.is_bare and name.partition(".")[0] in ("layers", "embed_tokens", "norm") else name
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if self.scales is not None and name in self.scales:
+            return self.scales[name]
+        return self.reader.view(self.infos[name])
+
+    def is_quantized(self, name: str) -> bool:
+        return name in self.infos and self.infos[name].dtype == block_fp8.FP8_DTYPE
+
+    def dequantized(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return block_fp8.dequantize(self.tensor(name), self.tensor(name + SCALE_SUFFIX), dtype, self.block)
+
+    @property
+    def has_mtp(self) -> bool:
+        first = f"model.layers.{self.config.num_hidden_layers}."
+        return any(name.startswith(first) for name in self.infos)
+
+    def leave_out_layers(self) -> list[int]:
+        """Drop the layers that the config on disk has and this one does not; returns their numbers.
+
+        A config that differs from the folder's own was changed by the caller, whose wish that is. Where it keeps
+        fewer decoder layers, the MTP layers go too: they continue from the last one. Layers that the folder's own
+        config does not have either stay, and are refused by `check`.
+        """
+        depth, mtp = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        disk_depth = self._config_on_disk.num_hidden_layers
+        disk_mtp = self._config_on_disk.num_nextn_predict_layers
+        if depth < disk_depth:
+            kept = depth
+        elif depth == disk_depth and mtp < disk_mtp:
+            kept = depth + mtp
+        else:
+            return []
+        unwanted = range(kept, disk_depth + disk_mtp)
+        numbers = {name: int(match[1]) for name in self.infos if (match := LAYER_KEY.match(name))}
+        dropped = {name: number for name, number in numbers.items() if number in unwanted}
+        self.infos = {name: info for name, info in self.infos.items() if name not in dropped}
+        return sorted(set(dropped.values()))
+
+    @cached_property
+    def _config_on_disk(self):
+        """The folder's own config; the one in memory where there is none, or none that is one of this family's."""
+        file = self.reader.files[0].parent / "config.json"
+        try:
+            return type(self.config).from_dict(json.loads(file.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return self.config
+
+    def _fits_on_disk(self, problem: Problem) -> bool:
+        spec = release_tensors(self._config_on_disk).get(self.canonical(problem.name))
+        return spec is not None and spec.shape == problem.info.shape
+
+    def check(self, needs_head: bool, ignored: Collection[str] = ()) -> None:
+        """Compare names, shapes and dtypes with the config, and look at every scale's values.
+
+        Args:
+            ignored: kinds of `Problem` to let pass.
+
+        Raises:
+            CheckpointError: for the first disagreement (`MisfitError` if the caller's own changes to
+                the folder's config made it), naming file, tensor, what was found and what was wanted.
+        """
+        for problem in self.problems(needs_head):
+            if problem.kind in ignored:
+                continue
+            file = self.where(problem.name) if problem.info is None else problem.info.file
+            kind = MisfitError if problem.kind == "shape" and self._fits_on_disk(problem) else CheckpointError
+            raise kind(f"{file}: tensor {problem.name}: found {problem.found}, wanted {problem.wanted}")
+
+    def problems(self, needs_head: bool, read_scales: bool = True) -> Iterator[Problem]:
+        """Every disagreement with the config; from the headers alone with ``read_scales=False``.
+
+        Scales come last: they are read when nothing in the headers stood against it, or when the caller goes on.
+        """
+        expected = release_tensors(self.config)
+        if self.is_bare or not needs_head:
+            expected.pop("lm_head.weight", None)
+        yield from self._surplus(expected)
+        scales = {}
+        for name, spec in expected.items():
+            info = self.infos.get(name)
+            if info is None:
+                yield Problem("missing", name, None, "no such tensor", f"{list(spec.shape)} by the config")
+                continue
+            if info.shape != spec.shape:
+                wanted = f"{list(spec.shape)} by the config"
+                yield Problem("shape", info.name, info, f"shape {list(info.shape)}", wanted)
+                if len(info.shape) != len(spec.shape):
+                    continue
+            if info.dtype == block_fp8.FP8_DTYPE:
+                scale = self.infos.get(name + SCALE_SUFFIX)
+                problem = self._quantized_problem(info, scale, spec)
+                if problem is None:
+                    scales[name + SCALE_SUFFIX] = scale
+                else:
+                    yield problem
+            elif info.dtype not in FLOATS:
+                wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
+                yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
+        if read_scales:
+            self.scales = Scales(self.reader, scales)
+            for info, value, index in self.scales.unusable():
+                yield Problem("scale", info.name, info, f"{value} at {index}", "finite, non-negative scales")
+
+    def where(self, name: str) -> str:
+        """The file that holds the tensor's neighbours, to look in for what is missing."""
+        stem = name.rpartition(".")[0]
+        while stem:
+            for other, info in self.infos.items():
+                if other.startswith(stem + "."):
+                    return str(info.file)
+            stem = stem.rpartition(".")[0]
+        return str(self.reader.files[0].parent)
+
+    def _surplus(self, expected: dict[str, TensorSpec]) -> Iterator[Problem]:
+        layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+        for name, info in self.infos.items():
+            weight = name.removesuffix(SCALE_SUFFIX)
+            if name in expected or (weight in expected and weight != name):
+                if weight != name and not self.is_quantized(weight):
+                    found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
+                    yield Problem("scale", info.name, info, found, "FP8 codes beside it")
+                continue
+            layer = LAYER_KEY.match(name)
+            if layer and int(layer[1]) >= layers:
+                wanted = (
+                    f"{layers} layers (num_hidden_layers={self.config.num_hidden_layers}, "
+                    f"num_nextn_predict_layers={self.config.num_nextn_predict_layers})"
+                )
+                yield Problem("surplus", info.name, info, f"layer {layer[1]}", wanted)
+                continue
+            if MTP_KEY.match(name):
+                wanted = f"a decoder layer (num_hidden_layers={self.config.num_hidden_layers})"
+                yield Problem("surplus", info.name, info, f"MTP layer {layer[1]}", wanted)
+                continue
+            expert = EXPERT_KEY.match(name)
+            if expert and int(expert[2]) >= (self.config.n_routed_experts or 0):
+                wanted = f"n_routed_experts={self.config.n_routed_experts}"
+                yield Problem("surplus", info.name, info, f"expert {expert[2]}", wanted)
+
+    def _quantized_problem(self, info: TensorInfo, scale: TensorInfo | None, spec: TensorSpec) -> Problem | None:
+        if not (self.is_fp8 and spec.quantized):
+            reason = (
+                "a floating-point tensor" if self.is_fp8 else "no FP8 without quantization_config (quant_method fp8)"
+            )
+            return Problem("dtype", info.name, info, f"dtype {info.dtype}", reason)
+        wanted = block_fp8.scale_shape(info.shape, self.block)
+        if scale is None:
+            found = f"FP8 codes without {info.name}{SCALE_SUFFIX}"
+            return Problem("scale", info.name, info, found, f"fp32 scales {list(wanted)}")
+        if scale.dtype != torch.float32:
+            return Problem("scale", scale.name, scale, f"dtype {scale.dtype}", "torch.float32")
+        if scale.shape != wanted:
+            why = f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
+            return Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
+        return None
