@@ -41,7 +41,7 @@ def choose(
     scores_TE = scores(logits_TE, routing)
     scores_for_choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if routing.n_group > 1:
-        scores_TGe = scores_for_choice_TE.view(len(scores_TE), routing.n_group, -1)
+        scores_TGe = scores_for_choice_TE.unflatten(1, (routing.n_group, -1))
         best = scores_TGe.topk(2, dim=-1).values.sum(-1) if routing.group_score_top2 else scores_TGe.amax(-1)
         kept = best.topk(routing.topk_group, dim=-1, sorted=False).indices
         dropped_TG = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
