@@ -278,6 +278,8 @@ def accept_release_keys(module: DeepseekExperts, state_dict: dict, prefix: str, 
 
     `Trainer` resumes with ``load_state_dict`` on the saved files. Shards may each hold some of the experts.
     """
+    if not prefix.endswith(".mlp.experts."):
+        return  # within an adapter's wrapper, whose files hold the adapter alone
     for stack, parameter in module.named_parameters(recurse=False):
         sources = stack_sources(prefix + stack, module.num_experts)
         present = [name for names in sources for name in names if name in state_dict]
