@@ -20,6 +20,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from modeling_deepseek_moe.adapters import AdapterMixin
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.cache import grow_in_place
@@ -43,7 +44,9 @@ from modeling_deepseek_moe.saving import ReleaseSavingMixin
 from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 
-class DeepseekMoePreTrainedModel(ReleaseLoadingMixin, ReleaseSavingMixin, StreamingMixin, PreTrainedModel):
+class DeepseekMoePreTrainedModel(
+    AdapterMixin, ReleaseLoadingMixin, ReleaseSavingMixin, StreamingMixin, PreTrainedModel
+):
     """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""
 
     config_class = DeepseekMoeConfig

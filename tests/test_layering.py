@@ -52,6 +52,7 @@ LAYERS = (
     "fp8",
     "fp8_experts",
     "mapped_experts",
+    "adapters",
     "rope",
     "masks",
     "cross_entropy",
