@@ -18,7 +18,6 @@ from modeling_deepseek_moe.ops.experts import STACKS
 
 WAY_OUT = "load the model with FineGrainedFP8Config(dequantize=True)"
 MERGE = "`deepseek-moe convert merge-adapter` adds adapters to the files, FP8 ones too"
-INITS_WITHOUT_WEIGHT = ("gaussian", "orthogonal", "eva")
 LORA_KEY = re.compile(r"^(.*)\.(gate_proj|up_proj|down_proj)\.(lora_[AB])(?:\.([^.]+))?\.weight$")
 ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 
@@ -44,7 +43,6 @@ class AdapterMixin:
                 _unwrap(self)
             raise
         if "_adapter_hook" not in self.__dict__:
-            # of the class, so that copies of the model have their own
             self.__dict__["_adapter_hook"] = self.register_load_state_dict_pre_hook(accept_projections)
         self.__dict__["peft_config"] = configs
         _settle_fp8(self)
@@ -67,18 +65,11 @@ def _refuse_fp8(model: nn.Module, config) -> None:
                     f"{name}: found FP8-resident routed experts, wanted bf16 or fp32 ones for an adapter of "
                     f"{', '.join(stacks)} (as peft reads gate_proj, up_proj, down_proj and all-linear): {WAY_OUT}"
                 )
-        elif isinstance(getattr(module, "base_layer", None), Fp8Linear):
-            if hasattr(module, "parameter_name"):
-                raise ValueError(
-                    f"{name}: found FP8 codes, wanted bf16 or fp32 for an adapter of target_parameters: name the "
-                    f"layer in target_modules, or {WAY_OUT}"
-                )
-            init = getattr(config, "init_lora_weights", True)
-            reads = "DoRA" if getattr(config, "use_dora", False) else init
-            if reads == "DoRA" or (isinstance(init, str) and init not in INITS_WITHOUT_WEIGHT):
-                raise ValueError(
-                    f"{name}: found FP8 codes, wanted bf16 or fp32 for {reads}, which reads the weight: {WAY_OUT}"
-                )
+        elif isinstance(getattr(module, "base_layer", None), Fp8Linear) and hasattr(module, "parameter_name"):
+            raise ValueError(
+                f"{name}: found FP8 codes, wanted bf16 or fp32 for an adapter of target_parameters: name the "
+                f"layer in target_modules, or {WAY_OUT}"
+            )
 
 
 def _unwrap(model: nn.Module) -> None:
