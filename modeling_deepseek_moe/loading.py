@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from modeling_deepseek_moe.adapter_dtypes import widen_adapters
 from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
@@ -140,6 +139,8 @@ def accept_release_keys(module: DeepseekExperts, state_dict: dict, prefix: str, 
 
     `Trainer` resumes with ``load_state_dict`` on the saved files. Shards may each hold some of the experts.
     """
+    if not prefix.endswith(".mlp.experts."):
+        return  # within an adapter's wrapper, whose files hold the adapter alone
     for stack, parameter in module.named_parameters(recurse=False):
         sources = stack_sources(prefix + stack, module.num_experts)
         present = [name for names in sources for name in names if name in state_dict]
@@ -160,7 +161,6 @@ class ReleaseLoadingMixin:
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # transformers has no public hook between resolving the files and reading them; this is where it reads them.
         if model._hf_peft_config_loaded:  # an adapter's files, not a checkpoint's
-            widen_adapters(model)
             return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         quantizer = load_config.hf_quantizer
         if quantizer is not None and getattr(quantizer.quantization_config, "quant_method", None) == "fp8":
@@ -203,11 +203,6 @@ class ReleaseLoadingMixin:
                 return super().from_pretrained(path, *args, **kwargs)
             finally:
                 _current.reset(token)
-
-    def add_adapter(self, *args, **kwargs) -> None:
-        """As transformers'; adapters of FP8 weights are in a floating-point dtype of their own."""
-        super().add_adapter(*args, **kwargs)
-        widen_adapters(self, new_values=True)
 
     def to(self, *args, **kwargs):
         """As `PreTrainedModel.to`; a model that still has tensors without data says which way it gets them.

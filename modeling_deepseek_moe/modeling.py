@@ -20,6 +20,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from modeling_deepseek_moe.adapters import AdapterMixin
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.cache import check_layout, grow_in_place
@@ -47,7 +48,13 @@ from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 
 class DeepseekMoePreTrainedModel(
-    ReleaseLoadingMixin, ReleaseSavingMixin, ResizingMixin, StreamingMixin, EngineReportMixin, PreTrainedModel
+    AdapterMixin,
+    ReleaseLoadingMixin,
+    ReleaseSavingMixin,
+    ResizingMixin,
+    StreamingMixin,
+    EngineReportMixin,
+    PreTrainedModel,
 ):
     """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""
 
