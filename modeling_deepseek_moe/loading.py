@@ -303,7 +303,9 @@ class ReleaseLoadingMixin:
                 "FineGrainedFP8Config applies to FP8 checkpoints here. To quantise a bf16 model, save it with "
                 "save_pretrained(folder, quantize='fp8') and load that folder."
             )
-        if state_dict is None and checkpoint_files:
+        # What another quantiser saved is its own format, whose tensors no config tells: transformers loads that.
+        is_foreign = quantizer is not None and quantizer.pre_quantized and not hasattr(quantizer, "release")
+        if state_dict is None and checkpoint_files and not is_foreign:
             release = getattr(quantizer, "release", None)
             if release is None:
                 release = open_release(checkpoint_files, model.config)
@@ -325,9 +327,11 @@ class ReleaseLoadingMixin:
 
         Raises:
             CheckpointError: a tensor is missing, or is not what the config wants.
+            ValueError: an FP8 checkpoint, and the config of another quantiser.
         """
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
+        _refuse_requantising(path, kwargs.get("config"), kwargs.get("quantization_config"))
         with _collector_paused():
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
@@ -339,6 +343,21 @@ class ReleaseLoadingMixin:
             finally:
                 _wants_loading_info.reset(wants_info)
                 _opened.reset(opened)
+
+
+def _refuse_requantising(path, config, wanted) -> None:
+    """Refuse FP8 weights for another quantiser by name; transformers' own error does not say the way out."""
+    found = getattr(config, "quantization_config", None)
+    if found is None or wanted is None:
+        return
+    found, wanted = (dict(c) if isinstance(c, Mapping) else c.to_dict() for c in (found, wanted))
+    method = str(getattr(wanted.get("quant_method"), "value", wanted.get("quant_method")))
+    if found.get("quant_method") in ("fp8", "deepseek_moe_fp8") and "fp8" not in method:
+        raise ValueError(
+            f"{path}: found FP8 weights, wanted floating-point ones for {method}: turn them into bf16 with "
+            "`deepseek-moe convert fp8-to-bf16`, or with FineGrainedFP8Config(dequantize=True) and save_pretrained, and "
+            "load that folder"
+        )
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ LAYERS = (
     "mapped_experts",
     "rope",
     "masks",
+    "tokens",
     "cross_entropy",
     "attention_chunks",
     "attention",
