@@ -40,6 +40,8 @@ extras["dev"] = [
     "pytest-xdist",
     "ruff>=0.17.6,<0.18",
     "setuptools",
+    "torchao",
+    "trl",
     "wheel",
 ]
 

@@ -7,7 +7,7 @@ asks for them: expert stacks, and dequantised weights where the caller wants tho
 import contextlib
 import gc
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
+from modeling_deepseek_moe.config import FP8_METHOD
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import block_fp8
@@ -168,7 +169,13 @@ class ReleaseLoadingMixin:
                 "FineGrainedFP8Config applies to FP8 checkpoints here. To quantise a bf16 model, save it with "
                 "save_pretrained(folder, quantize='fp8') and load that folder."
             )
-        if state_dict is None and checkpoint_files:
+        # What another quantiser saved is its own format, whose tensors no config tells: transformers loads that.
+        is_foreign = (
+            quantizer is not None
+            and quantizer.pre_quantized
+            and getattr(quantizer.quantization_config, "quant_method", None) != FP8_METHOD
+        )
+        if state_dict is None and checkpoint_files and not is_foreign:
             loading = _current.get() or Loading(None)
             if loading.release is None:
                 ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
@@ -191,9 +198,11 @@ class ReleaseLoadingMixin:
 
         Raises:
             CheckpointError: a tensor is missing, or is not what the config wants.
+            ValueError: an FP8 checkpoint, and the config of another quantiser.
         """
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
+        _refuse_requantising(path, kwargs.get("config"), kwargs.get("quantization_config"))
         with _collector_paused():
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
@@ -222,6 +231,21 @@ class ReleaseLoadingMixin:
                 "from_pretrained(folder, device_map=..., offload_folder=...) only, not by loaders that copy tensor by "
                 "tensor; dispatch_model takes a model loaded that way."
             ) from error
+
+
+def _refuse_requantising(path, config, wanted) -> None:
+    """Refuse FP8 weights for another quantiser by name; transformers' own error does not say the way out."""
+    found = getattr(config, "quantization_config", None)
+    if found is None or wanted is None:
+        return
+    found, wanted = (dict(c) if isinstance(c, Mapping) else c.to_dict() for c in (found, wanted))
+    method = str(getattr(wanted.get("quant_method"), "value", wanted.get("quant_method")))
+    if found.get("quant_method") in ("fp8", "deepseek_moe_fp8") and "fp8" not in method:
+        raise ValueError(
+            f"{path}: found FP8 weights, wanted floating-point ones for {method}: turn them into bf16 with "
+            "`deepseek-moe convert fp8-to-bf16`, or with FineGrainedFP8Config(dequantize=True) and save_pretrained, and "
+            "load that folder"
+        )
 
 
 @contextlib.contextmanager

@@ -85,6 +85,19 @@ class DeepseekMoePreTrainedModel(
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or IMPLEMENTATION)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DistributedDataParallel when it wraps the model: the MTP layers, which get no gradient without their loss.
+
+        DDP would wait for it. The names are as they are here and as they are inside a ``PeftModel``.
+        """
+        base = self.base_model
+        if base.training_state is not None and base.training_state.mtp_weight:
+            return []
+        unused = {id(parameter) for layer in base.mtp_layers for parameter in layer.parameters()}
+        names = [name for name, parameter in self.named_parameters() if id(parameter) in unused]
+        return names + [f"base_model.model.{name}" for name in names]
+
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range

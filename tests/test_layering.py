@@ -70,6 +70,7 @@ LAYERS = (
     "rope",
     "paged",
     "masks",
+    "tokens",
     "cross_entropy",
     "attention_chunks",
     "attention",

@@ -1,6 +1,7 @@
 """What ``generate`` and ``chat`` share: options, loading, streaming, and the figures of a run."""
 
 import copy
+import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +26,7 @@ from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint import parse_size
 from modeling_deepseek_moe.cli._console import rate, size, stderr
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 MODEL, SAMPLING, RUNNING = "Model", "Sampling (default: the folder's generation_config.json)", "Running"
 
 
@@ -46,6 +47,14 @@ DequantizeOption = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="To compute in; auto: as the checkpoint says.", rich_help_panel=MODEL)
+]
+TrustRemoteCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the tokenizer's Python code that lies in the folder (Kimi, Moonlight).",
+        rich_help_panel=MODEL,
+    ),
 ]
 TemperatureOption = Annotated[
     float | None, typer.Option(min=0, help="0: always the likeliest token.", rich_help_panel=SAMPLING)
@@ -145,8 +154,8 @@ def expert_summary(model: PreTrainedModel, meter: "Meter | None" = None) -> str:
     return "\n".join(["experts", *(f"  {name:<10}  {value}" for name, value in rows)])
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Nothing of the folder is executed.
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Nothing of the folder is executed unless ``trust_remote_code``.
 
     Raises:
         ValueError: the folder has none, or one that comes as Python code.
@@ -156,13 +165,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"{folder}: found no tokenizer ({', '.join(TOKENIZER_FILES[:2])}), wanted one beside the weights"
         )
+    if not trust_remote_code and tokenizer_is_code(folder):
+        raise ValueError(
+            f"{folder}: found a tokenizer that comes as Python code (auto_map in tokenizer_config.json), wanted one "
+            "without; if you trust that code: --trust-remote-code"
+        )
     # the folder's own advice on its tokenizer class is for its publisher
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def tokenizer_is_code(folder: Path) -> bool:
+    """Whether the tokenizer needs Python code of the folder: its config names some, and no ``tokenizer.json`` replaces it."""
+    config = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not config.is_file():
+        return False
+    return "AutoTokenizer" in (json.loads(config.read_text(encoding="utf-8")).get("auto_map") or {})
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek_moe.objective import IGNORE
+from modeling_deepseek_moe.tokens import encode_text
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -63,7 +64,7 @@ def _chat(row: dict, tokenizer: PreTrainedTokenizerBase, assistant_only: bool) -
 
 
 def _text(row: dict, tokenizer: PreTrainedTokenizerBase, _) -> tuple[list[int], list[int]]:
-    ids = tokenizer(row["text"])["input_ids"]
+    ids = encode_text(tokenizer, row["text"])
     if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
         ids = [*ids, tokenizer.eos_token_id]
     return ids, list(ids)

@@ -8,7 +8,6 @@ import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     FineGrainedFP8Config,
     HfArgumentParser,
     PreTrainedModel,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from modeling_deepseek_moe.cli._console import stdout
+from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import Collator, Rows, load_documents, pack
 from modeling_deepseek_moe.config import FP8_METHOD
 from modeling_deepseek_moe.training import (
@@ -41,6 +41,7 @@ class RunOptions:
     model: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    trust_remote_code: bool = False
     dtype: str = "float32"
     bf16_moments: bool = False
     train_file: str | None = None
@@ -124,7 +125,7 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
     """The whole command."""
     options, training = read_options(recipe, arguments)
     set_seed(training.seed)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    tokenizer = load_tokenizer(Path(options.tokenizer or options.model), options.trust_remote_code)
     files = {"train": options.train_file, "eval": options.eval_file}
     rows = {}
     for part, file in files.items():

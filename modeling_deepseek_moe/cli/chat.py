@@ -87,6 +87,7 @@ def chat(
     seed: _model.SeedOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
+    trust_remote_code: _model.TrustRemoteCodeOption = False,
     attention: _model.AttentionOption = None,
     device: _model.DeviceOption = "auto",
     expert_memory: _model.ExpertMemoryOption = None,
@@ -103,7 +104,7 @@ def chat(
       [cyan]deepseek-moe chat -m DeepSeek-V3 --expert-memory 16GB --stats[/]
       [cyan]printf 'Hi!\\nAnd in German?\\n' | deepseek-moe chat -m DeepSeek-V3[/]
     """
-    tokenizer = _model.load_tokenizer(model)
+    tokenizer = _model.load_tokenizer(model, trust_remote_code)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{model}: found a tokenizer without chat template (chat_template in tokenizer_config.json, or "

@@ -84,6 +84,7 @@ def eval(  # noqa: A001  the command's name
     ] = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
+    trust_remote_code: _model.TrustRemoteCodeOption = False,
     attention: _model.AttentionOption = None,
     device: _model.DeviceOption = "auto",
     expert_memory: _model.ExpertMemoryOption = None,
@@ -125,7 +126,7 @@ def eval(  # noqa: A001  the command's name
     out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
     for benchmark in benchmarks:  # before a large model is loaded
         load_rows(benchmark, "test", data or "hub")
-    tokenizer = _model.load_tokenizer(model)
+    tokenizer = _model.load_tokenizer(model, trust_remote_code)
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
     )

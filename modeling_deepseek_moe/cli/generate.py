@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.tokens import encode_text
 
 
 def generate(
@@ -28,6 +29,7 @@ def generate(
     seed: _model.SeedOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
+    trust_remote_code: _model.TrustRemoteCodeOption = False,
     attention: _model.AttentionOption = None,
     device: _model.DeviceOption = "auto",
     expert_memory: _model.ExpertMemoryOption = None,
@@ -44,7 +46,7 @@ def generate(
       [cyan]deepseek-moe generate -m DeepSeek-V3 "Once" -n 16 --expert-memory 16GB --stats[/]
       [cyan]deepseek-moe generate -m no-tokenizer-here --token-ids 0,1,2[/]
     """
-    tokenizer, input_ids = _prompt(model, prompt, token_ids)
+    tokenizer, input_ids = _prompt(model, prompt, token_ids, trust_remote_code)
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
     )
@@ -67,7 +69,7 @@ def generate(
         stderr().print(f"[dim]{_model.expert_summary(loaded, meter)}[/]", soft_wrap=True)
 
 
-def _prompt(folder: Path, prompt: str | None, token_ids: str | None):
+def _prompt(folder: Path, prompt: str | None, token_ids: str | None, trust_remote_code: bool):
     """The tokenizer (``None`` where token ids were given) and the prompt's ids ``[1, S]``."""
     if token_ids is not None:
         if prompt is not None:
@@ -81,10 +83,10 @@ def _prompt(folder: Path, prompt: str | None, token_ids: str | None):
             raise ValueError('found no prompt, wanted one: deepseek-moe generate --model FOLDER "Once upon a time"')
         prompt = sys.stdin.read()
     try:
-        tokenizer = _model.load_tokenizer(folder)
+        tokenizer = _model.load_tokenizer(folder, trust_remote_code)
     except ValueError as error:
         raise ValueError(f"{error}; --token-ids does without") from None
-    input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+    input_ids = torch.tensor([encode_text(tokenizer, prompt)], dtype=torch.long)
     if not input_ids.numel():
         raise ValueError("found an empty prompt, wanted at least one token")
     return tokenizer, input_ids

@@ -45,6 +45,7 @@ def predict(
     batch_size: Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")] = "auto",
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
+    trust_remote_code: _model.TrustRemoteCodeOption = False,
     attention: _model.AttentionOption = None,
     device: _model.DeviceOption = "auto",
     expert_memory: _model.ExpertMemoryOption = None,
@@ -90,7 +91,7 @@ def predict(
 
         model, label = Path(tiny_checkpoint()), label or "tiny checkpoint"
         stderr().print("[dim]no --model: the small one that ships, which writes no programs[/]")
-    tokenizer = _model.load_tokenizer(model)
+    tokenizer = _model.load_tokenizer(model, trust_remote_code)
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
     )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 BLOCK = (128, 128)  # of FP8 weights; the release's and the engine's
+_PLAIN = (nn.Parameter, torch.Tensor)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -19,7 +20,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether calling the layer multiplies with its weight, adds its bias, and does nothing else."""
-    return (type(layer) is nn.Linear or is_fp8(layer)) and not is_hooked(layer)
+    return is_plain(layer) or (is_fp8(layer) and not is_hooked(layer))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it is ``torch.nn.Linear`` itself, with a weight of torch's own and nothing attached to its call."""
+    # a quantiser, or sharding, may leave the class and replace the weight by a tensor subclass of its own
+    return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in _PLAIN and not is_hooked(layer)
 
 
 def is_fp8(layer: nn.Module) -> bool:

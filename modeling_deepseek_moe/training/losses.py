@@ -55,16 +55,25 @@ class MtpLossCallback(TrainerCallback):
         switch_at: after this part of the training (10T of 14.8T tokens).
 
     Raises:
-        ValueError: when `Trainer` is made, a model without MTP layers.
+        ValueError: when `Trainer` is made, a model without MTP layers; at the start of a training of several processes, a
+            callback that was added after `Trainer` was made.
     """
 
     def __init__(self, weight: float = 0.3, later_weight: float = 0.1, switch_at: float = 10 / 14.8):
         self.weight, self.later_weight, self.switch_at = weight, later_weight, switch_at
+        self._saw_init = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self._share(model)
+        self._saw_init = True
+        attach_state(model).mtp_weight = self.weight  # before DDP wraps the model and asks whom to wait for
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.world_size > 1 and not self._saw_init:
+            raise ValueError(
+                "MtpLossCallback: found it added after Trainer was made, when ranks may already have agreed not to share "
+                "the MTP layers' gradients, wanted Trainer(..., callbacks=[MtpLossCallback()])"
+            )
         self._share(model)  # if the callback came after the Trainer
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):

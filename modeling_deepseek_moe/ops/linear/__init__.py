@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
-from modeling_deepseek_moe.ops._operands import is_hooked
+from modeling_deepseek_moe.ops._operands import is_plain
 from modeling_deepseek_moe.ops.linear import cpu
 
 __all__ = ["linear", "project"]
@@ -33,6 +33,6 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Every product of the model with a layer's weight goes through here, so that the layers need be nothing but torch's own;
     an adapter's, a quantiser's or a hooked layer is called as it is.
     """
-    if type(layer) is nn.Linear and not is_hooked(layer):
+    if is_plain(layer):
         return linear(x, layer.weight, layer.bias)
     return layer(x)

@@ -1,0 +1,106 @@
+"""TRL given a path, and DDP with checkpointing on a folder with MTP layers, beside plain transformers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from releases import SHAPES, write_release
+from training_harness import Padded
+from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Trainer, TrainingArguments
+
+import modeling_deepseek_moe as dsm
+
+ROWS = [{"prompt": f"Solve x + {i} = 11 for x.", "chosen": " x = 7", "rejected": " no"} for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fp32")
+    dequantize = FineGrainedFP8Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        dsm.tiny_checkpoint(), quantization_config=dequantize, dtype="float32"
+    )
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(dsm.tiny_checkpoint()).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("by", ["path", "model"])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl_trains_this_class(folder, tmp_path, kind, by):
+    import trl
+    from datasets import Dataset
+
+    arguments = getattr(trl, f"{kind}Config")(
+        str(tmp_path),
+        max_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        max_length=64,
+        model_init_kwargs={"architecture": AutoModelForCausalLM},
+    )
+    rows = ROWS if kind == "DPO" else [{"text": row["prompt"] + row["chosen"]} for row in ROWS]
+    model = str(folder) if by == "path" else AutoModelForCausalLM.from_pretrained(folder)
+    trainer = getattr(trl, f"{kind}Trainer")(model, args=arguments, train_dataset=Dataset.from_list(rows))
+    assert type(trainer.model) is dsm.DeepseekV3ForCausalLM
+    if kind == "DPO":
+        assert type(trainer.accelerator.unwrap_model(trainer.ref_model)) is dsm.DeepseekV3ForCausalLM
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    assert kind == "SFT" or losses[0] == pytest.approx(0.6931, abs=1e-3)
+
+
+def train(folder, out, who, reentrant):
+    if who == "plain":
+        config = transformers.DeepseekV3Config.from_pretrained(folder)
+        model = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, config=config, dtype="float32")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    arguments = TrainingArguments(
+        str(out),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    callbacks = [dsm.MtpLossCallback()] if who == "mtp" else []
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".layers.3." in name}
+    trainer = Trainer(model, arguments, train_dataset=Padded(), callbacks=callbacks)
+    trainer.train()
+    changed = [name for name, p in model.named_parameters() if name in before and not p.equal(before[name])]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    sums = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+    name = f"{who}-{trainer.args.process_index}.json"
+    (Path(out) / name).write_text(json.dumps({"losses": losses, "changed": len(changed), "sum": sums}))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_ddp_with_checkpointing_has_the_losses_of_plain(tmp_path, reentrant):
+    write_release(tmp_path / "release", SHAPES["v3-mtp"]())
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path, str(int(reentrant))]
+    subprocess.run([sys.executable, "-m", *map(str, command)], check=True, timeout=300)
+    runs = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert runs["ours-0"]["losses"] == pytest.approx(runs["plain-0"]["losses"], rel=1e-4)
+    assert runs["ours-0"]["changed"] == 0  # the MTP layer
+    assert runs["mtp-0"]["changed"] > 0
+    if not reentrant:
+        assert runs["mtp-0"]["sum"] == runs["mtp-1"]["sum"]  # the ranks share its gradients
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for who in ("plain", "ours", "mtp"):
+        train(root / "release", root, who, sys.argv[2] == "1")
