@@ -56,7 +56,7 @@ class MtpLossCallback(TrainerCallback):
 
     Raises:
         ValueError: when `Trainer` is made, a model without MTP layers; at the start of a training of several processes, a
-            callback that was added after `Trainer` was made.
+            callback that was added after `Trainer` was made, or reentrant checkpointing.
     """
 
     def __init__(self, weight: float = 0.3, later_weight: float = 0.1, switch_at: float = 10 / 14.8):
@@ -73,6 +73,13 @@ class MtpLossCallback(TrainerCallback):
             raise ValueError(
                 "MtpLossCallback: found it added after Trainer was made, when ranks may already have agreed not to share "
                 "the MTP layers' gradients, wanted Trainer(..., callbacks=[MtpLossCallback()])"
+            )
+        checkpointing = args.gradient_checkpointing_kwargs or {}  # 5.24 has a newer name, and keeps this one in step
+        if args.world_size > 1 and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "MtpLossCallback: found reentrant checkpointing on several processes, wanted gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}: an MTP layer uses the model's embedding again within a checkpointed layer, whose "
+                "gradient the ranks would then share before it is whole, and drift apart"
             )
         self._share(model)  # if the callback came after the Trainer
 
