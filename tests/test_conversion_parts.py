@@ -133,7 +133,7 @@ def test_adapters_of_others_are_refused(release, tmp_path):
         "wanted both": ({key: good[key]}, {}),
         "DoRA": (good, {"use_dora": True}),
         "wanted LORA": (good, {"peft_type": "IA3"}),
-        "no lora_A or lora_B": ({"base_model.model.lm_head.weight": good[key]}, {}),
+        "wanted LoRA's matrices": ({"base_model.model.lm_head.weight": good[key]}, {}),
         "NaN or Inf": (good | {key: good[key] * torch.nan}, {}),
     }
     for number, (message, (tensors, config)) in enumerate(cases.items()):
