@@ -135,22 +135,21 @@ class Adapter:
         pairs = {}
         for module, half in halves.items():
             info = next(iter(half.values()))
+            stacked = EXPERTS_KEY.fullmatch(module)
+            name = None if stacked is not None else _name_in(base, f"{module}.weight")
+            if stacked is None and name is None:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name}: found no {module}.weight in {base.folder}, "
+                    "wanted an adapter of this model"
+                )
             if len(half) < 2:
                 raise CheckpointError(f"{info.file}: tensor {info.name}: found one of lora_A and lora_B, wanted both")
             a, b = half["A"], half["B"]
             if a.dtype not in WIDE.values() or b.dtype not in WIDE.values():
                 raise CheckpointError(f"{a.file}: tensor {a.name}: found {DTYPE_NAMES[a.dtype]}, wanted a wider dtype")
-            stacked = EXPERTS_KEY.fullmatch(module)
             if stacked is not None:
                 pairs |= self._stacked_pairs(base, stacked[1], a, b)
                 continue
-            # of a router's parameter there is no layer of its own
-            name = _name_in(base, f"{module}.weight")
-            if name is None:
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name}: found no {module}.weight in {base.folder}, "
-                    "wanted an adapter of this model"
-                )
             weight = base.reader[name]
             rank = self._of("rank_pattern", module, self.config.get("r"))
             if (a.shape, b.shape) != ((rank, weight.shape[-1]), (weight.shape[0], rank)):
