@@ -185,6 +185,10 @@ class Release:
                     found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
                     yield Problem("scale", info.name, info, found, "FP8 codes beside it")
                 continue
+            if ".self_attn.indexer." in name:
+                wanted = "attention without one: sparse attention (DeepSeek-V3.2) is not supported"
+                yield Problem("surplus", info.name, info, "an indexer's tensor", wanted)
+                continue
             layer = LAYER_KEY.match(name)
             if layer and int(layer[1]) >= layers:
                 wanted = (
