@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 ARGS :=
 STAMP := .venv/.installed
 READY := $(if $(filter .venv,$(VENV)),$(STAMP))
+DOORS := $(if $(filter .venv,$(VENV)),.venv/.doors)
 # The oldest transformers that is tested, in an environment of its own; all else is as in constraints.txt.
 OLDEST := 5.23.0
 OLD_VENV := .venv-$(OLDEST)
@@ -27,13 +28,17 @@ $(OLD_VENV)/.installed: setup.py constraints.txt $(wildcard modeling_deepseek_mo
 	test -x $(OLD_VENV)/bin/pip || $(PYTHON) -m venv $(OLD_VENV)
 	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > $(OLD_VENV)/constraints.txt
 	$(OLD_VENV)/bin/python -m pip install -c $(OLD_VENV)/constraints.txt torch==2.13.0
-	$(OLD_VENV)/bin/python -m pip install -c $(OLD_VENV)/constraints.txt -e ".[dev,eval,peft,bnb]"
+	$(OLD_VENV)/bin/python -m pip install -c $(OLD_VENV)/constraints.txt -e ".[dev,doors,eval,peft,bnb]"
 	touch $@
 
 demo: $(READY) ## Train, write as FP8, load and generate with a small model
 	$(BIN)/deepseek-moe demo $(ARGS)
 
-test: lint ## Check the style and run the tests
+.venv/.doors: $(STAMP)
+	.venv/bin/python -m pip install -c constraints.txt -e ".[doors]"
+	touch $@
+
+test: lint $(DOORS) ## Check the style and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformers that is supported

@@ -27,6 +27,8 @@ extras = {
     "train": ["datasets", "heavyball", "matplotlib"],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
+# Tools that the tests plug the models into; transformers imports torchao wherever it finds it, half a second a start.
+extras["doors"] = ["torchao", "trl"]
 extras["dev"] = [
     "build",
     "datasets",
@@ -40,8 +42,6 @@ extras["dev"] = [
     "pytest-xdist",
     "ruff>=0.17.6,<0.18",
     "setuptools",
-    "torchao",
-    "trl",
     "wheel",
 ]
 
