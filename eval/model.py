@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 import modeling_deepseek_moe  # noqa: F401  registers the family
 from modeling_deepseek_moe.anatomy import dissect
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.tokens import released_choice
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations
 MOST_ROWS = 64
@@ -99,10 +100,11 @@ class DeepseekLM(HFLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Token ids that begin with one BOS, as the family was trained, unless ``add_bos_token`` is False.
 
-        transformers ignores ``add_bos_token: true`` of the released tokenizer_config.json.
+        Where the caller does not say, the released tokenizer_config.json does, whose field transformers ignores.
         """
         ids = self.tokenizer.encode(string, add_special_tokens=False, verbose=False)
-        unwanted = add_special_tokens is False or self.add_bos_token is False
+        add_bos = released_choice(self.tokenizer) if self.add_bos_token is None else self.add_bos_token
+        unwanted = add_special_tokens is False or add_bos is False
         bos = self.tokenizer.bos_token_id
         return ids if unwanted or bos is None or ids[:1] == [bos] else [bos, *ids]
 

@@ -149,7 +149,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
             if getattr(self, name, None) not in (None, supported):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported, only {supported}")
         if getattr(self, "index_topk", None):
-            raise ValueError(f"index_topk={self.index_topk}: sparse attention (DeepSeek-V3.2's indexer) is not supported")
+            raise ValueError(
+                f"index_topk={self.index_topk}: sparse attention (DeepSeek-V3.2's indexer) is not supported"
+            )
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must equal num_attention_heads="

@@ -16,7 +16,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_bos: bool | N
             has none.
     """
     if add_bos is None:
-        add_bos = _released_choice(tokenizer)
+        add_bos = released_choice(tokenizer)
     if add_bos is None:
         return tokenizer(text).input_ids
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -24,6 +24,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_bos: bool | N
     return [bos, *ids] if add_bos and bos is not None and ids[:1] != [bos] else ids
 
 
-def _released_choice(tokenizer: PreTrainedTokenizerBase) -> bool | None:
+def released_choice(tokenizer: PreTrainedTokenizerBase) -> bool | None:
+    """``add_bos_token`` of the folder's tokenizer_config.json; ``None`` where that is silent, or there is no folder."""
     file = Path(tokenizer.name_or_path) / "tokenizer_config.json"
     return json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") if file.is_file() else None

@@ -143,6 +143,18 @@ def test_one_bos_and_only_one(ours):
     assert model.apply_chat_template([{"role": "user", "content": "x"}]).count("<think>") == 1
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_the_folder_says_whether_a_text_begins_with_bos(ours, tmp_path, said):
+    model = lm(ours)
+    silent = model.tok_encode("pens")
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"add_bos_token": {str(said).lower()}}}')
+    model.tokenizer.name_or_path = str(tmp_path)
+    assert model.tok_encode("pens") == (silent if said else silent[1:])
+    wished = lm(ours, add_bos_token=not said)
+    wished.tokenizer.name_or_path = str(tmp_path)
+    assert wished.tok_encode("pens") == (silent[1:] if said else silent)
+
+
 def test_a_prompt_is_never_cut(ours):
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens and max_gen_toks 1020, wanted at most 1024 together"):
         lm(ours).generate_until(generations(TEXTS, {**GREEDY, "max_gen_toks": 1020}), disable_tqdm=True)
