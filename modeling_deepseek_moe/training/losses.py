@@ -69,19 +69,23 @@ class MtpLossCallback(TrainerCallback):
         attach_state(model).mtp_weight = self.weight  # before DDP wraps the model and asks whom to wait for
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if args.world_size > 1 and not self._saw_init:
+        if args is not None and args.world_size > 1:  # a loop by hand has no arguments
+            self._check_ranks(args)
+        self._share(model)  # if the callback came after the Trainer
+
+    def _check_ranks(self, args) -> None:
+        if not self._saw_init:
             raise ValueError(
                 "MtpLossCallback: found it added after Trainer was made, when ranks may already have agreed not to share "
                 "the MTP layers' gradients, wanted Trainer(..., callbacks=[MtpLossCallback()])"
             )
         checkpointing = args.gradient_checkpointing_kwargs or {}  # 5.24 has a newer name, and keeps this one in step
-        if args.world_size > 1 and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "MtpLossCallback: found reentrant checkpointing on several processes, wanted gradient_checkpointing_kwargs="
                 "{'use_reentrant': False}: an MTP layer uses the model's embedding again within a checkpointed layer, whose "
                 "gradient the ranks would then share before it is whole, and drift apart"
             )
-        self._share(model)  # if the callback came after the Trainer
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         is_early = state.global_step < self.switch_at * state.max_steps
