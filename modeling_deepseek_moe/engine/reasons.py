@@ -27,12 +27,6 @@ from modeling_deepseek_moe.ops.swiglu import unsupported_reason as unsupported_s
 Reason = str | None
 
 
-def unsupported_reason(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """Why the engine cannot run this module on activations in ``dtype``; ``None`` if it can."""
-    function = KINDS.get(type(module))
-    return function(module, dtype) if function is not None else linear(module, dtype)
-
-
 def layer(module: nn.Module, dtype: torch.dtype) -> Reason:
     """A decoder layer's own call; its halves are asked for by themselves."""
     if dtype not in DTYPES:
@@ -129,17 +123,6 @@ def moe(module: nn.Module, dtype: torch.dtype) -> Reason:
         or _of_parts(module, (module.experts,), routed_experts, dtype)
         or _of_parts(module, shared, mlp, dtype)
     )
-
-
-KINDS = {
-    DeepseekDecoderLayer: layer,
-    DeepseekAttention: attention,
-    DeepseekRMSNorm: norm,
-    DeepseekMLP: mlp,
-    DeepseekMoE: moe,
-    DeepseekTopkRouter: router,
-    **dict.fromkeys((DeepseekExperts, StackedFp8Experts, MappedExperts), routed_experts),
-}
 
 
 def _of_parts(module: nn.Module, parts: Iterable[nn.Module], reason_of: Callable, dtype: torch.dtype) -> Reason:

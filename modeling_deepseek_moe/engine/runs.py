@@ -8,13 +8,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
+from modeling_deepseek_moe.attention import ABSORBED
 from modeling_deepseek_moe.engine.fused import run_by_halves
 from modeling_deepseek_moe.engine.plan import Plan, Stages
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._dispatch import CPU, REFERENCE, may_use, use_backend
 from modeling_deepseek_moe.ops.decode_step.cpu import FEW_TOKENS
 
-ABSORBED = "absorbed"
 SLOT = "_engine_plan"  # where a model carries the plan that was made of it
 
 

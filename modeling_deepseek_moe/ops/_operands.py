@@ -7,8 +7,9 @@ an adapter, a quantiser, a hook. Where nothing is, its weight may be read in pla
 import torch
 from torch import nn
 
+from modeling_deepseek_moe.ops._library import PLAIN
+
 BLOCK = (128, 128)  # of FP8 weights; the release's and the engine's
-_PLAIN = (nn.Parameter, torch.Tensor)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -26,7 +27,7 @@ def is_linear(layer: nn.Module) -> bool:
 def is_plain(layer: nn.Module) -> bool:
     """Whether it is ``torch.nn.Linear`` itself, with a weight of torch's own and nothing attached to its call."""
     # a quantiser, or sharding, may leave the class and replace the weight by a tensor subclass of its own
-    return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in _PLAIN and not is_hooked(layer)
+    return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in PLAIN and not is_hooked(layer)
 
 
 def is_fp8(layer: nn.Module) -> bool:
