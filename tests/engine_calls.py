@@ -93,7 +93,7 @@ def every_call(tokens: int, hidden: int, width: int, magnitude: float = 1.0, kep
                 calls[f"routed-{label}"] = experts.routed, (x, indices, gates, table, width, kind)
                 if dtype != torch.float16:
                     shared = [gate, up, down], [gate_scale, up_scale, row_scale] if kind == FP8 else []
-                    router = random(3, hidden).bfloat16(), random(3), [1, 1, 2, False, False, True], 2.5
+                    router = random(3, hidden).bfloat16(), random(3), 1, 1, 2, False, False, True, 2.5
                     calls[f"moe-{label}"] = moe.moe, (x[:8], *router, table, [], width, kind, *shared)
     return calls
 

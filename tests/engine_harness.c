@@ -8,8 +8,11 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { INTEGER, REAL, INPUT, OUTPUT, NOTHING, TABLE }; /* kinds of arguments */
-enum { MOST = 16 };
+enum { INTEGER, REAL, INPUT, OUTPUT, NOTHING }; /* kinds of arguments */
+enum { MOST = 16, MOST_BLOCKS = 256 };
+
+static char *owned[MOST_BLOCKS]; /* what a call reads */
+static int owned_count;
 
 typedef struct {
     int64_t kind, size, dtype, integer;
@@ -20,21 +23,8 @@ typedef struct {
 int dsm_isa_best(void);
 const char *dsm_isa_name(int isa);
 int dsm_has_threads(void);
-int dsm_linear(int, int, int, const void *, int64_t, int, const void *, const float *, int64_t, int64_t, const float *,
-               void *);
-int dsm_experts(int, int, int, const void *, int64_t, int64_t, int64_t, const int64_t *, const float *, int64_t,
-                const int64_t *, int64_t, int, float *, void *);
-int dsm_rms_norm(int, int, int, const void *, const void *, int64_t, int64_t, float, void *);
 int dsm_dequantize(int, int, const uint8_t *, const float *, int64_t, int64_t, void *, int);
 int dsm_quantize(int, int, const void *, int, int64_t, int64_t, uint8_t *, float *);
-int dsm_mla_decode(int, int, int, const int64_t *, const void *, const void *, const void *, const void *,
-                   const int64_t *, const float *, int, const void *, const float *, float, void *);
-int dsm_mla_project(int, int, int, const void *, const int64_t *, const int64_t *, const void *, float, const void *,
-                    float, const float *, const float *, void *, void *, void *);
-int dsm_moe(int, int, int, const void *, const int64_t *, const void *, const float *, float, const int64_t *,
-            const int64_t *, void *);
-int dsm_route(int, int, const float *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, int, int, int, float,
-              float *, int64_t *);
 
 static const char *const NAMES[] = {"linear", "experts", "rms_norm", "dequantize", "quantize", "mla_decode",
                                     "mla_project", "route", "moe"};
@@ -44,22 +34,16 @@ static int invoke(int64_t function, const Argument *a, int isa, int threads) {
 #define N(i) (int)a[i].integer
 #define P(i) (void *)a[i].data
     switch (function) {
-    case 0: return dsm_linear(isa, threads, N(0), P(1), I(2), N(3), P(4), P(5), I(6), I(7), P(8), P(9));
-    case 1:
-        return dsm_experts(isa, threads, N(0), P(1), I(2), I(3), I(4), P(5), P(6), I(7), P(8), I(9), N(10), P(11), P(12));
-    case 2: return dsm_rms_norm(isa, threads, N(0), P(1), P(2), I(3), I(4), (float)a[5].real, P(6));
+    case 0: return dsm_linear(isa, threads, N(0), P(1), I(2), P(3), P(4), P(5));
+    case 1: return dsm_experts(isa, threads, N(0), P(1), I(2), I(3), P(4), P(5), I(6), P(7), P(8), P(9));
+    case 2: return dsm_rms_norm(isa, threads, N(0), P(1), I(2), I(3), P(4), P(5));
     case 3: return dsm_dequantize(isa, threads, P(0), P(1), I(2), I(3), P(4), N(5));
     case 4: return dsm_quantize(isa, threads, P(0), N(1), I(2), I(3), P(4), P(5));
     case 5:
-        return dsm_mla_decode(isa, threads, N(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), N(8), P(9), P(10),
-                              (float)a[11].real, P(12));
-    case 6:
-        return dsm_mla_project(isa, threads, N(0), P(1), P(2), P(3), P(4), (float)a[5].real, P(6), (float)a[7].real,
-                               P(8), P(9), P(10), P(11), P(12));
-    case 7:
-        return dsm_route(isa, threads, P(0), I(1), I(2), P(3), I(4), I(5), I(6), N(7), N(8), N(9), (float)a[10].real,
-                         P(11), P(12));
-    case 8: return dsm_moe(isa, threads, N(0), P(1), P(2), P(3), P(4), (float)a[5].real, P(6), P(7), P(8));
+        return dsm_mla_decode(isa, threads, N(0), I(1), I(2), P(3), P(4), P(5), P(6), P(7), (float)a[8].real, P(9));
+    case 6: return dsm_mla_project(isa, threads, N(0), P(1), I(2), P(3), P(4), P(5), P(6), P(7), P(8), P(9));
+    case 7: return dsm_route(isa, threads, P(0), I(1), I(2), P(3), P(4), P(5), P(6));
+    case 8: return dsm_moe(isa, threads, N(0), P(1), I(2), I(3), P(4), P(5));
     default: return -100;
     }
 }
@@ -85,6 +69,19 @@ static char *read_block(FILE *file, int64_t size) {
     return data;
 }
 
+/* memory that points to more of it, whose addresses are put where they belong; all of it is kept in `owned` */
+static char *read_memory(FILE *file) {
+    char *data = read_block(file, read_integer(file));
+    if (owned_count == MOST_BLOCKS) die("a call with too many blocks of memory");
+    owned[owned_count++] = data;
+    for (int64_t pointers = read_integer(file); pointers > 0; pointers--) {
+        const int64_t place = read_integer(file);
+        char *target = read_memory(file);
+        memcpy(data + place, &target, sizeof target);
+    }
+    return data;
+}
+
 static Argument read_argument(FILE *file) {
     Argument a = {0};
     a.kind = read_integer(file);
@@ -92,8 +89,7 @@ static Argument read_argument(FILE *file) {
     case INTEGER: a.integer = read_integer(file); break;
     case REAL: read_all(file, &a.real, sizeof a.real); break;
     case INPUT:
-        a.size = read_integer(file);
-        a.data = read_block(file, a.size);
+        a.data = read_memory(file);
         break;
     case OUTPUT:
         a.size = read_integer(file);
@@ -101,22 +97,6 @@ static Argument read_argument(FILE *file) {
         a.wanted = read_block(file, a.size);
         a.data = malloc(a.size ? (size_t)a.size : 1);
         break;
-    case TABLE: { /* addresses, of blocks of their own */
-        const int64_t count = read_integer(file);
-        int64_t *table = malloc(sizeof *table * (size_t)count);
-        char *owned = malloc((size_t)count);
-        if (!table || !owned) die("no memory");
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t size = read_integer(file);
-            /* no address but a number: -1 */
-            table[i] = size < 0 ? read_integer(file) : size ? (int64_t)(intptr_t)read_block(file, size) : 0;
-            owned[i] = size > 0;
-        }
-        a.size = count;
-        a.data = (char *)table;
-        a.wanted = owned;
-        break;
-    }
     case NOTHING: break;
     default: die("an argument of no kind");
     }
@@ -213,12 +193,12 @@ int main(int argc, char **argv) {
             for (int64_t i = 0; i < count; i++) free(first[i]);
         }
         for (int64_t i = 0; i < count; i++) {
-            if (a[i].kind == TABLE)
-                for (int64_t t = 0; t < a[i].size; t++)
-                    if (a[i].wanted[t]) free((void *)(intptr_t)((int64_t *)(void *)a[i].data)[t]);
-            free(a[i].data);
-            free(a[i].wanted);
+            if (a[i].kind == OUTPUT) {
+                free(a[i].data);
+                free(a[i].wanted);
+            }
         }
+        while (owned_count) free(owned[--owned_count]);
     }
     printf("best %s, threads %d, %d calls, %d failures\n", dsm_isa_name(dsm_isa_best()), dsm_has_threads(), calls,
            failures);

@@ -96,23 +96,49 @@ def test_a_library_that_was_not_built(load):
     assert "was not built: no C compiler" in reason and "Install gcc or clang" in reason
 
 
-@needs_engine
+def stubs(folder: Path, header: str) -> Path:
+    """A library with the structs of ``header`` in which nothing else is real: no threads, and the right version."""
+    (folder / "abi.h").write_text(header)
+    for name in ("engine.h", "layout.c"):
+        shutil.copy(CSRC / name, folder)
+    real = {"dsm_version": _native.VERSION, "dsm_has_threads": 0, "dsm_layout": None}
+    functions = [f"int {name}(void) {{ return {real.get(name, 0)}; }}" for name in _native._SIGNATURES]
+    source = "\n".join(["#include <layout.c>", *(line for line in functions if "dsm_layout" not in line)])
+    source = source.replace("int dsm_", '__attribute__((visibility("default"))) int stub_dsm_')
+    names = [name for name in _native._SIGNATURES if name != "dsm_layout"]
+    renamed = "\n".join(f'asm(".globl {name}\\n.set {name}, stub_{name}");' for name in names)
+    return compiled(f"{source}\n{renamed}\n", folder / "engine.so", "-std=gnu11", f"-I{folder}")
+
+
+@needs_gcc
 def test_one_thread_is_told(load, tmp_path, caplog, monkeypatch):
     """Once, as the library is loaded."""
-
-    class Library:
-        def __getattr__(self, name):
-            def function(*_):
-                return {"dsm_version": _native.VERSION, "dsm_has_threads": 0}[name]
-
-            setattr(self, name, function)
-            return function
-
-    monkeypatch.setattr(_native.ctypes, "CDLL", lambda file: Library())
     monkeypatch.setattr(_native.logger, "propagate", True)
     _native.logger.warning_once.cache_clear()
-    assert load(Path(shutil.copy(built(), tmp_path / "copy.so")))[1] is None
+    assert load(stubs(tmp_path, (CSRC / "abi.h").read_text()))[1] is None
     assert "built without OpenMP and runs on one thread" in caplog.text
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("int64_t rows, cols;", "int64_t cols, rows;", "Matrix.rows: found 8 bytes at 24, wanted 8 bytes at 16"),
+        ("    float eps;\n", "    double eps;\n", "Norm.eps: found 8 bytes at 8, wanted 4 bytes at 8"),
+        (
+            "    int rope_interleave;",
+            "    int64_t more[2];\n    int rope_interleave;",
+            "MlaShape: found 64 bytes at 0",
+        ),
+    ],
+    ids=["order", "size", "another-field"],
+)
+def test_another_layout_is_refused(load, tmp_path, old, new, words):
+    header = (CSRC / "abi.h").read_text()
+    assert header.count(old) == 1
+    library, reason = load(stubs(tmp_path, header.replace(old, new)))
+    assert library is None and reason.startswith("has another layout") and words in reason
+    assert reason.endswith("reinstall the package")
 
 
 def test_without_the_engine(monkeypatch, caplog):

@@ -190,19 +190,19 @@ def test_experts_layer_refuses_what_does_not_fit():
     shared = layer.shared_experts
     parts, stacks = (shared.gate_proj, shared.up_proj, shared.down_proj), experts.operands(layer.experts).stacks
     table = experts.cpu.addresses_of(*stacks)
-    good = [x, layer.gate.weight, None, [4, 2, 5, False, True, True], 1.0, table, [], 72, torch.float8_e4m3fn]
+    good = [x, layer.gate.weight, None, 4, 2, 5, False, True, True, 1.0, table, [], 72, torch.float8_e4m3fn]
     good += [[part.weight for part in parts], [part.weight_scale_inv for part in parts]]
     assert moe.cpu.moe(*good).shape == x.shape
     for place, wrong in (
-        (0, x[..., :-1]), (1, good[1].float()), (2, torch.zeros(15)), (3, [4, 2, 9, False, True, True]),
-        (5, table[:-1]), (9, good[9][:2]), (9, [*good[9][:2], good[9][0]]), (10, []), (10, good[10][:2]),
+        (0, x[..., :-1]), (0, x.expand(17, 1, 160)), (1, good[1].float()), (2, torch.zeros(15)), (5, 9), (3, 5),
+        (10, table[:-1]), (14, good[14][:2]), (14, [*good[14][:2], good[14][0]]), (15, []), (15, good[15][:2]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="do not fit"):
             moe.cpu.moe(*(wrong if at == place else value for at, value in enumerate(good)))
-    from_stacks = [*good[:5], None, list(stacks), *good[7:]]
+    from_stacks = [*good[:10], None, list(stacks), *good[12:]]
     assert torch.equal(moe.cpu.moe(*from_stacks), moe.cpu.moe(*good))
     with pytest.raises(ValueError, match="gate_up"):
-        moe.cpu.moe(*good[:5], None, [stack[..., :-1] for stack in stacks], *good[7:])
+        moe.cpu.moe(*good[:10], None, [stack[..., :-1] for stack in stacks], *good[12:])
 
 
 def test_equal_scores_and_nan_give_experts_that_exist():

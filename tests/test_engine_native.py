@@ -11,12 +11,13 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from engine_calls import every_call, run
 from engine_cases import needs_engine
 
-from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.ops import _native, _structs
 from modeling_deepseek_moe.ops._dispatch import use_backend
 
 pytestmark = [needs_engine, pytest.mark.long]
@@ -29,40 +30,75 @@ QEMU_ARM, QEMU_X86 = shutil.which("qemu-aarch64"), shutil.which("qemu-x86_64")
 needs_gcc = pytest.mark.skipif(GCC is None, reason="gcc is not installed")
 
 # Recording. What each argument of a function is, after the instruction set and the threads: "i" or "f" (a number),
-# a number of bytes that are read, or (bytes, dtype) that are written; dtype -1: to the last bit.
+# a number of bytes that are read, (bytes, dtype) that are written (dtype -1: to the last bit), or a `Memory`: what is
+# read and points to other memory.
 FUNCTIONS = ("dsm_linear", "dsm_experts", "dsm_rms_norm", "dsm_dequantize", "dsm_quantize", "dsm_mla_decode")
 FUNCTIONS += ("dsm_mla_project", "dsm_route", "dsm_moe")
 ITEMSIZES = {code: dtype.itemsize for dtype, code in _native.DTYPES.items()}
 EXACT = -1
 
 
+class Memory(NamedTuple):
+    """Bytes at an address, and by their place in it what the pointers there lead to."""
+
+    address: int
+    size: int
+    pointers: dict[int, "Memory"] = {}
+
+    def packed(self) -> bytes:
+        parts = [struct.pack("<q", self.size), ctypes.string_at(self.address, self.size)]
+        parts.append(struct.pack("<q", len(self.pointers)))
+        for place, memory in self.pointers.items():
+            parts += struct.pack("<q", place), memory.packed()
+        return b"".join(parts)
+
+
 def blocks(rows, columns):
     return 4 * math.ceil(rows / 128) * math.ceil(columns / 128)
 
 
-def describe_linear(dtype, x, tokens, kind, data, scale, rows, columns, bias, y):
-    size = ITEMSIZES[dtype]
-    read = tokens * columns * size, rows * columns * ITEMSIZES[kind], blocks(rows, columns), 4 * rows
-    return "i", read[0], "i", "i", read[1], read[2], "i", "i", read[3], (tokens * rows * size, dtype)
+def memory(given, **sizes) -> Memory:
+    """A struct, with the bytes, or the memory, behind each of its pointers; those that are null lead nowhere."""
+    pointers = {}
+    for name, size in sizes.items():
+        address, place = getattr(given, name), getattr(type(given), name).offset
+        if isinstance(address, ctypes.Structure):
+            pointers |= {place + inner: of for inner, of in size.pointers.items()}
+        elif address:
+            pointers[place] = size if isinstance(size, Memory) else Memory(address, size)
+    return Memory(ctypes.addressof(given), ctypes.sizeof(given), pointers)
 
 
-def expert_sizes(hidden, width, kind):
-    codes = hidden * width * ITEMSIZES[kind]
-    scales = (blocks(width, hidden), blocks(width, hidden), blocks(hidden, width)) if kind == 3 else (0, 0, 0)
-    return [size for scale in scales for size in (codes, scale)]
+def matrix(given) -> Memory:
+    size = given.rows * given.cols * ITEMSIZES[given.dtype]
+    return memory(given, data=size, scale=blocks(given.rows, given.cols))
 
 
-def describe_experts(dtype, x, tokens, hidden, width, indices, weights, top_k, table, count, kind, sums, out):
-    entries = expert_sizes(hidden, width, kind) * count
-    x_bytes = tokens * hidden * ITEMSIZES[dtype]
-    slots = tokens * top_k
+def expert_table(given, hidden) -> Memory:
+    codes, wide = hidden * given.width * ITEMSIZES[given.dtype], blocks(given.width, hidden)
+    sizes = {"gate": codes, "up": codes, "down": codes}
+    sizes |= {"gate_scale": wide, "up_scale": wide, "down_scale": blocks(hidden, given.width)}
+    size, pointers = ctypes.sizeof(_structs.Expert), {}
+    for place in range(0, given.count * size, size):
+        entry = _structs.Expert.from_address(given.table + place)
+        pointers |= {place + inner: of for inner, of in memory(entry, **sizes).pointers.items()}
+    return memory(given, table=Memory(given.table or 0, given.count * size, pointers))
+
+
+def describe_linear(dtype, x, tokens, weight, bias, y):
+    size, rows, columns = ITEMSIZES[dtype], weight.rows, weight.cols
+    return "i", tokens * columns * size, "i", matrix(weight), 4 * rows, (tokens * rows * size, dtype)
+
+
+def describe_experts(dtype, x, tokens, hidden, indices, weights, top_k, given, sums, out):
+    x_bytes, slots = tokens * hidden * ITEMSIZES[dtype], tokens * top_k
     results = (4 * tokens * hidden, 0), (x_bytes, dtype)
-    return "i", x_bytes, "i", "i", "i", 8 * slots, 4 * slots, "i", entries, "i", "i", *results
+    return "i", x_bytes, "i", "i", 8 * slots, 4 * slots, "i", expert_table(given, hidden), *results
 
 
-def describe_rms_norm(dtype, x, weight, tokens, n, eps, out):
+def describe_rms_norm(dtype, x, tokens, n, norm, out):
     size = ITEMSIZES[dtype]
-    return "i", tokens * n * size, n * size, "i", "i", "f", (tokens * n * size, dtype)
+    return "i", tokens * n * size, "i", "i", memory(norm, weight=n * size), (tokens * n * size, dtype)
 
 
 def describe_dequantize(codes, scale, rows, columns, out, dtype):
@@ -74,38 +110,44 @@ def describe_quantize(x, dtype, rows, columns, codes, scale):
     return size * ITEMSIZES[dtype], "i", "i", "i", (size, EXACT), (blocks(rows, columns), EXACT)
 
 
-def describe_mla_decode(dtype, sizes, q_nope, q_pe, c_kv, k_pe, strides, mask, kind, weight, scale, scaling, out):
-    batch, heads, length, nope, rope, rank, value = sizes
-    size, rows = ITEMSIZES[dtype], heads * (nope + value)
-    queries = batch * heads * nope * size, batch * heads * rope * size
-    caches = batch * length * rank * size, batch * length * rope * size
-    weights = rows * rank * ITEMSIZES[kind], blocks(rows, rank)
-    masks = 4 * batch * length
-    return "i", 56, *queries, *caches, 56, masks, "i", *weights, "f", (batch * heads * value * size, dtype)
+def describe_mla_decode(dtype, batch, length, shape, queries, cache, mask, weight, scaling, out):
+    size, heads, rope, rank = ITEMSIZES[dtype], shape.num_heads, shape.qk_rope_head_dim, shape.kv_lora_rank
+    nope = batch * heads * shape.qk_nope_head_dim * size
+    read = memory(queries, nope=nope, pe=batch * heads * rope * size)
+    cached = memory(cache, c_kv=batch * length * rank * size, k_pe=batch * length * rope * size)
+    parts = memory(shape), read, cached, memory(mask, values=4 * batch * length), matrix(weight)
+    return "i", "i", "i", *parts, "f", (batch * heads * shape.v_head_dim * size, dtype)
 
 
-def describe_mla_project(dtype, x, dims, matrices, query_norm, query_eps, latent_norm, latent_eps, cos, sin, *results):
-    (tokens, heads, nope, rope, rank, _), size = dims, ITEMSIZES[dtype]
-    entries = []
-    for place in range(0, 15, 5):
-        rows, columns, kind = matrices[place + 2 : place + 5]
-        entries += [rows * columns * ITEMSIZES[kind], blocks(rows, columns), -1, -1, -1]
-    outputs = [(tokens * width * size, dtype) for width in (heads * (nope + rope), rank, rope)]
-    norms = matrices[2] * size, rank * size
-    angles = 4 * tokens * rope // 2
-    return "i", tokens * matrices[13] * size, 48, entries, norms[0], "f", norms[1], "f", angles, angles, *outputs
+def describe_mla_project(dtype, x, tokens, shape, weights, cos, sin, *results):
+    size, rope, rank = ITEMSIZES[dtype], shape.qk_rope_head_dim, shape.kv_lora_rank
+    parts = {name: matrix(getattr(weights, name)) for name in ("q_a", "q_b", "kv_a")}
+    parts["q_a_norm"] = memory(weights.q_a_norm, weight=weights.q_a.rows * size)
+    parts["kv_a_norm"] = memory(weights.kv_a_norm, weight=rank * size)
+    widths = shape.num_heads * (shape.qk_nope_head_dim + rope), rank, rope
+    outputs, angles = [(tokens * width * size, dtype) for width in widths], 4 * tokens * rope // 2
+    return (
+        "i",
+        tokens * weights.kv_a.cols * size,
+        "i",
+        memory(shape),
+        memory(weights, **parts),
+        angles,
+        angles,
+        *outputs,
+    )
 
 
-def describe_route(logits, tokens, experts, bias, groups, kept, top_k, softmax, two, normalise, factor, *results):
-    slots = tokens * top_k
-    return 4 * tokens * experts, "i", "i", 4 * experts, *"iiiiii", "f", (4 * slots, 0), (8 * slots, EXACT)
+def describe_route(logits, tokens, experts, bias, how, *results):
+    slots = tokens * how.top_k
+    return 4 * tokens * experts, "i", "i", 4 * experts, memory(how), (4 * slots, 0), (8 * slots, EXACT)
 
 
-def describe_moe(dtype, x, dims, gate, bias, factor, table, shared, out):
-    tokens, hidden, width, experts, *_, kind, wide, shared_kind = dims
+def describe_moe(dtype, x, tokens, hidden, layer, out):
     size = tokens * hidden * ITEMSIZES[dtype]
-    tables = expert_sizes(hidden, width, kind) * experts, expert_sizes(hidden, wide, shared_kind)
-    return "i", size, 8 * 13, 2 * experts * hidden, 4 * experts, "f", *tables, (size, dtype)
+    parts = {"gate": matrix(layer.gate), "bias": 4 * layer.gate.rows}
+    parts |= {name: expert_table(getattr(layer, name), hidden) for name in ("routed", "shared")}
+    return "i", size, "i", "i", memory(layer, **parts), (size, dtype)
 
 
 DESCRIBE = (
@@ -113,14 +155,6 @@ DESCRIBE = (
     *(describe_dequantize, describe_quantize, describe_mla_decode),
     *(describe_mla_project, describe_route, describe_moe),
 )
-
-
-def address_of(value) -> int:
-    return ctypes.addressof(value) if isinstance(value, ctypes.Array) else value
-
-
-def block(address: int, size: int) -> bytes:
-    return struct.pack("<q", size) + ctypes.string_at(address, size)
 
 
 def record(file: Path, monkeypatch) -> int:
@@ -131,6 +165,7 @@ def record(file: Path, monkeypatch) -> int:
         if function not in FUNCTIONS:
             return real(function, *arguments)
         number = FUNCTIONS.index(function)
+        given, arguments = arguments, [getattr(value, "_obj", value) for value in arguments]  # what `byref` refers to
         parts, writes = [], []
         for value, what in zip(arguments, DESCRIBE[number](*arguments), strict=True):
             if value is None:
@@ -139,19 +174,14 @@ def record(file: Path, monkeypatch) -> int:
                 parts.append(struct.pack("<qq", 0, value))
             elif what == "f":
                 parts.append(struct.pack("<qd", 1, value))
-            elif isinstance(what, list):
-                places = (ctypes.c_int64 * len(what)).from_address(address_of(value))
-                entries = [
-                    struct.pack("<qq", -1, place) if size < 0 else block(place, size if place else 0)
-                    for place, size in zip(places, what, strict=True)
-                ]
-                parts.append(struct.pack("<qq", 5, len(what)) + b"".join(entries))
-            elif isinstance(what, tuple):
+            elif isinstance(what, Memory):
+                parts.append(struct.pack("<q", 2) + what.packed())
+            elif isinstance(what, tuple):  # a `Memory` is one too
                 writes.append((len(parts), value, *what))
                 parts.append(b"")
             else:
-                parts.append(struct.pack("<q", 2) + block(address_of(value), what))
-        real(function, *arguments)
+                parts.append(struct.pack("<q", 2) + Memory(value, what).packed())
+        real(function, *given)
         for place, address, size, dtype in writes:
             parts[place] = struct.pack("<qqq", 3, size, dtype) + ctypes.string_at(address, size)
         calls.append(struct.pack("<qq", number, len(parts)) + b"".join(parts))

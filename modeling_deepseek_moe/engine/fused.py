@@ -74,8 +74,7 @@ def fused_moe(layer: DeepseekMoE, x: torch.Tensor) -> torch.Tensor:
     scales = [scale for scale in map(scale_of, parts) if scale is not None]
     weights = experts.operands(layer.experts)
     stacks = [stack for stack in weights.stacks if stack is not None] if weights.addresses is None else []
-    *routing, factor = gate.routing
     return moe.cpu.moe(
-        *(x, gate.weight, gate.e_score_correction_bias, routing, factor),
+        *(x, gate.weight, gate.e_score_correction_bias, *gate.routing),
         *(weights.addresses, stacks, weights.width, weights.dtype, [part.weight for part in parts], scales),
     )

@@ -5,6 +5,7 @@ can run it runs by address, in runs as long as they come; between two runs whate
 quantiser's layer, streamed experts) is called as the module that it is.
 """
 
+import ctypes
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
 from modeling_deepseek_moe.ops._operands import is_hooked, scale_of
-from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Dims, Layer, Step, Weight
+from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, Matrix, MlaShape, Norm, Routing
+from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
 
 ATTEND, OUTPUT, MIX = range(STAGES)
 
@@ -68,20 +70,18 @@ class Plan:
         self._children: list[tuple[dict, str, nn.Module]] = []
         self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
-        self._kept: list[torch.Tensor] = []  # tables that the layers point to
+        self._kept: list[torch.Tensor | Expert] = []  # tables that the layers point to
         for layer in self.layers:
             self._watch(layer)
         pairs = zip(self.layers, self.stages, strict=True)
-        self._structs = (Layer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
+        self._structs = (DecoderLayer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
         flags = [flag for stages in self.stages for flag in stages.native()]
         self._segments = list(segments(flags))
         self.runs_anything = any(flags)
         self._attends = [stages.attention is None for stages in self.stages]
-        dims = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-        self._dims, self._softmax_scale = (
-            Dims(*dims, config.v_head_dim, bool(config.rope_interleave)),
-            config.softmax_scale,
-        )
+        sizes = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+        self._mla = MlaShape(*sizes, config.v_head_dim, bool(config.rope_interleave))
+        self._softmax_scale = config.softmax_scale
 
     def __reduce__(self):
         return type(None), ()
@@ -136,12 +136,12 @@ class Plan:
         **context,
     ) -> torch.Tensor:
         """``hidden_states [B, 1, D]`` after the last layer; the cache, of `LatentLayer`, gets their row."""
-        batch, _, hidden_size = hidden_states.shape
-        new = [hidden_states.new_empty((batch, 1, 1, size)) for size in (self._dims.rank, self._dims.rope)]
+        (batch, _, hidden_size), mla = hidden_states.shape, self._mla
+        new = [hidden_states.new_empty((batch, 1, 1, size)) for size in (mla.kv_lora_rank, mla.qk_rope_head_dim)]
         used = [layer if attends else None for layer, attends in zip(cache.layers, self._attends, strict=False)]
         buffers = [layer and layer.reserve(*new) for layer in used]
         tables = *position_embeddings, attention_mask, self._softmax_scale
-        step = Step(self._structs, buffers, past_length, self._dims, batch, hidden_size, *tables)
+        step = Run(self._structs, buffers, past_length, mla, batch, hidden_size, *tables)
         context |= {CACHE_NAME: cache, "past_length": past_length}
         context |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         attended = None
@@ -179,41 +179,43 @@ class Plan:
             if isinstance(module, MappedExperts):
                 self._mapped.append((module, module.stream))
 
-    def _struct(self, layer: nn.Module, stages: Stages) -> Layer:
+    def _struct(self, layer: nn.Module, stages: Stages) -> DecoderLayer:
         """The stages that run, by address; what is checked here are no reasons, but what `reasons` has looked at."""
-        struct = Layer()
+        struct = DecoderLayer()
         if stages.attention is None:
-            attention = layer.self_attn
-            struct.input_norm, struct.input_eps = _norm(layer.input_layernorm)
+            attention, projections = layer.self_attn, struct.projections
+            struct.input_norm = _norm(layer.input_layernorm)
             if self._config.q_lora_rank is None:
-                struct.q_b = _weight(attention.q_proj)
+                projections.q_b = _matrix(attention.q_proj)
             else:
-                struct.q_a, struct.q_b = _weight(attention.q_a_proj), _weight(attention.q_b_proj)
-                struct.q_norm, struct.q_eps = _norm(attention.q_a_layernorm)
-            struct.kv_a, struct.kv_b = _weight(attention.kv_a_proj_with_mqa), _weight(attention.kv_b_proj)
-            struct.kv_norm, struct.kv_eps = _norm(attention.kv_a_layernorm)
+                projections.q_a, projections.q_b = _matrix(attention.q_a_proj), _matrix(attention.q_b_proj)
+                projections.q_a_norm = _norm(attention.q_a_layernorm)
+            projections.kv_a = _matrix(attention.kv_a_proj_with_mqa)
+            projections.kv_a_norm = _norm(attention.kv_a_layernorm)
+            struct.kv_b = _matrix(attention.kv_b_proj)
         if stages.output is None:
-            struct.o = _weight(layer.self_attn.o_proj)
+            struct.o = _matrix(layer.self_attn.o_proj)
         if stages.mlp is None:
-            struct.post_norm, struct.post_eps = _norm(layer.post_attention_layernorm)
+            struct.post_attention_norm = _norm(layer.post_attention_layernorm)
             if isinstance(layer.mlp, DeepseekMoE):
-                self._mix(layer.mlp, struct)
+                gate, weights = layer.mlp.gate, experts.operands(layer.mlp.experts)
+                self._kept.append(weights.addresses)
+                struct.moe.gate = Matrix.of(gate.weight)
+                struct.moe.bias = _native.pointer(gate.e_score_correction_bias)
+                struct.moe.routing = Routing(*gate.routing)
+                struct.moe.routed = Experts.of(weights.addresses, weights.width, weights.dtype)
+                if layer.mlp.shared_experts is not None:
+                    struct.moe.shared = self._one_expert(layer.mlp.shared_experts)
             else:
-                _swiglu(layer.mlp, struct)
+                struct.moe.shared = self._one_expert(layer.mlp)
         return struct
 
-    def _mix(self, moe: DeepseekMoE, struct: Layer) -> None:
-        gate, weights = moe.gate, experts.operands(moe.experts)
-        self._kept.append(weights.addresses)
-        struct.gate, struct.table = gate.weight.data_ptr(), weights.addresses.data_ptr()
-        if gate.e_score_correction_bias is not None:
-            struct.bias = gate.e_score_correction_bias.data_ptr()
-        *routing, struct.factor = gate.routing
-        dims = (0, self._config.hidden_size, weights.width, gate.num_experts, *routing)
-        struct.dims[: len(dims)] = dims
-        struct.dims[10] = _native.DTYPES[weights.dtype]
-        if moe.shared_experts is not None:
-            _swiglu(moe.shared_experts, struct)
+    def _one_expert(self, mlp: nn.Module) -> Experts:
+        """A SwiGLU layer as the only expert."""
+        gate, up, down = (_matrix(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        entry = Expert(gate.data, gate.scale, up.data, up.scale, down.data, down.scale)
+        self._kept.append(entry)
+        return Experts(ctypes.addressof(entry), 1, gate.rows, gate.dtype)
 
 
 def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
@@ -227,17 +229,9 @@ def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
         start = end
 
 
-def _norm(norm: nn.Module) -> tuple[int, float]:
-    return norm.weight.data_ptr(), norm.variance_epsilon
+def _norm(norm: nn.Module) -> Norm:
+    return Norm(norm.weight.data_ptr(), norm.variance_epsilon)
 
 
-def _weight(linear: nn.Module) -> Weight:
-    weight, scale = linear.weight, scale_of(linear)
-    return Weight(weight.data_ptr(), _native.pointer(scale) or 0, *weight.shape, _native.DTYPES[weight.dtype])
-
-
-def _swiglu(mlp: nn.Module, struct: Layer) -> None:
-    weights = [_weight(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    for place, weight in enumerate(weights):
-        struct.shared[2 * place], struct.shared[2 * place + 1] = weight.data, weight.scale
-    struct.dims[11], struct.dims[12] = weights[0].rows, weights[0].dtype
+def _matrix(linear: nn.Module) -> Matrix:
+    return Matrix.of(linear.weight, scale_of(linear))

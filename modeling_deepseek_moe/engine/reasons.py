@@ -21,7 +21,7 @@ from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops._operands import is_hooked, scale_of, unsupported_linear
 from modeling_deepseek_moe.ops.decode_step.cpu import DTYPES, WEIGHTS
-from modeling_deepseek_moe.ops.moe.cpu import MOST_EXPERTS
+from modeling_deepseek_moe.ops.routing.cpu import MOST_EXPERTS
 from modeling_deepseek_moe.ops.swiglu import unsupported_reason as unsupported_swiglu
 
 Reason = str | None

@@ -9,16 +9,18 @@ import ctypes
 import importlib.util
 import os
 import struct
-from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
+from collections.abc import Iterator
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
 
+from modeling_deepseek_moe.ops import _structs
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 4  # DSM_VERSION
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+VERSION = 5  # DSM_VERSION
+DTYPES = _structs.DTYPES
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
 _NO_MEMORY, _NOT_FINITE = -1, -3
 # A process forked from this one has none of its OpenMP threads, torch's included: waiting for them would never end.
@@ -30,35 +32,24 @@ _SIGNATURES = {
     "dsm_has_threads": (),
     "dsm_isa_best": (),
     "dsm_isa_name": (c_int,),
-    "dsm_linear": (
-        *(c_int, c_int, c_int, c_void_p, c_int64),
-        *(c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
-    ),
+    "dsm_layout": (c_int, POINTER(c_int64), POINTER(c_int64)),
+    "dsm_linear": (c_int, c_int, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
     "dsm_experts": (
-        *(c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64),
-        *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_void_p),
-    ),
-    "dsm_moe": (
-        *(c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_float),
+        *(c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p),
     ),
-    "dsm_step": (
-        *(c_int, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
-        *(c_void_p, c_void_p, c_void_p, c_int64, c_double),
-    ),
-    "dsm_rms_norm": (c_int, c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p),
+    "dsm_moe": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    "dsm_step": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+    "dsm_rms_norm": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "dsm_mla_decode": (
-        *(c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-        *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_float, c_void_p),
+        *(c_int, c_int, c_int, c_int64, c_int64, c_void_p),
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p),
     ),
     "dsm_mla_project": (
-        *(c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_float),
-        *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+        *(c_int, c_int, c_int, c_void_p, c_int64, c_void_p),
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
-    "dsm_route": (
-        *(c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64),
-        *(c_int, c_int, c_int, c_float, c_void_p, c_void_p),
-    ),
+    "dsm_route": (c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "dsm_dequantize": (c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int),
     "dsm_quantize": (c_int, c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p),
 }
@@ -85,7 +76,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int
-    library.dsm_isa_name.restype = c_char_p
+    library.dsm_isa_name.restype = library.dsm_layout.restype = c_char_p
+    for name, found, wanted in _misplaced(library):
+        return (
+            None,
+            f"has another layout ({spec.origin}): {name}: found {found}, wanted {wanted}: reinstall the package",
+        )
     if not library.dsm_has_threads():
         logger.warning_once(
             "The CPU engine was built without OpenMP and runs on one thread. Reinstall the package with a compiler "
@@ -105,6 +101,17 @@ def _is_whole(file: str) -> bool:
         return True  # no 64-bit ELF: the loader says what is wrong
     (start,), (entry, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
     return start + entry * count <= size
+
+
+def _misplaced(library: ctypes.CDLL) -> Iterator[tuple[str, str, str]]:
+    """The structs and fields that lie elsewhere in the library than here, with what was found there and here."""
+    wanted, found, offset, size = _structs.layout(), {}, c_int64(), c_int64()
+    while name := library.dsm_layout(len(found), byref(offset), byref(size)):
+        found[name.decode()] = offset.value, size.value
+    for name in {**wanted, **found}:
+        places = found.get(name), wanted.get(name)
+        if places[0] != places[1]:
+            yield name, *("none" if place is None else "{1} bytes at {0}".format(*place) for place in places)
 
 
 def missing() -> str | None:

@@ -1,11 +1,12 @@
 """One new token over the latent cache on the CPU engine: one call, in which the cache is read once for all heads."""
 
-import ctypes
+from ctypes import byref
 
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._structs import LatentCache, Mask, Matrix, MlaShape, Queries
 
 CACHES = (torch.bfloat16, torch.float32)
 WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn)  # the latter in blocks of 128 x 128
@@ -68,17 +69,13 @@ def _decode(
         scale_inv = _native.fp32(scale_inv)
     if mask is not None:
         mask = _native.additive(mask[:, 0, -1, :length])
-    strides = (
-        *(q_nope.stride(0), q_nope.stride(1), q_pe.stride(0), q_pe.stride(1), c_kv.stride(0), k_pe.stride(0)),
-        length if mask is not None and mask.shape[0] > 1 else 0,
-    )
     out = q_nope.new_empty((batch, 1, heads, value))
+    queries = Queries(q_nope.data_ptr(), q_pe.data_ptr(), *q_nope.stride()[:2], *q_pe.stride()[:2])
     _native.call(
         "dsm_mla_decode",
-        *(_native.DTYPES[q_nope.dtype], (ctypes.c_int64 * 7)(batch, heads, length, nope, rope, rank, value)),
-        *(q_nope.data_ptr(), q_pe.data_ptr(), c_kv.data_ptr(), k_pe.data_ptr(), (ctypes.c_int64 * 7)(*strides)),
-        *(_native.pointer(mask), _native.DTYPES[weight.dtype], weight.data_ptr(), _native.pointer(scale_inv)),
-        *(scaling, out.data_ptr()),
+        *(_native.DTYPES[q_nope.dtype], batch, length, byref(MlaShape(heads, nope, rope, rank, value))),
+        *(byref(queries), byref(LatentCache.of(c_kv, k_pe)), byref(Mask.of(mask))),
+        *(byref(Matrix.of(weight, scale_inv)), scaling, out.data_ptr()),
     )
     return out
 

@@ -1,14 +1,16 @@
 """Block-scaled FP8 on the CPU engine: blocks of 128 × 128, bytes used as they lie in the file."""
 
+from ctypes import byref
+
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._structs import Matrix
 
 OUTPUTS = _native.ACTIVATIONS
 unsupported_activations = _native.unsupported_activations
 FP8_DTYPE = torch.float8_e4m3fn
-FP8 = _native.DTYPES[FP8_DTYPE]
 
 
 def unsupported_blocks(weight: torch.Tensor, block: tuple[int, int]) -> str | None:
@@ -46,14 +48,14 @@ def _check_scale(operation: str, weight: torch.Tensor, scale_inv: torch.Tensor) 
 def _linear(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     _native.check_linear("FP8 linear", x, weight, bias, FP8_DTYPE)
     _check_scale("FP8 linear", weight, scale_inv)
-    n, k = weight.shape
+    n = weight.shape[0]
     x, weight, scale_inv = x.contiguous(), weight.contiguous(), _native.fp32(scale_inv)
     bias = None if bias is None else _native.fp32(bias)
     y = x.new_empty((*x.shape[:-1], n))
     _native.call(
         "dsm_linear",
         *(_native.DTYPES[x.dtype], x.data_ptr(), y.numel() // max(n, 1)),
-        *(FP8, weight.data_ptr(), scale_inv.data_ptr(), n, k, _native.pointer(bias), y.data_ptr()),
+        *(byref(Matrix.of(weight, scale_inv)), _native.pointer(bias), y.data_ptr()),
     )
     return y
 

@@ -7,12 +7,13 @@
 #ifndef DSM_ENGINE_H
 #define DSM_ENGINE_H
 
+#include "abi.h"
+
 #include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define DSM_VERSION 4 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_VERSION 5 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_MIX_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
@@ -27,17 +28,6 @@
 #else
 #define DSM_AMX 0
 #endif
-
-/* The numbers are shared with `_native.py`. */
-enum { DSM_F32 = 0, DSM_BF16 = 1, DSM_F16 = 2, DSM_FP8 = 3 };
-enum { DSM_OK = 0, DSM_NO_MEMORY = -1, DSM_BAD_ARGUMENT = -2, DSM_NOT_FINITE = -3 };
-
-typedef struct {
-    const void *data;
-    const float *scale; /* NULL for bf16 */
-    int64_t rows, cols;
-    int dtype; /* DSM_FP8 or DSM_BF16; for `panel` and `mix` also DSM_F32, where activations are that */
-} Matrix;
 
 /* Memory that is wanted soon: a long product fetches it into the second cache, line by line, as it goes on. A burst of
    prefetches would be dropped in part. */
@@ -140,6 +130,7 @@ DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype 
 DSM_INLINE const char *dsm_row(const Matrix *w, int64_t row) {
     return (const char *)w->data + row * w->cols * (int64_t)dsm_itemsize(w->dtype);
 }
+DSM_INLINE int64_t dsm_bytes(const Matrix *w) { return w->rows * w->cols * (int64_t)dsm_itemsize(w->dtype); }
 DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOCK; }
 DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -232,39 +223,18 @@ DSM_INLINE void dsm_restore_mode(uint64_t mode) { (void)mode; }
 #endif
 
 /* operations that others are made of */
-int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, int weight_dtype, const void *data,
-               const float *scale, int64_t rows, int64_t cols, const float *bias, void *y);
-int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, int64_t width,
-                const int64_t *indices, const float *weights, int64_t top_k, const int64_t *table, int64_t count,
-                int weight_dtype, float *out, void *y);
+int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w, const float *bias, void *y);
+int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, const int64_t *indices,
+                const float *weights, int64_t top_k, const Experts *experts, float *out, void *y);
 int dsm_route(int isa, int threads, const float *logits, int64_t tokens, int64_t experts, const float *bias,
-              int64_t groups, int64_t kept_groups, int64_t top_k, int softmax, int best_two, int normalise,
-              float factor, float *weights, int64_t *indices);
-int dsm_rms_norm(int isa, int threads, int dtype, const void *x, const void *w, int64_t tokens, int64_t n, float eps,
-                 void *out);
-int dsm_mla_project(int isa, int threads, int dtype, const void *x, const int64_t *dims, const int64_t *matrices,
-                    const void *query_norm, float query_eps, const void *latent_norm, float latent_eps,
-                    const float *cosine, const float *sine, void *q, void *c_kv, void *k_pe);
-int dsm_mla_decode(int isa, int threads, int dtype, const int64_t *dims, const void *q_nope, const void *q_pe,
-                   const void *c_kv, const void *k_pe, const int64_t *strides, const float *mask, int weight_dtype,
-                   const void *weight, const float *weight_scale, float scaling, void *out);
-int dsm_moe(int isa, int threads, int dtype, const void *x, const int64_t *dims, const void *gate, const float *bias,
-            float factor, const int64_t *table, const int64_t *shared, void *out);
-/* the `dims` of dsm_moe */
-enum {
-    DSM_TOKENS,
-    DSM_HIDDEN,
-    DSM_WIDTH,
-    DSM_EXPERTS,
-    DSM_GROUPS,
-    DSM_KEPT,
-    DSM_TOP_K,
-    DSM_SOFTMAX,
-    DSM_BEST_TWO,
-    DSM_NORMALISE,
-    DSM_DTYPE,
-    DSM_SHARED_WIDTH,
-    DSM_SHARED_DTYPE
-};
+              const Routing *routing, float *weights, int64_t *indices);
+int dsm_rms_norm(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t n, const Norm *norm, void *out);
+int dsm_mla_project(int isa, int threads, int dtype, const void *x, int64_t tokens, const MlaShape *shape,
+                    const MlaProjections *projections, const float *cosine, const float *sine, void *q, void *c_kv,
+                    void *k_pe);
+int dsm_mla_decode(int isa, int threads, int dtype, int64_t batch, int64_t length, const MlaShape *shape,
+                   const Queries *queries, const LatentCache *cache, const Mask *mask, const Matrix *kv_b,
+                   float softmax_scale, void *out);
+int dsm_moe(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, const Moe *moe, void *out);
 
 #endif

@@ -8,15 +8,16 @@
 #define CHUNK 64      /* rows of gate and up of a task, or a multiple: whole groups of every packing */
 #define MANY_TOKENS 512
 
+/* an expert that tokens were sent to */
 typedef struct {
     Matrix gate, up, down;
     int64_t first, tokens; /* its slots in `order` */
     int64_t packed;        /* where they begin among the packed rows */
-} Expert;
+} Share;
 
 typedef struct {
     const Kernels *kernels;
-    Expert *experts;
+    Share *experts;
     int64_t active, hidden, width, chunk;
     int64_t *order; /* slots (token * top_k + k) sorted by expert */
     int64_t top_k;
@@ -24,31 +25,35 @@ typedef struct {
     char *x, *h; /* packed: inputs and SwiGLU outputs of each slot in `order`, an expert's in whole groups */
     size_t x_stride, h_stride;
     float *out;
-    int64_t weight_dtype;
+    int weight_dtype;
 } Layer;
 
-static int is_many(const Layer *layer, const Expert *e) { return e->tokens > layer->kernels->few_tokens; }
+static int is_many(const Layer *layer, const Share *e) { return e->tokens > layer->kernels->few_tokens; }
 static int64_t packed_rows(const Layer *layer) {
-    const Expert *last = layer->experts + layer->active - 1;
+    const Share *last = layer->experts + layer->active - 1;
     return last->packed + dsm_packed_tokens(layer->kernels, last->tokens);
 }
 
+/* the expert of a slot; NULL where it is left out, or served elsewhere */
+static const Expert *expert_of(const Experts *given, int64_t index) {
+    return index >= 0 && index < given->count && given->table[index].gate ? given->table + index : NULL;
+}
+
 /* Buckets the slots by expert. Returns the number of active experts, -1 without memory. */
-static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, const int64_t *table, int64_t count) {
-    int64_t *starts = calloc((size_t)count + 1, sizeof *starts), active = 0, placed = 0, packed = 0;
+static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, const Experts *given) {
+    int64_t *starts = calloc((size_t)given->count + 1, sizeof *starts), active = 0, placed = 0, packed = 0;
     if (!starts) return -1;
     for (int64_t s = 0; s < slots; s++)
-        if (indices[s] >= 0 && indices[s] < count && table[indices[s] * 6]) starts[indices[s] + 1]++;
-    for (int64_t e = 0; e < count; e++) {
+        if (expert_of(given, indices[s])) starts[indices[s] + 1]++;
+    for (int64_t e = 0; e < given->count; e++) {
         int64_t tokens = starts[e + 1];
         if (tokens) {
-            const int64_t *at = table + e * 6;
-            const int dtype = (int)layer->weight_dtype;
-            const int64_t d = layer->hidden, i = layer->width;
-            layer->experts[active++] = (Expert){
-                {(const void *)(intptr_t)at[0], (const float *)(intptr_t)at[1], i, d, dtype},
-                {(const void *)(intptr_t)at[2], (const float *)(intptr_t)at[3], i, d, dtype},
-                {(const void *)(intptr_t)at[4], (const float *)(intptr_t)at[5], d, i, dtype},
+            const Expert *at = given->table + e;
+            const int64_t d = layer->hidden, i = given->width;
+            layer->experts[active++] = (Share){
+                {at->gate, at->gate_scale, i, d, given->dtype},
+                {at->up, at->up_scale, i, d, given->dtype},
+                {at->down, at->down_scale, d, i, given->dtype},
                 placed,
                 tokens,
                 packed,
@@ -60,8 +65,7 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
     }
     /* starts[e + 1] is now where expert e begins, and moves on as its slots are placed */
     for (int64_t s = 0; s < slots; s++)
-        if (indices[s] >= 0 && indices[s] < count && table[indices[s] * 6])
-            layer->order[starts[indices[s] + 1]++] = s;
+        if (expert_of(given, indices[s])) layer->order[starts[indices[s] + 1]++] = s;
     free(starts);
     return active;
 }
@@ -88,11 +92,11 @@ static int64_t multiply_chunk(const Kernels *k, int many, const char *x, size_t 
 }
 
 /* h rows [r0, r0 + chunk) of one expert's tokens [t0, t0 + tokens) */
-static void gate_and_up(const Layer *layer, const Expert *e, int64_t r0, int64_t t0, int64_t tokens, float *gate,
+static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t t0, int64_t tokens, float *gate,
                         float *up, float *panel, void *scratch) {
     const Kernels *k = layer->kernels;
     const int64_t rows = dsm_min(layer->chunk, layer->width - r0), step = k->panel_tokens;
-    const int many = is_many(layer, e), dtype = (int)layer->weight_dtype;
+    const int many = is_many(layer, e), dtype = layer->weight_dtype;
     const char *x = layer->x + (e->packed + t0) * layer->x_stride;
     char *h = layer->h + (e->packed + t0) * layer->h_stride;
     const int last = r0 + rows == layer->width, end = last && e + 1 == layer->experts + layer->active;
@@ -124,7 +128,7 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
     const Kernels *k = layer->kernels;
     Ahead none = {0};
     for (int64_t i = 0; i < layer->active; i++) {
-        const Expert *e = layer->experts + i;
+        const Share *e = layer->experts + i;
         const int few = !is_many(layer, e);
         for (int64_t t0 = 0; t0 < e->tokens; t0 += MANY_TOKENS) {
             const int64_t tokens = dsm_min(MANY_TOKENS, e->tokens - t0), step = few ? columns : k->panels * k->panel_columns;
@@ -147,13 +151,13 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
 }
 
 /* tokens t .. of one group */
-static void pack_tokens(const Layer *layer, const void *x, int dtype, const Expert *e, int64_t t) {
+static void pack_tokens(const Layer *layer, const void *x, int dtype, const Share *e, int64_t t) {
     const Kernels *k = layer->kernels;
     const int64_t tokens = dsm_min(k->panel_tokens, e->tokens - t);
     const size_t row = layer->hidden * dsm_itemsize(dtype);
     const void *rows[DSM_GROUP_TOKENS];
     for (int64_t i = 0; i < tokens; i++) rows[i] = (const char *)x + layer->order[e->first + t + i] / layer->top_k * row;
-    dsm_pack(k, is_many(layer, e), rows, tokens, dtype, layer->hidden, (int)layer->weight_dtype,
+    dsm_pack(k, is_many(layer, e), rows, tokens, dtype, layer->hidden, layer->weight_dtype,
              layer->x + e->packed * layer->x_stride, layer->x_stride, t);
 }
 
@@ -172,7 +176,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     const int many = most > k->few_tokens;
     const int64_t room = dsm_min(most, MANY_TOKENS);
     threads = dsm_threads(threads, layer->active * 3 * layer->hidden * layer->width *
-                                       (int64_t)dsm_itemsize((int)layer->weight_dtype) * (many ? 1 + most / 16 : 1));
+                                       (int64_t)dsm_itemsize(layer->weight_dtype) * (many ? 1 + most / 16 : 1));
     /* Columns of a task of `down`: a few panels keep an expert's h in the cache, but every thread needs some tasks. */
     int64_t columns = many ? k->panel_columns : dsm_few_rows(k, layer->hidden, threads);
     while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
@@ -201,7 +205,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
         }
         if (many) {
             for (int64_t i = 0; i < layer->active; i++) {
-                const Expert *e = layer->experts + i;
+                const Share *e = layer->experts + i;
 #pragma omp for schedule(static) nowait
                 for (int64_t t = 0; t < e->tokens; t += k->panel_tokens) pack_tokens(layer, x, dtype, e, t);
             }
@@ -214,7 +218,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
                 if (rest < own) break;
                 rest -= own;
             }
-            const Expert *e = layer->experts + i;
+            const Share *e = layer->experts + i;
             const int64_t t0 = rest / chunks * MANY_TOKENS, tokens = dsm_min(MANY_TOKENS, e->tokens - t0);
             if (!failed)
                 gate_and_up(layer, e, rest % chunks * layer->chunk, t0, tokens, buffer, buffer + half, buffer + 2 * half,
@@ -249,15 +253,15 @@ static void write_rows(const Layer *layer, int64_t tokens, int dtype, int thread
 
 /* out [tokens, hidden] fp32 += the experts' weighted outputs, or, where out is NULL, y [tokens, hidden] of `dtype` = them.
 
-   x [tokens, hidden] of `dtype`; indices and weights [tokens, top_k]; table [count, 6]: the addresses of codes and
-   scales of gate [width, hidden], up [width, hidden] and down [hidden, width] (bf16 weights: scales unused). */
-DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, int64_t width,
-                        const int64_t *indices, const float *weights, int64_t top_k, const int64_t *table,
-                        int64_t count, int weight_dtype, float *out, void *y) {
+   x [tokens, hidden] of `dtype`; indices and weights [tokens, top_k]. */
+DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden,
+                        const int64_t *indices, const float *weights, int64_t top_k, const Experts *given, float *out,
+                        void *y) {
     const Kernels *kernels = dsm_kernels(isa, dtype);
+    const int64_t width = given->width;
     const int64_t slots = tokens * top_k;
     int result = DSM_NO_MEMORY;
-    if (tokens < 0 || hidden < 1 || width < 1 || top_k < 1 || count < 1 || !out == !y) return DSM_BAD_ARGUMENT;
+    if (tokens < 0 || hidden < 1 || width < 1 || top_k < 1 || given->count < 1 || !out == !y) return DSM_BAD_ARGUMENT;
     if (slots == 0) return DSM_OK;
     Layer layer = {
         .kernels = kernels,
@@ -268,12 +272,12 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
         .x_stride = dsm_packed_stride(kernels, hidden),
         .h_stride = dsm_packed_stride(kernels, width),
         .out = out ? out : dsm_borrow(sizeof(float) * tokens * hidden),
-        .weight_dtype = weight_dtype,
+        .weight_dtype = given->dtype,
         .active = -1,
     };
     layer.order = dsm_alloc(sizeof *layer.order * slots);
-    layer.experts = dsm_alloc(sizeof *layer.experts * dsm_min(count, slots));
-    if (layer.order && layer.experts && layer.out) layer.active = sort_slots(&layer, indices, slots, table, count);
+    layer.experts = dsm_alloc(sizeof *layer.experts * dsm_min(given->count, slots));
+    if (layer.order && layer.experts && layer.out) layer.active = sort_slots(&layer, indices, slots, given);
     if (layer.active == 0) result = DSM_OK;
     if (layer.active > 0) {
         layer.x = dsm_borrow(packed_rows(&layer) * layer.x_stride);

@@ -51,9 +51,9 @@ static void many_tokens(const Job *job, int64_t task, float *out, void *scratch)
 }
 
 /* y [tokens, rows] of `dtype` from x [tokens, cols] of the same; bias [rows] fp32 or NULL. */
-DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, int weight_dtype,
-                       const void *data, const float *scale, int64_t rows, int64_t cols, const float *bias, void *y) {
-    const Matrix w = {data, scale, rows, cols, weight_dtype};
+DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w, const float *bias,
+                       void *y) {
+    const int64_t rows = w->rows, cols = w->cols;
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const size_t stride = dsm_packed_stride(kernels, cols);
     const int few = tokens <= kernels->few_tokens;
@@ -62,9 +62,9 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     if (tokens < 0 || rows < 0 || cols < 0) return DSM_BAD_ARGUMENT;
     if (tokens == 0 || rows == 0) return DSM_OK;
     char *packed = dsm_borrow(dsm_packed_tokens(kernels, tokens) * stride);
-    const Job job = {kernels, &w, bias, packed, stride, tokens, columns, y, dtype};
+    const Job job = {kernels, w, bias, packed, stride, tokens, columns, y, dtype};
     const int64_t tasks = (rows + columns - 1) / columns * (few ? 1 : (tokens + TOKENS - 1) / TOKENS);
-    threads = dsm_threads(threads, rows * cols * (int64_t)dsm_itemsize(weight_dtype) * (few ? 1 : 1 + tokens / 16));
+    threads = dsm_threads(threads, dsm_bytes(w) * (few ? 1 : 1 + tokens / 16));
     Lane *lanes = dsm_lanes(threads, tasks);
     if (!packed || !lanes) {
         dsm_give_back(packed);
@@ -106,8 +106,8 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
 }
 
 /* out [tokens, n] = RMSNorm(x), see `Kernels.norm`. */
-DSM_API int dsm_rms_norm(int isa, int threads, int dtype, const void *x, const void *w, int64_t tokens, int64_t n,
-                         float eps, void *out) {
+DSM_API int dsm_rms_norm(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t n, const Norm *norm,
+                         void *out) {
     const Kernels *kernels = dsm_kernels(isa, DSM_F32);
     const size_t row = n * dsm_itemsize(dtype);
     threads = dsm_threads(threads, tokens * n);
@@ -116,7 +116,7 @@ DSM_API int dsm_rms_norm(int isa, int threads, int dtype, const void *x, const v
         uint64_t mode = dsm_exact_mode();
 #pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < tokens; t++)
-            kernels->norm((const char *)x + t * row, w, n, eps, (char *)out + t * row, dtype);
+            kernels->norm((const char *)x + t * row, norm->weight, n, norm->eps, (char *)out + t * row, dtype);
         dsm_restore_mode(mode);
     }
     return DSM_OK;

@@ -2,13 +2,18 @@
    of `dsm_linear`, `dsm_route` and `dsm_experts`, with the same bits. */
 #include "engine.h"
 
-/* out [tokens, hidden] of `dtype` from x of the same; dims as named in engine.h; gate [experts, hidden] bf16; bias [experts]
-   fp32 or NULL; tables as `dsm_experts` takes them, of the experts and of the shared ones (one wide expert; width 0: none). */
-DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, const int64_t *dims, const void *gate,
-                    const float *bias, float factor, const int64_t *table, const int64_t *shared, void *out) {
-    const int64_t tokens = dims[DSM_TOKENS], hidden = dims[DSM_HIDDEN], experts = dims[DSM_EXPERTS], top_k = dims[DSM_TOP_K];
-    const int64_t values = tokens * hidden;
-    if (tokens < 1 || hidden < 1 || experts < 1 || top_k < 1) return DSM_BAD_ARGUMENT;
+/* out [tokens, hidden] of `dtype` from x of the same. */
+DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, const Moe *moe,
+                    void *out) {
+    const int64_t experts = moe->gate.rows, top_k = moe->routing.top_k, values = tokens * hidden;
+    const int is_dense = experts == 0;
+    if (tokens < 1 || tokens > DSM_STEP_TOKENS || hidden < 1) return DSM_BAD_ARGUMENT;
+    const int64_t all[DSM_STEP_TOKENS] = {0}; /* every token goes to the one wide expert, with weight 1 */
+    float ones[DSM_STEP_TOKENS];
+    for (int64_t t = 0; t < tokens; t++) ones[t] = 1.0f;
+    if (is_dense)
+        return dsm_experts(isa, threads, dtype, x, tokens, hidden, all, ones, 1, &moe->shared, NULL, out);
+    if (top_k < 1) return DSM_BAD_ARGUMENT;
     float *wide = dsm_alloc(sizeof(float) * values), *own = dsm_alloc(sizeof(float) * values);
     float *logits = dsm_alloc(sizeof(float) * tokens * experts), *weights = dsm_alloc(sizeof(float) * tokens * top_k);
     int64_t *indices = dsm_alloc(sizeof(int64_t) * tokens * top_k);
@@ -16,18 +21,14 @@ DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, const int64_
     const uint64_t caller = dsm_exact_mode();
     if (!result) {
         for (int64_t i = 0; i < values; i++) wide[i] = dsm_load(x, dtype, i);
-        result = dsm_linear(isa, threads, DSM_F32, wide, tokens, DSM_BF16, gate, NULL, experts, hidden, NULL, logits);
+        result = dsm_linear(isa, threads, DSM_F32, wide, tokens, &moe->gate, NULL, logits);
     }
     if (!result)
-        result = dsm_route(isa, threads, logits, tokens, experts, bias, dims[DSM_GROUPS], dims[DSM_KEPT], top_k,
-                           (int)dims[DSM_SOFTMAX], (int)dims[DSM_BEST_TWO], (int)dims[DSM_NORMALISE], factor, weights, indices);
+        result = dsm_route(isa, threads, logits, tokens, experts, moe->bias, &moe->routing, weights, indices);
     if (!result)
-        result = dsm_experts(isa, threads, dtype, x, tokens, hidden, dims[DSM_WIDTH], indices, weights, top_k, table, experts,
-                             (int)dims[DSM_DTYPE], NULL, out);
-    if (!result && dims[DSM_SHARED_WIDTH]) {
-        for (int64_t t = 0; t < tokens; t++) indices[t] = 0, weights[t] = 1.0f;
-        result = dsm_experts(isa, threads, dtype, x, tokens, hidden, dims[DSM_SHARED_WIDTH], indices, weights, 1, shared, 1,
-                             (int)dims[DSM_SHARED_DTYPE], NULL, own);
+        result = dsm_experts(isa, threads, dtype, x, tokens, hidden, indices, weights, top_k, &moe->routed, NULL, out);
+    if (!result && moe->shared.count) {
+        result = dsm_experts(isa, threads, dtype, x, tokens, hidden, all, ones, 1, &moe->shared, NULL, own);
         for (int64_t i = 0; i < values; i++) dsm_store(out, dtype, i, dsm_load(out, dtype, i) + dsm_load(own, dtype, i));
     }
     dsm_restore_mode(caller);

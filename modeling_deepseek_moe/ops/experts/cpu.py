@@ -3,6 +3,7 @@
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width.
 """
 
+from ctypes import byref
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import PLAIN, define
+from modeling_deepseek_moe.ops._structs import Experts
 
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
 # Packed inputs and SwiGLU outputs of one call; more tokens are computed a part at a time.
@@ -101,7 +103,7 @@ def _run(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: to
     hidden_TD, topk_indices = hidden_TD.contiguous(), topk_indices.contiguous()
     topk_weights, addresses = _native.fp32(topk_weights), addresses.contiguous()
     step = max(1, WORKSPACE_BYTES // (4 * top_k * (hidden + width)))
-    activations, weights_dtype = _native.DTYPES[hidden_TD.dtype], _native.DTYPES[dtype]
+    activations, given = _native.DTYPES[hidden_TD.dtype], byref(Experts.of(addresses, width, dtype))
     for start in range(0, tokens, step):
         count = min(step, tokens - start)
         _native.call(
@@ -110,13 +112,10 @@ def _run(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: to
             hidden_TD.data_ptr() + start * hidden * hidden_TD.itemsize,
             count,
             hidden,
-            width,
             topk_indices.data_ptr() + start * top_k * 8,
             topk_weights.data_ptr() + start * top_k * 4,
             top_k,
-            addresses.data_ptr(),
-            experts,
-            weights_dtype,
+            given,
             None if sums_TD is None else sums_TD.data_ptr() + start * hidden * 4,
             None if out_TD is None else out_TD.data_ptr() + start * hidden * out_TD.itemsize,
         )

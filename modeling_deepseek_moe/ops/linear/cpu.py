@@ -1,9 +1,12 @@
 """bf16 linear layers on the CPU engine: few tokens, or any number on CPUs without AVX-512; no gradients."""
 
+from ctypes import byref
+
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._structs import Matrix
 
 FEW_TOKENS = 8  # above, torch's matrix product catches up
 
@@ -31,14 +34,14 @@ def unsupported_reason(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     _native.check_linear("bf16 linear", x, weight, bias, torch.bfloat16)
-    n, k = weight.shape
+    n = weight.shape[0]
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else _native.fp32(bias)
     y = x.new_empty((*x.shape[:-1], n))
     _native.call(
         "dsm_linear",
         *(_native.DTYPES[x.dtype], x.data_ptr(), y.numel() // max(n, 1)),
-        *(_native.DTYPES[weight.dtype], weight.data_ptr(), None, n, k, _native.pointer(bias), y.data_ptr()),
+        *(byref(Matrix.of(weight)), _native.pointer(bias), y.data_ptr()),
     )
     return y
 

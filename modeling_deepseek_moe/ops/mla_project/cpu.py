@@ -1,11 +1,12 @@
 """Everything before latent attention on the CPU engine: projections, norms and rotation of a few tokens in one call."""
 
-import ctypes
+from ctypes import byref
 
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._structs import Matrix, MlaProjections, MlaShape, Norm
 
 FEW_TOKENS = 8
 WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn)  # the latter in blocks of 128 x 128
@@ -66,15 +67,19 @@ def _project(
     cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
     weights, norms = [w.contiguous() for w in weights], [n.contiguous() for n in norms]
     scales = [_native.fp32(s) for s in scales] or [None] * len(weights)
-    fields = [0] * 5 if not first else []
+    matrices, norm_structs = [], []
     for weight, scale in zip(weights, scales, strict=True):
-        fields += (weight.data_ptr(), _native.pointer(scale) or 0, *weight.shape, _native.DTYPES[weight.dtype])
-    dims = (batch * length, heads, last.shape[0] // heads - rope, rope, rank, interleave)
-    query = (norms[0].data_ptr(), eps[0]) if first else (None, 0.0)
+        matrices.append(Matrix.of(weight, scale))
+    for norm, epsilon in zip(norms, eps, strict=True):
+        norm_structs.append(Norm(norm.data_ptr(), epsilon))
+    if not first:
+        matrices.insert(0, Matrix())
+        norm_structs.insert(0, Norm())
+    shape = MlaShape(heads, last.shape[0] // heads - rope, rope, rank, 0, interleave)
     _native.call(
         "dsm_mla_project",
-        *(_native.DTYPES[x.dtype], x.data_ptr(), (ctypes.c_int64 * 6)(*dims), (ctypes.c_int64 * 15)(*fields)),
-        *(*query, norms[-1].data_ptr(), eps[-1], cos.data_ptr(), sin.data_ptr()),
+        *(_native.DTYPES[x.dtype], x.data_ptr(), batch * length, byref(shape)),
+        *(byref(MlaProjections(*matrices, *norm_structs)), cos.data_ptr(), sin.data_ptr()),
         *(q.data_ptr(), c_kv.data_ptr(), k_pe.data_ptr()),
     )
     return q, c_kv, k_pe

@@ -1,23 +1,30 @@
 """Router, routed experts and shared experts of a few tokens on the CPU engine, in one call."""
 
-import ctypes
+from ctypes import addressof, byref
 
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._structs import Expert, Experts, Matrix, Moe, Routing
 from modeling_deepseek_moe.ops.experts.cpu import addresses_of, check_stacks
+from modeling_deepseek_moe.ops.routing.cpu import MOST_EXPERTS, SCHEMA, chooses
 
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
-MOST_EXPERTS = 4096
+MOST_TOKENS = 16  # DSM_STEP_TOKENS
 
 
 def _moe(
     x: torch.Tensor,
     gate: torch.Tensor,
     bias: torch.Tensor | None,
-    routing: list[int],
-    factor: float,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    softmax: bool,
+    group_score_top2: bool,
+    norm_topk_prob: bool,
+    scaling_factor: float,
     addresses: torch.Tensor | None,
     stacks: list[torch.Tensor],
     width: int,
@@ -29,7 +36,7 @@ def _moe(
     Args:
         x: ``[..., D]``, few tokens.
         gate: the router ``[E, D]`` in bf16; ``bias [E]`` in fp32.
-        routing: groups, kept groups, top-k, and whether by softmax, by the best two of a group, and normalised.
+        n_group, ...: how the router chooses, as `routing.Routing` has it.
         addresses, width, dtype: of the routed experts, see `experts.cpu.accumulate`.
         stacks: in place of ``addresses``: gate and up, down, and the scales of both if they are FP8.
         shared, scales: gate, up and down of the shared experts, as one wide expert; scales if they are FP8.
@@ -41,7 +48,6 @@ def _moe(
     if addresses is None:
         stacks = check_stacks(hidden, *stacks)  # kept until the call is over
         addresses, width, dtype = addresses_of(*stacks), stacks[1].shape[-1], stacks[1].dtype
-    groups, kept, top_k, _, best_two, _ = routing
     wide = shared[0].shape[0] if shared else 0
     shapes = [(wide, hidden), (wide, hidden), (hidden, wide)][: len(shared)]
     fits = (
@@ -58,38 +64,38 @@ def _moe(
         and all(weight.dtype == shared[0].dtype in WEIGHTS for weight in shared)
         and len(scales) == (3 if shared and shared[0].dtype == torch.float8_e4m3fn else 0)
         and all(s.shape == tuple(-(-n // 128) for n in w.shape) for w, s in zip(shared, scales, strict=False))
-        and groups >= 1
-        and experts % groups == 0
-        and 1 <= kept <= groups
-        and 1 <= top_k <= experts // groups * kept
-        and not (best_two and groups > 1 and experts < 2 * groups)
+        and chooses(experts, n_group, topk_group, top_k, group_score_top2)
+        and x.numel() <= MOST_TOKENS * hidden
     )
     if not fits:
         found = ", ".join(map(_native.describe, (x, gate, addresses, *shared, *scales)))
-        raise ValueError(f"moe: found tensors that do not fit each other or the routing {routing}: {found}")
+        by = f"{top_k} of {experts} experts in {topk_group} of {n_group} groups"
+        raise ValueError(f"moe: found tensors that do not fit each other, or {by}: {found}")
     if not x.numel():
         return x.new_empty(x.shape)
     x, gate, addresses = x.contiguous(), gate.contiguous(), addresses.contiguous()
     bias = None if bias is None else bias.contiguous()
     shared = [weight.contiguous() for weight in shared]
     scales = [_native.fp32(scale) for scale in scales]
-    table = [0] * 6
-    for place, weight in enumerate(shared):
-        table[2 * place : 2 * place + 2] = weight.data_ptr(), scales[place].data_ptr() if scales else 0
-    kind = _native.DTYPES[shared[0].dtype] if shared else 0
-    dims = (x.numel() // hidden, hidden, width, experts, *routing, _native.DTYPES[dtype], wide, kind)
+    how = Routing(n_group, topk_group, top_k, softmax, group_score_top2, norm_topk_prob, scaling_factor)
+    own = Experts()
+    if shared:
+        entry = Expert()
+        entry.gate, entry.up, entry.down = (weight.data_ptr() for weight in shared)
+        if scales:
+            entry.gate_scale, entry.up_scale, entry.down_scale = (scale.data_ptr() for scale in scales)
+        own = Experts(addressof(entry), 1, wide, _native.DTYPES[shared[0].dtype])
+    layer = Moe(Matrix.of(gate), _native.pointer(bias), how, Experts.of(addresses, width, dtype), own)
     out = torch.empty_like(x)
     _native.call(
         "dsm_moe",
-        *(_native.DTYPES[x.dtype], x.data_ptr(), (ctypes.c_int64 * 13)(*dims), gate.data_ptr()),
-        *(_native.pointer(bias), factor, addresses.data_ptr(), (ctypes.c_int64 * 6)(*table), out.data_ptr()),
+        *(_native.DTYPES[x.dtype], x.data_ptr(), x.numel() // hidden, hidden, byref(layer), out.data_ptr()),
     )
     return out
 
 
 moe = define(
-    "moe(Tensor x, Tensor gate, Tensor? bias, int[] routing, float factor, Tensor? addresses, "
-    "Tensor[] stacks, int width, "
+    f"moe(Tensor x, Tensor gate, Tensor? bias, {SCHEMA}, Tensor? addresses, Tensor[] stacks, int width, "
     "ScalarType dtype, Tensor[] shared, Tensor[] scales) -> Tensor",
     _moe,
     lambda x, *_: x.new_empty(x.shape),

@@ -1,9 +1,12 @@
 """RMSNorm on the CPU engine: one pass, where eight small torch operations cost more than the work."""
 
+from ctypes import byref
+
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._structs import Norm
 
 
 def unsupported_reason(x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -28,7 +31,8 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     out, n = torch.empty_like(x), x.shape[-1]
     _native.call(
         "dsm_rms_norm",
-        *(_native.DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), x.numel() // max(n, 1), n, eps, out.data_ptr()),
+        *(_native.DTYPES[x.dtype], x.data_ptr(), x.numel() // max(n, 1), n),
+        *(byref(Norm(weight.data_ptr(), eps)), out.data_ptr()),
     )
     return out
 

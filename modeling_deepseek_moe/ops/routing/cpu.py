@@ -1,11 +1,19 @@
 """Choosing experts on the CPU engine: one call, where ten small torch operations cost a token more than the choice."""
 
+from ctypes import byref
+
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
+from modeling_deepseek_moe.ops._structs import Routing
 
 MOST_EXPERTS = 4096
+# of a `reference.Routing` in an operator
+SCHEMA = (
+    "int n_group, int topk_group, int top_k, bool softmax, bool group_score_top2, bool norm_topk_prob, "
+    "float scaling_factor"
+)
 
 
 def unsupported_reason(logits: torch.Tensor) -> str | None:
@@ -22,22 +30,19 @@ def unsupported_reason(logits: torch.Tensor) -> str | None:
 def _route(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
-    groups: int,
-    kept_groups: int,
+    n_group: int,
+    topk_group: int,
     top_k: int,
     softmax: bool,
-    best_two: bool,
-    normalise: bool,
-    factor: float,
+    group_score_top2: bool,
+    norm_topk_prob: bool,
+    scaling_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Args:
         logits: ``[T, E]`` fp32.
         bias: ``[E]`` fp32, added to the scores for the choice alone.
-        kept_groups: of ``groups`` equal runs of experts; only those of the best groups are eligible.
-        softmax: scores are a softmax, else sigmoids.
-        best_two: a group counts by the sum of its two best experts, else by its best.
-        normalise: weights are divided by their sum; then all are multiplied by ``factor``.
+        n_group, ...: as `reference.Routing` has them.
 
     Returns:
         Weights ``[T, K]`` in fp32 and indices ``[T, K]`` in int64, the best first.
@@ -50,20 +55,26 @@ def _route(
     tokens, experts = logits.shape
     if bias is not None and (bias.shape != (experts,) or bias.dtype != torch.float32):
         raise ValueError(f"route: found a bias {_native.describe(bias)}, wanted [{experts}] in fp32")
-    if groups < 1 or experts % groups or not 1 <= top_k <= experts // groups * min(kept_groups, groups):
-        raise ValueError(f"route: wanted {top_k} of {experts} experts in {kept_groups} of {groups} groups")
-    if kept_groups > groups or (best_two and groups > 1 and experts < 2 * groups):
-        raise ValueError(
-            f"route: {experts} experts in {groups} groups do not allow {kept_groups} groups by two experts"
-        )
+    if not chooses(experts, n_group, topk_group, top_k, group_score_top2):
+        by = " by their two best" if group_score_top2 else ""
+        raise ValueError(f"route: wanted {top_k} of {experts} experts in {topk_group} of {n_group} groups{by}")
     logits, bias = logits.contiguous(), None if bias is None else bias.contiguous()
     weights, indices = _results(logits, top_k)
+    routing = Routing(n_group, topk_group, top_k, softmax, group_score_top2, norm_topk_prob, scaling_factor)
     _native.call(
         "dsm_route",
-        *(logits.data_ptr(), tokens, experts, _native.pointer(bias), groups, kept_groups, top_k),
-        *(softmax, best_two, normalise, factor, weights.data_ptr(), indices.data_ptr()),
+        *(logits.data_ptr(), tokens, experts, _native.pointer(bias)),
+        *(byref(routing), weights.data_ptr(), indices.data_ptr()),
     )
     return weights, indices
+
+
+def chooses(experts: int, n_group: int, topk_group: int, top_k: int, group_score_top2: bool) -> bool:
+    """Whether so many experts can be chosen in this way."""
+    if n_group < 1 or experts % n_group or not 1 <= topk_group <= n_group:
+        return False
+    of_group = experts // n_group
+    return 1 <= top_k <= of_group * topk_group and not (group_score_top2 and n_group > 1 and of_group < 2)
 
 
 def _results(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,8 +83,7 @@ def _results(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tens
 
 
 route = define(
-    "route(Tensor logits, Tensor? bias, int groups, int kept_groups, int top_k, bool softmax, bool best_two, "
-    "bool normalise, float factor) -> (Tensor, Tensor)",
+    f"route(Tensor logits, Tensor? bias, {SCHEMA}) -> (Tensor, Tensor)",
     _route,
-    lambda logits, bias, groups, kept_groups, top_k, *_: _results(logits, top_k),
+    lambda logits, bias, n_group, topk_group, top_k, *_: _results(logits, top_k),
 )

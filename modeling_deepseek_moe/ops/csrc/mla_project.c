@@ -8,15 +8,14 @@
 
 typedef struct {
     const Kernels *kernels, *norms;
-    int dtype, interleaved, many, threads;
-    int64_t tokens, heads, nope, rope, rank;
-    Matrix down, up, latent; /* q_a_proj and q_b_proj, or none and q_proj; kv_a_proj_with_mqa */
-    const void *query_norm, *latent_norm;
-    float query_eps, latent_eps;
+    const MlaShape *shape;
+    const MlaProjections *w;
+    int dtype, many, threads;
+    int64_t tokens, rope, rank;
     const float *cosine, *sine; /* [tokens, rope / 2] */
     char *q, *c_kv, *k_pe;
     char *x, *query; /* packed */
-    char *low, *wide; /* q_a's and kv_a's results */
+    char *q_latent, *kv_latent; /* q_a's and kv_a's results */
     size_t x_stride, query_stride;
 } Projection;
 
@@ -53,7 +52,7 @@ static void rotate(const Projection *p, int64_t t, const char *from, char *to) {
     const int64_t half = p->rope / 2;
     const float *cosine = p->cosine + t * half, *sine = p->sine + t * half;
     for (int64_t i = 0; i < half; i++) {
-        const int64_t a = p->interleaved ? 2 * i : i, b = p->interleaved ? 2 * i + 1 : half + i;
+        const int64_t a = p->shape->rope_interleave ? 2 * i : i, b = p->shape->rope_interleave ? 2 * i + 1 : half + i;
         const float even = dsm_load(from, p->dtype, a), odd = dsm_load(from, p->dtype, b);
         dsm_store(to, p->dtype, a, even * cosine[i] - odd * sine[i]);
         dsm_store(to, p->dtype, b, even * sine[i] + odd * cosine[i]);
@@ -63,11 +62,11 @@ static void rotate(const Projection *p, int64_t t, const char *from, char *to) {
 static int run(const Projection *p) {
     const int threads = p->threads;
     const size_t size = dsm_itemsize(p->dtype);
-    const Matrix *query = p->down.rows ? &p->down : &p->up;
-    const int64_t query_tasks = tasks_of(p, query), up_tasks = tasks_of(p, &p->up), latent_tasks = tasks_of(p, &p->latent);
-    const int64_t head = p->nope + p->rope;
+    const Matrix *q_a = &p->w->q_a, *q_b = &p->w->q_b, *kv_a = &p->w->kv_a, *query = q_a->rows ? q_a : q_b;
+    const int64_t query_tasks = tasks_of(p, query), up_tasks = tasks_of(p, q_b), latent_tasks = tasks_of(p, kv_a);
+    const int64_t heads = p->shape->num_heads, nope = p->shape->qk_nope_head_dim, head = nope + p->rope;
     int failed = 0;
-    char *low = p->down.rows ? p->low : p->q;
+    char *first = q_a->rows ? p->q_latent : p->q;
     Lane *lanes = dsm_lanes(threads, query_tasks + latent_tasks), *up_lanes = dsm_lanes(threads, up_tasks);
     if (!lanes || !up_lanes) {
         free(lanes);
@@ -84,30 +83,31 @@ static int run(const Projection *p) {
         }
         for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
             if (p->many && !scratch) continue; /* other threads' work is lost too: the call fails */
-            if (task < query_tasks) multiply(p, p->x, p->x_stride, query, task, low, scratch);
-            else multiply(p, p->x, p->x_stride, &p->latent, task - query_tasks, p->wide, scratch);
+            if (task < query_tasks) multiply(p, p->x, p->x_stride, query, task, first, scratch);
+            else multiply(p, p->x, p->x_stride, kv_a, task - query_tasks, p->kv_latent, scratch);
         }
 #pragma omp barrier
-        if (p->down.rows) {
+        if (q_a->rows) {
 #pragma omp single
             for (int64_t t = 0; t < p->tokens; t++) {
-                char *row = p->low + t * p->down.rows * size;
-                p->norms->norm(row, p->query_norm, p->down.rows, p->query_eps, row, p->dtype);
-                if (t + 1 == p->tokens) pack(p, p->low, p->down.rows, p->up.dtype, p->query, p->query_stride);
+                char *row = p->q_latent + t * q_a->rows * size;
+                p->norms->norm(row, p->w->q_a_norm.weight, q_a->rows, p->w->q_a_norm.eps, row, p->dtype);
+                if (t + 1 == p->tokens) pack(p, p->q_latent, q_a->rows, q_b->dtype, p->query, p->query_stride);
             }
             for (int64_t task; (task = dsm_take(up_lanes, threads, dsm_me())) >= 0;)
-                if (!p->many || scratch) multiply(p, p->query, p->query_stride, &p->up, task, p->q, scratch);
+                if (!p->many || scratch) multiply(p, p->query, p->query_stride, q_b, task, p->q, scratch);
 #pragma omp barrier
         }
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < p->tokens * (p->heads + 1); i++) {
-            const int64_t t = i / (p->heads + 1), h = i % (p->heads + 1);
-            if (h < p->heads) {
-                char *at = p->q + ((t * p->heads + h) * head + p->nope) * size;
+        for (int64_t i = 0; i < p->tokens * (heads + 1); i++) {
+            const int64_t t = i / (heads + 1), h = i % (heads + 1);
+            if (h < heads) {
+                char *at = p->q + ((t * heads + h) * head + nope) * size;
                 rotate(p, t, at, at);
             } else {
-                const char *row = p->wide + t * (p->rank + p->rope) * size;
-                p->norms->norm(row, p->latent_norm, p->rank, p->latent_eps, p->c_kv + t * p->rank * size, p->dtype);
+                const char *row = p->kv_latent + t * (p->rank + p->rope) * size;
+                p->norms->norm(row, p->w->kv_a_norm.weight, p->rank, p->w->kv_a_norm.eps, p->c_kv + t * p->rank * size,
+                               p->dtype);
                 rotate(p, t, row + p->rank * size, p->k_pe + t * p->rope * size);
             }
         }
@@ -119,35 +119,20 @@ static int run(const Projection *p) {
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 
-static Matrix matrix(const int64_t *fields) {
-    return (Matrix){(const void *)(intptr_t)fields[0], (const float *)(intptr_t)fields[1], fields[2], fields[3],
-                    (int)fields[4]};
-}
-
-/* x [tokens, hidden] of `dtype`; dims: tokens, heads, nope, rope, rank, whether rotary pairs are neighbours; matrices [3]
-   of address, address of scales, rows, columns, dtype: q_a_proj (no rows: none), q_b_proj or q_proj,
-   kv_a_proj_with_mqa; q [tokens, heads * (nope + rope)], c_kv [tokens, rank] and k_pe [tokens, rope] are written. */
-DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, const int64_t *dims,
-                            const int64_t *matrices, const void *query_norm, float query_eps, const void *latent_norm,
-                            float latent_eps, const float *cosine, const float *sine, void *q, void *c_kv,
+/* x [tokens, hidden] of `dtype`; cosine and sine [tokens, rope / 2]; q [tokens, heads * (nope + rope)], c_kv [tokens, rank]
+   and k_pe [tokens, rope] are written. */
+DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, int64_t tokens, const MlaShape *shape,
+                            const MlaProjections *w, const float *cosine, const float *sine, void *q, void *c_kv,
                             void *k_pe) {
     Projection p = {
         .kernels = dsm_kernels(isa, dtype),
         .norms = dsm_kernels(isa, DSM_F32),
+        .shape = shape,
+        .w = w,
         .dtype = dtype,
-        .tokens = dims[0],
-        .heads = dims[1],
-        .nope = dims[2],
-        .rope = dims[3],
-        .rank = dims[4],
-        .interleaved = (int)dims[5],
-        .down = matrix(matrices),
-        .up = matrix(matrices + 5),
-        .latent = matrix(matrices + 10),
-        .query_norm = query_norm,
-        .query_eps = query_eps,
-        .latent_norm = latent_norm,
-        .latent_eps = latent_eps,
+        .tokens = tokens,
+        .rope = shape->qk_rope_head_dim,
+        .rank = shape->kv_lora_rank,
         .cosine = cosine,
         .sine = sine,
         .q = q,
@@ -155,32 +140,29 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, cons
         .k_pe = k_pe,
     };
     const size_t size = dsm_itemsize(dtype);
-    const int64_t hidden = p.latent.cols;
+    const int64_t hidden = w->kv_a.cols;
     int result = DSM_NO_MEMORY;
-    if (p.tokens < 1 || p.tokens > TOKENS || hidden < 1) return DSM_BAD_ARGUMENT;
+    if (tokens < 1 || tokens > TOKENS || hidden < 1) return DSM_BAD_ARGUMENT;
     /* one packing serves both of the first products: their weights have one dtype */
-    const int first = p.down.rows ? p.down.dtype : p.up.dtype;
-    if (first != p.latent.dtype) return DSM_BAD_ARGUMENT;
+    const int first = w->q_a.rows ? w->q_a.dtype : w->q_b.dtype;
+    if (first != w->kv_a.dtype) return DSM_BAD_ARGUMENT;
     p.x_stride = dsm_packed_stride(p.kernels, hidden);
-    p.query_stride = dsm_packed_stride(p.kernels, p.down.rows);
-    p.many = p.tokens > p.kernels->few_tokens;
-    p.x = dsm_alloc(dsm_packed_tokens(p.kernels, p.tokens) * p.x_stride);
-    p.query = dsm_alloc(dsm_packed_tokens(p.kernels, p.tokens) * p.query_stride);
-    p.low = dsm_alloc(p.tokens * p.down.rows * size);
-    p.wide = dsm_alloc(p.tokens * p.latent.rows * size);
-    if (p.x && p.query && p.low && p.wide) {
+    p.query_stride = dsm_packed_stride(p.kernels, w->q_a.rows);
+    p.many = tokens > p.kernels->few_tokens;
+    p.x = dsm_alloc(dsm_packed_tokens(p.kernels, tokens) * p.x_stride);
+    p.query = dsm_alloc(dsm_packed_tokens(p.kernels, tokens) * p.query_stride);
+    p.q_latent = dsm_alloc(tokens * w->q_a.rows * size);
+    p.kv_latent = dsm_alloc(tokens * w->kv_a.rows * size);
+    if (p.x && p.query && p.q_latent && p.kv_latent) {
         const uint64_t caller = dsm_exact_mode();
-        const int64_t weights = p.down.rows * p.down.cols * (int64_t)dsm_itemsize(p.down.dtype) +
-                                p.up.rows * p.up.cols * (int64_t)dsm_itemsize(p.up.dtype) +
-                                p.latent.rows * p.latent.cols * (int64_t)dsm_itemsize(p.latent.dtype);
         pack(&p, x, hidden, first, p.x, p.x_stride);
-        p.threads = dsm_threads(threads, weights);
+        p.threads = dsm_threads(threads, dsm_bytes(&w->q_a) + dsm_bytes(&w->q_b) + dsm_bytes(&w->kv_a));
         result = run(&p);
         dsm_restore_mode(caller);
     }
     free(p.x);
     free(p.query);
-    free(p.low);
-    free(p.wide);
+    free(p.q_latent);
+    free(p.kv_latent);
     return result;
 }

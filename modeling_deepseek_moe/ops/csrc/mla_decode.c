@@ -17,11 +17,10 @@ typedef struct {
     const Kernels *kernels;
     int dtype;
     int64_t batch, heads, length, nope, rope, rank, value;
-    const char *q_nope, *q_pe, *c_kv, *k_pe;
-    int64_t q_nope_batch, q_nope_head, q_pe_batch, q_pe_head, c_kv_batch, k_pe_batch; /* elements */
-    const float *mask;
-    int64_t mask_batch;
-    Matrix up; /* kv_b_proj */
+    const Queries *queries;
+    const LatentCache *cache;
+    const Mask *mask;
+    const Matrix *kv_b;
     float scaling;
     char *out;
     /* workspace */
@@ -42,14 +41,15 @@ typedef struct {
 
 static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
     const size_t size = dsm_itemsize(a->dtype);
+    const Queries *q = a->queries;
     float *row = buffers->row, *query = buffers->query;
     for (int64_t b = 0; b < a->batch; b++) {
-        const char *nope = a->q_nope + (b * a->q_nope_batch + h * a->q_nope_head) * size;
-        const char *rope = a->q_pe + (b * a->q_pe_batch + h * a->q_pe_head) * size;
+        const char *nope = (const char *)q->nope + (b * q->nope_batch + h * q->nope_head) * size;
+        const char *rope = (const char *)q->pe + (b * q->pe_batch + h * q->pe_head) * size;
         char *latents = a->latents + b * a->packed_heads * a->latent_stride;
         char *ropes = a->ropes + b * a->packed_heads * a->rope_stride;
         for (int64_t i = 0; i < a->nope; i++) query[i] = dsm_load(nope, a->dtype, i);
-        a->kernels->absorb(query, &a->up, h * (a->nope + a->value), a->nope, row,
+        a->kernels->absorb(query, a->kv_b, h * (a->nope + a->value), a->nope, row,
                            buffers->workspace);
         const void *const one[] = {row, rope};
         dsm_pack(a->kernels, 1, one, 1, DSM_F32, a->rank, a->dtype, latents, a->latent_stride, h);
@@ -86,14 +86,14 @@ static void attend(const Attention *a, int64_t task, Buffers *buffers) {
     const int64_t h0 = task % a->groups * GROUP, heads = dsm_min(GROUP, a->heads - h0);
     const int64_t end = dsm_min(a->length, (part + 1) * a->chunk), at = (b * a->chunks + part) * a->heads + h0;
     const size_t size = dsm_itemsize(a->dtype);
-    const Matrix c_kv = {a->c_kv + b * a->c_kv_batch * size, NULL, a->length, a->rank, a->dtype};
-    const Matrix k_pe = {a->k_pe + b * a->k_pe_batch * size, NULL, a->length, a->rope, a->dtype};
+    const Matrix c_kv = {(const char *)a->cache->c_kv + b * a->cache->c_kv_batch * size, NULL, a->length, a->rank, a->dtype};
+    const Matrix k_pe = {(const char *)a->cache->k_pe + b * a->cache->k_pe_batch * size, NULL, a->length, a->rope, a->dtype};
     float *out = a->partial + at * a->room, *peaks = a->peaks + at, *norms = a->norms + at;
     memset(out, 0, sizeof(float) * heads * a->room);
     for (int64_t h = 0; h < heads; h++) peaks[h] = -FLT_MAX, norms[h] = 0.0f;
     for (int64_t k = part * a->chunk; k < end; k += STEP) {
         const int64_t count = dsm_min(STEP, end - k);
-        const float *mask = a->mask ? a->mask + b * a->mask_batch + k : NULL;
+        const float *mask = a->mask->values ? a->mask->values + b * a->mask->batch + k : NULL;
         Ahead ahead[2] = {after(a, &c_kv, k + STEP), after(a, &k_pe, k + STEP)};
         score(a, &c_kv, &k_pe, b * a->packed_heads + h0, heads, k, count, buffers, ahead);
         for (int64_t h = 0; h < heads; h++)
@@ -122,9 +122,9 @@ static void merge(const Attention *a, int64_t h, Buffers *buffers) {
             for (int64_t i = 0; i < a->rank; i++) row[i] += share * from[i];
         }
         for (int64_t i = 0; i < a->rank; i++) row[i] /= norm;
-        a->kernels->pack(row, DSM_F32, a->rank, a->up.dtype, buffers->packed + b * stride);
+        a->kernels->pack(row, DSM_F32, a->rank, a->kv_b->dtype, buffers->packed + b * stride);
     }
-    a->kernels->rows(buffers->packed, stride, a->batch, &a->up, h * (a->nope + a->value) + a->nope, a->value, row,
+    a->kernels->rows(buffers->packed, stride, a->batch, a->kv_b, h * (a->nope + a->value) + a->nope, a->value, row,
                      a->value, NULL);
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t i = 0; i < a->value; i++)
@@ -191,59 +191,48 @@ static int run(Attention *a, int threads) {
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 
-/* out [batch, heads, value] of `dtype` from q_nope and q_pe (strided over batch and heads), c_kv [batch, length, rank]
-   and k_pe [batch, length, rope] (strided over batch), all of `dtype`; mask: fp32, added to the scores of
-   [batch, length], or NULL; weight [heads * (nope + value), rank]. */
-DSM_API int dsm_mla_decode(int isa, int threads, int dtype, const int64_t *dims, const void *q_nope, const void *q_pe,
-                           const void *c_kv, const void *k_pe, const int64_t *strides, const float *mask,
-                           int weight_dtype, const void *weight, const float *weight_scale, float scaling, void *out) {
+/* out [batch, heads, value] of `dtype` from the queries of one new token and the first `length` rows of a cache, all of
+   `dtype`; kv_b [heads * (nope + value), rank]. */
+DSM_API int dsm_mla_decode(int isa, int threads, int dtype, int64_t batch, int64_t length, const MlaShape *shape,
+                           const Queries *queries, const LatentCache *cache, const Mask *mask, const Matrix *kv_b,
+                           float softmax_scale, void *out) {
     const Kernels *kernels = dsm_kernels(isa, dtype);
     Attention a = {
         .kernels = kernels,
         .dtype = dtype,
-        .batch = dims[0],
-        .heads = dims[1],
-        .length = dims[2],
-        .nope = dims[3],
-        .rope = dims[4],
-        .rank = dims[5],
-        .value = dims[6],
-        .q_nope = q_nope,
-        .q_pe = q_pe,
-        .c_kv = c_kv,
-        .k_pe = k_pe,
-        .q_nope_batch = strides[0],
-        .q_nope_head = strides[1],
-        .q_pe_batch = strides[2],
-        .q_pe_head = strides[3],
-        .c_kv_batch = strides[4],
-        .k_pe_batch = strides[5],
+        .batch = batch,
+        .heads = shape->num_heads,
+        .length = length,
+        .nope = shape->qk_nope_head_dim,
+        .rope = shape->qk_rope_head_dim,
+        .rank = shape->kv_lora_rank,
+        .value = shape->v_head_dim,
+        .queries = queries,
+        .cache = cache,
         .mask = mask,
-        .mask_batch = strides[6],
-        .scaling = scaling,
+        .kv_b = kv_b,
+        .scaling = softmax_scale,
         .out = out,
     };
     int result = DSM_NO_MEMORY;
-    for (int i = 0; i < 7; i++)
-        if (dims[i] < 1) return DSM_BAD_ARGUMENT;
-    const int64_t queries = a.batch * a.heads, columns = kernels->panel_columns;
+    if (batch < 1 || length < 1 || a.heads < 1 || a.nope < 1 || a.rope < 1 || a.rank < 1 || a.value < 1)
+        return DSM_BAD_ARGUMENT;
+    const int64_t rows = batch * a.heads, columns = kernels->panel_columns;
     a.packed_heads = dsm_packed_tokens(kernels, a.heads);
-    a.up = (Matrix){weight, weight_scale, a.heads * (a.nope + a.value), a.rank, weight_dtype};
     a.latent_stride = dsm_packed_stride(kernels, a.rank);
     a.rope_stride = dsm_packed_stride(kernels, a.rope);
     a.room = (a.rank + columns - 1) / columns * columns;
     a.groups = (a.heads + GROUP - 1) / GROUP;
     a.chunk = chunk_of(a.length, CHUNKS / dsm_min(a.groups, CHUNKS));
     a.chunks = (a.length + a.chunk - 1) / a.chunk;
-    a.latents = dsm_alloc(a.batch * a.packed_heads * a.latent_stride);
-    a.ropes = dsm_alloc(a.batch * a.packed_heads * a.rope_stride);
-    a.partial = dsm_alloc(sizeof(float) * queries * a.chunks * a.room);
-    a.peaks = dsm_alloc(sizeof(float) * queries * a.chunks);
-    a.norms = dsm_alloc(sizeof(float) * queries * a.chunks);
+    a.latents = dsm_alloc(batch * a.packed_heads * a.latent_stride);
+    a.ropes = dsm_alloc(batch * a.packed_heads * a.rope_stride);
+    a.partial = dsm_alloc(sizeof(float) * rows * a.chunks * a.room);
+    a.peaks = dsm_alloc(sizeof(float) * rows * a.chunks);
+    a.norms = dsm_alloc(sizeof(float) * rows * a.chunks);
     if (a.latents && a.ropes && a.partial && a.peaks && a.norms) {
-        const int64_t weights = a.up.rows * a.rank * (int64_t)dsm_itemsize(weight_dtype);
-        const int64_t cache = a.batch * a.length * (a.rank + a.rope) * (1 + a.heads / 4);
-        result = run(&a, dsm_threads(threads, weights + cache));
+        const int64_t cached = batch * a.length * (a.rank + a.rope) * (1 + a.heads / 4);
+        result = run(&a, dsm_threads(threads, dsm_bytes(kv_b) + cached));
     }
     free(a.latents);
     free(a.ropes);

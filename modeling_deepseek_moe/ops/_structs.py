@@ -1,0 +1,154 @@
+"""The structs of ``csrc/abi.h``, field by field: what the CPU engine is handed by address.
+
+Whoever makes one keeps the tensors alive that it points to. `_native` compares sizes and places of all fields with those
+of the library as it is loaded.
+"""
+
+import ctypes
+from ctypes import Structure, c_float, c_int, c_int64, c_void_p
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+
+
+class Matrix(Structure):
+    """A row-major weight ``[rows, cols]``; ``scale`` of FP8 in fp32, a block each."""
+
+    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("cols", c_int64), ("dtype", c_int)]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, scale: torch.Tensor | None = None) -> "Matrix":
+        """Of contiguous tensors, the scales in fp32."""
+        return cls(weight.data_ptr(), None if scale is None else scale.data_ptr(), *weight.shape, DTYPES[weight.dtype])
+
+
+class Norm(Structure):
+    """RMSNorm: a weight of the activations' dtype."""
+
+    _fields_ = [("weight", c_void_p), ("eps", c_float)]
+
+
+class Expert(Structure):
+    """Addresses of codes and scales of one expert. A table of them is a tensor ``[E, 3, 2]`` in int64."""
+
+    _fields_ = [(f"{part}{suffix}", c_void_p) for part in ("gate", "up", "down") for suffix in ("", "_scale")]
+
+
+class Experts(Structure):
+    """``table [count]`` of `Expert`, each of ``width``, and the dtype of their weights."""
+
+    _fields_ = [("table", c_void_p), ("count", c_int64), ("width", c_int64), ("dtype", c_int)]
+
+    @classmethod
+    def of(cls, addresses: torch.Tensor, width: int, dtype: torch.dtype) -> "Experts":
+        """Of ``addresses [E, 3, 2]``."""
+        return cls(addresses.data_ptr(), len(addresses), width, DTYPES[dtype])
+
+
+class Routing(Structure):
+    """`routing.Routing` as C has it."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("n_group", "topk_group", "top_k")),
+        *((name, c_int) for name in ("softmax", "group_score_top2", "norm_topk_prob")),
+        ("scaling_factor", c_float),
+    ]
+
+
+class Moe(Structure):
+    """Router, routed and shared experts; without rows of ``gate`` a dense layer, which is ``shared`` alone."""
+
+    _fields_ = [
+        *(("gate", Matrix), ("bias", c_void_p), ("routing", Routing)),
+        *(("routed", Experts), ("shared", Experts)),
+    ]
+
+
+class MlaShape(Structure):
+    """Sizes of latent attention, as the config names them."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("num_heads", "qk_nope_head_dim", "qk_rope_head_dim")),
+        *((name, c_int64) for name in ("kv_lora_rank", "v_head_dim")),
+        ("rope_interleave", c_int),
+    ]
+
+
+class MlaProjections(Structure):
+    """``q_a_proj`` and ``q_b_proj`` (or none and ``q_proj``), ``kv_a_proj_with_mqa``, and their norms."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("q_a", "q_b", "kv_a")),
+        *((name, Norm) for name in ("q_a_norm", "kv_a_norm")),
+    ]
+
+
+class Queries(Structure):
+    """One token's queries a sequence, strided over batch and heads."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("nope", "pe")),
+        *((name, c_int64) for name in ("nope_batch", "nope_head", "pe_batch", "pe_head")),
+    ]
+
+
+class LatentCache(Structure):
+    """What a layer has cached, strided over the batch."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("c_kv", "k_pe")),
+        *((name, c_int64) for name in ("c_kv_batch", "k_pe_batch")),
+    ]
+
+    @classmethod
+    def of(cls, c_kv: torch.Tensor, k_pe: torch.Tensor) -> "LatentCache":
+        """Of ``[B, 1, capacity, r]`` and ``[B, 1, capacity, p]``, whose last two dimensions are contiguous."""
+        return cls(c_kv.data_ptr(), k_pe.data_ptr(), c_kv.stride(0), k_pe.stride(0))
+
+
+class Mask(Structure):
+    """Values to add to the scores: ``[B or 1, keys]`` in fp32, or none."""
+
+    _fields_ = [("values", c_void_p), ("batch", c_int64)]
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> "Mask":
+        return cls() if mask is None else cls(mask.data_ptr(), mask.shape[1] if len(mask) > 1 else 0)
+
+
+class DecoderLayer(Structure):
+    """One decoder layer. Stages that never run may be empty."""
+
+    _fields_ = [
+        *(("input_norm", Norm), ("post_attention_norm", Norm), ("projections", MlaProjections)),
+        *(("kv_b", Matrix), ("o", Matrix), ("moe", Moe)),
+    ]
+
+
+class Step(Structure):
+    """What the layers share in one step: ``batch`` sequences with ``past`` tokens in their caches, and one new token."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "hidden", "past")),
+        ("mla", MlaShape),
+        *((name, c_void_p) for name in ("cosine", "sine")),
+        *(("mask", Mask), ("softmax_scale", c_float)),
+    ]
+
+
+SHARED = (
+    *(Matrix, Norm, Expert, Experts, Routing, Moe),
+    *(MlaShape, MlaProjections, Queries, LatentCache, Mask, DecoderLayer, Step),
+)
+
+
+def layout() -> dict[str, tuple[int, int]]:
+    """Offset and size of every struct and field, by the names of ``csrc/layout.c``."""
+    places = {}
+    for struct in SHARED:
+        places[struct.__name__] = 0, ctypes.sizeof(struct)
+        for name, _ in struct._fields_:
+            field = getattr(struct, name)
+            places[f"{struct.__name__}.{name}"] = field.offset, field.size
+    return places
