@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from modeling_deepseek_moe.conversion._source import Source
 
-from modeling_deepseek_moe.checkpoint import INDEX_NAME, TensorPlan, plan_shards, write_shard
+from modeling_deepseek_moe.checkpoint.index import INDEX_NAME
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan, plan_shards, write_shard
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 # tensors that an estimate makes: at most so large, at so many places of the checkpoint, so many in a row

@@ -7,7 +7,7 @@ from modeling_deepseek_moe.conversion import casts, merge_adapter, mtp, native
 from modeling_deepseek_moe.conversion._job import Job
 from modeling_deepseek_moe.conversion._source import Source
 
-from modeling_deepseek_moe.checkpoint import parse_size
+from modeling_deepseek_moe.checkpoint.writer import parse_size
 
 
 class Options(NamedTuple):

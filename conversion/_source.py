@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from modeling_deepseek_moe.checkpoint import CheckpointReader, TensorPlan
-from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 

@@ -7,8 +7,8 @@ import torch
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe.anatomy import read_config
-from modeling_deepseek_moe.checkpoint import TensorPlan
-from modeling_deepseek_moe.headers import DTYPE_NAMES, CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.saving import fp8_quantization_config
 from modeling_deepseek_moe.weights import SCALE_SUFFIX, release_tensors

@@ -16,8 +16,9 @@ import torch
 from modeling_deepseek_moe.conversion._source import Source, as_is
 from modeling_deepseek_moe.conversion.casts import WIDE, CodesAndScales, any_in_blocks, block_rows
 
-from modeling_deepseek_moe.checkpoint import CheckpointReader, TensorPlan
-from modeling_deepseek_moe.headers import DTYPE_NAMES, CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 

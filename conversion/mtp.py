@@ -6,8 +6,8 @@ A release stores it as the layers after the last one: ``model.layers.61`` in Dee
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe.anatomy import read_config
-from modeling_deepseek_moe.checkpoint import TensorPlan
-from modeling_deepseek_moe.headers import DTYPE_NAMES, CheckpointError
+from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import LAYER_KEY, SCALE_SUFFIX, release_tensors
 

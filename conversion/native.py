@@ -16,8 +16,9 @@ from modeling_deepseek_moe.conversion import mtp
 from modeling_deepseek_moe.conversion._job import Job, side_files
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
-from modeling_deepseek_moe.checkpoint import CheckpointReader, TensorPlan
-from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 # release name of the module → native name, dimension that ranks share (None: every rank has all of it)

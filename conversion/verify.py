@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_deepseek_moe.headers import CheckpointError, TensorInfo, read_header
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.inspection import Finding, inspect_checkpoint
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX

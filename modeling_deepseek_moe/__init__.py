@@ -8,7 +8,9 @@ import importlib
 
 from modeling_deepseek_moe import registration
 from modeling_deepseek_moe._version import __version__
-from modeling_deepseek_moe.checkpoint import CheckpointError, CheckpointReader, write_checkpoint
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.checkpoint.writer import write_checkpoint
 from modeling_deepseek_moe.compat import warn_untested
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.modeling import (

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_deepseek_moe.anatomy import PARTS, Anatomy, describe, dissect, read_config
-from modeling_deepseek_moe.checkpoint import CheckpointError, TensorInfo, read_header, resolve_shards
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
+from modeling_deepseek_moe.checkpoint.index import resolve_shards
 from modeling_deepseek_moe.release import Problem, Release
 from modeling_deepseek_moe.weights import EXPERT_KEY, SCALE_SUFFIX, TensorSpec, release_tensors
 

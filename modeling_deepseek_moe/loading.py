@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
+from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, WEIGHTS_NAME
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.config import FP8_METHOD
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from modeling_deepseek_moe.checkpoint.headers import TensorInfo
+from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.fp8_experts import Fp8Experts, Fp8Matrix
-from modeling_deepseek_moe.headers import TensorInfo
-from modeling_deepseek_moe.mapped import MappedFiles
 from modeling_deepseek_moe.ops import block_fp8
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -9,10 +9,10 @@ import transformers
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.config import FP8_METHOD, check_fp8_fields
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
-from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.loading import release_for
 from modeling_deepseek_moe.mapped_experts import PROJECTIONS, MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts

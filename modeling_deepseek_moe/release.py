@@ -7,10 +7,10 @@ from functools import cached_property
 
 import torch
 
-from modeling_deepseek_moe.checkpoint import CheckpointReader
-from modeling_deepseek_moe.headers import CheckpointError, MisfitError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, MisfitError, TensorInfo
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.checkpoint.scales import Scales
 from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.scales import Scales
 from modeling_deepseek_moe.weights import (
     EXPERT_KEY,
     LAYER_KEY,

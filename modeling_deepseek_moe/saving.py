@@ -10,7 +10,8 @@ import torch
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
-from modeling_deepseek_moe.checkpoint import CheckpointReader, TensorPlan, write_checkpoint
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
 from modeling_deepseek_moe.config import FP8_METHOD
 from modeling_deepseek_moe.hub import auto_map, shim_files
 from modeling_deepseek_moe.mapped_experts import MappedExperts

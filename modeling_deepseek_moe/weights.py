@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from modeling_deepseek_moe.checkpoint import TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.config import DeepseekMoeConfig
 
 # model tensor -> the release's projections of one expert, in the order in which they fill its rows

@@ -11,11 +11,12 @@ import torch
 from releases import FP8, SHAPES, write_release
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError, checkpoint
+from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.anatomy import CONFIGS, describe, dissect, read_config
-from modeling_deepseek_moe.checkpoint import CheckpointReader
+from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
+from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.inspection import inspect_checkpoint
-from modeling_deepseek_moe.mapped import MappedFiles
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.weights import release_tensors
 
@@ -294,7 +295,7 @@ def test_loading_the_layout_of_v3(v3_folder, monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(checkpoint, "read_header")
+    count(checkpoint_reader, "read_header")
     count(MappedFiles, "open")
     count(MappedFiles, "view")
     model = AutoModelForCausalLM.from_pretrained(v3_folder)

@@ -11,7 +11,7 @@ import torch
 from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from modeling_deepseek_moe import checkpoint
+from modeling_deepseek_moe.checkpoint import writer
 
 EXPERT = "model.layers.1.mlp.experts.3.gate_proj.weight"
 FORMATS = pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
@@ -107,12 +107,12 @@ def test_interrupted(tmp_path, monkeypatch, failing_save, fp8, max_shard_size):
     def interrupt():
         raise KeyboardInterrupt
 
-    def plan(name, tensor, of=checkpoint.TensorPlan.of):
+    def plan(name, tensor, of=writer.TensorPlan.of):
         made = of(name, tensor)
         return dataclasses.replace(made, produce=interrupt) if name == "model.norm.weight" else made
 
     model = load(tmp_path, fp8)
-    monkeypatch.setattr(checkpoint.TensorPlan, "of", plan)
+    monkeypatch.setattr(writer.TensorPlan, "of", plan)
     failing_save(model, KeyboardInterrupt, max_shard_size=max_shard_size)
 
 

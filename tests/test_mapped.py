@@ -13,9 +13,10 @@ from releases import SHAPES, same_bits, write_release
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError, checkpoint
-from modeling_deepseek_moe.checkpoint import CheckpointReader
-from modeling_deepseek_moe.headers import read_header
+from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
+from modeling_deepseek_moe.checkpoint.headers import read_header
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 
 NORM = "model.norm.weight"
@@ -262,7 +263,7 @@ def test_one_bad_scale_among_many_is_named(loaded):
 
 def test_headers_are_read_once(loaded, monkeypatch):
     files = []
-    monkeypatch.setattr(checkpoint, "read_header", lambda file: files.append(file) or read_header(file))
+    monkeypatch.setattr(checkpoint_reader, "read_header", lambda file: files.append(file) or read_header(file))
     AutoModelForCausalLM.from_pretrained(loaded.folder)
     assert sorted(files) == sorted(loaded.folder.glob("*.safetensors"))
     monkeypatch.chdir(loaded.folder.parent)

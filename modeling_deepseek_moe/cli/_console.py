@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from modeling_deepseek_moe.headers import CheckpointError
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 
 DEBUG: ContextVar[bool] = ContextVar("DEBUG", default=False)
 # What this package and transformers raise for bad input: the message says it all.

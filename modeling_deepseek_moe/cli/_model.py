@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deepseek_moe.anatomy import read_config
-from modeling_deepseek_moe.checkpoint import parse_size
+from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import rate, size, stderr
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")

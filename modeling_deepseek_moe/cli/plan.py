@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_deepseek_moe.anatomy import Anatomy, describe, dissect, read_config
-from modeling_deepseek_moe.checkpoint import parse_size
+from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
 from modeling_deepseek_moe.machine import Bandwidth, measure_disk, probe_machine

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from modeling_deepseek_moe.headers import TensorInfo
-from modeling_deepseek_moe.mapped import MappedFiles
+from modeling_deepseek_moe.checkpoint.headers import TensorInfo
+from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.streaming.memory import Memory
 from modeling_deepseek_moe.streaming.reader import Reader, Run, most_bytes, plan_runs
 from modeling_deepseek_moe.streaming.threads import Read, ReadQueue

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from modeling_deepseek_moe.checkpoint import parse_size
+from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.machine import probe_machine
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
-from modeling_deepseek_moe.mapped import MappedFiles
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.streaming.memory import PAGE, pages
 
 try:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from modeling_deepseek_moe.headers import TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import TensorInfo
+from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.machine import probe_machine
-from modeling_deepseek_moe.mapped import MappedFiles
 from modeling_deepseek_moe.planning import WORKSPACE_BYTES
 from modeling_deepseek_moe.streaming.memory import Memory
 from modeling_deepseek_moe.streaming.reader import Reader, plan_runs

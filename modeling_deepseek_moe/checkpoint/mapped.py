@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from modeling_deepseek_moe.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 
 # asm-generic's value, which x86, Arm and RISC-V share; the mmap module has no name for it before Python 3.13
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)

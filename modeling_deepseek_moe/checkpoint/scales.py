@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from modeling_deepseek_moe.checkpoint import CheckpointReader
-from modeling_deepseek_moe.headers import TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import TensorInfo
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 
 EXPERTS = ".experts."
 

@@ -1,179 +1,25 @@
-"""Reading and writing checkpoint folders: lazy mapped tensors, atomic streamed shards.
-
-A checkpoint folder holds safetensors shards and, when there is more than one, an index
-``model.safetensors.index.json``. `CheckpointReader` checks every header (file size, dtype, shape, offsets)
-before a byte of it is used and hands out tensors that are views into the memory-mapped file. `write_checkpoint`
-streams tensors to disk one at a time, under temporary names that are renamed once everything is written.
-"""
+"""Writing checkpoint folders: tensors streamed to the disk one at a time, everything renamed at the end or nothing."""
 
 import contextlib
 import errno
-import io
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from tqdm.auto import tqdm
 
-from modeling_deepseek_moe.headers import DTYPE_NAMES, CheckpointError, TensorInfo, read_header
-from modeling_deepseek_moe.mapped import MappedFiles
+from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError
+from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, WEIGHTS_NAME, index_text, is_weights
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 FLUSH_BYTES = 64 << 20  # written before the disk is asked to begin with them
-MAX_PIECES = 1024  # that one preadv fills: IOV_MAX, the same on Linux and macOS
-
-
-def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path], dict[str, str] | None]:
-    """The shard files of a folder and the index's weight map (``None`` for a single file, which comes first).
-
-    With ``must_exist=False`` shards may be absent, as in the midst of a download.
-
-    Raises:
-        CheckpointError: nothing to load, a malformed index, or an index naming a path outside the folder.
-    """
-    index_file = folder / INDEX_NAME
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME], None
-    if not index_file.is_file():
-        raise CheckpointError(f"{folder}: found neither {WEIGHTS_NAME} nor {INDEX_NAME}, wanted one of them")
-    try:
-        index = json.loads(index_file.read_bytes())
-        weight_map = index["weight_map"]
-        # transformers, which reads the index again, fails without metadata
-        if not (weight_map and isinstance(weight_map, dict) and isinstance(index["metadata"], dict)):
-            raise ValueError("empty, or no JSON object")
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{index_file}: found no usable index ({error!r}), wanted metadata, weight_map"
-        ) from None
-    shards = {str(shard): name for name, shard in reversed(weight_map.items())}  # with the first tensor of each
-    for shard, name in sorted(shards.items()):
-        path = PurePosixPath(shard.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in shard or not path.parts:
-            raise CheckpointError(
-                f"{index_file}: tensor {name}: found shard path {shard!r}, wanted a path inside {folder}"
-            )
-        if must_exist and not (folder / shard).is_file():
-            raise CheckpointError(f"{index_file}: tensor {name}: found no file {shard} in {folder}, wanted that shard")
-    return [folder / shard for shard in sorted(shards)], weight_map
-
-
-class CheckpointReader(Mapping[str, TensorInfo]):
-    """The tensors of a checkpoint, by name. Opening reads headers only; `tensor` maps a file when it is first needed.
-
-    ``mapped`` holds the mappings (see `MappedFiles`); a reader may be dropped while its tensors live on.
-    """
-
-    def __init__(self, files: Iterable[str | os.PathLike]):
-        # absolute: a mapped file is looked at again later, from wherever the process is then
-        self.files = [Path(file).absolute() for file in files]
-        self.mapped = MappedFiles()
-        self._tensors: dict[str, TensorInfo] = {}
-        for file in self.files:
-            if file.suffix != ".safetensors":
-                raise CheckpointError(f"{file}: found a {file.suffix} file (a pickle?), wanted safetensors")
-            self.mapped.expect(file)
-            header = read_header(file)
-            for name in header.keys() & self._tensors.keys():
-                first = self._tensors[name].file
-                raise CheckpointError(f"{file}: tensor {name}: found again, after {first}, wanted it once")
-            self._tensors |= header
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike) -> "CheckpointReader":
-        """Open a checkpoint folder, checking its index against the shards' headers."""
-        folder = Path(folder)
-        files, weight_map = resolve_shards(folder)
-        reader = cls(files)
-        paths = dict(zip((str(file) for file in files), reader.files, strict=True))
-        paths = {shard: paths[str(folder / shard)] for shard in set((weight_map or {}).values())}
-        for name, shard in (weight_map or {}).items():
-            info = reader._tensors.get(name)
-            if info is None or info.file is not paths[shard]:
-                found = "absent" if info is None else f"in {info.file.name}"
-                raise CheckpointError(f"{folder / INDEX_NAME}: tensor {name}: found {found}, wanted in {shard}")
-        return reader
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    # Mapping's own go by __getitem__, tensor by tensor.
-    def values(self) -> ValuesView[TensorInfo]:
-        return self._tensors.values()
-
-    def items(self) -> ItemsView[str, TensorInfo]:
-        return self._tensors.items()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(info.nbytes for info in self._tensors.values())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A view of one tensor in its mapped file (a copy only if the file stores it misaligned for its dtype)."""
-        return self.view(self._tensors[name])
-
-    def view(self, info: TensorInfo) -> torch.Tensor:
-        """As `tensor`, for what ``info`` describes: a whole tensor, or a part that lies in one piece."""
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        return self.mapped.view(info)
-
-    def read_into(self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
-        """Copy tensors into memory, each to its ``place``, without touching what lies between them in the files.
-
-        For small tensors scattered over large files. Those that are neighbours in a file are read in one go.
-        """
-        by_file: dict[Path, list[TensorInfo]] = {}
-        for info in infos:
-            by_file.setdefault(info.file, []).append(info)
-        for file, tensors in by_file.items():
-            tensors.sort(key=attrgetter("start"))
-            with self.mapped.open(file) as stream:
-                if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
-                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                for run in _runs(tensors):
-                    _read_run(stream, run, place)
-
-
-def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
-    """Split tensors of one file, by their start, into those that lie one right after the other."""
-    run: list[TensorInfo] = []
-    for info in infos:
-        if run and (run[-1].end != info.start or len(run) == MAX_PIECES):
-            yield run
-            run = []
-        run.append(info)
-    if run:
-        yield run
-
-
-def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
-    start, end = run[0].start, run[-1].end
-    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [place(info) for info in run], start) == end - start:
-        return
-    # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
-    for info in run:
-        stream.seek(info.start)
-        if stream.readinto(place(info)) != info.nbytes:
-            raise CheckpointError(f"{info.file}: tensor {info.name}: found the file's end, wanted {info.end} bytes")
 
 
 @dataclass(frozen=True)
@@ -252,9 +98,7 @@ def write_checkpoint(
     texts = dict(texts or {})
     total = sum(plan.nbytes for shard in shards.values() for plan in shard)
     if len(shards) > 1:
-        weight_map = {plan.name: file for file, shard in shards.items() for plan in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts[INDEX_NAME] = json.dumps(index, indent=2) + "\n"
+        texts[INDEX_NAME] = index_text(shards)
 
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -364,7 +208,7 @@ def _move_in(folder: Path, temporary: Mapping[str, Path]) -> None:
 
     The old files leave first: shards of two saves never lie together under their final names.
     """
-    replaced = [path for path in folder.iterdir() if path.name in temporary or _is_weights(path)]
+    replaced = [path for path in folder.iterdir() if path.name in temporary or is_weights(path)]
     aside = {path: folder / f".{path.name}.{os.getpid()}.old" for path in replaced if not path.is_dir()}
     try:
         for path, old in aside.items():
@@ -381,8 +225,3 @@ def _move_in(folder: Path, temporary: Mapping[str, Path]) -> None:
         raise
     for old in aside.values():
         old.unlink()
-
-
-def _is_weights(path: Path) -> bool:
-    """Whether a file is what a save names its shards and index, and so would be read as part of the checkpoint."""
-    return path.name in (WEIGHTS_NAME, INDEX_NAME) or bool(SHARD_NAME.fullmatch(path.name))

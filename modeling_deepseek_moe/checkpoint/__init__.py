@@ -1,0 +1,1 @@
+"""Checkpoint folders of safetensors shards: headers, mapped bytes, index files, reading and writing."""

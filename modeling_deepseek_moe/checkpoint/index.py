@@ -1,0 +1,62 @@
+"""Which files a checkpoint folder consists of: one file, or shards with an index that names each tensor's."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+
+
+def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path], dict[str, str] | None]:
+    """The shard files of a folder and the index's weight map (``None`` for a single file, which comes first).
+
+    With ``must_exist=False`` shards may be absent, as in the midst of a download.
+
+    Raises:
+        CheckpointError: nothing to load, a malformed index, or an index naming a path outside the folder.
+    """
+    index_file = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME], None
+    if not index_file.is_file():
+        raise CheckpointError(f"{folder}: found neither {WEIGHTS_NAME} nor {INDEX_NAME}, wanted one of them")
+    try:
+        index = json.loads(index_file.read_bytes())
+        weight_map = index["weight_map"]
+        # transformers, which reads the index again, fails without metadata
+        if not (weight_map and isinstance(weight_map, dict) and isinstance(index["metadata"], dict)):
+            raise ValueError("empty, or no JSON object")
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{index_file}: found no usable index ({error!r}), wanted metadata, weight_map"
+        ) from None
+    shards = {str(shard): name for name, shard in reversed(weight_map.items())}  # with the first tensor of each
+    for shard, name in sorted(shards.items()):
+        path = PurePosixPath(shard.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in shard or not path.parts:
+            raise CheckpointError(
+                f"{index_file}: tensor {name}: found shard path {shard!r}, wanted a path inside {folder}"
+            )
+        if must_exist and not (folder / shard).is_file():
+            raise CheckpointError(f"{index_file}: tensor {name}: found no file {shard} in {folder}, wanted that shard")
+    return [folder / shard for shard in sorted(shards)], weight_map
+
+
+def index_text(shards: Mapping[str, list]) -> str:
+    """The index of shards of `writer.TensorPlan`, by file name."""
+    total = sum(plan.nbytes for plans in shards.values() for plan in plans)
+    weight_map = {plan.name: file for file, plans in shards.items() for plan in plans}
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        + "\n"
+    )
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file is what a save names its shards and index, and so would be read as part of the checkpoint."""
+    return path.name in (WEIGHTS_NAME, INDEX_NAME) or bool(SHARD_NAME.fullmatch(path.name))

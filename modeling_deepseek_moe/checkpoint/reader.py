@@ -1,0 +1,122 @@
+"""The tensors of a checkpoint folder: headers, checked before a byte of them is used, and views into mapped files."""
+
+import io
+import os
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
+from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, resolve_shards
+from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
+
+MAX_PIECES = 1024  # that one preadv fills: IOV_MAX, the same on Linux and macOS
+
+
+class CheckpointReader(Mapping[str, TensorInfo]):
+    """The tensors of a checkpoint, by name. Opening reads headers only; `tensor` maps a file when it is first needed.
+
+    ``mapped`` holds the mappings (see `MappedFiles`); a reader may be dropped while its tensors live on.
+    """
+
+    def __init__(self, files: Iterable[str | os.PathLike]):
+        # absolute: a mapped file is looked at again later, from wherever the process is then
+        self.files = [Path(file).absolute() for file in files]
+        self.mapped = MappedFiles()
+        self._tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(f"{file}: found a {file.suffix} file (a pickle?), wanted safetensors")
+            self.mapped.expect(file)
+            header = read_header(file)
+            for name in header.keys() & self._tensors.keys():
+                first = self._tensors[name].file
+                raise CheckpointError(f"{file}: tensor {name}: found again, after {first}, wanted it once")
+            self._tensors |= header
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> "CheckpointReader":
+        """Open a checkpoint folder, checking its index against the shards' headers."""
+        folder = Path(folder)
+        files, weight_map = resolve_shards(folder)
+        reader = cls(files)
+        paths = dict(zip((str(file) for file in files), reader.files, strict=True))
+        paths = {shard: paths[str(folder / shard)] for shard in set((weight_map or {}).values())}
+        for name, shard in (weight_map or {}).items():
+            info = reader._tensors.get(name)
+            if info is None or info.file is not paths[shard]:
+                found = "absent" if info is None else f"in {info.file.name}"
+                raise CheckpointError(f"{folder / INDEX_NAME}: tensor {name}: found {found}, wanted in {shard}")
+        return reader
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    # Mapping's own go by __getitem__, tensor by tensor.
+    def values(self) -> ValuesView[TensorInfo]:
+        return self._tensors.values()
+
+    def items(self) -> ItemsView[str, TensorInfo]:
+        return self._tensors.items()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of one tensor in its mapped file (a copy only if the file stores it misaligned for its dtype)."""
+        return self.view(self._tensors[name])
+
+    def view(self, info: TensorInfo) -> torch.Tensor:
+        """As `tensor`, for what ``info`` describes: a whole tensor, or a part that lies in one piece."""
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return self.mapped.view(info)
+
+    def read_into(self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
+        """Copy tensors into memory, each to its ``place``, without touching what lies between them in the files.
+
+        For small tensors scattered over large files. Those that are neighbours in a file are read in one go.
+        """
+        by_file: dict[Path, list[TensorInfo]] = {}
+        for info in infos:
+            by_file.setdefault(info.file, []).append(info)
+        for file, tensors in by_file.items():
+            tensors.sort(key=attrgetter("start"))
+            with self.mapped.open(file) as stream:
+                if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for run in _runs(tensors):
+                    _read_run(stream, run, place)
+
+
+def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Split tensors of one file, by their start, into those that lie one right after the other."""
+    run: list[TensorInfo] = []
+    for info in infos:
+        if run and (run[-1].end != info.start or len(run) == MAX_PIECES):
+            yield run
+            run = []
+        run.append(info)
+    if run:
+        yield run
+
+
+def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
+    start, end = run[0].start, run[-1].end
+    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [place(info) for info in run], start) == end - start:
+        return
+    # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
+    for info in run:
+        stream.seek(info.start)
+        if stream.readinto(place(info)) != info.nbytes:
+            raise CheckpointError(f"{info.file}: tensor {info.name}: found the file's end, wanted {info.end} bytes")
