@@ -11,8 +11,9 @@ from cpu_readers import Readers, race, relative_error, row
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
+from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.ops import _native, block_fp8
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 
 HIDDEN, WIDTH, EXPERTS = 2048, 1408, 64
 TINY = (64, 32)
@@ -28,7 +29,7 @@ def layers(hidden: int, width: int, count: int) -> list[SimpleNamespace]:
     fields = {"hidden_size": hidden, "moe_intermediate_size": width, "n_routed_experts": EXPERTS}
     made = []
     for _ in range(count):
-        ours = StackedFp8Experts(dsm.DeepseekV3Config(**fields), block_fp8.BLOCK)
+        ours = StackedQuantizedExperts(dsm.DeepseekV3Config(**fields), FP8)
         for index in range(EXPERTS):
             for matrix in ours.matrices(index).values():
                 # normal weights, as in a release: few subnormal codes, over which some CPUs stumble

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from modeling_deepseek_moe import __version__
+from modeling_deepseek_moe.config import quantization_fields
 
 SAMPLED_BLOCKS, BLOCK = 16, 65_536
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "math-verify", "sympy", "datasets")
@@ -34,9 +35,6 @@ def fingerprint(folder: Path) -> str:
 def model_facts(model, folder: Path | None, label: str) -> dict:
     """As `Evaluation.model` keeps them; the hashes are None for a model that came from no folder."""
     config = Path(folder) / "config.json" if folder else None
-    quantization = getattr(model.config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
     return {
         "label": label,
         "path": str(folder) if folder else None,
@@ -44,7 +42,7 @@ def model_facts(model, folder: Path | None, label: str) -> dict:
         "checkpoint_fingerprint": fingerprint(folder) if folder else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
-        "quantization": quantization,
+        "quantization": quantization_fields(model.config),
     }
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.adapter_dtypes import widen_adapters
-from modeling_deepseek_moe.fp8 import Fp8Linear
-from modeling_deepseek_moe.fp8_experts import Fp8Experts
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.ops.experts import STACKS
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 WAY_OUT = "load the model with FineGrainedFP8Config(dequantize=True)"
 MERGE = "`deepseek-moe convert merge-adapter` adds adapters to the files, FP8 ones too"
@@ -70,14 +70,14 @@ def _refuse_fp8(model: nn.Module, config) -> None:
         ValueError: the adapter reads or changes weights that are FP8 codes.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Fp8Experts):
+        if isinstance(module, QuantizedExperts):
             stacks = sorted(t for t in getattr(config, "target_parameters", None) or () if t.split(".")[-1] in STACKS)
             if stacks:
                 raise ValueError(
                     f"{name}: found FP8-resident routed experts, wanted bf16 or fp32 ones for an adapter of "
                     f"{', '.join(stacks)} (as peft reads gate_proj, up_proj, down_proj and all-linear): {WAY_OUT}"
                 )
-        elif isinstance(getattr(module, "base_layer", None), Fp8Linear) and hasattr(module, "parameter_name"):
+        elif isinstance(getattr(module, "base_layer", None), QuantizedLinear) and hasattr(module, "parameter_name"):
             raise ValueError(
                 f"{name}: found FP8 codes, wanted bf16 or fp32 for an adapter of target_parameters: name the "
                 f"layer in target_modules, or {WAY_OUT}"
@@ -97,7 +97,7 @@ def _settle_fp8(model: nn.Module) -> None:
     """peft gives an adapter its layer's dtype, and merges by adding to the weight: neither is for FP8 codes."""
     widen_adapters(model, new_values=True)
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), Fp8Linear):
+        if isinstance(getattr(module, "base_layer", None), QuantizedLinear):
             module.merge = partial(refuse_merge, name)
 
 
@@ -119,7 +119,7 @@ def accept_projections(model: nn.Module, state_dict: dict, prefix: str, *_) -> N
         ValueError: an adapter of FP8-resident routed experts.
     """
     mlps = {prefix + name: module for name, module in model.named_modules() if isinstance(module, DeepseekMLP)}
-    experts = tuple(prefix + n + "." for n, module in model.named_modules() if isinstance(module, Fp8Experts))
+    experts = tuple(prefix + n + "." for n, module in model.named_modules() if isinstance(module, QuantizedExperts))
     # peft names the adapter in the keys of layers that it knows: one adapter a call
     named = next((match[1] for key in state_dict if (match := ADAPTER_NAME.search(key))), None)
     wanted: dict[tuple[str, str], dict[str, torch.dtype]] = {}

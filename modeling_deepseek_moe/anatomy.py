@@ -10,22 +10,21 @@ the Hub counts.
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.config import (
-    FP8_METHOD,
     DeepseekMoeConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     KimiK2Config,
-    check_fp8_fields,
+    quantization_fields,
 )
-from modeling_deepseek_moe.ops.block_fp8 import BLOCK, scale_shape
+from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.weights import release_tensors
 
 CONFIG_NAME = "config.json"
@@ -76,8 +75,8 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
 class Size:
     """Values of one part of a model.
 
-    Of its ``parameters``, an FP8 release stores ``quantized`` as FP8 codes with ``scales`` fp32 scales beside them,
-    and ``fp32`` (router biases) are fp32 in every release.
+    Of its ``parameters``, a quantised release stores ``quantized`` as codes with so many ``scales`` next to them, and
+    ``fp32`` (router biases) are fp32 in every release.
     """
 
     parameters: int = 0
@@ -98,10 +97,13 @@ class Size:
         values = (self.parameters, self.quantized, self.scales, self.fp32)
         return Size(*(value * part // whole for value in values))
 
-    def nbytes(self, fp8: bool, itemsize: int = 2) -> int:
-        """Bytes with FP8 codes and scales, or with every weight in ``itemsize`` bytes."""
+    def nbytes(self, weight_format: WeightFormat | None, itemsize: int = 2) -> int:
+        """Bytes with codes and scales in a format, or (``None``) with every weight in ``itemsize`` bytes."""
         kept = 4 * self.fp32 + itemsize * (self.parameters - self.fp32 - self.quantized)
-        return kept + (self.quantized + 4 * self.scales if fp8 else itemsize * self.quantized)
+        quantized = (
+            itemsize * self.quantized if weight_format is None else weight_format.nbytes(self.quantized, self.scales)
+        )
+        return kept + quantized
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Anatomy:
     active: dict[str, Size]
     mtp_copies: int  # parameters of the MTP layers that repeat embedding and head
     cache_values_per_token: int  # layers · (kv_lora_rank + qk_rope_head_dim)
-    is_fp8: bool  # as released
+    weight_format: WeightFormat | None  # as released
     itemsize: int  # bytes of an unquantised weight, as released
 
     @property
@@ -128,13 +130,13 @@ class Anatomy:
     def active_parameters(self) -> int:
         return sum(size.parameters for size in self.active.values())
 
-    def stored_bytes(self, fp8: bool, itemsize: int = 2) -> int:
+    def stored_bytes(self, weight_format: WeightFormat | None, itemsize: int = 2) -> int:
         """All weights, MTP included."""
-        return sum(size.nbytes(fp8, itemsize) for size in self.stored.values())
+        return sum(size.nbytes(weight_format, itemsize) for size in self.stored.values())
 
-    def active_bytes(self, fp8: bool, itemsize: int = 2) -> int:
+    def active_bytes(self, weight_format: WeightFormat | None, itemsize: int = 2) -> int:
         """Weights that decoding one token reads."""
-        return sum(size.nbytes(fp8, itemsize) for size in self.active.values())
+        return sum(size.nbytes(weight_format, itemsize) for size in self.active.values())
 
     def cache_bytes(self, tokens: int = 1, itemsize: int = 2) -> int:
         """The latent cache of ``tokens`` tokens."""
@@ -145,14 +147,14 @@ def dissect(config: DeepseekMoeConfig) -> Anatomy:
     """The sizes of the release that a config describes.
 
     Raises:
-        ValueError: the config announces a quantisation other than FP8.
+        ValueError: the config announces a quantisation that is none of `formats`.
     """
-    block = fp8_block(config)
+    own = formats.of_config(quantization_fields(config))
     stored = dict.fromkeys(PARTS, Size())
     mtp_copies = 0
     for name, spec in release_tensors(config).items():
         count = math.prod(spec.shape)
-        scales = math.prod(scale_shape(spec.shape, block or BLOCK)) if spec.quantized else 0
+        scales = math.prod((own or formats.FP8).scale_shape(spec.shape)) if spec.quantized else 0
         is_bias = name.endswith("e_score_correction_bias")
         stored[spec.part] += Size(count, count if spec.quantized else 0, scales, count if is_bias else 0)
         if spec.part == "mtp" and name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
@@ -170,27 +172,9 @@ def dissect(config: DeepseekMoeConfig) -> Anatomy:
         active=active,
         mtp_copies=mtp_copies,
         cache_values_per_token=config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim),
-        is_fp8=block is not None,
+        weight_format=own,
         itemsize=dtype.itemsize,
     )
-
-
-def fp8_block(config: DeepseekMoeConfig) -> tuple[int, int] | None:
-    """``weight_block_size`` of an FP8 release; ``None`` if the config announces no quantisation.
-
-    Raises:
-        ValueError: the config announces another quantisation, or another kind of FP8.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if not quantization:
-        return None
-    fields = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-    if fields.get("quant_method") not in ("fp8", FP8_METHOD):
-        raise ValueError(
-            f"quantization_config: quant_method={fields.get('quant_method')!r} is not supported, only 'fp8'"
-        )
-    check_fp8_fields(fields)
-    return tuple(fields.get("weight_block_size") or BLOCK)
 
 
 def describe(config: DeepseekMoeConfig) -> dict[str, str]:
@@ -213,7 +197,7 @@ def describe(config: DeepseekMoeConfig) -> dict[str, str]:
     if kind != "default":
         original = rope.get("original_max_position_embeddings")
         context += f" ({kind} × {rope.get('factor')}" + (f" from {original:,})" if original else ")")
-    block = fp8_block(config)
+    own = formats.of_config(quantization_fields(config))
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     return {
         "model": f"{config.model_type}, {', '.join(config.architectures or ['no architecture named'])}",
@@ -224,5 +208,5 @@ def describe(config: DeepseekMoeConfig) -> dict[str, str]:
         "experts": experts,
         "router": f"{config.scoring_func}, {config.topk_method}, {normalised}× {config.routed_scaling_factor}",
         "context": context,
-        "weights": f"FP8 in blocks of {block[0]}×{block[1]}, the rest {dtype}" if block else dtype,
+        "weights": f"{own.title} in blocks of {own.block[0]}×{own.block[1]}, the rest {dtype}" if own else dtype,
     }

@@ -6,6 +6,7 @@ release's spelling is used: ``rope_theta`` + ``rope_scaling``, ``num_nextn_predi
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -15,11 +16,12 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.compat import CACHE_NAME
 
-# The name under which this package registers its own loader of `quant_method: fp8` with transformers, in memory
-# only: the quantizer that transformers uses for other models' "fp8" stays as it is.
-FP8_METHOD = "deepseek_moe_fp8"
+# The name under which this package registers its own loader of the formats' `quant_method`s with transformers, in memory
+# only: the quantizer that transformers uses for other models' "fp8" stays as it is. `METHOD_FIELD` is the release's own.
+QUANT_METHOD, METHOD_FIELD = "deepseek_moe", "release_quant_method"
 SCORING_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -117,8 +119,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
         kwargs.pop("qk_head_dim", None)
         kwargs.pop("head_dim", None)
         quantization = kwargs.get("quantization_config")
-        if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
-            kwargs["quantization_config"] = {**quantization, "quant_method": FP8_METHOD}
+        if isinstance(quantization, dict) and quantization.get("quant_method") in formats.methods():
+            kwargs["quantization_config"] = in_memory(quantization)
         if isinstance(kwargs.get("rope_scaling"), dict):
             kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])  # the base class writes into it
         super().__post_init__(**kwargs)
@@ -199,8 +201,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
         for derived in ("qk_head_dim", "head_dim"):
             output.pop(derived, None)
         quantization = output.get("quantization_config")
-        if isinstance(quantization, dict) and quantization.get("quant_method") == FP8_METHOD:
-            output["quantization_config"] = {**quantization, "quant_method": "fp8"}
+        if isinstance(quantization, dict):
+            output["quantization_config"] = on_disk(quantization)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -265,15 +267,35 @@ class KimiK2Config(DeepseekV3Config):
     routed_scaling_factor: float | int = 2.827
 
 
-def check_fp8_fields(fields: dict[str, Any]) -> None:
-    """Refuse a ``quantization_config`` of FP8 other than E4M3 codes with dynamic activation scales.
+def in_memory(fields: Mapping) -> dict:
+    """A release's ``quantization_config`` under the name of this package's own loader."""
+    return {**fields, "quant_method": QUANT_METHOD, METHOD_FIELD: fields["quant_method"]}
+
+
+def on_disk(fields: Mapping) -> dict:
+    """The inverse of `in_memory`; fields of any other quantiser as they are."""
+    if fields.get("quant_method") != QUANT_METHOD:
+        return dict(fields)
+    own = {key: value for key, value in fields.items() if key != METHOD_FIELD}
+    return {**own, "quant_method": fields.get(METHOD_FIELD, formats.FP8.method)}
+
+
+def quantization_fields(config) -> dict | None:
+    """The ``quantization_config`` of a config as a release has it; ``None`` where it announces none."""
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return None
+    return on_disk(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
+
+
+def own_format(config) -> formats.WeightFormat | None:
+    """The format of a config's weights; ``None`` for floating-point ones, and for what another quantiser made.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a kind of this family's own formats that is not supported.
     """
-    for name, supported in (("fmt", "e4m3"), ("activation_scheme", "dynamic"), ("expert_dtype", "fp8")):
-        if fields.get(name, supported) != supported:
-            raise ValueError(f"quantization_config: {name}={fields[name]!r} is not supported, only {supported!r}")
+    fields = quantization_fields(config)
+    return formats.of_config(fields) if fields and fields.get("quant_method") in formats.methods() else None
 
 
 def _one_of(name: str, value: Any, allowed) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from modeling_deepseek_moe.anatomy import PARTS, Anatomy, describe, dissect, read_config
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.index import resolve_shards
+from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.release import Problem, Release
-from modeling_deepseek_moe.weights import EXPERT_KEY, SCALE_SUFFIX, TensorSpec, release_tensors
+from modeling_deepseek_moe.weights import EXPERT_KEY, TensorSpec, release_tensors
 
 CLASSIFIER = "score."  # the head of a classification model, which no release has
 
@@ -120,16 +121,16 @@ def inspect_checkpoint(
 
 
 def _mixed_experts(release: Release, folder: Path) -> Iterator[Finding]:
-    """Layers whose routed experts are FP8 in part, which only loads dequantised: the first other tensor of each."""
+    """Layers whose routed experts are quantised in part, which only loads dequantised: the first other tensor of each."""
     layers: dict[str, dict[bool, TensorInfo]] = {}
     for name, info in release.infos.items():
         expert = EXPERT_KEY.match(name)
-        if expert and not name.endswith(SCALE_SUFFIX):
+        if expert and split_scale(name)[1] is None:
             layers.setdefault(expert[1], {}).setdefault(release.is_quantized(name), info)
     for kinds in layers.values():
         if len(kinds) > 1:
             info = kinds[False]
-            message = f"{info.name}: found dtype {info.dtype}, wanted FP8 like the layer's other experts"
+            message = f"{info.name}: found dtype {info.dtype}, wanted {release.weight_format.code_dtype} like the layer's other experts"
             yield Finding("dtype", info.file.relative_to(folder).as_posix(), message)
 
 
@@ -167,9 +168,9 @@ def _check_index(headers: _Headers, shards: dict[str, Path], unread: set[Path], 
 
 def _is_explained(problem: Problem, in_unread: set[str]) -> bool:
     """Whether what is missing, a tensor or one of a weight and its scale, is in a shard that is reported already."""
-    weight = problem.name.removesuffix(SCALE_SUFFIX)
     if problem.kind == "scale":
-        return not in_unread.isdisjoint((weight, weight + SCALE_SUFFIX))
+        weight, _ = split_scale(problem.name)
+        return any(split_scale(name)[0] == weight for name in in_unread)
     return problem.info is None and problem.name in in_unread
 
 
@@ -182,10 +183,10 @@ def _tally(release: Release, specs: dict[str, TensorSpec], refused: set[str], fo
     """Count every tensor by dtype and by part; those that belong to no part are ``other``."""
     parts = {part: Tally() for part in (*PARTS, "scales", "other")}
     for name, info in release.infos.items():
-        weight = name.removesuffix(SCALE_SUFFIX)
+        weight, suffix = split_scale(name)
         if name in specs:
             part = specs[name].part
-        elif weight != name and weight in specs:
+        elif suffix and weight in specs:
             part = "scales"
         elif name.startswith(CLASSIFIER):
             part = "head"

@@ -17,14 +17,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, WEIGHTS_NAME
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.config import FP8_METHOD
-from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.config import QUANT_METHOD
+from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
-from modeling_deepseek_moe.weights import EXPERT_KEY, SCALE_SUFFIX, LazyStack, LazyTensor, stack_sources
+from modeling_deepseek_moe.weights import EXPERT_KEY, LazyStack, LazyTensor, stack_sources
 
 logger = logging.get_logger(__name__)
 
@@ -94,9 +95,9 @@ def fit_model(model: PreTrainedModel, release: Release) -> None:
 
 
 def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch.Tensor | LazyStack | LazyTensor]:
-    """The release under the model's parameter names, in the model's structure: plain, FP8-resident or mapped.
+    """The release under the model's parameter names, in the model's structure: plain, quantised or mapped.
 
-    Where the model has an FP8 parameter the codes go as they are; where it has a floating-point one they are
+    Where the model has a parameter of codes they go as they are; where it has a floating-point one they are
     dequantised to that parameter's dtype.
     """
     prefix = "" if model.base_model is not model else "model."
@@ -107,11 +108,11 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
         expert = EXPERT_KEY.match(name)
         if expert and (expert[1] in mapped or f"{expert[1]}.gate_up_proj" in targets):
             continue
-        weight = name.removesuffix(SCALE_SUFFIX)
-        if weight != name and weight in targets and name not in targets:
+        weight, suffix = split_scale(name)
+        if suffix and weight in targets and name not in targets:
             continue  # consumed by the dequantisation of its weight
         target = targets.get(name)
-        if target is not None and release.is_quantized(name) and target.dtype != block_fp8.FP8_DTYPE:
+        if target is not None and release.is_quantized(name) and target.dtype != release.weight_format.code_dtype:
             state[name] = LazyTensor(
                 lambda name=name, dtype=target.dtype: release.dequantized(name, dtype), info.shape, target.dtype
             )
@@ -127,7 +128,7 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
 
 def _stack(release: Release, sources: list[list[str]], target: torch.Tensor) -> LazyStack:
     def part(source: str):
-        if release.is_quantized(source) and target.dtype != block_fp8.FP8_DTYPE:
+        if release.is_quantized(source) and target.dtype != release.weight_format.code_dtype:
             return lambda: release.dequantized(source, target.dtype)
         return lambda: release.tensor(source)
 
@@ -174,7 +175,7 @@ class ReleaseLoadingMixin:
         is_foreign = (
             quantizer is not None
             and quantizer.pre_quantized
-            and getattr(quantizer.quantization_config, "quant_method", None) != FP8_METHOD
+            and getattr(quantizer.quantization_config, "quant_method", None) != QUANT_METHOD
         )
         if state_dict is None and checkpoint_files and not is_foreign:
             loading = _current.get() or Loading(None)
@@ -241,9 +242,9 @@ def _refuse_requantising(path, config, wanted) -> None:
         return
     found, wanted = (dict(c) if isinstance(c, Mapping) else c.to_dict() for c in (found, wanted))
     method = str(getattr(wanted.get("quant_method"), "value", wanted.get("quant_method")))
-    if found.get("quant_method") in ("fp8", "deepseek_moe_fp8") and "fp8" not in method:
+    if found.get("quant_method") in (QUANT_METHOD, *formats.methods()) and "fp8" not in method:
         raise ValueError(
-            f"{path}: found FP8 weights, wanted floating-point ones for {method}: turn them into bf16 with "
+            f"{path}: found quantised weights, wanted floating-point ones for {method}: turn them into bf16 with "
             "`deepseek-moe convert fp8-to-bf16`, or with FineGrainedFP8Config(dequantize=True) and save_pretrained, and "
             "load that folder"
         )

@@ -31,7 +31,6 @@ from modeling_deepseek_moe.engine.report import EngineReportMixin
 from modeling_deepseek_moe.engine.runs import recomputable, runs
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.masks import build_mask
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.observed import TrainingPass, TrainingState, sequence_ids
@@ -41,6 +40,7 @@ from modeling_deepseek_moe.objective import Objective
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.paged import ContinuousLatentMixin
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.resizing import ResizingMixin
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modeling_deepseek_moe.anatomy import Anatomy
+from modeling_deepseek_moe.formats import FP8, WeightFormat
 from modeling_deepseek_moe.machine import Machine
 from modeling_deepseek_moe.ops import _native
 
@@ -36,7 +37,7 @@ class Option:
     """
 
     device: str  # "cpu" or "cuda"
-    weights: str  # "fp8" or "bf16"
+    weights: str  # a format's name, or "bf16"
     how: str
     weight_bytes: int
     needed_bytes: int
@@ -50,7 +51,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Budget:
-    """What to expect of an FP8 model on the CPU with so much memory for its routed experts.
+    """What to expect of a quantised model on the CPU with so much memory for its routed experts.
 
     ``hit_share`` takes all experts for equally likely; routers prefer some, so real ones are higher.
     """
@@ -97,16 +98,14 @@ def make_plan(anatomy: Anatomy, machine: Machine, context: int, disk: float | No
     if disk is not None and disk <= 0:
         raise ValueError(f"disk speed {disk} must be above 0")
     disk = disk or DISK_EXAMPLE
-    formats = ("fp8", "bf16") if anatomy.is_fp8 else ("bf16", "fp8")
+    forms = (anatomy.weight_format, None) if anatomy.weight_format else (None, FP8)
     devices = (["cuda"] if machine.gpus else []) + ["cpu"]
-    options = tuple(
-        _option(anatomy, machine, context, device, weights, disk) for device in devices for weights in formats
-    )
+    options = tuple(_option(anatomy, machine, context, device, form, disk) for device in devices for form in forms)
     return Plan(
         context=context,
         cache_bytes_per_token=anatomy.cache_bytes(),
         cache_bytes=anatomy.cache_bytes(context),
-        release_bytes=anatomy.stored_bytes(anatomy.is_fp8, anatomy.itemsize),
+        release_bytes=anatomy.stored_bytes(anatomy.weight_format, anatomy.itemsize),
         machine=machine,
         options=options,
         advice=tuple(_advice(anatomy, options, machine)),
@@ -122,9 +121,9 @@ def _budgets(
     from_disk = [option for option in options if option.verdict == FROM_DISK]
     if not from_disk:
         return
-    option, routed = from_disk[0], anatomy.stored["routed experts"].nbytes(fp8=True)
-    rest = option.needed_bytes - routed - anatomy.stored["mtp"].nbytes(fp8=True)
-    active = anatomy.active["routed experts"].nbytes(fp8=True)
+    option, form = from_disk[0], anatomy.weight_format or FP8
+    routed, active = (sizes["routed experts"].nbytes(form) for sizes in (anatomy.stored, anatomy.active))
+    rest = option.needed_bytes - routed - anatomy.stored["mtp"].nbytes(form)
     room = option.available_bytes - rest
     for held in (room, *(int(share * routed) for share in BUDGET_SHARES if share * routed > room)):
         share = min(1.0, held / routed)
@@ -141,34 +140,36 @@ def _seconds(read: int, machine: Machine, missed: int, disk: float) -> float | N
     return max(memory, missed / disk / DISK_EFFICIENCY)
 
 
-def _option(anatomy: Anatomy, machine: Machine, context: int, device: str, weights: str, disk_speed: float) -> Option:
-    fp8 = weights == "fp8"
+def _option(
+    anatomy: Anatomy, machine: Machine, context: int, device: str, form: WeightFormat | None, disk_speed: float
+) -> Option:
+    weights = form.name if form else "bf16"
     cache = anatomy.cache_bytes(context)
-    stored, read = anatomy.stored_bytes(fp8), anatomy.active_bytes(fp8) + cache
+    stored, read = anatomy.stored_bytes(form), anatomy.active_bytes(form) + cache
     needed = stored + cache + WORKSPACE_BYTES
     available = machine.ram_available if device == "cpu" else sum(gpu.free_bytes for gpu in machine.gpus)
     verdict, disk = (FITS if needed <= available else TOO_LARGE), 0
-    if verdict == TOO_LARGE and device == "cpu" and fp8:
+    if verdict == TOO_LARGE and device == "cpu" and form:
         # Mapped experts are read from their files as they are used; only the rest must stay in memory.
-        routed = anatomy.stored["routed experts"].nbytes(fp8)
-        mtp = anatomy.stored["mtp"].nbytes(fp8)
+        routed = anatomy.stored["routed experts"].nbytes(form)
+        mtp = anatomy.stored["mtp"].nbytes(form)
         room = available - (needed - routed - mtp)
         if room > 0:
             verdict = FROM_DISK
             missing = max(0.0, 1 - room / routed)
-            disk = int(anatomy.active["routed experts"].nbytes(fp8) * missing)
+            disk = int(anatomy.active["routed experts"].nbytes(form) * missing)
     bandwidth = machine.bandwidth if device == "cpu" else machine.gpu_bandwidth
     limit = bandwidth.bytes_per_second / read if bandwidth else None
-    how = _how(anatomy.is_fp8, device, fp8)
+    how = _how(anatomy.weight_format is not None, device, form is not None)
     seconds = _seconds(read, machine, disk, disk_speed) if device == "cpu" and verdict != TOO_LARGE else None
     expected = None if seconds is None else 1 / seconds
     return Option(device, weights, how, stored, needed, available, read, disk, limit, verdict, expected)
 
 
-def _how(released_fp8: bool, device: str, fp8: bool) -> str:
-    if fp8:
-        return ("mapped" if device == "cpu" else "as released") if released_fp8 else "converted"
-    return "dequantised" if released_fp8 else "as released"
+def _how(released_quantized: bool, device: str, quantized: bool) -> str:
+    if quantized:
+        return ("mapped" if device == "cpu" else "as released") if released_quantized else "converted"
+    return "dequantised" if released_quantized else "as released"
 
 
 def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> Iterator[str]:
@@ -190,11 +191,11 @@ def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> 
         )
         if least.device == "cpu" and least.needed_bytes <= machine.ram_bytes:
             yield "This machine has that much memory: end other programs and it fits."
-    if not anatomy.is_fp8 and "fp8" in {option.weights for option in (fitting or from_disk)[:1]}:
+    if anatomy.weight_format is None and FP8.name in {option.weights for option in (fitting or from_disk)[:1]}:
         yield "FP8 needs a conversion first: model.save_pretrained(folder, quantize='fp8'), where bf16 fits."
     reason = _native.missing()
     if reason is not None and any(
-        option.device == "cpu" and option.weights == "fp8" and option.verdict != TOO_LARGE for option in options
+        option.device == "cpu" and option.weights != "bf16" and option.verdict != TOO_LARGE for option in options
     ):
         yield (
             f"The CPU engine {reason}. Until then FP8 is computed by the reference path, which dequantises as it goes "
@@ -204,4 +205,6 @@ def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> 
 
 
 def _fits_in_bf16(anatomy: Anatomy, options: tuple[Option, ...]) -> bool:
-    return anatomy.is_fp8 and any(option.weights == "bf16" and option.verdict == FITS for option in options)
+    return anatomy.weight_format is not None and any(
+        option.weights == "bf16" and option.verdict == FITS for option in options
+    )

@@ -1,7 +1,7 @@
-"""transformers' side of FP8: the quantization config and quantizer that load ``quant_method: fp8`` for this family.
+"""transformers' side of the weight formats: the quantization config and quantizer that load them for this family.
 
-They are registered under a name of their own (`FP8_METHOD`); `config` maps the release's "fp8" to it in memory. The
-quantizer that other models get for "fp8" is untouched.
+They are registered under a name of their own (`QUANT_METHOD`); `config` maps the release's ``quant_method`` to it in memory.
+The quantizer that other models get for "fp8" is untouched.
 """
 
 import torch
@@ -9,49 +9,49 @@ import transformers
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
-from modeling_deepseek_moe.config import FP8_METHOD, check_fp8_fields
-from modeling_deepseek_moe.fp8 import Fp8Linear
-from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
+from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.loading import release_for
-from modeling_deepseek_moe.mapped_experts import PROJECTIONS, MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
+from modeling_deepseek_moe.quantized.mapped import PROJECTIONS, MappedExperts
 from modeling_deepseek_moe.release import Release
 from modeling_deepseek_moe.streaming.model import fit_experts
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 
-@register_quantization_config(FP8_METHOD)
+@register_quantization_config(QUANT_METHOD)
 class FineGrainedFP8Config(transformers.FineGrainedFP8Config):
     """The release's ``quantization_config``. Same name as transformers' own, which a caller passes to dequantise.
 
     Raises:
-        ValueError: a format other than E4M3 codes with dynamic activation scales.
+        ValueError: a format that is not among `formats.FORMATS`.
     """
 
     def __init__(self, **fields):
         super().__init__(**fields)
-        self.release_fields = {**fields, "quant_method": "fp8"}
-        check_fp8_fields(fields)
+        self.quant_method = QUANT_METHOD
+        self.release_fields = on_disk({**fields, "quant_method": QUANT_METHOD})
+        self.weight_format = formats.of_config(self.release_fields)
 
     def to_dict(self) -> dict:
         """The fields as the release had them."""
         return dict(self.release_fields)
 
 
-@register_quantizer(FP8_METHOD)
-class DeepseekFp8Quantizer(HfQuantizer):
-    """Prepares a model for a released FP8 checkpoint, before any weight is read.
+@register_quantizer(QUANT_METHOD)
+class DeepseekQuantizer(HfQuantizer):
+    """Prepares a model for a quantised release, before any weight is read.
 
-    Linear layers whose weight is FP8 in the files become `Fp8Linear`. Routed experts stay in the mapped files when
+    Linear layers whose weight is codes in the files become `QuantizedLinear`. Routed experts stay in the mapped files when
     the model lives on the CPU, and are stacked on another device. With ``dequantize=True`` the model stays as
     it is and `lazy_state_dict` hands it floating-point weights.
     """
 
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized:
-            raise ValueError("this quantizer loads FP8 checkpoints; it does not quantise while loading")
+            raise ValueError("this quantizer loads quantised checkpoints; it does not quantise while loading")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         release = release_for(model, checkpoint_files)
@@ -62,9 +62,11 @@ class DeepseekFp8Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and release.is_quantized(f"{prefix}{name}.weight"):
                 with torch.device("meta"):
-                    new = Fp8Linear(module.in_features, module.out_features, module.bias is not None, release.block)
+                    new = QuantizedLinear(
+                        module.in_features, module.out_features, module.bias is not None, release.weight_format
+                    )
                 model.set_submodule(name, new)
-            elif isinstance(module, DeepseekExperts) and (codes := _fp8_experts(release, prefix + name)):
+            elif isinstance(module, DeepseekExperts) and (codes := _quantized_experts(release, prefix + name)):
                 model.set_submodule(name, _experts(release, prefix + name, codes, on_cpu))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -88,17 +90,17 @@ class DeepseekFp8Quantizer(HfQuantizer):
         return False
 
 
-def _fp8_experts(release: Release, name: str) -> list[TensorInfo]:
-    """A layer's routed experts, if they are FP8: all of them or none, since they share one home."""
+def _quantized_experts(release: Release, name: str) -> list[TensorInfo]:
+    """A layer's routed experts, if they are codes: all of them or none, since they share one home."""
     infos = release.infos
     experts = range(release.config.n_routed_experts)
     # a gap was refused already
     weights = [infos[f"{name}.{expert}.{projection}.weight"] for expert in experts for projection in PROJECTIONS]
-    plain = [info for info in weights if info.dtype != block_fp8.FP8_DTYPE]
+    plain = [info for info in weights if info.dtype != release.weight_format.code_dtype]
     if plain and len(plain) < len(weights):
         info = plain[0]
         raise CheckpointError(
-            f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {block_fp8.FP8_DTYPE} "
+            f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {release.weight_format.code_dtype} "
             "like the layer's other experts"
         )
     return [] if plain else weights
@@ -106,12 +108,12 @@ def _fp8_experts(release: Release, name: str) -> list[TensorInfo]:
 
 def _experts(release: Release, name: str, codes: list[TensorInfo], on_cpu: bool) -> nn.Module:
     if on_cpu:
-        scales = release.scales.of_experts_beside(f"{name}.0.gate_proj.weight{SCALE_SUFFIX}")
-        experts = MappedExperts(release.config, release.block, codes, scales, release.reader.mapped)
+        scales = release.scales.of_experts_beside(release.scale_name(f"{name}.0.gate_proj.weight"))
+        experts = MappedExperts(release.config, release.weight_format, codes, scales, release.reader.mapped)
         experts.addresses()  # kept from here on: how they are found is nothing that torch.compile can trace
         return experts
     with torch.device("meta"):
-        return StackedFp8Experts(release.config, release.block)
+        return StackedQuantizedExperts(release.config, release.weight_format)
 
 
 def _stays_on_cpu(device_map) -> bool:

@@ -1,7 +1,7 @@
 """A checkpoint seen through a config: canonical names, FP8 weights beside their scales, and where the two disagree."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,12 +10,12 @@ import torch
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, MisfitError, TensorInfo
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.scales import Scales
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.config import own_format
+from modeling_deepseek_moe.formats import of_codes, split_scale
 from modeling_deepseek_moe.weights import (
     EXPERT_KEY,
     LAYER_KEY,
     MTP_KEY,
-    SCALE_SUFFIX,
     TensorSpec,
     release_tensors,
     unstack_info,
@@ -52,11 +52,7 @@ class Release:
             experts = config.n_routed_experts
             infos = (part for info in infos for part in unstack_info(info, experts))
         self.infos = {self.canonical(info.name): info for info in infos}
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None and not isinstance(quantization, Mapping):
-            quantization = quantization.to_dict()
-        self.is_fp8 = bool(quantization) and quantization.get("quant_method") in ("fp8", "deepseek_moe_fp8")
-        self.block = tuple((quantization or {}).get("weight_block_size") or block_fp8.BLOCK)
+        self.weight_format = own_format(config)
 
     def canonical(self, name: str) -> str:
         return (
@@ -69,10 +65,23 @@ class Release:
         return self.reader.view(self.infos[name])
 
     def is_quantized(self, name: str) -> bool:
-        return name in self.infos and self.infos[name].dtype == block_fp8.FP8_DTYPE
+        return (
+            self.weight_format is not None
+            and name in self.infos
+            and self.infos[name].dtype == self.weight_format.code_dtype
+        )
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether it has a tensor of that name which stands for values of this shape."""
+        stored = self.weight_format.code_shape(tuple(shape)) if self.is_quantized(name) else tuple(shape)
+        return name in self.infos and self.infos[name].shape == stored
+
+    def scale_name(self, name: str) -> str:
+        """Of the scales of a weight."""
+        return name + self.weight_format.scale_suffix
 
     def dequantized(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return block_fp8.dequantize(self.tensor(name), self.tensor(name + SCALE_SUFFIX), dtype, self.block)
+        return self.weight_format.dequantize(self.tensor(name), self.tensor(self.scale_name(name)), dtype)
 
     @property
     def has_mtp(self) -> bool:
@@ -146,23 +155,26 @@ class Release:
             if info is None:
                 yield Problem("missing", name, None, "no such tensor", f"{list(spec.shape)} by the config")
                 continue
-            if info.shape != spec.shape:
-                wanted = f"{list(spec.shape)} by the config"
+            has_codes = spec.quantized and self.is_quantized(name)
+            shape = self.weight_format.code_shape(spec.shape) if has_codes else spec.shape
+            if info.shape != shape:
+                wanted = f"{list(shape)} by the config"
                 yield Problem("shape", info.name, info, f"shape {list(info.shape)}", wanted)
-                if len(info.shape) != len(spec.shape):
+                if len(info.shape) != len(shape):
                     continue
-            if info.dtype == block_fp8.FP8_DTYPE:
-                scale = self.infos.get(name + SCALE_SUFFIX)
-                problem = self._quantized_problem(info, scale, spec)
+            if has_codes or any(of_codes(info.dtype)):
+                problem = self._quantized_problem(info, self._scale_of(name), spec)
                 if problem is None:
-                    scales[name + SCALE_SUFFIX] = scale
+                    scales[self.scale_name(name)] = self._scale_of(name)
                 else:
                     yield problem
             elif info.dtype not in FLOATS:
                 wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
                 yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
         if read_scales:
-            self.scales = Scales(self.reader, scales)
+            self.scales = Scales(
+                self.reader, scales, torch.float32 if self.weight_format is None else self.weight_format.scale_dtype
+            )
             for info, value, index in self.scales.unusable():
                 yield Problem("scale", info.name, info, f"{value} at {index}", "finite, non-negative scales")
 
@@ -179,11 +191,12 @@ class Release:
     def _surplus(self, expected: dict[str, TensorSpec]) -> Iterator[Problem]:
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         for name, info in self.infos.items():
-            weight = name.removesuffix(SCALE_SUFFIX)
-            if name in expected or (weight in expected and weight != name):
-                if weight != name and not self.is_quantized(weight):
+            weight, suffix = split_scale(name)
+            if name in expected or (weight in expected and suffix):
+                if suffix and not (self.is_quantized(weight) and suffix == self.weight_format.scale_suffix):
                     found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
-                    yield Problem("scale", info.name, info, found, "FP8 codes beside it")
+                    codes = "codes" if self.weight_format is None else f"{self.weight_format.name} codes"
+                    yield Problem("scale", info.name, info, found, f"{codes} beside it")
                 continue
             if ".self_attn.indexer." in name:
                 wanted = "attention without one: sparse attention (DeepSeek-V3.2) is not supported"
@@ -206,19 +219,24 @@ class Release:
                 wanted = f"n_routed_experts={self.config.n_routed_experts}"
                 yield Problem("surplus", info.name, info, f"expert {expert[2]}", wanted)
 
+    def _scale_of(self, name: str) -> TensorInfo | None:
+        return None if self.weight_format is None else self.infos.get(self.scale_name(name))
+
     def _quantized_problem(self, info: TensorInfo, scale: TensorInfo | None, spec: TensorSpec) -> Problem | None:
-        if not (self.is_fp8 and spec.quantized):
-            reason = (
-                "a floating-point tensor" if self.is_fp8 else "no FP8 without quantization_config (quant_method fp8)"
-            )
-            return Problem("dtype", info.name, info, f"dtype {info.dtype}", reason)
-        wanted = block_fp8.scale_shape(info.shape, self.block)
+        form = self.weight_format
+        if form is None or not spec.quantized or info.dtype != form.code_dtype:
+            wanted = "a floating-point tensor"
+            if form is None:
+                names = " or ".join(dict.fromkeys(f"quant_method {row.method}" for row in of_codes(info.dtype)))
+                wanted = f"no codes without quantization_config ({names})"
+            return Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
+        wanted = form.scale_shape(spec.shape)
         if scale is None:
-            found = f"FP8 codes without {info.name}{SCALE_SUFFIX}"
-            return Problem("scale", info.name, info, found, f"fp32 scales {list(wanted)}")
-        if scale.dtype != torch.float32:
-            return Problem("scale", scale.name, scale, f"dtype {scale.dtype}", "torch.float32")
+            found = f"{form.name} codes without {info.name}{form.scale_suffix}"
+            return Problem("scale", info.name, info, found, f"scales {list(wanted)} in {form.scale_dtype}")
+        if scale.dtype != form.scale_dtype:
+            return Problem("scale", scale.name, scale, f"dtype {scale.dtype}", str(form.scale_dtype))
         if scale.shape != wanted:
-            why = f"{list(wanted)} for {list(info.shape)} in blocks {self.block}"
+            why = f"{list(wanted)} for {list(spec.shape)} in blocks {form.block}"
             return Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
         return None

@@ -10,30 +10,26 @@ import torch
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
+from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
-from modeling_deepseek_moe.config import FP8_METHOD
+from modeling_deepseek_moe.config import QUANT_METHOD
+from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.hub import auto_map, shim_files
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.offloaded import with_offloaded
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
-from modeling_deepseek_moe.weights import SCALE_SUFFIX, release_tensors, unstack
+from modeling_deepseek_moe.weights import release_tensors, unstack
 
 # `Trainer` reads the config of a checkpoint it resumes from with the bare `PreTrainedConfig`, which fails on a scaled
 # rope in the release's spelling. In these folders, and only there, transformers' own spelling is written.
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
-def fp8_quantization_config(block: tuple[int, int] = block_fp8.BLOCK) -> dict:
-    """``quantization_config`` as DeepSeek-V3's release spells it."""
-    return {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": list(block),
-    }
+def fp8_quantization_config(block=(128, 128)):
+    return formats.FP8.in_blocks_of(block).quantization_config()
 
 
 class ReleaseSavingMixin:
@@ -62,7 +58,8 @@ class ReleaseSavingMixin:
         Args:
             state_dict: what to save instead of the model's own, under the model's names.
             max_shard_size: bytes, or text such as ``"5GB"``.
-            quantize: ``"fp8"`` writes every weight that a release keeps in FP8 as codes and scales.
+            quantize: the name of a format, such as ``"fp8"``: every weight that a release keeps in FP8 is written as its
+                codes and scales. Where ``like`` has the same kind of codes, its scales' rule is taken.
             like: the folder that the model was loaded from and trained: tensors are written in its dtypes, and those that
                 are still what it holds (dequantised, where it is FP8) as its very bytes.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
@@ -73,8 +70,10 @@ class ReleaseSavingMixin:
             OSError: disk full. Nothing that was in the folder is touched.
             ValueError: ``quantize`` is unknown, or a weight to quantise holds NaN or Inf.
         """
-        if quantize not in (None, "fp8"):
-            raise ValueError(f"quantize={quantize!r} is not supported, wanted 'fp8' or None")
+        try:
+            form = None if quantize is None else formats.by_name(quantize)
+        except ValueError as error:
+            raise ValueError(f"quantize={error}, or None") from None
         tensors = with_offloaded(self) if state_dict is None else state_dict
         if self._saved_by_transformers(tensors, kwargs):
             if quantize or remote_code or like:
@@ -95,12 +94,15 @@ class ReleaseSavingMixin:
             return None
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"{save_directory}: found a file, wanted a directory to save into")
+        release = None if like is None else Release(CheckpointReader.open(like), read_config(like))
+        if form and release and release.weight_format and release.weight_format.method == form.method:
+            form = release.weight_format
         write_checkpoint(
             save_directory,
-            _plans(self, tensors, quantize, like),
+            _plans(self, tensors, form, release),
             max_shard_size=max_shard_size,
             texts=self._texts(
-                quantize, remote_code, TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(save_directory)))
+                form, remote_code, TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(save_directory)))
             ),
             show_progress=logging.is_progress_bar_enabled(),
         )
@@ -118,16 +120,16 @@ class ReleaseSavingMixin:
             or kwargs.get("distributed_checkpoint")
             or kwargs.get("variant") is not None
             or kwargs.get("save_original_format") is False
-            or (quantizer is not None and quantizer.quantization_config.quant_method != FP8_METHOD)
+            or (quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD)
             or any(not _is_plain(tensor) for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
         )
 
-    def _texts(self, quantize: str | None, remote_code: bool, for_trainer: object = None) -> dict[str, str]:
+    def _texts(self, form: WeightFormat | None, remote_code: bool, for_trainer: object = None) -> dict[str, str]:
         config = copy.deepcopy(self.config)
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.architectures = [self.release_architecture or type(self).__name__]
-        if quantize and getattr(config, "quantization_config", None) is None:
-            config.quantization_config = fp8_quantization_config()
+        if form and getattr(config, "quantization_config", None) is None:
+            config.quantization_config = form.quantization_config()
         fields = config.to_diff_dict()
         # An inherited auto_map names files that were not copied here; other engines would look for them.
         fields.pop("auto_map", None)
@@ -150,20 +152,25 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "meta" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
-def _plans(model, tensors: dict[str, torch.Tensor], quantize: str | None, like=None) -> list[TensorPlan]:
+def _plans(
+    model, tensors: dict[str, torch.Tensor], form: WeightFormat | None, release: Release | None
+) -> list[TensorPlan]:
     plans = []
-    release = None if like is None else Release(CheckpointReader.open(like), copy.deepcopy(model.config))
-    quantized = {name for name, spec in release_tensors(model.config).items() if spec.quantized} if quantize else set()
+    quantized = {name for name, spec in release_tensors(model.config).items() if spec.quantized} if form else set()
     prefix = "model." if model.base_model is model else ""
     for name, tensor in _release_views(model, tensors):
         original = release and release.infos.get(prefix + name)
-        if original is not None and tensor.dtype != block_fp8.FP8_DTYPE and tensor.shape == original.shape:
-            as_released = _as_released(release, name, prefix + name, tensor.detach(), bool(quantize))
+        if (
+            original is not None
+            and not any(formats.of_codes(tensor.dtype))
+            and release.holds(prefix + name, tensor.shape)
+        ):
+            as_released = _as_released(release, name, prefix + name, tensor.detach(), form is not None)
             if as_released:
                 plans += as_released
                 continue
-        if prefix + name in quantized and tensor.dtype != block_fp8.FP8_DTYPE:
-            plans += _quantized(name, tensor)
+        if prefix + name in quantized and not any(formats.of_codes(tensor.dtype)):
+            plans += _quantized(name, tensor, form)
         else:
             plans.append(TensorPlan.of(name, tensor))
     return sorted(plans, key=lambda plan: _natural(plan.name))
@@ -182,8 +189,8 @@ def _release_views(model, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[st
     for prefix, module in model.named_modules():
         if isinstance(module, MappedExperts):
             for name, matrix in module.named_matrices():
-                yield f"{prefix}.{name}.weight", matrix.weight
-                yield f"{prefix}.{name}.weight{SCALE_SUFFIX}", matrix.scale_inv
+                yield f"{prefix}.{name}.weight", matrix.codes
+                yield f"{prefix}.{name}.weight{module.weight_format.scale_suffix}", matrix.scales
 
 
 def _released_bias(router: DeepseekTopkRouter, bias: torch.Tensor) -> torch.Tensor:
@@ -191,25 +198,25 @@ def _released_bias(router: DeepseekTopkRouter, bias: torch.Tensor) -> torch.Tens
     return narrow if torch.equal(narrow.to(bias.dtype), bias) else bias
 
 
-def _quantized(name: str, tensor: torch.Tensor) -> list[TensorPlan]:
-    scale_name = name + SCALE_SUFFIX
+def _quantized(name: str, tensor: torch.Tensor, form: WeightFormat) -> list[TensorPlan]:
     # The codes are made apart from the scales: a shard's scales are written first, and its codes may not pile up.
-    shape = tuple(tensor.shape)
+    shape, weight = tuple(tensor.shape), tensor.detach()
+    scales = form.scale_dtype, form.scale_shape(shape)
     return [
-        TensorPlan(name, block_fp8.FP8_DTYPE, shape, lambda: block_fp8.quantize(tensor.detach())[0]),
-        TensorPlan(scale_name, torch.float32, block_fp8.scale_shape(shape), lambda: block_fp8.scales(tensor.detach())),
+        TensorPlan(name, form.code_dtype, form.code_shape(shape), lambda: form.quantize(weight)[0]),
+        TensorPlan(name + form.scale_suffix, *scales, lambda: form.scales(weight)),
     ]
 
 
-def _as_released(release: Release, name: str, key: str, tensor: torch.Tensor, keep_fp8: bool) -> list[TensorPlan]:
+def _as_released(release: Release, name: str, key: str, tensor: torch.Tensor, keep_codes: bool) -> list[TensorPlan]:
     """The release's codes and scales of a tensor that is still what they stand for, or it in the release's dtype.
 
     Nothing for a weight that is to be quantised anew, and for a router's bias, which is fp32 once it was trained.
     """
     if release.is_quantized(key):
-        if not (keep_fp8 and torch.equal(release.dequantized(key, tensor.dtype), tensor.cpu())):
+        if not (keep_codes and torch.equal(release.dequantized(key, tensor.dtype), tensor.cpu())):
             return []
-        parts = ((name, key), (name + SCALE_SUFFIX, key + SCALE_SUFFIX))
+        parts = ((name, key), (release.scale_name(name), release.scale_name(key)))
         return [TensorPlan.of(part, release.tensor(source)) for part, source in parts]
     if key.endswith(".e_score_correction_bias"):
         return []

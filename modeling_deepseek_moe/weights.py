@@ -15,14 +15,14 @@ from modeling_deepseek_moe.config import DeepseekMoeConfig
 # model tensor -> the release's projections of one expert, in the order in which they fill its rows
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 SCALE_SUFFIX = "_scale_inv"
-EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight(_scale_inv)?$")
-STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?$")
+EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight(_\w+)?$")
+STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_\w+)?$")
 LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.")
 MTP_KEY = re.compile(r"^model\.layers\.(\d+)\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 
 
 class TensorSpec(NamedTuple):
-    """What a release stores under one name. ``quantized``: in an FP8 release it is FP8, with a scale beside it."""
+    """What a release stores under one name. ``quantized``: in a quantised release it is codes, with scales next to it."""
 
     shape: tuple[int, ...]
     part: str
@@ -30,7 +30,7 @@ class TensorSpec(NamedTuple):
 
 
 def release_tensors(config: DeepseekMoeConfig) -> dict[str, TensorSpec]:
-    """All tensors of a release with this config by name, FP8 scales left out (``weight_scale_inv`` joins a weight)."""
+    """All tensors of a release with this config by name, scales left out (a format names its own)."""
     hidden, vocab = config.hidden_size, config.vocab_size
     tensors = {"model.embed_tokens.weight": TensorSpec((vocab, hidden), "embedding")}
     depth = config.num_hidden_layers

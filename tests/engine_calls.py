@@ -53,7 +53,8 @@ def every_call(tokens: int, hidden: int, width: int, magnitude: float = 1.0, kep
         calls[f"bf16-linear-{name}"] = bf16.linear, (x, weight, bias)
         calls[f"rms-norm-{name}"] = norm.rms_norm, (x, random(hidden).to(dtype), 1e-6)
         calls[f"dequantize-{name}"] = fp8.dequantize, (codes, scale, dtype)
-        calls[f"quantize-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True)
+        calls[f"quantize-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, False)
+        calls[f"quantize-ue8m0-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, True)
         for kind in homes if dtype in attention.CACHES else ():
             up, up_scale = random_fp8((4 * 36, hidden), seed=hidden + 1)
             up, up_scale = (up, up_scale / 10) if kind == FP8 else (random(4 * 36, hidden).bfloat16(), None)

@@ -24,7 +24,7 @@ int dsm_isa_best(void);
 const char *dsm_isa_name(int isa);
 int dsm_has_threads(void);
 int dsm_dequantize(int, int, const uint8_t *, const float *, int64_t, int64_t, void *, int);
-int dsm_quantize(int, int, const void *, int, int64_t, int64_t, uint8_t *, float *);
+int dsm_quantize(int, int, const void *, int, int64_t, int64_t, int, uint8_t *, float *);
 
 static const char *const NAMES[] = {"linear", "experts", "rms_norm", "dequantize", "quantize", "mla_decode",
                                     "mla_project", "route", "moe"};
@@ -38,7 +38,7 @@ static int invoke(int64_t function, const Argument *a, int isa, int threads) {
     case 1: return dsm_experts(isa, threads, N(0), P(1), I(2), I(3), P(4), P(5), I(6), P(7), P(8), P(9));
     case 2: return dsm_rms_norm(isa, threads, N(0), P(1), I(2), I(3), P(4), P(5));
     case 3: return dsm_dequantize(isa, threads, P(0), P(1), I(2), I(3), P(4), N(5));
-    case 4: return dsm_quantize(isa, threads, P(0), N(1), I(2), I(3), P(4), P(5));
+    case 4: return dsm_quantize(isa, threads, P(0), N(1), I(2), I(3), N(4), P(5), P(6));
     case 5:
         return dsm_mla_decode(isa, threads, N(0), I(1), I(2), P(3), P(4), P(5), P(6), P(7), (float)a[8].real, P(9));
     case 6: return dsm_mla_project(isa, threads, N(0), P(1), I(2), P(3), P(4), P(5), P(6), P(7), P(8), P(9));

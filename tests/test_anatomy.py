@@ -11,13 +11,13 @@ import torch
 from releases import FP8, SHAPES, write_release
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe import CheckpointError, formats
 from modeling_deepseek_moe.anatomy import CONFIGS, describe, dissect, read_config
 from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.inspection import inspect_checkpoint
-from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.weights import release_tensors
 
 # The architecture fields of the released config.json files, written out: nothing here relies on a default.
@@ -172,7 +172,7 @@ def test_v3_exactly():
     assert round(sum(size.parameters + size.scales for size in stored) / BILLION) == 685
     assert anatomy.cache_bytes() == 70_272
     assert anatomy.cache_bytes(1000) == 70_272_000
-    assert anatomy.is_fp8
+    assert anatomy.weight_format == formats.FP8
     # every Linear is FP8 but embedding, head (and their copies), gate, eh_proj
     norms = 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
     kept = 4 * 129280 * 7168 + 59 * (256 * 7168 + 256) + 2 * 7168 * 7168 + norms
@@ -184,7 +184,7 @@ def test_bytes_are_those_of_the_files(tmp_path):
         write_release(tmp_path / name, SHAPES[name](), fp8=fp8)
         anatomy = dissect(read_config(tmp_path / name))
         reader = CheckpointReader.open(tmp_path / name)
-        assert anatomy.stored_bytes(anatomy.is_fp8, anatomy.itemsize) == reader.nbytes
+        assert anatomy.stored_bytes(anatomy.weight_format, anatomy.itemsize) == reader.nbytes
         weights = [info for tensor, info in reader.items() if not tensor.endswith("_scale_inv")]
         assert anatomy.parameters + anatomy.mtp_parameters == sum(math.prod(info.shape) for info in weights)
 
@@ -276,7 +276,7 @@ def test_inspecting_the_layout_of_v3(v3_folder):
     seconds = time.perf_counter() - start
     assert found.is_loadable and not found.findings
     assert (found.total.tensors, found.shards) == (91_991, 163)
-    assert found.total.nbytes == found.anatomy.stored_bytes(fp8=True) == 688_574_839_360
+    assert found.total.nbytes == found.anatomy.stored_bytes(formats.FP8) == 688_574_839_360
     assert sum(tally.values for part, tally in found.parts.items() if part != "scales") == 684_489_845_504
     assert found.dtypes["float8_e4m3fn"].tensors == found.parts["scales"].tensors == 45_808
     assert seconds < 30  # about 2 s on an idle core

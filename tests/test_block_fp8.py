@@ -7,10 +7,12 @@ import torch
 from releases import dequantize_independently, quantize_independently, same_bits
 from torch import nn
 
-from modeling_deepseek_moe.fp8 import Fp8Linear
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.ops.block_fp8 import reference
+from modeling_deepseek_moe.ops.quantized_linear import reference as tiled
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 FP8 = torch.float8_e4m3fn
 ALL_CODES = torch.arange(256, dtype=torch.uint8).view(FP8)
@@ -187,7 +189,7 @@ def test_dequantised_weight_keeps_its_codes():
 @FLOATS
 @SHAPES
 def test_linear(shape, dtype, monkeypatch):
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", 128 * 200)  # several tiles, the last one ragged
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 128 * 200)  # several tiles, the last one ragged
     codes, scales = random_weight(shape)
     weight = dequantize_independently(codes, scales)
     x = torch.randn(2, 3, shape[1]).to(dtype).requires_grad_()
@@ -235,7 +237,7 @@ def test_linear_names_what_does_not_fit():
 @pytest.mark.parametrize("shape", [(1000, 1024), (300, 9000), (3, 20_000)], ids=["many-rows", "wide", "few-rows"])
 def test_linear_never_dequantises_a_whole_weight(shape, monkeypatch):
     """Forward and backward each see every weight once, at most `TILE_ELEMENTS` (one row of blocks, if that is more)."""
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 1 << 18)
     made = []
 
     def dequantize(weight, *args, real=reference.dequantize):
@@ -250,14 +252,14 @@ def test_linear_never_dequantises_a_whole_weight(shape, monkeypatch):
     assert sum(made) == codes.numel()
     y.sum().backward()
     assert sum(made) == 2 * codes.numel()
-    assert max(made) <= max(reference.TILE_ELEMENTS, 128 * shape[1])
+    assert max(made) <= max(tiled.TILE_ELEMENTS, 128 * shape[1])
 
 
-# Fp8Linear, the layer on top.
+# QuantizedLinear, the layer on top.
 
 
 def fp8_linear(rows=200, cols=130, bias=True):
-    layer = Fp8Linear(cols, rows, bias, (128, 128))
+    layer = QuantizedLinear(cols, rows, bias, formats.FP8)
     codes, scales = random_weight((rows, cols))
     layer.weight.data, layer.weight_scale_inv.data = codes, scales
     if bias:

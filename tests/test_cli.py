@@ -18,6 +18,7 @@ from modeling_deepseek_moe.anatomy import dissect, read_config
 from modeling_deepseek_moe.cli import app, chat
 from modeling_deepseek_moe.cli._console import count, rate, size
 from modeling_deepseek_moe.cli._model import Dtype, IdStreamer, Meter, generation_settings, load_model, load_tokenizer
+from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.machine import Bandwidth, Gpu, Machine, measure_disk, measure_read_bandwidth
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.planning import (
@@ -215,7 +216,7 @@ class TestPlanning:
 
     def test_what_is_not_in_memory_comes_from_disk(self, v3):
         little, more = (make_plan(v3, self.machine(gigabytes), 4096).options[0] for gigabytes in (32, 512))
-        routed = v3.active["routed experts"].nbytes(fp8=True)
+        routed = v3.active["routed experts"].nbytes(FP8)
         assert 0 < more.disk_bytes_per_token < little.disk_bytes_per_token < routed
         assert "GB are read a token" in " ".join(make_plan(v3, self.machine(32), 4096).advice)
 
@@ -274,7 +275,7 @@ class TestBench:
         (row,) = found["decode"]
         assert row["context"] == 20 and row["tokens_per_second"] > 0 and found["prefill"]["tokens"] == 16
         anatomy = dissect(read_config(folders / "fp8"))
-        assert row["bytes_per_token"] == anatomy.active_bytes(True) + anatomy.cache_bytes(20)
+        assert row["bytes_per_token"] == anatomy.active_bytes(FP8) + anatomy.cache_bytes(20)
         share = row["bytes_per_token"] * row["tokens_per_second"] / found["bandwidth"]
         assert row["share_of_bandwidth"] == pytest.approx(share)
 

@@ -5,9 +5,9 @@ import torch
 from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 OFFLOADED = {
     "model.embed_tokens": "cpu",
@@ -30,7 +30,7 @@ def test_device_map(tmp_path, fp8, device_map):
     placed = AutoModelForCausalLM.from_pretrained(
         tmp_path / "release", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    home = (StackedFp8Experts if device_map is OFFLOADED else MappedExperts) if fp8 else DeepseekExperts
+    home = (StackedQuantizedExperts if device_map is OFFLOADED else MappedExperts) if fp8 else DeepseekExperts
     assert type(placed.model.layers[1].mlp.experts) is home
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():

@@ -24,7 +24,7 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 
 from modeling_deepseek_moe import DeepseekV3Config, tiny_checkpoint
 from modeling_deepseek_moe.compat import CACHE_NAME
-from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 PLAIN = {"v3": transformers.DeepseekV3ForCausalLM, "v2": transformers.DeepseekV2ForCausalLM}
 NEW = 12

@@ -8,10 +8,11 @@ from releases import SHAPES, same_bits, write_release
 from transformers import AutoModelForCausalLM, StaticCache
 
 from modeling_deepseek_moe import CheckpointError
-from modeling_deepseek_moe.fp8 import Fp8Linear
+from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.ops._dispatch import use_backend
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 pytestmark = needs_engine
 
@@ -125,7 +126,7 @@ class Layers(torch.nn.Module):
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.norm, self.linear = DeepseekRMSNorm(150), Fp8Linear(150, 130, False, (128, 128))
+        self.norm, self.linear = DeepseekRMSNorm(150), QuantizedLinear(150, 130, False, FP8)
         self.linear.weight.data, self.linear.weight_scale_inv.data = random_fp8((130, 150))
         self.last = DeepseekRMSNorm(130)
         self.to(dtype).requires_grad_(False)

@@ -8,11 +8,12 @@ from modeling_deepseek_moe import DeepseekV3Config, use_backend
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.engine.fused import fused_moe, fused_projections
-from modeling_deepseek_moe.fp8 import Fp8Linear
-from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
+from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import block_fp8, experts, moe, routing
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 pytestmark = needs_engine
 
@@ -35,7 +36,7 @@ def make_attention(fp8: bool, dtype: torch.dtype, **fields) -> DeepseekAttention
     if fp8:
         for name, linear in list(attention.named_children()):
             if isinstance(linear, torch.nn.Linear):
-                made = Fp8Linear(linear.in_features, linear.out_features, False, block_fp8.BLOCK)
+                made = QuantizedLinear(linear.in_features, linear.out_features, False, FP8)
                 made.weight.data, made.weight_scale_inv.data = block_fp8.quantize(linear.weight.data.float())
                 setattr(attention, name, made)
     else:
@@ -126,16 +127,16 @@ def make_moe(fp8: bool, shared: int) -> DeepseekMoE:
         parameter.data.normal_(std=0.2)
     layer.gate.e_score_correction_bias.uniform_(-0.1, 0.1)
     if fp8:
-        dense, layer.experts = layer.experts, StackedFp8Experts(config, block_fp8.BLOCK)
+        dense, layer.experts = layer.experts, StackedQuantizedExperts(config, FP8)
         for index in range(16):
             for name, matrix in layer.experts.matrices(index).items():
                 gate, up = dense.gate_up_proj[index].chunk(2)
                 source = {"gate_proj": gate, "up_proj": up, "down_proj": dense.down_proj[index]}[name]
                 codes, scale = block_fp8.quantize(source.data.float())
-                matrix.weight.copy_(codes), matrix.scale_inv.copy_(scale)
+                matrix.codes.copy_(codes), matrix.scales.copy_(scale)
         for name, linear in layer.shared_experts.named_children() if shared else ():
             if isinstance(linear, torch.nn.Linear):
-                made = Fp8Linear(linear.in_features, linear.out_features, False, block_fp8.BLOCK)
+                made = QuantizedLinear(linear.in_features, linear.out_features, False, FP8)
                 made.weight.data, made.weight_scale_inv.data = block_fp8.quantize(linear.weight.data.float())
                 setattr(layer.shared_experts, name, made)
     return layer.requires_grad_(False)

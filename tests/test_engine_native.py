@@ -105,9 +105,9 @@ def describe_dequantize(codes, scale, rows, columns, out, dtype):
     return rows * columns, blocks(rows, columns), "i", "i", (rows * columns * ITEMSIZES[dtype], EXACT), "i"
 
 
-def describe_quantize(x, dtype, rows, columns, codes, scale):
+def describe_quantize(x, dtype, rows, columns, power_of_two, codes, scale):
     size = rows * columns
-    return size * ITEMSIZES[dtype], "i", "i", "i", (size, EXACT), (blocks(rows, columns), EXACT)
+    return size * ITEMSIZES[dtype], "i", "i", "i", "i", (size, EXACT), (blocks(rows, columns), EXACT)
 
 
 def describe_mla_decode(dtype, batch, length, shape, queries, cache, mask, weight, scaling, out):

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from modeling_deepseek_moe import attention, block, layers, modeling, mtp, use_backend
 from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe import balance, experts, observed, router
 from modeling_deepseek_moe.moe import layer as moe_layer
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 pytestmark = needs_engine
 STAGES = 3

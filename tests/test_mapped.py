@@ -17,7 +17,7 @@ from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
 from modeling_deepseek_moe.checkpoint.headers import read_header
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 NORM = "model.norm.weight"
 
@@ -50,7 +50,7 @@ def addresses(experts):
     """As `MappedExperts.addresses`, from the views."""
     return torch.tensor(
         [
-            [[matrix.weight.data_ptr(), matrix.scale_inv.data_ptr()] for matrix in experts.matrices(index).values()]
+            [[matrix.codes.data_ptr(), matrix.scales.data_ptr()] for matrix in experts.matrices(index).values()]
             for index in range(experts.num_experts)
         ]
     )
@@ -63,8 +63,8 @@ def test_addresses_are_those_of_the_matrices(loaded):
     assert loaded.experts.addresses() is found
     for name, matrix in loaded.experts.named_matrices():
         released = f"model.layers.1.mlp.experts.{name}.weight"
-        assert same_bits(matrix.weight, loaded.tensors[released])
-        assert same_bits(matrix.scale_inv, loaded.tensors[f"{released}_scale_inv"])
+        assert same_bits(matrix.codes, loaded.tensors[released])
+        assert same_bits(matrix.scales, loaded.tensors[f"{released}_scale_inv"])
     assert loaded.experts.num_mapped == 16 * 3 * 32 * 64
 
 
@@ -212,7 +212,7 @@ def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, preadv, layout
         if ".experts." in name:
             prefix, _, rest = weight.partition(".experts.")
             index, projection = rest.split(".")
-            found = model.get_submodule(f"{prefix}.experts").matrices(int(index))[projection].scale_inv
+            found = model.get_submodule(f"{prefix}.experts").matrices(int(index))[projection].scales
         else:
             found = model.get_submodule(weight).weight_scale_inv
         assert same_bits(found.detach(), tensors[name])

@@ -24,8 +24,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import quantizer
-from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
-from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
@@ -131,7 +131,7 @@ def test_round_trip_of_stacked_fp8(tmp_path, monkeypatch):
     monkeypatch.setattr(quantizer, "_stays_on_cpu", lambda device_map: False)
     stacked = resave(tmp_path / "a", tmp_path / "b")
     assert isinstance(mapped.model.layers[1].mlp.experts, MappedExperts)
-    assert isinstance(stacked.model.layers[1].mlp.experts, StackedFp8Experts)
+    assert isinstance(stacked.model.layers[1].mlp.experts, StackedQuantizedExperts)
     assert_same_tensors(read(tmp_path / "b"), tensors)
     assert relative(logits(stacked), logits(mapped)) < 1e-2
 

@@ -1,4 +1,4 @@
-"""The fp32 scales of an FP8 release: small, scattered over the files, read once and kept in memory."""
+"""The scales of a quantised release: small, scattered over the files, read once and kept in memory."""
 
 import math
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ class Scales:
     That is the order in which ``infos`` has them: what the headers say of them, by canonical name.
     """
 
-    def __init__(self, reader: CheckpointReader, infos: dict[str, TensorInfo]):
+    def __init__(self, reader: CheckpointReader, infos: dict[str, TensorInfo], dtype: torch.dtype):
         self._infos = infos
         self._starts: dict[str, int] = {}  # in its group, by the name in the file
         sizes: dict[str, int] = {}
         for info in infos.values():
             group = _group(info.name)
             start = self._starts[info.name] = sizes.get(group, 0)
-            sizes[group] = start + info.nbytes // 4
-        self._groups = {group: torch.empty(size, dtype=torch.float32, device="cpu") for group, size in sizes.items()}
+            sizes[group] = start + info.nbytes // dtype.itemsize
+        self._groups = {group: torch.empty(size, dtype=dtype, device="cpu") for group, size in sizes.items()}
         memory = {group: memoryview(values.view(torch.uint8).numpy()) for group, values in self._groups.items()}
 
         def place(info: TensorInfo) -> memoryview:
-            start = 4 * self._starts[info.name]
+            start = dtype.itemsize * self._starts[info.name]
             return memory[_group(info.name)][start : start + info.nbytes]
 
         reader.read_into(infos.values(), place)

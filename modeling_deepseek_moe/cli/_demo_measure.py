@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from modeling_deepseek_moe.mapped_experts import MappedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 PREFILL_TOKENS = 1024  # a prompt is read in pieces of this size
 

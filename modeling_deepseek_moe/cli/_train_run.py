@@ -20,7 +20,8 @@ from transformers import (
 from modeling_deepseek_moe.cli._console import stdout
 from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import Collator, Rows, load_documents, pack
-from modeling_deepseek_moe.config import FP8_METHOD
+from modeling_deepseek_moe.config import own_format
+from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.training import (
     BalanceLossCallback,
     Fp8TrainingConfig,
@@ -95,16 +96,15 @@ def read_options(recipe: Path | None, arguments: list[str]) -> tuple[RunOptions,
     return options, training
 
 
-def load(options: RunOptions) -> tuple[PreTrainedModel, bool]:
-    """The model to train in ``dtype``, and whether it was an FP8 release."""
+def load(options: RunOptions) -> tuple[PreTrainedModel, WeightFormat | None]:
+    """The model to train in ``dtype``, and the format of the release that it was."""
     dtype = getattr(torch, options.dtype)
     if options.model is None:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.config), dtype=dtype), False
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.config), dtype=dtype), None
     config = AutoConfig.from_pretrained(options.model)
-    quantization = getattr(config, "quantization_config", None) or {}
-    is_fp8 = quantization.get("quant_method") == FP8_METHOD
-    settings = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if is_fp8 else {}
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **settings), is_fp8
+    form = own_format(config)
+    settings = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if form else {}
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **settings), form
 
 
 def make_callbacks(options: RunOptions, model: PreTrainedModel) -> list[TrainerCallback]:
@@ -132,7 +132,7 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
         if file is not None:
             documents = load_documents(file, tokenizer, options.max_length, options.assistant_only_loss)
             rows[part] = Rows(pack(documents, options.max_length) if options.packing else [[d] for d in documents])
-    model, is_fp8 = load(options)
+    model, form = load(options)
     if options.fp8:
         prepare_fp8_training(model, Fp8TrainingConfig(options.fp8_wgrad))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -150,10 +150,10 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
         stdout().print(f"eval loss {trainer.evaluate()['eval_loss']:.4f}")  # every rank has its part
     trainer.save_state()
     if trainer.is_world_process_zero():
-        settings = {"quantize": "fp8"} if is_fp8 else {}
+        settings = {"quantize": form.name} if form else {}
         model.save_pretrained(training.output_dir, like=options.model and _local(options.model), **settings)
         tokenizer.save_pretrained(training.output_dir)
-        kind = "FP8 release" if is_fp8 else options.dtype
+        kind = f"{form.name} release" if form else options.dtype
         stdout().print(f"wrote {training.output_dir} ({kind}); deepseek-moe report {training.output_dir} draws it")
 
 

@@ -133,7 +133,7 @@ def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, to
 
 
 def _decoded(anatomy: Anatomy, context: int, seconds: list[float], bandwidth: float) -> dict:
-    read = anatomy.active_bytes(anatomy.is_fp8) + anatomy.cache_bytes(context)
+    read = anatomy.active_bytes(anatomy.weight_format) + anatomy.cache_bytes(context)
     taken = statistics.median(seconds)
     return {
         "context": context,

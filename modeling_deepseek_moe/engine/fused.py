@@ -13,10 +13,10 @@ from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.engine.plan import Stages
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import experts, mla_project, moe
 from modeling_deepseek_moe.ops._operands import scale_of
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 
 def run_by_halves(layer: nn.Module, stages: Stages) -> Callable:

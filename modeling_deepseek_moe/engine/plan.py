@@ -16,13 +16,13 @@ from transformers.cache_utils import Cache
 from modeling_deepseek_moe.cache import LatentLayer
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.engine import reasons
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
 from modeling_deepseek_moe.ops._operands import is_hooked, scale_of
 from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, Matrix, MlaShape, Norm, Routing
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 ATTEND, OUTPUT, MIX = range(STAGES)
 

@@ -11,9 +11,7 @@ from torch import nn
 
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
@@ -23,6 +21,8 @@ from modeling_deepseek_moe.ops._operands import is_hooked, scale_of, unsupported
 from modeling_deepseek_moe.ops.decode_step.cpu import DTYPES, WEIGHTS
 from modeling_deepseek_moe.ops.routing.cpu import MOST_EXPERTS
 from modeling_deepseek_moe.ops.swiglu import unsupported_reason as unsupported_swiglu
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 Reason = str | None
 
@@ -97,7 +97,7 @@ def router(module: nn.Module, dtype: torch.dtype) -> Reason:
 
 def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
     """Routed experts, in whichever home."""
-    reason = _is_own(module, DeepseekExperts, StackedFp8Experts, MappedExperts)
+    reason = _is_own(module, DeepseekExperts, StackedQuantizedExperts, MappedExperts)
     if reason is not None:
         return reason
     chosen = module.config._experts_implementation if type(module) is DeepseekExperts else None

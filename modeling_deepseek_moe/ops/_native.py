@@ -19,7 +19,7 @@ from modeling_deepseek_moe.ops import _structs
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 5  # DSM_VERSION
+VERSION = 6  # DSM_VERSION
 DTYPES = _structs.DTYPES
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
 _NO_MEMORY, _NOT_FINITE = -1, -3
@@ -51,7 +51,7 @@ _SIGNATURES = {
     ),
     "dsm_route": (c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "dsm_dequantize": (c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int),
-    "dsm_quantize": (c_int, c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p),
+    "dsm_quantize": (c_int, c_int, c_void_p, c_int, c_int64, c_int64, c_int, c_void_p, c_void_p),
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from modeling_deepseek_moe.ops._library import PLAIN
 
-BLOCK = (128, 128)  # of FP8 weights; the release's and the engine's
+BLOCK = (128, 128)  # of FP8 weights: the engine's, and the release's
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -21,7 +21,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether calling the layer multiplies with its weight, adds its bias, and does nothing else."""
-    return is_plain(layer) or (is_fp8(layer) and not is_hooked(layer))
+    return is_plain(layer) or (is_quantized(layer) and not is_hooked(layer))
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -30,9 +30,22 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in PLAIN and not is_hooked(layer)
 
 
-def is_fp8(layer: nn.Module) -> bool:
-    """Whether it is this package's `Fp8Linear`, which is defined further up."""
-    return isinstance(layer, nn.Linear) and "weight_scale_inv" in layer._parameters and hasattr(layer, "dequantized")
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether it is this package's `QuantizedLinear`, which is defined further up."""
+    return isinstance(layer, nn.Linear) and "weight_format" in layer.__dict__ and hasattr(layer, "dequantized")
+
+
+def unsupported_format(weight_format) -> str | None:
+    """Why the CPU engine has no kernels for a `formats.WeightFormat`; ``None`` if it has."""
+    if (weight_format.code_dtype, weight_format.bits, weight_format.scale_dtype) != (
+        torch.float8_e4m3fn,
+        8,
+        torch.float32,
+    ):
+        return f"has kernels for FP8 and bf16 weights, found {weight_format.name}"
+    if weight_format.block != BLOCK:
+        return f"has blocks of {BLOCK[0]} × {BLOCK[1]} only, found {weight_format.block}"
+    return None
 
 
 def unsupported_linear(layer: nn.Module) -> str | None:
@@ -41,20 +54,18 @@ def unsupported_linear(layer: nn.Module) -> str | None:
         return f"needs plain linear layers, found {_called(layer)}"
     if layer.bias is not None:
         return "needs linear layers without bias"
-    if getattr(layer, "block", BLOCK) != BLOCK:
-        return f"has blocks of {BLOCK[0]} × {BLOCK[1]} only, found {layer.block}"
-    return None
+    return unsupported_format(layer.weight_format) if is_quantized(layer) else None
 
 
 def scale_of(layer: nn.Module) -> torch.Tensor | None:
-    """The scales of an FP8 weight, ``None`` for any other."""
-    return layer._parameters.get("weight_scale_inv")
+    """The scales of a quantised weight, ``None`` for any other."""
+    return layer.scale if is_quantized(layer) else None
 
 
 def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
     """The weight ``[N, K]`` that calling the layer multiplies with, in the dtype and on the device of ``like``."""
     if is_linear(layer):
-        return layer.dequantized(like.dtype) if is_fp8(layer) else layer.weight.to(like.dtype)
+        return layer.dequantized(like.dtype) if is_quantized(layer) else layer.weight.to(like.dtype)
     # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
 

@@ -7,9 +7,9 @@ from contextlib import closing
 
 import torch
 
-from modeling_deepseek_moe.fp8_experts import Fp8Matrix
-from modeling_deepseek_moe.mapped_experts import MappedExperts
-from modeling_deepseek_moe.ops import block_fp8, experts
+from modeling_deepseek_moe.ops import experts
+from modeling_deepseek_moe.quantized.experts import QuantizedMatrix
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, Foresight
 from modeling_deepseek_moe.streaming.cache import ExpertCache, Key
 from modeling_deepseek_moe.streaming.resident import ResidentWeights
@@ -66,7 +66,7 @@ class LayerStream:
                 rows = [slot.key[1] for slot in group]
                 self._table[rows, :, 0] = torch.tensor([self.cache.addresses(slot) for slot in group])
                 experts.accumulate(
-                    out_TD, hidden_TD, topk_indices, topk_weights, self._table, width, block_fp8.FP8_DTYPE
+                    out_TD, hidden_TD, topk_indices, topk_weights, self._table, width, module.weight_format.code_dtype
                 )
                 self._table[rows, :, 0] = 0
             return out_TD.to(hidden_TD.dtype)
@@ -74,10 +74,10 @@ class LayerStream:
     def _reference(self, module, hidden_TD, topk_indices, topk_weights, groups) -> torch.Tensor:
         def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
             (slot,) = next(groups)
-            weights = self.cache.views(slot, module.matrix_shapes, block_fp8.FP8_DTYPE)
+            weights = self.cache.views(slot, module.matrix_shapes, module.weight_format.code_dtype)
             matrices = [
-                Fp8Matrix(weight, mapped.scale_inv)
-                for weight, mapped in zip(weights, module.matrices(index).values(), strict=True)
+                QuantizedMatrix(codes, mapped.scales)
+                for codes, mapped in zip(weights, module.matrices(index).values(), strict=True)
             ]
             return module.expert(matrices, x_RD)
 

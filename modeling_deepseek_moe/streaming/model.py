@@ -6,9 +6,9 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.machine import probe_machine
-from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.planning import WORKSPACE_BYTES
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.streaming.ahead import Foresight
 from modeling_deepseek_moe.streaming.cache import ExpertCache, ExpertStats
 from modeling_deepseek_moe.streaming.layer import LayerStream
@@ -23,7 +23,7 @@ class StreamingMixin:
     def set_expert_memory(self, budget: float | str | None) -> None:
         """Hold routed experts in so much memory of their own, and read the others from the files as they are needed.
 
-        For FP8 experts that are mapped from their files: on the CPU. Results are the same to the last bit. What was
+        For experts that are mapped from their files: on the CPU. Results are the same to the last bit. What was
         held before is dropped, and figures begin anew. A copy of the model is mapped until it is given a budget.
 
         Args:
@@ -60,7 +60,7 @@ def fit_experts(model: PreTrainedModel) -> None:
         return
     depth = model.config.num_hidden_layers
     used = [layer for layer in layers if layer.self_attn.layer_idx < depth]
-    experts = sum(layer.mlp.experts.num_mapped for layer in used)
+    experts = sum(layer.mlp.experts.mapped_bytes for layer in used)
     rest = _resident(model, layers[0].mlp.experts.files).nbytes + WORKSPACE_BYTES
     available = probe_machine(measure=False).ram_available
     if experts + rest <= available:

@@ -9,6 +9,7 @@ import torch
 
 from modeling_deepseek_moe.ops._dispatch import CPU, choose
 from modeling_deepseek_moe.ops.block_fp8 import cpu, reference
+from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 FP8_DTYPE = torch.float8_e4m3fn
 BLOCK = (128, 128)
@@ -46,24 +47,29 @@ def dequantize(
     return reference.dequantize(weight, scale_inv, dtype, block)
 
 
-def quantize(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight: torch.Tensor, block: tuple[int, int] = BLOCK, power_of_two: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A ``[N, K]`` weight → E4M3 codes ``[N, K]`` and fp32 scales, scale = amax(block) / 448, all in fp32.
+
+    Args:
+        power_of_two: scale = 2^⌈log2(amax / 448)⌉, as releases with ``scale_fmt: ue8m0`` have them.
 
     Raises:
         ValueError: the weight is not a finite floating-point matrix.
     """
     _check_float(weight)
     if choose("FP8 quantize", {CPU: cpu.unsupported_values(weight, block)}) == CPU:
-        return cpu.quantize(weight.detach(), True)
-    return reference.quantize(weight, block)
+        return cpu.quantize(weight.detach(), True, power_of_two)
+    return reference.quantize(weight, block, power_of_two)
 
 
-def scales(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+def scales(weight: torch.Tensor, block: tuple[int, int] = BLOCK, power_of_two: bool = False) -> torch.Tensor:
     """The scales of `quantize` alone."""
     _check_float(weight)
     if choose("FP8 scales", {CPU: cpu.unsupported_values(weight, block)}) == CPU:
-        return cpu.quantize(weight.detach(), False)[1]
-    return reference.scales(weight, block)
+        return cpu.quantize(weight.detach(), False, power_of_two)[1]
+    return reference.scales(weight, block, power_of_two)
 
 
 def quantize_tiles(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,8 +140,12 @@ def linear(
         needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
         if not (torch.is_grad_enabled() and needs_grad):
             return cpu.linear(x, weight, scale_inv, bias)
-        return reference.BlockFp8Linear.apply(x, weight, scale_inv, bias, block, cpu)
-    return reference.BlockFp8Linear.apply(x, weight, scale_inv, bias, block, None)
+        return quantized_linear(x, weight, scale_inv, bias, block[0], cpu.dequantize, cpu.linear)
+
+    def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return reference.dequantize(codes, scales, dtype, block)
+
+    return quantized_linear(x, weight, scale_inv, bias, block[0], dequantize)
 
 
 def _check_float(weight: torch.Tensor) -> None:

@@ -89,17 +89,17 @@ dequantize = define(
 )
 
 
-def _quantize(weight: torch.Tensor, codes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(weight: torch.Tensor, codes: bool, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if weight.ndim != 2 or weight.dtype not in _native.ACTIVATIONS:
         wanted = f"a matrix in {', '.join(map(str, _native.ACTIVATIONS))}"
         raise ValueError(f"FP8 quantize: found {_native.describe(weight)}, wanted {wanted}")
     weight = weight.contiguous()
-    out, scale = _quantized_like(weight, codes)
+    out, scale = _quantized_like(weight, codes, power_of_two)
     pointer = out.data_ptr() if codes else None
     try:
         _native.call(
             "dsm_quantize",
-            *(weight.data_ptr(), _native.DTYPES[weight.dtype], *weight.shape, pointer, scale.data_ptr()),
+            *(weight.data_ptr(), _native.DTYPES[weight.dtype], *weight.shape, power_of_two, pointer, scale.data_ptr()),
         )
     except FloatingPointError:
         raise ValueError(
@@ -108,11 +108,13 @@ def _quantize(weight: torch.Tensor, codes: bool) -> tuple[torch.Tensor, torch.Te
     return out, scale
 
 
-def _quantized_like(weight: torch.Tensor, codes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantized_like(weight: torch.Tensor, codes: bool, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = weight.shape
     out = weight.new_empty((n, k) if codes else (0, k), dtype=FP8_DTYPE)
     return out, weight.new_empty((-(-n // 128), -(-k // 128)), dtype=torch.float32)
 
 
 # Codes, none of them unless they are wanted, and scales.
-quantize = define("fp8_quantize(Tensor weight, bool codes) -> (Tensor, Tensor)", _quantize, _quantized_like)
+quantize = define(
+    "fp8_quantize(Tensor weight, bool codes, bool power_of_two) -> (Tensor, Tensor)", _quantize, _quantized_like
+)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 E4M3_MAX = 448.0
 TILE = 128  # values of a row that share a scale, and products that are summed before they are promoted
-TILE_ELEMENTS = 1 << 20  # weights dequantised at a time by `BlockFp8Linear`
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
@@ -48,18 +47,27 @@ def dequantize(
     return out
 
 
-def scales(weight_NK: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def scales(weight_NK: torch.Tensor, block: tuple[int, int], power_of_two: bool) -> torch.Tensor:
     blocks = _blocks(weight_NK, block)
     amax = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)).amax(dim=-1).float()
     if not torch.isfinite(amax).all():
         raise ValueError(f"found NaN or Inf (in fp32) in a weight {list(weight_NK.shape)}, wanted finite values")
     scale = amax / E4M3_MAX
+    if power_of_two:
+        scale = up_to_power_of_two(scale)
     return torch.where(scale > 0, scale, 1.0)  # a block of zeros, or of nothing that fp32 can scale, keeps scale 1
 
 
-def quantize(weight_NK: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """``2^⌈log2(scale)⌉``, no smaller than fp32's least normal number; zeros and NaN stay."""
+    # up to the next one: adding all mantissa bits carries into the exponent unless they were all zero
+    bits = scale.clamp_min(torch.finfo(torch.float32).tiny).view(torch.int32)
+    return torch.where(scale > 0, ((bits + 0x007FFFFF) & 0x7F800000).view(torch.float32), scale)
+
+
+def quantize(weight_NK: torch.Tensor, block: tuple[int, int], power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = weight_NK.shape
-    scale = scales(weight_NK, block)
+    scale = scales(weight_NK, block, power_of_two)
     blocks = _blocks(weight_NK, block).float() / scale[:, None, :, None]
     codes = blocks.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(2).flatten(0, 1)
     return codes[:n, :k].contiguous(), scale
@@ -79,9 +87,7 @@ def quantize_tiles(x_RK: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor
     x = F.pad(x_RK.float(), (0, -k % TILE)).view(rows, -1, TILE)
     scale = x.abs().amax(-1) / E4M3_MAX
     if power_of_two:
-        # up to the next one: adding all mantissa bits carries into the exponent unless they were all zero
-        bits = scale.clamp_min(torch.finfo(torch.float32).tiny).view(torch.int32)
-        scale = torch.where(scale > 0, ((bits + 0x007FFFFF) & 0x7F800000).view(torch.float32), scale)
+        scale = up_to_power_of_two(scale)
     scale = torch.where(scale == 0, 1.0, scale)  # NaN stays: a result that is lost must be seen to be
     codes = (x / scale.unsqueeze(-1)).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(1)[:, :k].contiguous(), scale
@@ -101,48 +107,3 @@ def gemm(a_MK: torch.Tensor, a_scale: torch.Tensor, b_NK: torch.Tensor, b_scale:
             partial = a.float() @ b.float().T
             out.addcmul_(partial.mul_(a_scale[:, tile, None]), b_scale[None, :, tile])
     return out
-
-
-def tiles(n: int, k: int, block_n: int):
-    """Row ranges, whole blocks each, of at most about `TILE_ELEMENTS` weights."""
-    rows = max(1, TILE_ELEMENTS // max(1, k * block_n)) * block_n
-    return ((start, min(start + rows, n)) for start in range(0, n, rows))
-
-
-class BlockFp8Linear(torch.autograd.Function):
-    """y = x·Wᵀ + b and dx = dy·W, with W dequantised tile by tile both times and never kept.
-
-    ``backend``, if it is not ``None``, has the ``linear`` and ``dequantize`` that run instead of those here.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight_NK, scale_inv, bias, block, backend):
-        ctx.save_for_backward(weight_NK, scale_inv)
-        ctx.block, ctx.backend = block, backend
-        if backend is not None:
-            return backend.linear(x, weight_NK, scale_inv, bias)
-        n, k = weight_NK.shape
-        y = x.new_empty((*x.shape[:-1], n))
-        for start, end in tiles(n, k, block[0]):
-            tile = _tile(weight_NK, scale_inv, start, end, x.dtype, block)
-            part = F.linear(x, tile, None if bias is None else bias[start:end].to(x.dtype))
-            y[..., start:end] = part
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        weight_NK, scale_inv = ctx.saved_tensors
-        dx = db = None
-        if ctx.needs_input_grad[0]:
-            n, k = weight_NK.shape
-            dx = dy.new_zeros((*dy.shape[:-1], k))
-            for start, end in tiles(n, k, ctx.block[0]):
-                dx += dy[..., start:end] @ _tile(weight_NK, scale_inv, start, end, dy.dtype, ctx.block, ctx.backend)
-        if ctx.needs_input_grad[3]:
-            db = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, None, None, db, None, None
-
-
-def _tile(weight_NK, scale_inv, start, end, dtype, block, backend=None):
-    rows, scales = weight_NK[start:end], scale_inv[start // block[0] : -(-end // block[0])]
-    return dequantize(rows, scales, dtype, block) if backend is None else backend.dequantize(rows, scales, dtype)

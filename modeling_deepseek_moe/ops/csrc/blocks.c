@@ -20,10 +20,21 @@ DSM_API int dsm_dequantize(int isa, int threads, const uint8_t *codes, const flo
     return DSM_OK;
 }
 
-/* scale [row blocks, column blocks] = amax(block) / 448 (1 for a block of zeros) and, unless `codes` is NULL,
-   codes = E4M3(x / scale). DSM_NOT_FINITE when x holds NaN or infinity; nothing written is meant then. */
-DSM_API int dsm_quantize(int isa, int threads, const void *x, int dtype, int64_t rows, int64_t cols, uint8_t *codes,
-                         float *scale) {
+/* 2^ceil(log2(scale)), no smaller than fp32's least normal number: adding all mantissa bits carries into the exponent
+   unless they were all zero */
+static float up_to_power_of_two(float scale) {
+    uint32_t bits;
+    if (!(scale > 0.0f)) return scale;
+    memcpy(&bits, &scale, 4);
+    bits = bits < 0x00800000u ? 0x00800000u : (bits + 0x007fffffu) & 0x7f800000u;
+    memcpy(&scale, &bits, 4);
+    return scale;
+}
+
+/* scale [row blocks, column blocks] = amax(block) / 448 (1 for a block of zeros), with `power_of_two` rounded up to one,
+   and, unless `codes` is NULL, codes = E4M3(x / scale). DSM_NOT_FINITE when x holds NaN or infinity; nothing written is meant then. */
+DSM_API int dsm_quantize(int isa, int threads, const void *x, int dtype, int64_t rows, int64_t cols, int power_of_two,
+                         uint8_t *codes, float *scale) {
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const int64_t across = dsm_blocks(cols), blocks = dsm_blocks(rows) * across;
     const size_t size = dsm_itemsize(dtype);
@@ -46,6 +57,7 @@ DSM_API int dsm_quantize(int isa, int threads, const void *x, int dtype, int64_t
                 continue;
             }
             most /= 448.0f;
+            if (power_of_two) most = up_to_power_of_two(most);
             scale[b] = most > 0.0f ? most : 1.0f;
             if (codes)
                 for (int64_t r = r0; r < r1; r++)

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DSM_VERSION 5 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_VERSION 6 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_MIX_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */

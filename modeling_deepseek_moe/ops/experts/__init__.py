@@ -31,7 +31,7 @@ __all__ = [
     "cpu",
     "may_run_natively",
     "operands",
-    "routed_fp8",
+    "routed_quantized",
     "routed_swiglu",
     "run_experts",
     "unsupported_reason",
@@ -99,13 +99,13 @@ def routed_swiglu(
     return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](module, hidden_TD, topk_indices, topk_weights)
 
 
-def routed_fp8(
+def routed_quantized(
     module: nn.Module, hidden_TD: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
 ) -> torch.Tensor:
-    """FP8 experts, ``[T, D]``: the engine, or one expert and one tile at a time.
+    """Experts that stay in a checkpoint's format, ``[T, D]``: the engine, or one expert and one tile at a time.
 
     Args:
-        module: an `Fp8Experts`.
+        module: a `QuantizedExperts`.
     """
     weights = operands(module)
     if may_run_natively(module, weights, hidden_TD, topk_weights):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.ops._library import PLAIN
-from modeling_deepseek_moe.ops._operands import BLOCK
+from modeling_deepseek_moe.ops._operands import unsupported_format
 from modeling_deepseek_moe.ops.experts import cpu
 
 STACKS = ("gate_up_proj", "down_proj", "gate_up_proj_scale_inv", "down_proj_scale_inv")
@@ -54,7 +54,7 @@ class _Table:
 def operands(module: nn.Module) -> Operands:
     """Of a layer of experts, whatever its home. Parametrised stacks are made here, once a call."""
     if hasattr(type(module), "addresses"):
-        return Operands((), module.addresses(), module.matrix_shapes[0][0], torch.float8_e4m3fn)
+        return Operands((), module.addresses(), module.matrix_shapes[0][0], module.weight_format.code_dtype)
     own = module._parameters  # a module's own look-ups take longer than the rest of a small layer
     if STACKS[0] not in own or STACKS[1] not in own:
         stacks = module.gate_up_proj, module.down_proj, None, None
@@ -73,9 +73,8 @@ def operands(module: nn.Module) -> Operands:
 
 def unsupported_reason(module: nn.Module, weights: Operands, hidden_TD: torch.Tensor) -> str | None:
     """Why the CPU engine cannot run these experts on such activations; ``None`` if it can."""
-    block = getattr(module, "block", BLOCK) if weights.dtype.itemsize == 1 else BLOCK
-    if block != BLOCK:
-        return f"has blocks of {BLOCK[0]} × {BLOCK[1]} only, found {block}"
+    if "weight_format" in module.__dict__ and (reason := unsupported_format(module.weight_format)) is not None:
+        return reason
     return cpu.unsupported_reason(hidden_TD, module.act_fn, *weights.stacks[:2])
 
 

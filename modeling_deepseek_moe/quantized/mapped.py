@@ -9,21 +9,21 @@ import torch
 
 from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
-from modeling_deepseek_moe.fp8_experts import Fp8Experts, Fp8Matrix
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts, QuantizedMatrix
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-class MappedExperts(Fp8Experts):
-    """FP8 experts that stay in the checkpoint's memory-mapped files: no copy, no load time, no private memory.
+class MappedExperts(QuantizedExperts):
+    """Experts that stay in the checkpoint's memory-mapped files: no copy, no load time, no private memory.
 
     Codes and scales are no parameters: they have no place in ``state_dict`` and never leave the CPU. What the module
     holds for its E·3 matrices is where they are; views are made as they are asked for. Saving writes the mapped bytes.
 
     Args:
         codes: where the codes of ``gate_proj``, ``up_proj`` and ``down_proj`` are, of one expert after the other.
-        scales: the fp32 scales of the same matrices in the same order, in one piece.
+        scales: the scales of the same matrices in the same order, in one piece.
         files: the mappings of the files that ``codes`` names.
     """
 
@@ -33,20 +33,22 @@ class MappedExperts(Fp8Experts):
     def __init__(
         self,
         config,
-        block: tuple[int, int],
+        weight_format: WeightFormat,
         codes: Sequence[TensorInfo],
         scales: torch.Tensor,
         files: MappedFiles,
     ):
-        super().__init__(config, block)
+        super().__init__(config, weight_format)
         self._files = files
         self._paths = tuple(dict.fromkeys(info.file for info in codes))
         for path in self._paths:
             files.address(path)  # from here on the bytes are those that were checked, whatever becomes of the name
         numbers = {path: number for number, path in enumerate(self._paths)}
         self._prefix = codes[0].name.removesuffix(".0.gate_proj.weight")
-        self._shapes = tuple(info.shape for info in codes[: len(PROJECTIONS)])
-        self._scale_shapes = tuple(block_fp8.scale_shape(shape, self.block) for shape in self._shapes)
+        width, hidden = config.moe_intermediate_size, config.hidden_size
+        shapes = (width, hidden), (width, hidden), (hidden, width)
+        self._shapes = tuple(map(weight_format.code_shape, shapes))
+        self._scale_shapes = tuple(map(weight_format.scale_shape, shapes))
         ends = list(accumulate(math.prod(shape) for shape in self._scale_shapes))
         self._scale_ranges = tuple(zip([0, *ends[:-1]], ends, strict=True))  # within the scales of one expert
         places = [(numbers[info.file], info.start) for info in codes]
@@ -66,7 +68,7 @@ class MappedExperts(Fp8Experts):
         return self._shapes
 
     def addresses(self) -> torch.Tensor:
-        """Where every matrix lies in memory: ``[E, 3, 2]`` int64 on the CPU, of its codes and of its fp32 scales.
+        """Where every matrix lies in memory: ``[E, 3, 2]`` int64 on the CPU, of its codes and of its scales.
 
         Valid as long as this module lives. A copy of the module has its own.
         """
@@ -84,8 +86,9 @@ class MappedExperts(Fp8Experts):
         found = {}
         for name, shape, (number, start) in zip(PROJECTIONS, self._shapes, self._places[index].tolist(), strict=True):
             full = f"{self._prefix}.{index}.{name}.weight"
-            end = start + math.prod(shape)
-            found[name] = TensorInfo(full, block_fp8.FP8_DTYPE, shape, self._paths[number], start, end)
+            dtype = self.weight_format.code_dtype
+            end = start + math.prod(shape) * dtype.itemsize
+            found[name] = TensorInfo(full, dtype, shape, self._paths[number], start, end)
         return found
 
     def routed(self, hidden_TD, topk_indices, topk_weights) -> torch.Tensor:
@@ -95,14 +98,14 @@ class MappedExperts(Fp8Experts):
             return self.stream.run(self, hidden_TD, topk_indices, topk_weights)
         return super().routed(hidden_TD, topk_indices, topk_weights)
 
-    def matrices(self, index: int) -> dict[str, Fp8Matrix]:
+    def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
         found = {}
         ranges = zip(self.infos(index).items(), self._scale_ranges, self._scale_shapes, strict=True)
         for (name, info), (start, end), scale_shape in ranges:
-            found[name] = Fp8Matrix(self._files.view(info), self._scales[index, start:end].view(scale_shape))
+            found[name] = QuantizedMatrix(self._files.view(info), self._scales[index, start:end].view(scale_shape))
         return found
 
-    def named_matrices(self) -> Iterator[tuple[str, Fp8Matrix]]:
+    def named_matrices(self) -> Iterator[tuple[str, QuantizedMatrix]]:
         """``("{expert}.{projection}", matrix)`` for every expert, as the release orders them."""
         self._files.check_unchanged()
         for index in range(self.num_experts):
@@ -121,11 +124,19 @@ class MappedExperts(Fp8Experts):
 
     @property
     def num_mapped(self) -> int:
-        """Parameters (codes, without scales) that are mapped."""
-        return self.num_experts * sum(math.prod(shape) for shape in self._shapes)
+        """Weights (codes, without scales) that are mapped."""
+        values = sum(math.prod(shape) for shape in self._shapes) * 8 * self.weight_format.code_dtype.itemsize
+        return self.num_experts * values // self.weight_format.bits
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of their codes."""
+        return (
+            self.num_experts * sum(math.prod(shape) for shape in self._shapes) * self.weight_format.code_dtype.itemsize
+        )
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_addresses": None}  # those of this module's memory
 
     def extra_repr(self):
-        return f"{self.num_experts} experts mapped, block={self.block}"
+        return f"{self.num_experts} experts mapped, format={self.weight_format.name}, block={self.weight_format.block}"

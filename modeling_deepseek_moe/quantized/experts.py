@@ -1,0 +1,88 @@
+"""Routed experts that stay in a checkpoint's format: what their homes share, and the home where they are stacked.
+
+Legend: T tokens, E experts, K experts per token, D hidden size, I expert width, R rows routed to one expert.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.layers import KeepsDtype
+from modeling_deepseek_moe.ops.experts import routed_quantized
+
+
+class QuantizedMatrix(NamedTuple):
+    """The codes of a weight ``[N, K]`` and their scales."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+class QuantizedExperts(KeepsDtype):
+    """What the homes share: three matrices an expert in one `WeightFormat`, and the layer's result from them."""
+
+    def __init__(self, config, weight_format: WeightFormat):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.weight_format = weight_format
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
+        """``gate_proj [I, D]``, ``up_proj [I, D]`` and ``down_proj [D, I]`` of one expert."""
+        raise NotImplementedError
+
+    def forward(self, hidden_TD, topk_indices, topk_weights):
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                f"torch.export: {self.weight_format.name} experts run one by one, those that tokens chose, which no exported program "
+                'can; load the model with quantization_config=FineGrainedFP8Config(dequantize=True), dtype="bfloat16"'
+            )
+        if torch.is_autocast_enabled(hidden_TD.device.type):
+            hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
+        return self.routed(hidden_TD, topk_indices, topk_weights)
+
+    def routed(self, hidden_TD, topk_indices, topk_weights) -> torch.Tensor:
+        """The layer's result, of hidden states in the dtype to compute in."""
+        return routed_quantized(self, hidden_TD, topk_indices, topk_weights)
+
+    def expert(self, matrices: Iterable[QuantizedMatrix], x_RD: torch.Tensor) -> torch.Tensor:
+        """One expert, of gate, up and down, by the reference."""
+        (gate, up, down), multiply = matrices, self.weight_format.multiply
+        return multiply(self.act_fn(multiply(x_RD, *gate)) * multiply(x_RD, *up), *down)
+
+
+class StackedQuantizedExperts(QuantizedExperts):
+    """Experts stacked on one device; gate and up keep scales of their own, so any width has its ragged edge."""
+
+    def __init__(self, config, weight_format: WeightFormat):
+        super().__init__(config, weight_format)
+        e, i, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        codes_ID, codes_DI = weight_format.code_shape((i, d)), weight_format.code_shape((d, i))
+        scales_ID, scales_DI = weight_format.scale_shape((i, d)), weight_format.scale_shape((d, i))
+        self.intermediate_dim, self.scale_rows = i, scales_ID[0]
+        self.dtype_kept = ()
+        for name, rows, codes, scales in (
+            ("gate_up_proj", 2, codes_ID, scales_ID),
+            ("down_proj", 1, codes_DI, scales_DI),
+        ):
+            for suffix, (n, k), dtype in (
+                ("", codes, weight_format.code_dtype),
+                (weight_format.scale_suffix, scales, weight_format.scale_dtype),
+            ):
+                stack = torch.empty((e, rows * n, k), dtype=dtype)
+                self.register_parameter(f"{name}{suffix}", nn.Parameter(stack, requires_grad=False))
+                self.dtype_kept += (f"{name}{suffix}",)
+
+    def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
+        own, suffix = self._parameters, self.weight_format.scale_suffix
+        gate, up = own["gate_up_proj"][index].split(self.intermediate_dim)
+        gate_scale, up_scale = own[f"gate_up_proj{suffix}"][index].split(self.scale_rows)
+        return {
+            "gate_proj": QuantizedMatrix(gate, gate_scale),
+            "up_proj": QuantizedMatrix(up, up_scale),
+            "down_proj": QuantizedMatrix(own["down_proj"][index], own[f"down_proj{suffix}"][index]),
+        }
