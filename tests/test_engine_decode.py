@@ -77,7 +77,7 @@ def test_projection_is_fused_where_nothing_is_attached():
         assert "hook" in reasons.projections(attention, torch.bfloat16)
         hook.remove()
     assert reasons.projections(attention, torch.bfloat16) is None
-    attention.q_proj.block = (64, 64)
+    attention.q_proj.weight_format = FP8.in_blocks_of((64, 64))
     assert "128 × 128" in reasons.projections(attention, torch.bfloat16)
 
 

@@ -77,7 +77,7 @@ def test_infos_say_where_to_read(loaded):
             assert info.name == f"model.layers.1.mlp.experts.{index}.{name}.weight"
             with info.file.open("rb") as stream:
                 codes = os.pread(stream.fileno(), info.nbytes, info.start)
-            assert codes == matrices[name].weight.view(torch.uint8).numpy().tobytes()
+            assert codes == matrices[name].codes.view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])

@@ -1,0 +1,212 @@
+"""A weight format is a row of a table: a row that no code knows loads, computes, streams, saves and converts."""
+
+import json
+
+import pytest
+import torch
+from releases import SHAPES, same_bits, write_release
+from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
+
+import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe import CheckpointError, formats
+from modeling_deepseek_moe.formats import FP8, WeightFormat
+from modeling_deepseek_moe.inspection import inspect_checkpoint
+from modeling_deepseek_moe.ops.block_fp8 import reference
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
+from modeling_deepseek_moe.weights import release_tensors
+
+GROUP = 64
+
+
+def encode(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in groups: code = round(w / scale), scale = amax / 127."""
+    n, k = weight.shape
+    groups = torch.nn.functional.pad(weight.float(), (0, -k % block[1])).view(n, -1, block[1])
+    scales = groups.abs().amax(-1) / 127
+    scales = torch.where(scales > 0, scales, 1.0)
+    codes = (groups / scales.unsqueeze(-1)).round().to(torch.int8)
+    return codes.flatten(1)[:, :k].contiguous(), scales
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> torch.Tensor:
+    return (codes.float() * scales.repeat_interleave(block[1], dim=1)[:, : codes.shape[1]]).to(dtype)
+
+
+INT8 = WeightFormat(
+    name="toy_int8",
+    method="toy",
+    fields={"bits": 8},
+    implied={},
+    code_dtype=torch.int8,
+    bits=8,
+    block=(1, GROUP),
+    scale_dtype=torch.float32,
+    scale_suffix="_group_scale",
+    encode=encode,
+    decode=decode,
+)
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, INT8))
+
+
+@pytest.fixture
+def wide(tmp_path) -> dsm.DeepseekV3ForCausalLM:
+    """A small model in bf16."""
+    write_release(tmp_path / "bf16", SHAPES["v3-mtp"]())
+    return dsm.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def folder(wide, tmp_path):
+    wide.save_pretrained(tmp_path / "int8", quantize="toy_int8", max_shard_size="200kB")
+    return tmp_path / "int8"
+
+
+def tensors_of(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 20)[None]).logits
+
+
+def test_saves(wide, folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"] == {"bits": 8, "quant_method": "toy", "weight_block_size": [1, GROUP]}
+    stored, specs = tensors_of(folder), release_tensors(wide.config)
+    wanted = set(specs) | {f"{name}_group_scale" for name, spec in specs.items() if spec.quantized}
+    assert set(stored) == wanted
+    for name in [name for name, spec in specs.items() if spec.quantized and ".experts." not in name]:
+        codes, scales = encode(wide.get_parameter(name).detach(), (1, GROUP))
+        assert same_bits(stored[name], codes) and same_bits(stored[f"{name}_group_scale"], scales), name
+
+
+def test_loads_and_computes_by_the_reference(folder, tmp_path):
+    """The model on codes is the model on the values that they stand for; nothing runs natively but what has kernels."""
+    model = dsm.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kinds = [type(module) for module in model.modules()]
+    assert kinds.count(QuantizedLinear) == len(
+        [n for n, s in release_tensors(model.config).items() if s.quantized and ".experts." not in n]
+    )
+    assert MappedExperts in kinds and all(
+        m.weight_format.name == "toy_int8" for m in model.modules() if hasattr(m, "weight_format")
+    )
+    assert "toy_int8" in str(model.engine_report())
+    values = dsm.DeepseekV3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    stored = tensors_of(folder)
+    for name, parameter in values.named_parameters():
+        if f"{name}_group_scale" in stored:
+            assert same_bits(
+                parameter.detach(), decode(stored[name], stored[f"{name}_group_scale"], torch.float32, INT8.block)
+            )
+    torch.testing.assert_close(logits_of(model), logits_of(values), rtol=1e-4, atol=1e-4)
+    prompt = torch.arange(3, 12)[None]
+    made = [m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (model, values)]
+    assert torch.equal(*made)
+
+
+def test_gradients_pass(folder):
+    model = dsm.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    states = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    model(inputs_embeds=states).logits.sum().backward()
+    assert states.grad.isfinite().all() and states.grad.abs().sum() > 0
+
+
+def test_streams(folder):
+    model = dsm.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    wanted, experts = logits_of(model), sum(m.mapped_bytes for m in model.modules() if isinstance(m, MappedExperts))
+    model.set_expert_memory(experts // 2)
+    assert same_bits(logits_of(model), wanted)
+    stats = model.expert_stats()
+    assert stats.bytes_read > 0
+
+
+def test_saves_again_what_it_loaded(folder, tmp_path):
+    dsm.DeepseekV3ForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again", max_shard_size="200kB")
+    for file in folder.glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["quant_method"] == "toy"
+
+
+def test_plans_and_inspects(folder):
+
+    found = inspect_checkpoint(folder)
+    assert not [finding for finding in found.findings if finding.fatal]
+    assert found.anatomy.weight_format.name == "toy_int8"
+    assert found.anatomy.stored_bytes(found.anatomy.weight_format) == found.total.nbytes
+    assert "TOY INT8 in blocks of 1×64" in found.architecture["weights"]
+
+
+@pytest.mark.parametrize("fault", ["shape", "dtype"])
+def test_bad_scales_are_named(folder, fault):
+
+    file = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    scale = next(name for name in tensors if name.endswith("_group_scale"))
+    tensors[scale] = tensors[scale][:-1] if fault == "shape" else tensors[scale].half()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=scale.replace(".", r"\.")):
+        dsm.DeepseekV3ForCausalLM.from_pretrained(folder)
+
+
+# scale_fmt
+
+
+def test_powers_of_two():
+    torch.manual_seed(0)
+    ue8m0 = formats.by_name("fp8_ue8m0")
+    weight = torch.randn(200, 300) * torch.logspace(-6, 6, 300)
+    codes, scales = ue8m0.quantize(weight)
+    amax = FP8.scales(weight) * 448
+    wanted = torch.exp2(torch.ceil(torch.log2(amax.double() / 448))).float()
+    assert torch.equal(scales, wanted) and torch.equal(ue8m0.scales(weight), wanted)
+    wide = scales.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    assert torch.equal(codes.float(), (weight / wide).to(torch.float8_e4m3fn).float())
+    with dsm.use_backend("reference"):
+        again = ue8m0.quantize(weight)
+    assert same_bits(codes, again[0]) and same_bits(scales, again[1])
+    # what was quantised by this rule comes back exactly
+    back = ue8m0.quantize(ue8m0.dequantize(codes, scales, torch.float32))
+    assert same_bits(codes, back[0]) and same_bits(scales, back[1])
+    exact = torch.tensor([[2.0**-9 * 448, 1.0]])
+    assert reference.scales(exact, (1, 1), True).tolist() == [[2.0**-9, 2.0**-8]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "expert_dtype": "fp8"}, "fp8"),
+        ({"quant_method": "fp8", "scale_fmt": None}, "fp8"),
+        ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "fp8_ue8m0"),
+        ({"quant_method": "toy"}, "toy_int8"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not supported, only 'e4m3'"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported, only 'fp8'"),
+        ({"quant_method": "fp8", "scale_fmt": "e5m2"}, "scale_fmt='e5m2' is not supported, only 'ue8m0'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
+        ({"quant_method": "awq"}, "quant_method='awq' is not supported, only 'fp8' or 'toy'"),
+    ],
+)
+def test_what_a_config_announces(fields, found):
+    try:
+        name = formats.of_config(fields).name
+    except ValueError as error:
+        assert found in str(error)
+    else:
+        assert name == found
+
+
+def test_an_unknown_format_is_named(wide, tmp_path):
+    with pytest.raises(
+        ValueError, match="quantize='int3' is not supported, wanted one of 'fp8', 'fp8_ue8m0', 'toy_int8'"
+    ):
+        wide.save_pretrained(tmp_path / "out", quantize="int3")
+    assert not (tmp_path / "out").exists()
