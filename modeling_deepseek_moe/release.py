@@ -192,10 +192,17 @@ class Release:
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         for name, info in self.infos.items():
             weight, suffix = split_scale(name)
+            if (
+                suffix
+                and self.weight_format is None
+                and weight in self.infos
+                and any(of_codes(self.infos[weight].dtype))
+            ):
+                continue  # the codes are what is named
             if name in expected or (weight in expected and suffix):
                 if suffix and not (self.is_quantized(weight) and suffix == self.weight_format.scale_suffix):
                     found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
-                    codes = "codes" if self.weight_format is None else f"{self.weight_format.name} codes"
+                    codes = "codes" if self.weight_format is None else f"{self.weight_format.title} codes"
                     yield Problem("scale", info.name, info, found, f"{codes} beside it")
                 continue
             if ".self_attn.indexer." in name:
@@ -227,16 +234,21 @@ class Release:
         if form is None or not spec.quantized or info.dtype != form.code_dtype:
             wanted = "a floating-point tensor"
             if form is None:
-                names = " or ".join(dict.fromkeys(f"quant_method {row.method}" for row in of_codes(info.dtype)))
-                wanted = f"no codes without quantization_config ({names})"
+                row = next(of_codes(info.dtype))
+                wanted = f"no {row.title} without quantization_config (quant_method {row.method})"
             return Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
         wanted = form.scale_shape(spec.shape)
         if scale is None:
-            found = f"{form.name} codes without {info.name}{form.scale_suffix}"
-            return Problem("scale", info.name, info, found, f"scales {list(wanted)} in {form.scale_dtype}")
+            found = f"{form.title} codes without {info.name}{form.scale_suffix}"
+            return Problem("scale", info.name, info, found, f"{_short(form.scale_dtype)} scales {list(wanted)}")
         if scale.dtype != form.scale_dtype:
             return Problem("scale", scale.name, scale, f"dtype {scale.dtype}", str(form.scale_dtype))
         if scale.shape != wanted:
             why = f"{list(wanted)} for {list(spec.shape)} in blocks {form.block}"
             return Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
         return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    """``fp32``, ``bf16``."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
