@@ -6,13 +6,16 @@ into that dict before anything is changed, and then peft walks the model by ``na
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
 from modeling_deepseek_moe.fp8 import Fp8Linear
@@ -31,6 +34,8 @@ LORA_KEY = re.compile(
     r"^(?:base_model\.model\.)?(.*)\.(gate_proj|up_proj|down_proj)\.(lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.((?!weight$)[^.]+))?(?:\.weight)?$"
 )
+EXPERT_KEY = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+_proj)\.lora_A\.")
+STACK_KEY = re.compile(r"\.experts\.(?:base_layer\.)*lora_[AB]\.[^.]+\.weight$")
 ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 FP8_METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
@@ -97,18 +102,25 @@ class AdapterMixin:
         Raises:
             ValueError: FP8 weights cannot take the adapter, or a tensor of it has no place in the model.
         """
-        with self._or_as_it_was(adapter_name or "default"):
+        name = adapter_name or "default"
+        with self._or_as_it_was(name), ExitStack() as loaded:
+            self.__dict__["_adapter_to_load"] = name
+            loaded.callback(self.__dict__.pop, "_adapter_to_load")
             info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
             _refuse_homeless(self, info.unexpected_keys)
         return info
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        if model._hf_peft_config_loaded:  # an adapter's files, by `load_adapter`
+        adapter = model.__dict__.get("_adapter_to_load")
+        if adapter is not None:
             names = list(state_dict or ()) + [name for file in checkpoint_files or () for name in _names(file)]
-            adapter = next(reversed(model.peft_config))
+            _refuse_some_experts(model, names)
             rooms = _make_room(model, ((name, adapter, None) for name in names))
             expected_keys = sorted({*(expected_keys or ()), *rooms.values()})  # asked for before there was room
+            # transformers puts in the adapter's name, and knows of no module of DoRA's below it
+            magnitudes = WeightRenaming(rf"(lora_magnitude_vector\.{re.escape(adapter)})$", r"\1.weight")
+            load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or ()), magnitudes])
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     @contextmanager
@@ -221,6 +233,20 @@ def _refuse_homeless(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def _refuse_some_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: of a layer's experts some have entries and others none, of which peft can make no stack.
+    """
+    counts = Counter((match[1], match[3]) for name in names if (match := EXPERT_KEY.match(name)))
+    for (path, projection), count in counts.items():
+        if count != model.config.n_routed_experts:
+            raise ValueError(
+                f"{path}.*.{projection}: found an adapter of {count} experts, wanted {model.config.n_routed_experts} as "
+                f"in the model: {MERGE}, and experts one by one"
+            )
+
+
 def _unwrap(model: nn.Module) -> None:
     """The model as it was before peft's layers were put in."""
     for parent in list(model.modules()):
@@ -248,12 +274,19 @@ def accept_projections(model: nn.Module, state_dict: dict, prefix: str, *_) -> N
     the other MLPs would find no layer and be dropped. The same hook refuses what is for FP8 experts.
 
     Raises:
-        ValueError: an adapter of FP8-resident routed experts.
+        ValueError: an adapter of FP8-resident routed experts, or of experts in another number or rank.
     """
     # peft names the adapter in the keys of layers that it knows: one adapter a call
     named = next((match[1] for key in state_dict if (match := ADAPTER_NAME.search(key))), None)
     adapter = named or next(reversed(model.peft_config))
     entries = [(key.removeprefix(prefix), key) for key in state_dict if key.startswith(prefix)]
+    parameters = dict(model.named_parameters())
+    for name, key in entries:
+        if STACK_KEY.search(name) and name in parameters and parameters[name].shape != state_dict[key].shape:
+            raise ValueError(
+                f"{name}: found {list(state_dict[key].shape)}, wanted {list(parameters[name].shape)} for all experts. Of an "
+                f"adapter with one entry per expert some may lack theirs: {MERGE}, and experts one by one"
+            )
     rooms = _make_room(model, ((name, adapter, state_dict[key].dtype) for name, key in entries))
     for name, key in entries:
         if name in rooms:
