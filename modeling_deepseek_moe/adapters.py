@@ -31,11 +31,12 @@ WAY_OUT = (
 MERGE = "`deepseek-moe convert merge-adapter` adds adapters to the files, FP8 ones too"
 # peft writes no adapter's name, and knows none in the keys of layers that it did not wrap.
 LORA_KEY = re.compile(
-    r"^(?:base_model\.model\.)?(.*)\.(gate_proj|up_proj|down_proj)\.(lora_A|lora_B|lora_magnitude_vector)"
+    r"^(.*)\.(gate_proj|up_proj|down_proj)\.(lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.((?!weight$)[^.]+))?(?:\.weight)?$"
 )
 EXPERT_KEY = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+_proj)\.lora_A\.")
 STACK_KEY = re.compile(r"\.experts\.(?:base_layer\.)*lora_[AB]\.[^.]+\.weight$")
+PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 FP8_METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
@@ -100,7 +101,7 @@ class AdapterMixin:
         """As transformers', for adapters with one entry per expert too. What is refused leaves the model as it was.
 
         Raises:
-            ValueError: FP8 weights cannot take the adapter, or a tensor of it has no place in the model.
+            ValueError: FP8 weights cannot take the adapter, or a tensor of it has no place in the model or in memory.
         """
         name = adapter_name or "default"
         with self._or_as_it_was(name), ExitStack() as loaded:
@@ -108,13 +109,20 @@ class AdapterMixin:
             loaded.callback(self.__dict__.pop, "_adapter_to_load")
             info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
             _refuse_homeless(self, info.unexpected_keys)
+            on_disk = [key for key, parameter in self.named_parameters() if parameter.is_meta and f".{name}." in key]
+            if on_disk:
+                raise ValueError(
+                    f"{on_disk[0]}: found its layer offloaded to disk, wanted it in memory for an adapter: load the model "
+                    f"with a device_map that has no 'disk'; {MERGE}"
+                )
         return info
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
         adapter = model.__dict__.get("_adapter_to_load")
         if adapter is not None:
-            names = list(state_dict or ()) + [name for file in checkpoint_files or () for name in _names(file)]
+            stored = list(state_dict or ()) + [name for file in checkpoint_files or () for name in _names(file)]
+            names = [_own_name(model, name) for name in stored]
             _refuse_some_experts(model, names)
             rooms = _make_room(model, ((name, adapter, None) for name in names))
             expected_keys = sorted({*(expected_keys or ()), *rooms.values()})  # asked for before there was room
@@ -309,8 +317,7 @@ def _make_room(model: nn.Module, entries: Iterable[tuple[str, str, torch.dtype |
     experts = tuple(name + "." for name, module in modules.items() if isinstance(module, Fp8Experts))
     rooms = {}
     for name, adapter, dtype in entries:
-        plain_name = name.removeprefix("base_model.model.")
-        if ".lora_" in name and experts and plain_name.startswith(experts):
+        if ".lora_" in name and experts and name.startswith(experts):
             raise ValueError(
                 f"{name}: found an adapter of FP8-resident routed experts, wanted bf16 or fp32: {WAY_OUT}"
             )
@@ -348,6 +355,15 @@ def _inject(mlp: DeepseekMLP, projection: str, adapter: str, config) -> None:
 
     inject_adapter_in_model(config, mlp, adapter)
     del mlp.peft_config  # the model's is the one that counts
+
+
+def _own_name(model: nn.Module, name: str) -> str:
+    """The name within ``model`` of an adapter's tensor, which a model with or without a head may have been trained for."""
+    name, inner = name.removeprefix(PEFT_PREFIX), model.base_model_prefix + "."
+    if model.base_model is model:
+        return name.removeprefix(inner)
+    first = name.split(".")[0]
+    return inner + name if hasattr(model.base_model, first) and not hasattr(model, first) else name
 
 
 def _names(file: str) -> list[str]:

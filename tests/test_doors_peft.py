@@ -5,7 +5,7 @@ import torch
 from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, doors, expert_adapter, load, logits, plain
 from releases import SHAPES, write_release
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.training.attach import attach_state
@@ -149,6 +149,31 @@ def test_load_adapter_refuses_by_name_what_it_cannot_use(rename, message, releas
         model.load_adapter(tmp_path / "adapter", adapter_name="second")
     assert torch.equal(logits(model), first) and not torch.equal(first, before)
     assert list(model.peft_config) == ["first"]
+
+
+def test_load_adapter_with_and_without_a_head(release, tmp_path):
+    dense = load(release)
+    expert_adapter(tmp_path / "head", dense, MLP)
+    model = AutoModel.from_pretrained(release, dtype=torch.float32).eval()
+    model.load_adapter(tmp_path / "head")
+    with torch.no_grad():
+        want = dense.model(IDS).last_hidden_state
+        torch.testing.assert_close(model(IDS).last_hidden_state, want, rtol=1e-3, atol=1e-3)
+    expert_adapter(tmp_path / "headless", AutoModel.from_pretrained(release, dtype=torch.float32), MLP)
+    model = load(release)
+    model.load_adapter(tmp_path / "headless")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
+
+
+def test_load_adapter_refuses_layers_on_disk(release, tmp_path):
+    expert_adapter(tmp_path / "adapter", load(release), MLP)
+    parts = ("embed_tokens", "layers.1", "layers.2", "norm", "rotary_emb")
+    device_map = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu", "model.layers.0": "disk"}
+    model = load(release, device_map=device_map, offload_folder=tmp_path / "disk")
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"layers\.0\..*offloaded to disk.*device_map.*merge-adapter"):
+        model.load_adapter(tmp_path / "adapter")
+    assert torch.equal(logits(model), before)
 
 
 def test_adapters_of_some_experts_are_refused_by_name_not_as_shapes(release, tmp_path):
