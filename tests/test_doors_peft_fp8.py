@@ -12,6 +12,8 @@ from transformers import FineGrainedFP8Config, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.import_utils import is_peft_greater_or_equal
 
+from modeling_deepseek_moe.fp8_experts import StackedFp8Experts
+
 peft = pytest.importorskip("peft")
 from peft.utils.error import NoMatchingPeftModuleError  # noqa: E402
 
@@ -36,10 +38,10 @@ REFUSED = {
     "copies of layers": {"target_modules": ["q_b_proj"], "modules_to_save": ["o_proj"]},
 }
 ONLY_EXPERTS = {
-    "mlp": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
-    "down_proj": {"target_modules": ["down_proj"]},
+    "mlp alone": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "down_proj alone": {"target_modules": ["down_proj"]},
     "regex": {"target_modules": r".*shared_experts\.(gate|up|down)_proj"},
-    "experts": {"target_modules": [], "target_parameters": EXPERTS},
+    "experts alone": {"target_modules": [], "target_parameters": EXPERTS},
 }
 MESSAGE = r"model\.layers\.\d.*found FP8-resident.*dequantize=True.*fp8-to-bf16"
 needs_add_adapter = pytest.mark.skipif(
@@ -130,6 +132,18 @@ def test_a_first_adapter_of_nothing_but_experts_is_refused_by_peft_a_second_here
     with pytest.raises(ValueError, match=MESSAGE):
         wrapped.add_adapter("second", peft.LoraConfig(r=2, **kind))
     assert torch.equal(logits(wrapped), before)
+
+
+@pytest.mark.parametrize("kind", [REFUSED["mlp"], *ONLY_EXPERTS.values()], ids=["mlp", *ONLY_EXPERTS])
+def test_experts_that_are_stacked_are_refused_too(kind, fp8_release, tmp_path):
+    on_disk = {f"model.layers.{layer}": "disk" for layer in (1, 2, 3)}
+    parts = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = load(fp8_release, device_map=on_disk | parts, offload_folder=tmp_path)
+    assert type(model.model.layers[1].mlp.experts) is StackedFp8Experts
+    before = logits(model)
+    with pytest.raises(ValueError, match=MESSAGE):
+        adapted(model, **kind)
+    assert torch.equal(logits(model), before) and not hasattr(model, "peft_config")
 
 
 @needs_add_adapter
