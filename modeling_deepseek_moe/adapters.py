@@ -226,10 +226,10 @@ def _refuse_homeless(model: nn.Module, names: Iterable[str]) -> None:
         ValueError: tensors of an adapter that have no place in the model. Those of a layer that it was loaded without
             are named in a warning.
     """
-    layers = len(model.base_model.layers)
+    names, layers = set(names), len(model.base_model.layers)
     missing = re.compile(r"^(?:.*\.)?layers\.(\d+)\.")
     left_out = sorted(n for n in names if (match := missing.match(n)) and int(match[1]) >= layers)
-    homeless = sorted(set(names) - set(left_out))
+    homeless = sorted(names - set(left_out))
     if homeless:
         raise ValueError(
             f"found {len(homeless)} tensors in the adapter that have no place in the model, wanted none: "
@@ -282,7 +282,8 @@ def accept_projections(model: nn.Module, state_dict: dict, prefix: str, *_) -> N
     the other MLPs would find no layer and be dropped. The same hook refuses what is for FP8 experts.
 
     Raises:
-        ValueError: an adapter of FP8-resident routed experts, or of experts in another number or rank.
+        ValueError: an adapter of FP8-resident routed experts, or of experts in another number or rank; a tensor that has
+            no place in the model.
     """
     # peft names the adapter in the keys of layers that it knows: one adapter a call
     named = next((match[1] for key in state_dict if (match := ADAPTER_NAME.search(key))), None)
@@ -299,6 +300,8 @@ def accept_projections(model: nn.Module, state_dict: dict, prefix: str, *_) -> N
     for name, key in entries:
         if name in rooms:
             state_dict[prefix + rooms[name]] = state_dict.pop(key)
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    _refuse_homeless(model, (name for name, _ in entries if ".lora_" in name and rooms.get(name, name) not in known))
 
 
 def _make_room(model: nn.Module, entries: Iterable[tuple[str, str, torch.dtype | None]]) -> dict[str, str]:
