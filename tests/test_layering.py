@@ -73,7 +73,6 @@ LAYERS = (
     "quantized.experts",
     "quantized.mapped",
     "quantized",
-    "adapter_dtypes",
     "adapters",
     "rope",
     "paged",

@@ -1,4 +1,4 @@
-"""The routed experts of a layer, stacked and trainable. `fp8_experts` and `mapped_experts` hold released FP8 ones.
+"""The routed experts of a layer, stacked and trainable. `quantized` holds those that stay in a release's format.
 
 All take ``hidden [T, D]``, ``topk_indices [T, K]``, ``topk_weights [T, K]`` and return ``[T, D]``.
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width, R rows routed to one expert.

@@ -1,5 +1,7 @@
 """Linear layers whose weight stays in a checkpoint's format, decoded tile by tile as it is used."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -13,6 +15,9 @@ class QuantizedLinear(KeepsDtype, nn.Linear):
     Gradients flow to the input, so adapters and unquantised layers below it train. Its own two tensors are parameters
     without gradient: ``weight``, the codes, and ``weight`` with the format's suffix, such as ``weight_scale_inv``.
     """
+
+    # What peft asks of a layer that is quantised: its adapters' dtype, its codes (`W_q`), and `dequantize`.
+    compute_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, in_features: int, out_features: int, bias: bool, weight_format: WeightFormat, device=None):
         super().__init__(in_features, out_features, bias=bias, device=device)
@@ -37,6 +42,13 @@ class QuantizedLinear(KeepsDtype, nn.Linear):
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole weight ``[out_features, in_features]`` in ``dtype``, as a fresh tensor."""
         return self.weight_format.dequantize(self.weight, self.scale, dtype)
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        return self.dequantized(self.compute_dtype)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, format={self.weight_format.name}, block={self.weight_format.block}"
