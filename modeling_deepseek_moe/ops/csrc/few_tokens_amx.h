@@ -18,7 +18,7 @@ typedef struct {
     const uint8_t *from; /* of the panel's first row */
     char *to;
     int64_t turn, turns, count, columns, pitch; /* count: rows of the panel, 0: there is no block */
-    const uint8_t *next; /* of the first row of the panel that follows */
+    const uint8_t *next;                        /* of the first row of the panel that follows */
 } Block;
 
 /* What a reader wants READ_AHEAD bytes behind a block of columns: behind its row comes its row of the next turn. */
@@ -36,7 +36,8 @@ DSM_INLINE void decode_some(Normal n, const Block *block, int64_t i0, int64_t i1
         const uint8_t *from = block->from + row * block->pitch;
         if (row >= block->count) break;
         const char *ahead = wanted(block, row, i, from);
-        _mm_prefetch(ahead, _MM_HINT_T1); /* far into the second cache, near into the first: 3 % more than either alone */
+        _mm_prefetch(ahead,
+                     _MM_HINT_T1); /* far into the second cache, near into the first: 3 % more than either alone */
         _mm_prefetch(ahead + 64, _MM_HINT_T1);
         _mm_prefetch((const char *)from + DSM_BLOCK, _MM_HINT_T0);
         _mm_prefetch((const char *)from + DSM_BLOCK + 64, _MM_HINT_T0);
@@ -124,8 +125,7 @@ static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matri
             else if (fp8) {
                 multiply_one(w, first + r, n, own, sums, scratch, then);
                 for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
-            } else
-                rows_in_turns(read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, then);
+            } else rows_in_turns(read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, then);
         }
     }
     if (fp8) _tile_release();

@@ -11,15 +11,14 @@
 /* out[i] = the sum over v[i]'s lanes: those 8 apart are added first, neighbours last */
 DSM_INLINE void sum8(const __m512 *v, float *out) {
     __m512 two[4], four[2], all;
-    UNROLL for (int i = 0; i < 4; i++)
-        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
-                               _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
-    UNROLL for (int i = 0; i < 2; i++)
-        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0x88),
-                                _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xdd));
+    UNROLL for (int i = 0; i < 4; i++) two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
+                                                              _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
+    UNROLL for (int i = 0; i < 2; i++) four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0x88),
+                                                               _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xdd));
     all = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)four[0], (__m512d)four[1]),
                         (__m512)_mm512_unpackhi_pd((__m512d)four[0], (__m512d)four[1]));
-    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1)); /* the i-th 128 bits: twice the sum of v[i], twice of v[4 + i] */
+    all = _mm512_add_ps(
+        all, _mm512_permute_ps(all, 0xb1)); /* the i-th 128 bits: twice the sum of v[i], twice of v[4 + i] */
     all = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12, 2, 6, 10, 14), all);
     _mm256_storeu_ps(out, _mm512_castps512_ps256(all));
 }
@@ -29,20 +28,20 @@ DSM_INLINE void add_block(Tables t, const char *x, size_t stride, const uint8_t 
                           int64_t rest, float scale, __m512 *total, const int readers, const int tokens) {
     __m512 part[8];
     UNROLL for (int i = 0; i < readers * tokens; i++) part[i] = _mm512_setzero_ps();
-    UNROLL for (int k = 0; k < DSM_BLOCK; k += 64)
-        UNROLL for (int r = 0; r < readers; r++) {
-            const uint8_t *from = w + r * pitch + k;
-            __m512bh first, second;
-            if (rest <= k) continue;
-            _mm_prefetch((const char *)from + ahead, _MM_HINT_T1);
-            decode64(t, load_codes(from, rest - k), &first, &second);
-            UNROLL for (int m = 0; m < tokens; m++) {
-                const uint16_t *xm = (const uint16_t *)(x + m * stride) + k;
-                part[r * tokens + m] = _mm512_dpbf16_ps(part[r * tokens + m], first, load_pairs(xm));
-                part[r * tokens + m] = _mm512_dpbf16_ps(part[r * tokens + m], second, load_pairs(xm + 32));
-            }
+    UNROLL for (int k = 0; k < DSM_BLOCK; k += 64) UNROLL for (int r = 0; r < readers; r++) {
+        const uint8_t *from = w + r * pitch + k;
+        __m512bh first, second;
+        if (rest <= k) continue;
+        _mm_prefetch((const char *)from + ahead, _MM_HINT_T1);
+        decode64(t, load_codes(from, rest - k), &first, &second);
+        UNROLL for (int m = 0; m < tokens; m++) {
+            const uint16_t *xm = (const uint16_t *)(x + m * stride) + k;
+            part[r * tokens + m] = _mm512_dpbf16_ps(part[r * tokens + m], first, load_pairs(xm));
+            part[r * tokens + m] = _mm512_dpbf16_ps(part[r * tokens + m], second, load_pairs(xm + 32));
         }
-    UNROLL for (int i = 0; i < readers * tokens; i++) total[i] = _mm512_fmadd_ps(_mm512_set1_ps(scale), part[i], total[i]);
+    }
+    UNROLL for (int i = 0; i < readers * tokens; i++) total[i] =
+        _mm512_fmadd_ps(_mm512_set1_ps(scale), part[i], total[i]);
 }
 DSM_INLINE void turn_fp8(const char *x, size_t stride, const Matrix *w, int64_t row, int64_t pitch, int64_t jump,
                          __m512 *total, const int readers, const int tokens) {
@@ -55,25 +54,26 @@ DSM_INLINE void turn_fp8(const char *x, size_t stride, const Matrix *w, int64_t 
         add_block(t, x + 2 * k, stride, from + k, pitch, ahead, DSM_BLOCK, *scale++, total, readers, tokens);
     for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
         add_block(t, x + 2 * k, stride, from + k, pitch, ahead + jump, DSM_BLOCK, *scale++, total, readers, tokens);
-    if (k < cols) add_block(t, x + 2 * k, stride, from + k, pitch, ahead + jump, cols - k, *scale, total, readers, tokens);
+    if (k < cols)
+        add_block(t, x + 2 * k, stride, from + k, pitch, ahead + jump, cols - k, *scale, total, readers, tokens);
 }
 
 /* The same of bf16, 64 columns; near: into the first cache, nearer ahead, as Intel's processors like it. */
 DSM_INLINE void add_bf16(const char *x, size_t stride, const char *w, int64_t pitch, int64_t ahead, int64_t rest,
                          __m512 *part, const int readers, const int tokens, const int near) {
-    UNROLL for (int k = 0; k < 2; k++)
-        UNROLL for (int r = 0; r < readers; r++) {
-            const char *from = w + r * pitch + 64 * k;
-            const int64_t left = rest - 32 * k;
-            const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
-            const __m512bh weights = (__m512bh)(left >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from));
-            if (near) _mm_prefetch(from + ahead, _MM_HINT_T0);
-            else _mm_prefetch(from + ahead, _MM_HINT_T1);
-            UNROLL for (int m = 0; m < tokens; m++) {
-                const __m512bh xm = load_pairs((const uint16_t *)(x + m * stride) + 32 * k);
-                part[2 * (r * tokens + m) + k] = _mm512_dpbf16_ps(part[2 * (r * tokens + m) + k], weights, xm);
-            }
+    UNROLL for (int k = 0; k < 2; k++) UNROLL for (int r = 0; r < readers; r++) {
+        const char *from = w + r * pitch + 64 * k;
+        const int64_t left = rest - 32 * k;
+        const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+        const __m512bh weights =
+            (__m512bh)(left >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from));
+        if (near) _mm_prefetch(from + ahead, _MM_HINT_T0);
+        else _mm_prefetch(from + ahead, _MM_HINT_T1);
+        UNROLL for (int m = 0; m < tokens; m++) {
+            const __m512bh xm = load_pairs((const uint16_t *)(x + m * stride) + 32 * k);
+            part[2 * (r * tokens + m) + k] = _mm512_dpbf16_ps(part[2 * (r * tokens + m) + k], weights, xm);
         }
+    }
 }
 DSM_INLINE void turn_bf16(const char *x, size_t stride, const Matrix *w, int64_t row, int64_t pitch, int64_t jump,
                           __m512 *total, const int readers, const int tokens, const int near) {
@@ -86,7 +86,8 @@ DSM_INLINE void turn_bf16(const char *x, size_t stride, const Matrix *w, int64_t
         add_bf16(x + 2 * k, stride, from + 2 * k, pitch, ahead, 64, part, readers, tokens, near);
     for (; k + 64 <= cols; k += 64)
         add_bf16(x + 2 * k, stride, from + 2 * k, pitch, ahead + jump, 64, part, readers, tokens, near);
-    if (k < cols) add_bf16(x + 2 * k, stride, from + 2 * k, pitch, ahead + jump, cols - k, part, readers, tokens, near);
+    if (k < cols)
+        add_bf16(x + 2 * k, stride, from + 2 * k, pitch, ahead + jump, cols - k, part, readers, tokens, near);
     UNROLL for (int i = 0; i < readers * tokens; i++) total[i] = _mm512_add_ps(part[2 * i], part[2 * i + 1]);
 }
 
@@ -100,14 +101,14 @@ DSM_INLINE void read_rows(const void *x, size_t stride, const Matrix *w, int64_t
     if (w->dtype == DSM_FP8) turn_fp8(x, stride, w, row, apart * w->cols, jump, total, readers, tokens);
     else turn_bf16(x, stride, w, row, apart * 2 * w->cols, jump, total, readers, tokens, near);
     sum8(total, sums);
-    UNROLL for (int r = 0; r < readers; r++)
-        UNROLL for (int m = 0; m < tokens; m++) out[m * ldo + r * apart] = sums[r * tokens + m];
+    UNROLL for (int r = 0; r < readers; r++) UNROLL for (int m = 0; m < tokens; m++) out[m * ldo + r * apart] =
+        sums[r * tokens + m];
 }
 /* Not inlined, so that each one's accumulators stay in registers. */
-#define READ(name, readers, tokens, near)                                                                              \
-    static __attribute__((noinline)) void name(const void *x, size_t stride, const Matrix *w, int64_t row,             \
-                                               int64_t apart, int64_t jump, float *out, int64_t ldo) {                 \
-        read_rows(x, stride, w, row, apart, jump, out, ldo, readers, tokens, near);                                    \
+#define READ(name, readers, tokens, near)                                                                             \
+    static __attribute__((noinline)) void name(const void *x, size_t stride, const Matrix *w, int64_t row,            \
+                                               int64_t apart, int64_t jump, float *out, int64_t ldo) {                \
+        read_rows(x, stride, w, row, apart, jump, out, ldo, readers, tokens, near);                                   \
     }
 READ(read_8_1, 8, 1, 0)
 READ(read_1_1, 1, 1, 0)
@@ -141,11 +142,10 @@ DSM_INLINE void multiply_slab(const char *x, size_t stride, const uint16_t *slab
             UNROLL for (int r = 0; r < 4; r++) acc[4 * m + r] = _mm512_dpbf16_ps(acc[4 * m + r], xm, row[r]);
         }
     }
-    UNROLL for (int m = 0; m < tokens; m++)
-        UNROLL for (int r = 0; r < 4; r++) {
-            float *to = sums + (4 * m + r) * 16;
-            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(scale[r]), acc[4 * m + r], _mm512_load_ps(to)));
-        }
+    UNROLL for (int m = 0; m < tokens; m++) UNROLL for (int r = 0; r < 4; r++) {
+        float *to = sums + (4 * m + r) * 16;
+        _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(scale[r]), acc[4 * m + r], _mm512_load_ps(to)));
+    }
 }
 static __attribute__((noinline)) void slab_4(const char *x, size_t stride, const uint16_t *slab, const float *scale,
                                              float *sums) {

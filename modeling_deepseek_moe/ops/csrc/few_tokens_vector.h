@@ -15,7 +15,8 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
         Codes codes[ROWS_AT_ONCE];
         UNROLL for (int r = 0; r < rows; r++) {
             I raw = load_bytes(w + r * pitch + i, rest - i);
-            if (i % 64 == 0) __builtin_prefetch(ahead + r * pitch + i, 0, 2); /* into the second cache: the first is x's */
+            if (i % 64 == 0)
+                __builtin_prefetch(ahead + r * pitch + i, 0, 2); /* into the second cache: the first is x's */
             found[r] = look(found[r], raw);
             codes[r] = split(raw);
         }
@@ -30,8 +31,8 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
     }
     UNROLL for (int i = 0; i < dots; i++) total[i] += scale * joined(part + i * parts, parts);
 }
-DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale, int64_t cols,
-                        const char *ahead, F *sums, I *found, const int rows, const int tokens) {
+DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale,
+                        int64_t cols, const char *ahead, F *sums, I *found, const int rows, const int tokens) {
     F total[SUMS];
     I seen[ROWS_AT_ONCE];
     int64_t k = 0;
@@ -80,8 +81,8 @@ DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, 
             for (int i = 0; i < WIDTH; i++) lane[i] = r + i < count ? (I)sums[(r + i) * tokens + t] : (I){0};
             transpose(lane);
             UNROLL for (int i = 0; i < WIDTH; i++) all[i] = (F)lane[i];
-            UNROLL for (int half = WIDTH / 2; half; half /= 2)
-                UNROLL for (int i = 0; i < half; i++) all[i] += all[i + half];
+            UNROLL for (int half = WIDTH / 2; half; half /= 2) UNROLL for (int i = 0; i < half; i++) all[i] +=
+                all[i + half];
             all[0] *= gain;
             if (r + WIDTH <= count) store(out + t * ldo + r, all[0]);
             else memcpy(out + t * ldo + r, all, sizeof(float) * (count - r));
@@ -113,8 +114,11 @@ DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t
                                                 : row + segment * itemsize - (count - n) * pitch;
             F *to = sums + r * tokens;
             if (w->dtype != DSM_FP8) add_bf16(xk, stride, (const uint16_t *)row, length, ahead, to, tokens);
-            else if (n == 1) add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, 1, tokens);
-            else add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, ROWS_AT_ONCE, tokens);
+            else if (n == 1)
+                add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, 1, tokens);
+            else
+                add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, ROWS_AT_ONCE,
+                        tokens);
         }
     }
     for (int64_t r = 0; r < count; r++) any |= found[r];
@@ -123,10 +127,10 @@ DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t
     add_lanes(sums, count, w->dtype == DSM_FP8 ? GAIN : 1.0f, out, ldo, tokens);
 }
 /* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
-#define SOME_ROWS(N)                                                                                                   \
-    static __attribute__((noinline)) void rows_##N(const char *x, size_t stride, const Matrix *w, int64_t first,       \
-                                                   int64_t count, float *out, int64_t ldo) {                           \
-        some_rows(x, stride, w, first, count, out, ldo, N);                                                            \
+#define SOME_ROWS(N)                                                                                                  \
+    static __attribute__((noinline)) void rows_##N(const char *x, size_t stride, const Matrix *w, int64_t first,      \
+                                                   int64_t count, float *out, int64_t ldo) {                          \
+        some_rows(x, stride, w, first, count, out, ldo, N);                                                           \
     }
 SOME_ROWS(1)
 SOME_ROWS(2)

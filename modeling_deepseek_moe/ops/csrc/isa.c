@@ -14,10 +14,7 @@ extern const Kernels dsm_kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels dsm_kernels_avx2, dsm_kernels_avx512, dsm_kernels_avx512_bf16, dsm_kernels_amx;
 static const Kernels *const LEVELS[] = {
-    &dsm_kernels_baseline,
-    &dsm_kernels_avx2,
-    &dsm_kernels_avx512,
-    &dsm_kernels_avx512_bf16,
+    &dsm_kernels_baseline, &dsm_kernels_avx2, &dsm_kernels_avx512, &dsm_kernels_avx512_bf16,
 #if DSM_AMX
     &dsm_kernels_amx,
 #endif

@@ -18,7 +18,7 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define PANELS 4 /* that a run of all tokens meets */
 #define BLOCK_BYTES (BLOCK_TILES * TILE_BYTES)
 #define READ_AHEAD 512 /* bytes of one of several readers */
-#define NEAR_GROUPS 2 /* token groups whose sums, beside a block of weights, stay in the first cache */
+#define NEAR_GROUPS 2  /* token groups whose sums, beside a block of weights, stay in the first cache */
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -48,8 +48,8 @@ typedef struct {
     size_t group, step, pitch;
 } Tiles;
 
-static void place(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group, int64_t lane,
-                  int64_t first) {
+static void place(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
+                  int64_t lane, int64_t first) {
     uint32_t *to = (uint32_t *)group + first / 2 * TILE;
     const size_t size = dsm_itemsize(dtype);
     for (int64_t k = 0; k < n; k += 64, to += 32 * TILE) {
@@ -144,7 +144,8 @@ static void decode_run(const Matrix *w, int64_t first, int64_t count, int64_t k,
     const uint8_t *from = (const uint8_t *)w->data + first * w->cols + k;
     const int64_t columns = dsm_min(RUN, w->cols - k), ahead = k + RUN < w->cols ? RUN : PANEL * w->cols - k;
     for (int64_t r = 0; r < count; r++)
-        decode_row(n, from + r * w->cols, columns, ahead, tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64);
+        decode_row(n, from + r * w->cols, columns, ahead,
+                   tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64);
 }
 /* the same of bf16, copied, where the matrix ends within a tile */
 static void copy_run(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles) {
@@ -317,11 +318,13 @@ static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matr
     const int in_turns = groups == 1 && w->dtype == DSM_FP8;
     if (in_turns)
         for (int64_t r = 0; r < count && w->cols; r += PANEL)
-            multiply_group(w, first + r, dsm_min(PANEL, count - r), x, out + r * TILE, scratch, dsm_row(w, first + r + PANEL));
-    else for (int64_t k = 0; k < w->cols; k += RUN)
-        for (int64_t r = 0; r < count; r += PANEL)
-            multiply_run(w, first + r, dsm_min(PANEL, count - r), k, x, stride, groups, out + r * TILE, columns * TILE,
-                         scratch, &pending, ahead);
+            multiply_group(w, first + r, dsm_min(PANEL, count - r), x, out + r * TILE, scratch,
+                           dsm_row(w, first + r + PANEL));
+    else
+        for (int64_t k = 0; k < w->cols; k += RUN)
+            for (int64_t r = 0; r < count; r += PANEL)
+                multiply_run(w, first + r, dsm_min(PANEL, count - r), k, x, stride, groups, out + r * TILE,
+                             columns * TILE, scratch, &pending, ahead);
     settle_last(&pending);
     _tile_release();
     for (int64_t g = 0; g < groups; g++) untile(out + g * TILE * columns, columns, count, in_turns);

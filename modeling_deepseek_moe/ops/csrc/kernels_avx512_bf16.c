@@ -21,13 +21,14 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define ROW_HIGH(b) b, b, b, b, b, b, b, b
 static const uint8_t LOW[128] __attribute__((aligned(64))) = {
     SUBNORMAL_LOW, ROW_LOW(0x80), ROW_LOW(0), ROW_LOW(0x80), ROW_LOW(0), ROW_LOW(0x80), ROW_LOW(0), ROW_LOW(0x80),
-    ROW_LOW(0), ROW_LOW(0x80), ROW_LOW(0), ROW_LOW(0x80), ROW_LOW(0), ROW_LOW(0x80), ROW_LOW(0),
-    0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xc0,
+    ROW_LOW(0),    ROW_LOW(0x80), ROW_LOW(0), ROW_LOW(0x80), ROW_LOW(0), ROW_LOW(0x80), ROW_LOW(0), 0x80,
+    0x90,          0xa0,          0xb0,       0xc0,          0xd0,       0xe0,          0xc0,
 };
 static const uint8_t HIGH[128] __attribute__((aligned(64))) = {
-    SUBNORMAL_HIGH, ROW_HIGH(0x3c), ROW_HIGH(0x3d), ROW_HIGH(0x3d), ROW_HIGH(0x3e), ROW_HIGH(0x3e), ROW_HIGH(0x3f),
-    ROW_HIGH(0x3f), ROW_HIGH(0x40), ROW_HIGH(0x40), ROW_HIGH(0x41), ROW_HIGH(0x41), ROW_HIGH(0x42), ROW_HIGH(0x42),
-    ROW_HIGH(0x43), 0x43, 0x43, 0x43, 0x43, 0x43, 0x43, 0x43, 0x7f,
+    SUBNORMAL_HIGH, ROW_HIGH(0x3c), ROW_HIGH(0x3d), ROW_HIGH(0x3d), ROW_HIGH(0x3e), ROW_HIGH(0x3e),
+    ROW_HIGH(0x3f), ROW_HIGH(0x3f), ROW_HIGH(0x40), ROW_HIGH(0x40), ROW_HIGH(0x41), ROW_HIGH(0x41),
+    ROW_HIGH(0x42), ROW_HIGH(0x42), ROW_HIGH(0x43), 0x43,           0x43,           0x43,
+    0x43,           0x43,           0x43,           0x43,           0x7f,
 };
 
 typedef struct {
@@ -95,7 +96,8 @@ DSM_INLINE int pair_of(int q) {
 }
 
 static void fill_panel_fp8(const Matrix *w, int64_t first, int64_t count, int64_t k0, uint32_t *panel) {
-    static const uint8_t PAIRS[64] = { /* bytes 0 and 1 of each dword of the low and high bytes, interleaved */
+    static const uint8_t PAIRS[64] = {
+        /* bytes 0 and 1 of each dword of the low and high bytes, interleaved */
         0,  64,  1,  65,  4,  68,  5,  69,  8,  72,  9,  73,  12, 76,  13, 77,  16, 80,  17, 81,  20, 84,
         21, 85,  24, 88,  25, 89,  28, 92,  29, 93,  32, 96,  33, 97,  36, 100, 37, 101, 40, 104, 41, 105,
         44, 108, 45, 109, 48, 112, 49, 113, 52, 116, 53, 117, 56, 120, 57, 121, 60, 124, 61, 125,
@@ -129,8 +131,8 @@ static void fill_panel_bf16(const Matrix *w, int64_t first, int64_t count, int64
             int64_t rest = w->cols - k0 - k;
             __mmask32 mask = rest >= 32 ? ~0u : rest <= 0 ? 0 : (1u << rest) - 1;
             for (int i = 0; i < 16; i++)
-                v[i] = g + i < count ? _mm512_maskz_loadu_epi16(
-                                           mask, (const uint16_t *)w->data + (first + g + i) * w->cols + k0 + k)
+                v[i] = g + i < count ? _mm512_maskz_loadu_epi16(mask, (const uint16_t *)w->data +
+                                                                          (first + g + i) * w->cols + k0 + k)
                                      : _mm512_setzero_si512();
             transpose16(v);
             UNROLL for (int q = 0; q < 16; q++) _mm512_store_si512(panel + (k / 2 + q) * PANEL + g, v[q]);
@@ -150,8 +152,8 @@ DSM_INLINE void multiply(const char *x, size_t stride, const uint32_t *panel, in
         UNROLL for (int m = 0; m < tokens; m++) {
             int32_t pair;
             memcpy(&pair, x + m * stride + p * 4, 4);
-            UNROLL for (int v = 0; v < 4; v++)
-                acc[m * 4 + v] = _mm512_dpbf16_ps(acc[m * 4 + v], (__m512bh)_mm512_set1_epi32(pair), b[v]);
+            UNROLL for (int v = 0; v < 4; v++) acc[m * 4 + v] =
+                _mm512_dpbf16_ps(acc[m * 4 + v], (__m512bh)_mm512_set1_epi32(pair), b[v]);
         }
     }
     UNROLL for (int i = 0; i < tokens * 4; i++) {
@@ -160,10 +162,10 @@ DSM_INLINE void multiply(const char *x, size_t stride, const uint32_t *panel, in
     }
     *ahead = next;
 }
-#define MULTIPLY(N)                                                                                                    \
-    static __attribute__((noinline)) void multiply_##N(const char *x, size_t stride, const uint32_t *panel, int pairs, \
-                                                       float scale, float *out, Ahead *ahead) {                        \
-        multiply(x, stride, panel, pairs, scale, out, ahead, N);                                                       \
+#define MULTIPLY(N)                                                                                                   \
+    static __attribute__((noinline)) void multiply_##N(const char *x, size_t stride, const uint32_t *panel,           \
+                                                       int pairs, float scale, float *out, Ahead *ahead) {            \
+        multiply(x, stride, panel, pairs, scale, out, ahead, N);                                                      \
     }
 MULTIPLY(6)
 MULTIPLY(4)

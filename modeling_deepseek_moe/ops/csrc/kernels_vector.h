@@ -34,7 +34,8 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define ROWS_AT_ONCE 2 /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
 #define SUMS (ROWS_AT_ONCE * TOKENS_AT_ONCE)
-#define PARTS(tokens) ((tokens) == 1 ? 4 : TOKENS_AT_ONCE / (tokens)) /* of a dot product, however many rows there are */
+#define PARTS(tokens)                                                                                                 \
+    ((tokens) == 1 ? 4 : TOKENS_AT_ONCE / (tokens)) /* of a dot product, however many rows there are */
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
 #define PANELS (64 / PANEL)
@@ -71,12 +72,11 @@ DSM_INLINE float sum(F v) {
 #else
 #define SHUFFLE(a, b, of, s) __builtin_shuffle(a, b, (I){LANES(of, s)})
 #endif
-#define EXCHANGE(s)                                                                                                    \
-    if ((s) < WIDTH)                                                                                                   \
-        UNROLL for (int i = 0; i < WIDTH; i++) if (!(i & (s))) {                                                       \
-            const I first = r[i], second = r[i | (s)];                                                                 \
-            r[i] = SHUFFLE(first, second, FIRST_LANE, s);                                                              \
-            r[i | (s)] = SHUFFLE(first, second, SECOND_LANE, s);                                                       \
+#define EXCHANGE(s)                                                                                                   \
+    if ((s) < WIDTH) UNROLL for (int i = 0; i < WIDTH; i++) if (!(i & (s))) {                                         \
+            const I first = r[i], second = r[i | (s)];                                                                \
+            r[i] = SHUFFLE(first, second, FIRST_LANE, s);                                                             \
+            r[i | (s)] = SHUFFLE(first, second, SECOND_LANE, s);                                                      \
         }
 DSM_INLINE void transpose(I *r) {
     EXCHANGE(1)
@@ -97,7 +97,8 @@ typedef struct {
 } Codes;
 DSM_INLINE Codes split(I raw) {
 #ifdef MULTIPLY_ADD_BYTES /* one instruction each: codes, signed, times 16 or 0 */
-    return (Codes){(I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x0010), raw), (I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x1000), raw)};
+    return (Codes){(I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x0010), raw),
+                   (I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x1000), raw)};
 #else
     return (Codes){(I)((Shorts)((UShorts)raw << 8) >> 4), (I)((Shorts)raw >> 4)};
 #endif
@@ -167,17 +168,17 @@ DSM_INLINE void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_
         for (int i = 0; i < DSM_BLOCK * PANEL; i++)
             if (fabsf(panel[i]) == 480 * 0x1p-120f) panel[i] = NAN;
 }
-#define FILL_PANEL(NAME, PER_LANE)                                                                                     \
-    static __attribute__((noinline)) void NAME(const Matrix *w, int64_t first, int64_t count, int64_t k,               \
-                                               float *panel) {                                                         \
-        fill_panel(w, first, count, k, panel, PER_LANE);                                                               \
+#define FILL_PANEL(NAME, PER_LANE)                                                                                    \
+    static __attribute__((noinline)) void NAME(const Matrix *w, int64_t first, int64_t count, int64_t k,              \
+                                               float *panel) {                                                        \
+        fill_panel(w, first, count, k, panel, PER_LANE);                                                              \
     }
 FILL_PANEL(fill_panel_fp8, 4)
 FILL_PANEL(fill_panel_bf16, 2)
 FILL_PANEL(fill_panel_f32, 1)
 
-DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, int deep, float scale, float *out, int64_t ldo,
-                         Ahead *ahead, const int tokens) {
+DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, int deep, float scale, float *out,
+                         int64_t ldo, Ahead *ahead, const int tokens) {
     F acc[TILE_TOKENS * PANEL_VECTORS];
     Ahead next = *ahead;
     UNROLL for (int i = 0; i < tokens * PANEL_VECTORS; i++) acc[i] = zeros();
@@ -190,17 +191,16 @@ DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, int 
             UNROLL for (int v = 0; v < PANEL_VECTORS; v++) acc[t * PANEL_VECTORS + v] += a * b[v];
         }
     }
-    UNROLL for (int t = 0; t < tokens; t++)
-        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
-            float *to = out + t * ldo + v * WIDTH;
-            store(to, load(to) + scale * acc[t * PANEL_VECTORS + v]);
-        }
+    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
+        float *to = out + t * ldo + v * WIDTH;
+        store(to, load(to) + scale * acc[t * PANEL_VECTORS + v]);
+    }
     *ahead = next;
 }
-#define MULTIPLY(N)                                                                                                    \
-    static __attribute__((noinline)) void multiply_##N(const void *x, size_t stride, const float *panel, int deep,     \
-                                                       float scale, float *out, int64_t ldo, Ahead *ahead) {           \
-        multiply(x, stride, panel, deep, scale, out, ldo, ahead, N);                                                   \
+#define MULTIPLY(N)                                                                                                   \
+    static __attribute__((noinline)) void multiply_##N(const void *x, size_t stride, const float *panel, int deep,    \
+                                                       float scale, float *out, int64_t ldo, Ahead *ahead) {          \
+        multiply(x, stride, panel, deep, scale, out, ldo, ahead, N);                                                  \
     }
 MULTIPLY(6)
 MULTIPLY(4)

@@ -1,7 +1,7 @@
 /* y = x W^T + bias for an FP8 or bf16 weight; and RMSNorm. */
 #include "lanes.h"
 
-#define TOKENS 512       /* tokens of a task while they are many: their packed block columns stay in the second cache */
+#define TOKENS 512 /* tokens of a task while they are many: their packed block columns stay in the second cache */
 
 typedef struct {
     const Kernels *kernels;
@@ -22,8 +22,8 @@ static void pack(const Job *job, const void *x, int64_t t) {
     const int64_t tokens = dsm_min(k->panel_tokens, job->tokens - t);
     const void *rows[DSM_GROUP_TOKENS];
     for (int64_t i = 0; i < tokens; i++) rows[i] = (const char *)x + (t + i) * row;
-    dsm_pack(k, job->tokens > k->few_tokens, rows, tokens, job->dtype, job->w->cols, job->w->dtype, job->packed, job->stride,
-             t);
+    dsm_pack(k, job->tokens > k->few_tokens, rows, tokens, job->dtype, job->w->cols, job->w->dtype, job->packed,
+             job->stride, t);
 }
 
 static void write(const Job *job, const float *from, int64_t ldf, int64_t t0, int64_t tokens, int64_t r0,
@@ -51,8 +51,8 @@ static void many_tokens(const Job *job, int64_t task, float *out, void *scratch)
 }
 
 /* y [tokens, rows] of `dtype` from x [tokens, cols] of the same; bias [rows] fp32 or NULL. */
-DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w, const float *bias,
-                       void *y) {
+DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w,
+                       const float *bias, void *y) {
     const int64_t rows = w->rows, cols = w->cols;
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const size_t stride = dsm_packed_stride(kernels, cols);

@@ -49,8 +49,7 @@ static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
         char *latents = a->latents + b * a->packed_heads * a->latent_stride;
         char *ropes = a->ropes + b * a->packed_heads * a->rope_stride;
         for (int64_t i = 0; i < a->nope; i++) query[i] = dsm_load(nope, a->dtype, i);
-        a->kernels->absorb(query, a->kv_b, h * (a->nope + a->value), a->nope, row,
-                           buffers->workspace);
+        a->kernels->absorb(query, a->kv_b, h * (a->nope + a->value), a->nope, row, buffers->workspace);
         const void *const one[] = {row, rope};
         dsm_pack(a->kernels, 1, one, 1, DSM_F32, a->rank, a->dtype, latents, a->latent_stride, h);
         dsm_pack(a->kernels, 1, one + 1, 1, a->dtype, a->rope, a->dtype, ropes, a->rope_stride, h);
@@ -86,8 +85,10 @@ static void attend(const Attention *a, int64_t task, Buffers *buffers) {
     const int64_t h0 = task % a->groups * GROUP, heads = dsm_min(GROUP, a->heads - h0);
     const int64_t end = dsm_min(a->length, (part + 1) * a->chunk), at = (b * a->chunks + part) * a->heads + h0;
     const size_t size = dsm_itemsize(a->dtype);
-    const Matrix c_kv = {(const char *)a->cache->c_kv + b * a->cache->c_kv_batch * size, NULL, a->length, a->rank, a->dtype};
-    const Matrix k_pe = {(const char *)a->cache->k_pe + b * a->cache->k_pe_batch * size, NULL, a->length, a->rope, a->dtype};
+    const Matrix c_kv = {(const char *)a->cache->c_kv + b * a->cache->c_kv_batch * size, NULL, a->length, a->rank,
+                         a->dtype};
+    const Matrix k_pe = {(const char *)a->cache->k_pe + b * a->cache->k_pe_batch * size, NULL, a->length, a->rope,
+                         a->dtype};
     float *out = a->partial + at * a->room, *peaks = a->peaks + at, *norms = a->norms + at;
     memset(out, 0, sizeof(float) * heads * a->room);
     for (int64_t h = 0; h < heads; h++) peaks[h] = -FLT_MAX, norms[h] = 0.0f;
@@ -97,10 +98,10 @@ static void attend(const Attention *a, int64_t task, Buffers *buffers) {
         Ahead ahead[2] = {after(a, &c_kv, k + STEP), after(a, &k_pe, k + STEP)};
         score(a, &c_kv, &k_pe, b * a->packed_heads + h0, heads, k, count, buffers, ahead);
         for (int64_t h = 0; h < heads; h++)
-            buffers->decay[h] = a->kernels->weigh(buffers->scores + h * STEP, count, STEP, a->scaling, mask, peaks + h,
-                                                  norms + h);
-        a->kernels->mix(buffers->scores, STEP, heads, &c_kv, k, count, buffers->decay, out, a->room,
-                        buffers->scratch, ahead);
+            buffers->decay[h] =
+                a->kernels->weigh(buffers->scores + h * STEP, count, STEP, a->scaling, mask, peaks + h, norms + h);
+        a->kernels->mix(buffers->scores, STEP, heads, &c_kv, k, count, buffers->decay, out, a->room, buffers->scratch,
+                        ahead);
     }
 }
 

@@ -14,7 +14,7 @@ typedef struct {
     int64_t tokens, rope, rank;
     const float *cosine, *sine; /* [tokens, rope / 2] */
     char *q, *c_kv, *k_pe;
-    char *x, *query; /* packed */
+    char *x, *query;            /* packed */
     char *q_latent, *kv_latent; /* q_a's and kv_a's results */
     size_t x_stride, query_stride;
 } Projection;

@@ -11,8 +11,7 @@ DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, int64_t toke
     const int64_t all[DSM_STEP_TOKENS] = {0}; /* every token goes to the one wide expert, with weight 1 */
     float ones[DSM_STEP_TOKENS];
     for (int64_t t = 0; t < tokens; t++) ones[t] = 1.0f;
-    if (is_dense)
-        return dsm_experts(isa, threads, dtype, x, tokens, hidden, all, ones, 1, &moe->shared, NULL, out);
+    if (is_dense) return dsm_experts(isa, threads, dtype, x, tokens, hidden, all, ones, 1, &moe->shared, NULL, out);
     if (top_k < 1) return DSM_BAD_ARGUMENT;
     float *wide = dsm_alloc(sizeof(float) * values), *own = dsm_alloc(sizeof(float) * values);
     float *logits = dsm_alloc(sizeof(float) * tokens * experts), *weights = dsm_alloc(sizeof(float) * tokens * top_k);
@@ -23,13 +22,13 @@ DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, int64_t toke
         for (int64_t i = 0; i < values; i++) wide[i] = dsm_load(x, dtype, i);
         result = dsm_linear(isa, threads, DSM_F32, wide, tokens, &moe->gate, NULL, logits);
     }
-    if (!result)
-        result = dsm_route(isa, threads, logits, tokens, experts, moe->bias, &moe->routing, weights, indices);
+    if (!result) result = dsm_route(isa, threads, logits, tokens, experts, moe->bias, &moe->routing, weights, indices);
     if (!result)
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, indices, weights, top_k, &moe->routed, NULL, out);
     if (!result && moe->shared.count) {
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, all, ones, 1, &moe->shared, NULL, own);
-        for (int64_t i = 0; i < values; i++) dsm_store(out, dtype, i, dsm_load(out, dtype, i) + dsm_load(own, dtype, i));
+        for (int64_t i = 0; i < values; i++)
+            dsm_store(out, dtype, i, dsm_load(out, dtype, i) + dsm_load(own, dtype, i));
     }
     dsm_restore_mode(caller);
     free(wide);

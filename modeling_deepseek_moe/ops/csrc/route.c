@@ -29,7 +29,8 @@ static void score(const Routing *r, int64_t experts, const float *logits, float 
 }
 
 /* `taken` marks the experts of all groups but the best on return */
-static void drop_groups(const Routing *r, int64_t experts, const float *choice, uint8_t *taken, float *group_scores, uint8_t *kept) {
+static void drop_groups(const Routing *r, int64_t experts, const float *choice, uint8_t *taken, float *group_scores,
+                        uint8_t *kept) {
     const int64_t size = experts / r->n_group;
     for (int64_t g = 0; g < r->n_group; g++) {
         const float *own = choice + g * size;
@@ -47,7 +48,8 @@ static void drop_groups(const Routing *r, int64_t experts, const float *choice, 
         memset(taken + take_largest(group_scores, r->n_group, kept) * size, 0, (size_t)size);
 }
 
-static void route(const Routing *r, int64_t experts, const float *bias, const float *logits, float *weights, int64_t *indices) {
+static void route(const Routing *r, int64_t experts, const float *bias, const float *logits, float *weights,
+                  int64_t *indices) {
     float scores[MOST_EXPERTS], choice[MOST_EXPERTS], group_scores[MOST_EXPERTS];
     uint8_t taken[MOST_EXPERTS], kept[MOST_EXPERTS];
     score(r, experts, logits, scores);

@@ -19,12 +19,14 @@ static int attention(int isa, int threads, int dtype, const DecoderLayer *l, con
     const size_t size = dsm_itemsize(dtype);
     const int64_t nope = s->mla.qk_nope_head_dim, rope = s->mla.qk_rope_head_dim, rank = s->mla.kv_lora_rank;
     const int64_t head = nope + rope, query = s->mla.num_heads * head;
-    int result = dsm_mla_project(isa, threads, dtype, b->x, s->batch, &s->mla, &l->projections, s->cosine, s->sine, b->q,
-                                 b->c_kv, b->k_pe);
+    int result = dsm_mla_project(isa, threads, dtype, b->x, s->batch, &s->mla, &l->projections, s->cosine, s->sine,
+                                 b->q, b->c_kv, b->k_pe);
     if (result) return result;
     for (int64_t i = 0; i < s->batch; i++) {
-        memcpy((char *)cache->c_kv + (i * cache->c_kv_batch + s->past * rank) * size, b->c_kv + i * rank * size, rank * size);
-        memcpy((char *)cache->k_pe + (i * cache->k_pe_batch + s->past * rope) * size, b->k_pe + i * rope * size, rope * size);
+        memcpy((char *)cache->c_kv + (i * cache->c_kv_batch + s->past * rank) * size, b->c_kv + i * rank * size,
+               rank * size);
+        memcpy((char *)cache->k_pe + (i * cache->k_pe_batch + s->past * rope) * size, b->k_pe + i * rope * size,
+               rope * size);
     }
     const Queries queries = {b->q, b->q + nope * size, query, head, query, head};
     return dsm_mla_decode(isa, threads, dtype, s->batch, s->past + 1, &s->mla, &queries, cache, &s->mask, &l->kv_b,
@@ -58,9 +60,7 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t firs
             dsm_rms_norm(isa, threads, dtype, states, batch, s->hidden, &l->input_norm, b.x);
             result = attention(isa, threads, dtype, l, caches + stage / 3, s, &b);
             continue;
-        case 1:
-            result = dsm_linear(isa, threads, dtype, b.o, batch, &l->o, NULL, b.y);
-            break;
+        case 1: result = dsm_linear(isa, threads, dtype, b.o, batch, &l->o, NULL, b.y); break;
         default:
             dsm_rms_norm(isa, threads, dtype, states, batch, s->hidden, &l->post_attention_norm, b.x);
             result = dsm_moe(isa, threads, dtype, b.x, batch, s->hidden, &l->moe, b.y);

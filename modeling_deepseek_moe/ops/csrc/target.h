@@ -10,8 +10,7 @@
 
 #define DSM_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define DSM_TARGET_BEGIN(isa)                                                                                          \
-    DSM_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define DSM_TARGET_BEGIN(isa) DSM_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define DSM_TARGET_END _Pragma("clang attribute pop")
 #else
 #define DSM_TARGET_BEGIN(isa) _Pragma("GCC push_options") DSM_PRAGMA(GCC target(isa))
