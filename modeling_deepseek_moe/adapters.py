@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.adapter_dtypes import widen_adapters
+from modeling_deepseek_moe.four_bit import keep_readable
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.fp8_experts import Fp8Experts
 from modeling_deepseek_moe.layers import DeepseekMLP
@@ -46,7 +47,7 @@ class AdapterMixin:
         if "_adapter_hook" not in self.__dict__:
             self.__dict__["_adapter_hook"] = self.register_load_state_dict_pre_hook(accept_projections)
         self.__dict__["peft_config"] = configs
-        _settle_fp8(self)
+        _settle(self)
 
     @peft_config.deleter
     def peft_config(self) -> None:
@@ -61,7 +62,7 @@ class AdapterMixin:
         # peft sets ``peft_config`` for the first adapter alone, and warns of one that finds nothing to change
         _refuse_fp8(self, adapter_config)
         super().add_adapter(adapter_config, adapter_name)
-        _settle_fp8(self)
+        _settle(self)
 
 
 def _refuse_fp8(model: nn.Module, config) -> None:
@@ -93,8 +94,9 @@ def _unwrap(model: nn.Module) -> None:
             setattr(parent, child_name, getattr(child, "original_module", child))
 
 
-def _settle_fp8(model: nn.Module) -> None:
-    """peft gives an adapter its layer's dtype, and merges by adding to the weight: neither is for FP8 codes."""
+def _settle(model: nn.Module) -> None:
+    """peft gives an adapter its layer's dtype, and merges by adding to the weight: neither is for FP8 or packed codes."""
+    keep_readable(model)
     widen_adapters(model, new_values=True)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), Fp8Linear):
@@ -138,7 +140,7 @@ def accept_projections(model: nn.Module, state_dict: dict, prefix: str, *_) -> N
     for (name, adapter), projections in wanted.items():
         _inject(mlps[name], adapter, model.peft_config[adapter], projections)
     if wanted:
-        _settle_fp8(model)
+        _settle(model)
 
 
 def _inject(mlp: DeepseekMLP, adapter: str, config, projections: dict[str, torch.dtype]) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 from modeling_deepseek_moe.config import FP8_METHOD
+from modeling_deepseek_moe.four_bit import keep_readable
 from modeling_deepseek_moe.mapped_experts import MappedExperts
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import block_fp8
@@ -186,6 +187,7 @@ class ReleaseLoadingMixin:
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
         model._weight_conversions = None
+        keep_readable(model)
         return result
 
     @classmethod

@@ -66,6 +66,7 @@ LAYERS = (
     "fp8_experts",
     "mapped_experts",
     "adapter_dtypes",
+    "four_bit",
     "adapters",
     "rope",
     "paged",

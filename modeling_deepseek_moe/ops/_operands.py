@@ -35,6 +35,22 @@ def is_fp8(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and "weight_scale_inv" in layer._parameters and hasattr(layer, "dequantized")
 
 
+def is_four_bit(layer: nn.Module) -> bool:
+    """Whether it is bitsandbytes' ``Linear4bit`` itself, with codes in their own order: its call may change that on a CPU."""
+    state = getattr(layer._parameters.get("weight"), "quant_state", None)
+    kind = type(layer)
+    is_bnb = kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+    packed = getattr(state, "packing_format_for_cpu", False)
+    return is_bnb and state is not None and not packed and not is_hooked(layer) and layer.bias is None
+
+
+def _dequantized(weight: nn.Parameter) -> torch.Tensor:
+    """What the codes of a 4-bit weight stand for. Read through its call it would take fifty times as long."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
 def unsupported_linear(layer: nn.Module) -> str | None:
     """Why a fused operation cannot read this layer's weight where it lies; ``None`` if it can."""
     if not is_linear(layer):
@@ -55,6 +71,8 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
     """The weight ``[N, K]`` that calling the layer multiplies with, in the dtype and on the device of ``like``."""
     if is_linear(layer):
         return layer.dequantized(like.dtype) if is_fp8(layer) else layer.weight.to(like.dtype)
+    if is_four_bit(layer):
+        return _dequantized(layer.weight).to(like.dtype)
     # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
 
