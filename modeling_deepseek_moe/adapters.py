@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.adapter_dtypes import widen_adapters
-from modeling_deepseek_moe.four_bit import keep_readable
+from modeling_deepseek_moe.four_bit import is_packed, keep_readable
 from modeling_deepseek_moe.fp8 import Fp8Linear
 from modeling_deepseek_moe.fp8_experts import Fp8Experts
 from modeling_deepseek_moe.layers import DeepseekMLP
@@ -40,6 +40,7 @@ class AdapterMixin:
         try:
             for config in configs.values():
                 _refuse_fp8(self, config)
+            _refuse_packed(self)
         except ValueError:
             if is_first:
                 _unwrap(self)
@@ -82,6 +83,19 @@ def _refuse_fp8(model: nn.Module, config) -> None:
             raise ValueError(
                 f"{name}: found FP8 codes, wanted bf16 or fp32 for an adapter of target_parameters: name the "
                 f"layer in target_modules, or {WAY_OUT}"
+            )
+
+
+def _refuse_packed(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: DoRA has measured weights that bitsandbytes packed when the model was used.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "lora_magnitude_vector", None) and is_packed(module.base_layer):
+            raise ValueError(
+                f"{name}: found 4-bit codes that bitsandbytes packed when the model was used, wanted them as loaded, since "
+                "DoRA reads them: call model.train() before the adapter is made"
             )
 
 

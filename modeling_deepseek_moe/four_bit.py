@@ -41,9 +41,13 @@ def unpack(model: nn.Module) -> None:
     bitsandbytes undoes it where it makes a state dict, and leaves plain scales (not those of double quantisation) turned.
     """
     for module in model.modules():
-        weight = module._parameters.get("weight")
-        state = getattr(weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        if is_packed(module):
+            state = module.weight.quant_state
             module.state_dict()
             if state.absmax.ndim == 2:  # [K / blocksize, N], wanted as the codes lie
                 state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def is_packed(layer: nn.Module) -> bool:
+    state = getattr(layer._parameters.get("weight"), "quant_state", None)
+    return getattr(state, "packing_format_for_cpu", False)
