@@ -78,6 +78,12 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
 
 
 def _called(module: nn.Module) -> str:
-    kind = type(module)
+    weight = module._parameters.get("weight")
+    kind = _named(type(module)) + (" with a hook" if is_hooked(module) else "")
+    # torchao leaves the class as it is
+    return kind if type(module) is not nn.Linear or type(weight) in PLAIN else f"{kind} with a {_named(type(weight))}"
+
+
+def _named(kind: type) -> str:
     own = kind.__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
-    return f"{kind.__name__ if own else f'{kind.__module__}.{kind.__name__}'}{' with a hook' if is_hooked(module) else ''}"
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__name__}"
