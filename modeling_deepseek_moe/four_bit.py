@@ -18,6 +18,10 @@ class FourBitMixin:
         unpack(self)
         return super().state_dict(*args, **kwargs)
 
+    def dequantize(self, *args, **kwargs):
+        unpack(self)
+        return super().dequantize(*args, **kwargs)
+
     def train(self, mode: bool = True):
         keep_readable(self)  # peft puts in later adapters without a word, and sets the mode
         if mode:

@@ -145,6 +145,14 @@ def test_saved_after_use_and_loaded_with_its_mtp_layer(release, tmp_path, kind, 
     assert sum(type(m).__name__ == "Linear4bit" for m in again.model.layers[-1].modules()) == 10
 
 
+def test_dequantised_after_use(folder):
+    model = ours(folder, quantization_config=four_bit(), dtype=torch.float32)
+    wanted = logits(model)
+    model = model.dequantize()
+    assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    assert apart(logits(model), wanted) < 0.05
+
+
 class Texts(torch.utils.data.Dataset):
     def __len__(self):
         return 20
