@@ -17,6 +17,8 @@ class Fp8Linear(KeepsDtype, nn.Linear):
     """
 
     dtype_kept: ClassVar[tuple[str, ...]] = ("weight", "weight_scale_inv")
+    # What peft asks of a layer that is quantised: its adapters' dtype, its codes (`W_q`), and `dequantize`.
+    compute_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, in_features: int, out_features: int, bias: bool, block: tuple[int, int], device=None):
         super().__init__(in_features, out_features, bias=bias, device=device)
@@ -34,6 +36,13 @@ class Fp8Linear(KeepsDtype, nn.Linear):
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole weight ``[out_features, in_features]`` in ``dtype``, as a fresh tensor."""
         return block_fp8.dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        return self.dequantized(self.compute_dtype)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, block={self.block}"

@@ -1,22 +1,16 @@
-"""peft on these models, beside plain transformers' classes on the same weights: targets, save, load, merge, refusals."""
-
-import json
+"""peft on these models, beside plain transformers' classes on the same weights: targets, save, load, merge, resume."""
 
 import pytest
 import torch
-import transformers
+from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, doors, expert_adapter, load, logits, plain
 from releases import SHAPES, write_release
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Trainer, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.training.attach import attach_state
 
 peft = pytest.importorskip("peft")
-IDS = torch.arange(10, 26)[None]
-ATTENTION = ["q_b_proj", "o_proj"]
-MLP = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS = {
     "attention": {"target_modules": ATTENTION},
     "dora": {"target_modules": ATTENTION, "use_dora": True},
@@ -27,53 +21,39 @@ KINDS = {
     "router": {"target_modules": ["o_proj"], "target_parameters": ["gate.weight"]},
     "modules_to_save": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
 }
+CASES = [("v3", kind) for kind in KINDS] + [
+    (shape, kind) for shape in ("v2", "v3-mtp") for kind in ("mlp", "all-linear")
+]
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("peft") / "bf16"
-    write_release(folder, SHAPES["v3"]())
-    return folder
+def releases(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("peft")
+    for shape in ("v3", "v2", "v3-mtp"):
+        write_release(parent / shape, SHAPES[shape]())
+    return parent
 
 
 @pytest.fixture(scope="module")
-def fp8_release(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("peft") / "fp8"
-    write_release(folder, SHAPES["v3"](), fp8=True)
-    return folder
+def release(releases):
+    return releases / "v3"
 
 
-def load(folder, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | kwargs)).eval()
-
-
-def plain(folder):
-    config = transformers.DeepseekV3Config.from_pretrained(folder)
-    return transformers.DeepseekV3ForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-
-
-def adapted(model, **kind):
-    torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "init_lora_weights": False} | kind)).eval()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits.float()
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_lora_is_plain_transformers_and_survives_saving_and_merging(kind, release, tmp_path):
-    ours, theirs = adapted(load(release), **kind), adapted(plain(release), **kind)
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_lora_is_plain_transformers_and_survives_saving_and_merging(shape, kind, releases, tmp_path):
+    release, kind = releases / shape, KINDS[kind]
+    ours = adapted(load(release), task_type="CAUSAL_LM", **kind)
+    theirs = adapted(plain(release), **kind)
     assert set(ours.state_dict()) >= {name for name in theirs.state_dict() if "lora_" in name}
     peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours))
     want = logits(ours)
     torch.testing.assert_close(want, logits(theirs), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(want, logits(load(release)), atol=1e-2) or "modules_to_save" in kind
     ours.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(load(release), tmp_path).eval()
-    assert torch.equal(logits(loaded), want)
-    torch.testing.assert_close(logits(loaded.merge_and_unload()), want, rtol=1e-3, atol=1e-3)
+    loaded = doors(release, tmp_path)
+    for model in loaded.values():
+        assert torch.equal(logits(model.eval()), want)
+    torch.testing.assert_close(logits(loaded["PeftModel"].merge_and_unload()), want, rtol=1e-3, atol=1e-3)
     if not kind.get("use_dora"):  # which merge-adapter refuses by name
         source = tmp_path / "source"
         load(release).save_pretrained(source)  # in fp32, as the adapter's model was
@@ -82,6 +62,21 @@ def test_lora_is_plain_transformers_and_survives_saving_and_merging(kind, releas
             standalone_mode=False,
         )
         torch.testing.assert_close(logits(load(tmp_path / "out")), want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bf16_model_is_plains_and_comes_back_bit_for_bit(release, tmp_path):
+    ours = adapted(load(release, dtype=torch.bfloat16), **KINDS["mlp"])
+    theirs = adapted(plain(release, dtype=torch.bfloat16), **KINDS["mlp"])
+    peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours))
+    want = logits(ours)
+    assert (want - logits(theirs)).abs().mean() < 0.05 * want.abs().mean()
+    ours.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(load(release, dtype=torch.bfloat16), tmp_path).eval()
+    assert torch.equal(logits(back), want)
+    for model in (again := load(release, dtype=torch.bfloat16), theirs := plain(release, dtype=torch.bfloat16)):
+        model.load_adapter(tmp_path)  # which, of transformers, keeps them in the model's dtype
+        assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
+    assert (logits(again) - logits(theirs)).abs().mean() < 0.05 * want.abs().mean()
 
 
 @pytest.mark.parametrize("kind", ["mlp", "experts", "all-linear"])
@@ -104,73 +99,111 @@ def test_trainer_resumes_as_if_never_interrupted(kind, release, tmp_path):
     assert train(str(tmp_path / "checkpoint-2")) == straight
 
 
-def expert_adapter(folder, model, projections):
-    """An adapter with one entry per projection of every MLP and expert; ``model`` gets the difference added."""
-    generator, tensors, parameters = torch.Generator().manual_seed(0), {}, dict(model.named_parameters())
-    for name, weight in parameters.items():
-        stem, _, leaf = name.removesuffix(".weight").rpartition(".")
-        if ".mlp.experts." in name:
-            parts = [
-                (f"{stem}.{i}.{projection}", rows)
-                for i, expert in enumerate(weight.data)
-                for projection, rows in zip(
-                    ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",),
-                    expert.chunk(2) if leaf == "gate_up_proj" else (expert,),
-                    strict=True,
-                )
-            ]
-        else:
-            parts = [(f"{stem}.{leaf}", weight.data)]
-        for key, rows in parts:
-            if key.rpartition(".")[2] in projections:
-                a = torch.randn(2, rows.shape[1], generator=generator) * 0.1
-                b = torch.randn(rows.shape[0], 2, generator=generator) * 0.1
-                rows += 2 * b @ a
-                tensors |= {f"base_model.model.{key}.lora_{half}.weight": m for half, m in (("A", a), ("B", b))}
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": projections, "inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
+@pytest.mark.parametrize("shape", ["v3", "v2", "v3-mtp"])
 @pytest.mark.parametrize("projections", [MLP, ["o_proj", "down_proj"]], ids=["mlp", "down_proj"])
-def test_adapters_with_an_entry_per_expert_are_their_dense_difference(projections, release, tmp_path):
+def test_adapters_with_an_entry_per_expert_are_their_dense_difference(projections, shape, releases, tmp_path):
+    release = releases / shape
     dense = load(release)
-    expert_adapter(tmp_path, dense, projections)
-    loaded = peft.PeftModel.from_pretrained(load(release), tmp_path).eval()
-    torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-3, atol=1e-3)
-    loaded.save_pretrained(tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(load(release), tmp_path / "again")
-    assert torch.equal(logits(again.eval()), logits(loaded))
+    expert_adapter(
+        tmp_path, dense, projections, base_model_name_or_path=str(release), task_type="CAUSAL_LM",
+        rank_pattern={"shared_experts.down_proj": 2}, alpha_pattern={"shared_experts.down_proj": 4},
+    )  # fmt: skip
+    loaded = doors(release, tmp_path)
+    for model in loaded.values():
+        torch.testing.assert_close(logits(model.eval()), logits(dense), rtol=1e-3, atol=1e-3)
+        assert torch.equal(logits(model), logits(loaded["PeftModel"]))
+    loaded["PeftModel"].save_pretrained(tmp_path / "again")
+    for again in doors(release, tmp_path / "again").values():
+        assert torch.equal(logits(again.eval()), logits(loaded["PeftModel"]))
 
 
-@pytest.mark.parametrize("kind", ["mlp", "all-linear", "experts"])
-def test_what_fp8_cannot_take_is_refused_by_name_and_leaves_the_model_as_it_was(kind, fp8_release):
-    model = load(fp8_release)
+def without(folder, *, rename):
+    """The adapter's tensors under other names; those that get none are left out."""
+    file = folder / "adapter_model.safetensors"
+    renamed = {rename(name): tensor for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in renamed.items() if name}, file)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: None if ".mlp.experts.3." in name else name, "down_proj: found an adapter of 15 experts, wanted 16"),
+        (lambda name: name.replace("o_proj", "out_proj"), "6 tensors .* no place in the model.*layers.0.self_attn.out_proj"),
+    ],
+)  # fmt: skip
+def test_load_adapter_refuses_by_name_what_it_cannot_use(rename, message, release, tmp_path):
+    expert_adapter(tmp_path / "adapter", load(release), MLP)
+    without(tmp_path / "adapter", rename=rename)
+    model = load(release)
+    before, trained = logits(model), [parameter.requires_grad for parameter in model.parameters()]
+    modules = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path / "adapter")
+    assert torch.equal(logits(model), before) and not hasattr(model, "peft_config")
+    assert [name for name, _ in model.named_modules()] == modules
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    adapted(load(release), **KINDS["attention"]).save_pretrained(tmp_path / "first")
+    model.load_adapter(tmp_path / "first", adapter_name="first")
+    first = logits(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path / "adapter", adapter_name="second")
+    assert torch.equal(logits(model), first) and not torch.equal(first, before)
+    assert list(model.peft_config) == ["first"]
+
+
+def test_load_adapter_with_and_without_a_head(release, tmp_path):
+    dense = load(release)
+    expert_adapter(tmp_path / "head", dense, MLP)
+    model = AutoModel.from_pretrained(release, dtype=torch.float32).eval()
+    model.load_adapter(tmp_path / "head")
+    with torch.no_grad():
+        want = dense.model(IDS).last_hidden_state
+        torch.testing.assert_close(model(IDS).last_hidden_state, want, rtol=1e-3, atol=1e-3)
+    expert_adapter(tmp_path / "headless", AutoModel.from_pretrained(release, dtype=torch.float32), MLP)
+    model = load(release)
+    model.load_adapter(tmp_path / "headless")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
+
+
+def test_load_adapter_refuses_layers_on_disk(release, tmp_path):
+    expert_adapter(tmp_path / "adapter", load(release), MLP)
+    parts = ("embed_tokens", "layers.1", "layers.2", "norm", "rotary_emb")
+    device_map = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu", "model.layers.0": "disk"}
+    model = load(release, device_map=device_map, offload_folder=tmp_path / "disk")
     before = logits(model)
-    with pytest.raises(ValueError, match=r"model\.layers\.\d.*found FP8.*dequantize=True"):
-        adapted(model, **KINDS[kind])
+    with pytest.raises(ValueError, match=r"layers\.0\..*offloaded to disk.*device_map.*merge-adapter"):
+        model.load_adapter(tmp_path / "adapter")
     assert torch.equal(logits(model), before)
-    assert not hasattr(model, "peft_config")
 
 
-def test_expert_adapter_on_fp8_is_refused_not_dropped(fp8_release, tmp_path):
-    expert_adapter(tmp_path, load(fp8_release, quantization_config=FineGrainedFP8Config(dequantize=True)), MLP)
-    with pytest.raises(ValueError, match="experts: found FP8-resident"):
-        peft.PeftModel.from_pretrained(load(fp8_release), tmp_path)
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            lambda name: None if ".mlp.experts.3." in name else name,
+            r"found \[\d+, \d+\], wanted \[\d+, \d+\] for all experts.*merge-adapter",
+        ),
+        (lambda name: name.replace("o_proj", "out_proj"), "6 tensors .* no place in the model.*layers.0.self_attn.out_proj"),
+    ],
+)  # fmt: skip
+def test_peft_is_told_by_name_what_cannot_be_used(rename, message, release, tmp_path):
+    expert_adapter(tmp_path, load(release), MLP)
+    without(tmp_path, rename=rename)
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(load(release), tmp_path)
 
 
-def test_lora_on_fp8_attention(fp8_release, tmp_path):
-    model = adapted(load(fp8_release), target_modules=ATTENTION)
-    want = logits(model)
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(load(fp8_release), tmp_path).eval()), want)
-    with pytest.raises(ValueError, match=r"o_proj|q_b_proj.*found FP8 codes.*merge-adapter"):
-        model.merge_and_unload()
-    injected = load(fp8_release, dtype=torch.bfloat16)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=ATTENTION), injected)  # as add_adapter does
-    assert all(p.dtype == torch.float32 for name, p in injected.named_parameters() if "lora_" in name)
+def test_what_is_for_layers_left_out_is_said(releases, tmp_path, caplog):
+    adapted(load(releases / "v3-mtp"), **KINDS["mlp"]).save_pretrained(tmp_path)
+    model = load(releases / "v3-mtp", num_nextn_predict_layers=0)
+    model.load_adapter(tmp_path)
+    assert "has 3 layers: left out" in caplog.text
+    want = logits(peft.PeftModel.from_pretrained(load(releases / "v3-mtp"), tmp_path))
+    assert torch.equal(logits(model), want)
+    caplog.clear()
+    model = peft.PeftModel.from_pretrained(load(releases / "v3-mtp", num_nextn_predict_layers=0), tmp_path)
+    assert "has 3 layers: left out" in caplog.text
+    assert torch.equal(logits(model), want)
 
 
 def test_several_adapters_and_ia3(release):

@@ -65,7 +65,6 @@ LAYERS = (
     "fp8",
     "fp8_experts",
     "mapped_experts",
-    "adapter_dtypes",
     "four_bit",
     "adapters",
     "rope",
