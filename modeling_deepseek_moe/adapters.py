@@ -18,6 +18,7 @@ from torch import nn
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
+from modeling_deepseek_moe.four_bit import is_packed, keep_readable
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
@@ -59,10 +60,12 @@ class AdapterMixin:
                 undo.callback(_unwrap, self)
             for config in configs.values():
                 _refuse_fp8(super().named_modules(), config)
+            _refuse_packed(super().named_modules())
             undo.pop_all()
         if "_adapter_hook" not in self.__dict__:
             self.__dict__["_adapter_hook"] = self.register_load_state_dict_pre_hook(accept_projections)
         self.__dict__["peft_config"] = configs
+        keep_readable(self)
 
     @peft_config.deleter
     def peft_config(self) -> None:
@@ -96,6 +99,7 @@ class AdapterMixin:
         """
         with self._or_as_it_was(adapter_name or "default"):
             super().add_adapter(adapter_config, adapter_name)
+        keep_readable(self)
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """As transformers', for adapters with one entry per expert too. What is refused leaves the model as it was.
@@ -252,6 +256,19 @@ def _refuse_some_experts(model: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(
                 f"{path}.*.{projection}: found an adapter of {count} experts, wanted {model.config.n_routed_experts} as "
                 f"in the model: {MERGE}, and experts one by one"
+            )
+
+
+def _refuse_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """
+    Raises:
+        ValueError: DoRA has measured weights that bitsandbytes packed when the model was used.
+    """
+    for name, module in modules:
+        if getattr(module, "lora_magnitude_vector", None) and is_packed(module.base_layer):
+            raise ValueError(
+                f"{name}: found 4-bit codes that bitsandbytes packed when the model was used, wanted them as loaded, since "
+                "DoRA reads them: call model.train() before the adapter is made"
             )
 
 

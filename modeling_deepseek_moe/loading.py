@@ -22,6 +22,7 @@ from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, WEIGHTS_NAME
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.config import QUANT_METHOD
 from modeling_deepseek_moe.formats import split_scale
+from modeling_deepseek_moe.four_bit import keep_readable
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
@@ -188,6 +189,7 @@ class ReleaseLoadingMixin:
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
         model._weight_conversions = None
+        keep_readable(model)
         return result
 
     @classmethod

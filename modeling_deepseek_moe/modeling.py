@@ -29,6 +29,7 @@ from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, De
 from modeling_deepseek_moe.cross_entropy import next_token_loss
 from modeling_deepseek_moe.engine.report import EngineReportMixin
 from modeling_deepseek_moe.engine.runs import recomputable, runs
+from modeling_deepseek_moe.four_bit import FourBitMixin
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
 from modeling_deepseek_moe.masks import build_mask
@@ -54,6 +55,7 @@ class DeepseekMoePreTrainedModel(
     ResizingMixin,
     StreamingMixin,
     EngineReportMixin,
+    FourBitMixin,
     PreTrainedModel,
 ):
     """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from huggingface_hub import HfApi
@@ -68,13 +69,14 @@ class ReleaseSavingMixin:
 
         Raises:
             OSError: disk full. Nothing that was in the folder is touched.
-            ValueError: ``quantize`` is unknown, or a weight to quantise holds NaN or Inf.
+            ValueError: ``quantize`` is unknown, a weight to quantise holds NaN or Inf, or weights were quantised in place.
         """
         try:
             form = None if quantize is None else formats.by_name(quantize)
         except ValueError as error:
             raise ValueError(f"quantize={error}, or None") from None
         tensors = with_offloaded(self) if state_dict is None else state_dict
+        self._refuse_unknown_format(tensors)
         if self._saved_by_transformers(tensors, kwargs):
             if quantize or remote_code or like:
                 raise ValueError(
@@ -112,6 +114,24 @@ class ReleaseSavingMixin:
             repo = api.create_repo(repo, exist_ok=True, private=kwargs.get("private")).repo_id
             api.upload_folder(repo_id=repo, folder_path=save_directory, commit_message=kwargs.get("commit_message"))
         return None
+
+    def _refuse_unknown_format(self, tensors: dict) -> None:
+        """
+        Raises:
+            ValueError: weights were quantised in place, so that no config says how to load them.
+        """
+        quantizer = getattr(self, "hf_quantizer", None)
+        has_format = quantizer is not None and quantizer.quantization_config.quant_method != FP8_METHOD
+        if has_format or getattr(self, "_hf_peft_config_loaded", False):
+            return
+        for name, tensor in chain(tensors.items(), self.named_parameters()):
+            kind = type(tensor)
+            if isinstance(tensor, torch.Tensor) and kind.__module__.partition(".")[0] != "torch":
+                raise ValueError(
+                    f"tensor {name}: found {kind.__module__}.{kind.__name__}, quantised after the model was loaded, wanted "
+                    "one whose format a config tells: save the model before that, and quantise it again when it is loaded, or "
+                    "load it with from_pretrained(folder, quantization_config=...), TorchAoConfig for torchao"
+                )
 
     def _saved_by_transformers(self, tensors: dict, kwargs: dict) -> bool:
         quantizer = getattr(self, "hf_quantizer", None)

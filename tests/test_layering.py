@@ -73,6 +73,7 @@ LAYERS = (
     "quantized.experts",
     "quantized.mapped",
     "quantized",
+    "four_bit",
     "adapters",
     "rope",
     "paged",

@@ -48,6 +48,22 @@ def unsupported_format(weight_format) -> str | None:
     return None
 
 
+def is_four_bit(layer: nn.Module) -> bool:
+    """Whether it is bitsandbytes' ``Linear4bit`` itself, with codes in their own order: its call may change that on a CPU."""
+    state = getattr(layer._parameters.get("weight"), "quant_state", None)
+    kind = type(layer)
+    is_bnb = kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+    packed = getattr(state, "packing_format_for_cpu", False)
+    return is_bnb and state is not None and not packed and not is_hooked(layer) and layer.bias is None
+
+
+def _dequantized(weight: nn.Parameter) -> torch.Tensor:
+    """What the codes of a 4-bit weight stand for. Read through its call it would take fifty times as long."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
 def unsupported_linear(layer: nn.Module) -> str | None:
     """Why a fused operation cannot read this layer's weight where it lies; ``None`` if it can."""
     if not is_linear(layer):
@@ -66,11 +82,19 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
     """The weight ``[N, K]`` that calling the layer multiplies with, in the dtype and on the device of ``like``."""
     if is_linear(layer):
         return layer.dequantized(like.dtype) if is_quantized(layer) else layer.weight.to(like.dtype)
+    if is_four_bit(layer):
+        return _dequantized(layer.weight).to(like.dtype)
     # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
 
 
 def _called(module: nn.Module) -> str:
-    kind = type(module)
+    weight = module._parameters.get("weight")
+    kind = _named(type(module)) + (" with a hook" if is_hooked(module) else "")
+    # torchao leaves the class as it is
+    return kind if type(module) is not nn.Linear or type(weight) in PLAIN else f"{kind} with a {_named(type(weight))}"
+
+
+def _named(kind: type) -> str:
     own = kind.__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
-    return f"{kind.__name__ if own else f'{kind.__module__}.{kind.__name__}'}{' with a hook' if is_hooked(module) else ''}"
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__name__}"

@@ -35,9 +35,12 @@ def absorbed_attention(
     """
     tensors = (q_nope, q_pe, c_kv, k_pe, mask)
     plain = not (output_attentions or dropout or torch.is_autocast_enabled(q_nope.device.type))
-    if plain and may_use(CPU, unsupported_linear(kv_b_proj) or cpu.unsupported_reason(*tensors, kv_b_proj.weight)):
-        return cpu.decode(*tensors, kv_b_proj.weight, scale_of(kv_b_proj), scaling), None
-    weight = weight_of(kv_b_proj, q_nope)
+    in_place = unsupported_linear(kv_b_proj) is None
+    weight = kv_b_proj.weight if in_place else weight_of(kv_b_proj, q_nope)
+    if plain and may_use(CPU, cpu.unsupported_reason(*tensors, weight)):
+        return cpu.decode(*tensors, weight, scale_of(kv_b_proj) if in_place else None, scaling), None
+    if in_place:
+        weight = weight_of(kv_b_proj, q_nope)
     heads, nope = q_nope.shape[1], q_nope.shape[3]
     w_uk, w_uv = weight.view(heads, -1, weight.shape[-1]).tensor_split((nope,), dim=1)
     return reference.absorbed_attention(*tensors, w_uk, w_uv, scaling, dropout, output_attentions)

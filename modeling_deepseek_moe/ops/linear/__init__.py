@@ -35,4 +35,5 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """
     if is_plain(layer):
         return linear(x, layer.weight, layer.bias)
-    return layer(x)
+    # rows one after the other: bitsandbytes' 4-bit kernel for CPUs takes other strides for these
+    return layer(x.contiguous())
