@@ -20,7 +20,7 @@ from transformers.utils import logging
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, WEIGHTS_NAME
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.config import QUANT_METHOD
+from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.four_bit import keep_readable
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
@@ -242,11 +242,11 @@ def _refuse_requantising(path, config, wanted) -> None:
     found = getattr(config, "quantization_config", None)
     if found is None or wanted is None:
         return
-    found, wanted = (dict(c) if isinstance(c, Mapping) else c.to_dict() for c in (found, wanted))
+    found, wanted = (on_disk(c if isinstance(c, Mapping) else c.to_dict()) for c in (found, wanted))
     method = str(getattr(wanted.get("quant_method"), "value", wanted.get("quant_method")))
-    if found.get("quant_method") in (QUANT_METHOD, *formats.methods()) and "fp8" not in method:
+    if found.get("quant_method") in formats.methods() and "fp8" not in method:
         raise ValueError(
-            f"{path}: found quantised weights, wanted floating-point ones for {method}: turn them into bf16 with "
+            f"{path}: found {formats.of_config(found).title} weights, wanted floating-point ones for {method}: turn them into bf16 with "
             "`deepseek-moe convert fp8-to-bf16`, or with FineGrainedFP8Config(dequantize=True) and save_pretrained, and "
             "load that folder"
         )

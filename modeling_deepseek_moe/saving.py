@@ -121,7 +121,7 @@ class ReleaseSavingMixin:
             ValueError: weights were quantised in place, so that no config says how to load them.
         """
         quantizer = getattr(self, "hf_quantizer", None)
-        has_format = quantizer is not None and quantizer.quantization_config.quant_method != FP8_METHOD
+        has_format = quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD
         if has_format or getattr(self, "_hf_peft_config_loaded", False):
             return
         for name, tensor in chain(tensors.items(), self.named_parameters()):
