@@ -1,4 +1,4 @@
-/* The values of latent attention on tiles; part of `kernels_amx.h`. */
+/* The values of latent attention on tiles; part of `kernels_amx.c`. */
 
 /* Two rows of 32 bf16 become pairs: unpacking goes by 128-bit lanes, so the first 16 pairs are of columns 0-3, 8-11, 16-19
    and 24-27. */

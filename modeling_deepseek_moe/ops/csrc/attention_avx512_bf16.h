@@ -55,7 +55,7 @@ ABSORB(absorb_1_fp8, 1, 1)
 ABSORB(absorb_8_bf16, 8, 0)
 ABSORB(absorb_1_bf16, 1, 0)
 
-static void absorb(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
+void dsm_bf16_absorb(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
     const int64_t room = dsm_blocks(w->cols) * DSM_BLOCK;
     const int fp8 = w->dtype == DSM_FP8;
     for (int64_t c = 0; c < w->cols; c++) out[c] = 0.0f;
@@ -83,38 +83,6 @@ static void absorb(const float *q, const Matrix *w, int64_t first, int64_t count
     }
 }
 
-/* out = decay * out + p v for `tokens` rows of p, pairs of bf16; v [pairs][PANEL] */
-DSM_INLINE void blend(const uint16_t *p, int64_t ldp, const uint32_t *v, int64_t pairs, const float *decay, float *out,
-                      int64_t ldo, Ahead *ahead, const int tokens) {
-    __m512 acc[24];
-    Ahead next = *ahead;
-    UNROLL for (int i = 0; i < tokens * 4; i++) acc[i] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; k++) {
-        __m512bh b[4];
-        dsm_fetch(&next);
-        UNROLL for (int j = 0; j < 4; j++) b[j] = (__m512bh)_mm512_load_si512(v + k * PANEL + j * 16);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            int32_t pair;
-            memcpy(&pair, p + t * ldp + 2 * k, 4);
-            UNROLL for (int j = 0; j < 4; j++) acc[t * 4 + j] =
-                _mm512_dpbf16_ps(acc[t * 4 + j], (__m512bh)_mm512_set1_epi32(pair), b[j]);
-        }
-    }
-    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 4; j++) {
-        float *to = out + t * ldo + j * 16;
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(decay[t]), _mm512_loadu_ps(to), acc[t * 4 + j]));
-    }
-    *ahead = next;
-}
-#define BLEND(N)                                                                                                      \
-    static __attribute__((noinline)) void blend_##N(const uint16_t *p, int64_t ldp, const uint32_t *v, int64_t pairs, \
-                                                    const float *decay, float *out, int64_t ldo, Ahead *ahead) {      \
-        blend(p, ldp, v, pairs, decay, out, ldo, ahead, N);                                                           \
-    }
-BLEND(6)
-BLEND(4)
-BLEND(1)
-
 /* columns 0..15 of two rows in pairs; + 16: the other half */
 static const uint16_t PAIRS_OF_ROWS[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -131,7 +99,6 @@ static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, in
             _mm256_store_si256((__m256i *)(weights + t * DSM_BLOCK + k),
                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p + t * ldp + k)));
     for (int64_t c = 0; c < v->cols; c += PANEL) {
-        int64_t t = 0;
         for (int64_t k = 0; k < pairs; k++) {
             const uint16_t *row = (const uint16_t *)v->data + (first + 2 * k) * v->cols + c;
             const int two = 2 * k + 1 < count;
@@ -144,11 +111,6 @@ static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, in
                 _mm512_store_si512(values + k * PANEL + j + 16, _mm512_permutex2var_epi16(a, right, b));
             }
         }
-        for (; t + 6 <= tokens; t += 6)
-            blend_6(weights + t * DSM_BLOCK, DSM_BLOCK, values, pairs, decay + t, out + t * ldo + c, ldo, ahead);
-        for (; t + 4 <= tokens; t += 4)
-            blend_4(weights + t * DSM_BLOCK, DSM_BLOCK, values, pairs, decay + t, out + t * ldo + c, ldo, ahead);
-        for (; t < tokens; t++)
-            blend_1(weights + t * DSM_BLOCK, DSM_BLOCK, values, pairs, decay + t, out + t * ldo + c, ldo, ahead);
+        fma_tokens(weights, DSM_BLOCK * sizeof *weights, tokens, values, pairs, 1.0f, decay, out + c, ldo, ahead);
     }
 }

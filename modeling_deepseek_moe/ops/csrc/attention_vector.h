@@ -79,8 +79,8 @@ static void absorb(const float *q, const Matrix *w, int64_t first, int64_t count
 }
 
 /* scores become weights in place, and zeros behind them up to `room` */
-static float weigh(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,
-                   float *norm) {
+float SHARED(weigh)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,
+                    float *norm) {
     const float old = *peak;
     F most = spread(old), total = zeros();
     int64_t i = 0;
@@ -112,36 +112,6 @@ static float weigh(float *scores, int64_t n, int64_t room, float scaling, const 
     return decay;
 }
 
-/* out = decay * out + p v for `tokens` rows of p, which lie `stride` bytes apart; v [depth][PANEL] */
-DSM_INLINE void blend(const char *p, size_t stride, const float *v, int64_t depth, const float *decay, float *out,
-                      int64_t ldo, Ahead *ahead, const int tokens) {
-    F acc[TILE_TOKENS * PANEL_VECTORS];
-    Ahead next = *ahead;
-    UNROLL for (int i = 0; i < tokens * PANEL_VECTORS; i++) acc[i] = zeros();
-    for (int64_t k = 0; k < depth; k++) {
-        F b[PANEL_VECTORS];
-        dsm_fetch(&next);
-        UNROLL for (int j = 0; j < PANEL_VECTORS; j++) b[j] = *(const F *)(v + k * PANEL + j * WIDTH);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            float a = ((const float *)(p + t * stride))[k];
-            UNROLL for (int j = 0; j < PANEL_VECTORS; j++) acc[t * PANEL_VECTORS + j] += a * b[j];
-        }
-    }
-    UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < PANEL_VECTORS; j++) {
-        float *to = out + t * ldo + j * WIDTH;
-        store(to, decay[t] * load(to) + acc[t * PANEL_VECTORS + j]);
-    }
-    *ahead = next;
-}
-#define BLEND(N)                                                                                                      \
-    static __attribute__((noinline)) void blend_##N(const char *p, size_t stride, const float *v, int64_t depth,      \
-                                                    const float *decay, float *out, int64_t ldo, Ahead *ahead) {      \
-        blend(p, stride, v, depth, decay, out, ldo, ahead, N);                                                        \
-    }
-BLEND(6)
-BLEND(4)
-BLEND(1)
-
 /* a panel's columns of `count` rows, from column c on, as fp32; zeros behind the last */
 DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t k, int64_t c, float *to) {
     const int64_t at = (first + k) * v->cols + c;
@@ -158,14 +128,7 @@ static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, in
         const int64_t end = dsm_min(c + MIXED * PANEL, v->cols);
         for (int64_t k = 0; k < count; k++)
             for (int64_t j = c, i = k; j < end; j += PANEL, i += DSM_BLOCK) widen(v, first, k, j, values + i * PANEL);
-        for (int64_t j = c; j < end; j += PANEL, values += DSM_BLOCK * PANEL) {
-            int64_t t = 0;
-            for (; t + 6 <= tokens; t += 6)
-                blend_6((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + j, ldo, ahead);
-            for (; t + 4 <= tokens; t += 4)
-                blend_4((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + j, ldo, ahead);
-            for (; t < tokens; t++)
-                blend_1((const char *)(p + t * ldp), stride, values, count, decay + t, out + t * ldo + j, ldo, ahead);
-        }
+        for (int64_t j = c; j < end; j += PANEL, values += DSM_BLOCK * PANEL)
+            fma_tokens((const char *)p, stride, tokens, values, count, 1.0f, decay, out + j, ldo, ahead);
     }
 }

@@ -9,9 +9,9 @@ DSM_INLINE __m256i round_bf16(__m512 x) {
 }
 
 /* A code moved up by seven bits is an fp16 whose exponent is short by 8. */
-static void decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype) {
+void dsm_bf16_decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype) {
     if (dtype != DSM_BF16) {
-        dsm_kernels_avx512.decode(codes, scale, n, out, dtype);
+        dsm_kernels_avx512_decode(codes, scale, n, out, dtype);
         return;
     }
     uint16_t *y = out;
@@ -35,12 +35,12 @@ static void decode(const uint8_t *codes, const float *scale, int64_t n, void *ou
             const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
             _mm512_mask_storeu_epi16(y + i, mask, both);
         }
-        if (nan || !(*scale - *scale == 0.0f)) dsm_kernels_avx512.decode(codes + k, scale, end - k, y + k, dtype);
+        if (nan || !(*scale - *scale == 0.0f)) dsm_kernels_avx512_decode(codes + k, scale, end - k, y + k, dtype);
     }
 }
 /* magnitudes of bf16 compare as integers do, NaN above infinity */
-static float amax(const void *x, int dtype, int64_t n, int *finite) {
-    if (dtype != DSM_BF16) return dsm_kernels_avx512.amax(x, dtype, n, finite);
+float dsm_bf16_amax(const void *x, int dtype, int64_t n, int *finite) {
+    if (dtype != DSM_BF16) return dsm_kernels_avx512_amax(x, dtype, n, finite);
     __m512i most = _mm512_setzero_si512();
     for (int64_t i = 0; i < n; i += 32) {
         const __mmask32 mask = n - i >= 32 ? 0xffffffffu : (1u << (n - i)) - 1;

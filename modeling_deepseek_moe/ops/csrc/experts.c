@@ -165,30 +165,46 @@ static void pack_tokens(const Layer *layer, const void *x, int dtype, const Shar
              layer->x + e->packed * layer->x_stride, layer->x_stride, t);
 }
 
+/* tasks of `gate_and_up` that one expert makes */
+static int64_t tasks_of(const Layer *layer, const Share *e) {
+    return (layer->width + layer->chunk - 1) / layer->chunk * ((e->tokens + MANY_TOKENS - 1) / MANY_TOKENS);
+}
+
+/* the `task`th of all experts' chunks of gate and up; buffer: gate, up and a panel, `half` floats each */
+static void gate_and_up_task(const Layer *layer, int64_t task, float *buffer, int64_t half, void *scratch) {
+    const Share *e = layer->experts;
+    for (; task >= tasks_of(layer, e); e++) task -= tasks_of(layer, e);
+    const int64_t chunks = (layer->width + layer->chunk - 1) / layer->chunk, t0 = task / chunks * MANY_TOKENS;
+    gate_and_up(layer, e, task % chunks * layer->chunk, t0, dsm_min(MANY_TOKENS, e->tokens - t0), buffer,
+                buffer + half, buffer + 2 * half, scratch);
+}
+
+/* Columns of a task of `down`: a few panels keep an expert's h in the cache, but every thread needs some tasks. */
+static int64_t columns_of_down(const Layer *layer, int many, int threads) {
+    int64_t columns = many ? layer->kernels->panel_columns : dsm_few_rows(layer->kernels, layer->hidden, threads);
+    while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
+    return columns;
+}
+
 static int run(Layer *layer, const void *x, int dtype, int threads) {
     const Kernels *k = layer->kernels;
     int64_t most = 0, tasks = 0;
     int failed = 0;
     for (int64_t i = 0; i < layer->active; i++)
         most = layer->experts[i].tokens > most ? layer->experts[i].tokens : most;
-    layer->chunk = CHUNK;
-    if (most > k->few_tokens) layer->chunk = dsm_panel_rows(k, layer->width * layer->active, threads);
-    if (layer->chunk < CHUNK) layer->chunk = CHUNK;
-    const int64_t chunks = (layer->width + layer->chunk - 1) / layer->chunk;
-    for (int64_t i = 0; i < layer->active; i++)
-        tasks += chunks * ((layer->experts[i].tokens + MANY_TOKENS - 1) / MANY_TOKENS);
     const int many = most > k->few_tokens;
-    const int64_t room = dsm_min(most, MANY_TOKENS);
-    threads = dsm_threads(threads, layer->active * 3 * layer->hidden * layer->width *
-                                       (int64_t)dsm_itemsize(layer->weight_dtype) * (many ? 1 + most / 16 : 1));
-    /* Columns of a task of `down`: a few panels keep an expert's h in the cache, but every thread needs some tasks. */
-    int64_t columns = many ? k->panel_columns : dsm_few_rows(k, layer->hidden, threads);
-    while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
+    layer->chunk = CHUNK;
+    if (many) layer->chunk = dsm_panel_rows(k, layer->width * layer->active, threads);
+    if (layer->chunk < CHUNK) layer->chunk = CHUNK;
+    for (int64_t i = 0; i < layer->active; i++) tasks += tasks_of(layer, layer->experts + i);
+    const int64_t weights =
+        layer->active * 3 * layer->hidden * layer->width * (int64_t)dsm_itemsize(layer->weight_dtype);
+    threads = dsm_threads(threads, weights * (many ? 1 + most / 16 : 1));
+    const int64_t columns = columns_of_down(layer, many, threads);
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;
     /* gate and up of a chunk, and a panel beside them where one is multiplied */
-    const int64_t half = dsm_packed_tokens(k, room) * layer->chunk,
-                  columns_of_down = dsm_packed_tokens(k, room) * columns;
-    const int64_t floats = (many ? 3 : 2) * half > columns_of_down ? (many ? 3 : 2) * half : columns_of_down;
+    const int64_t room = dsm_packed_tokens(k, dsm_min(most, MANY_TOKENS)), half = room * layer->chunk;
+    const int64_t floats = (many ? 3 : 2) * half > room * columns ? (many ? 3 : 2) * half : room * columns;
     Lane *lanes = dsm_lanes(threads, tasks), *down_lanes = dsm_lanes(threads, down_tasks);
     if (!lanes || !down_lanes) {
         free(lanes);
@@ -216,19 +232,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
             }
 #pragma omp barrier
         }
-        for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
-            int64_t rest = task, i = 0;
-            for (;; i++) {
-                int64_t own = chunks * ((layer->experts[i].tokens + MANY_TOKENS - 1) / MANY_TOKENS);
-                if (rest < own) break;
-                rest -= own;
-            }
-            const Share *e = layer->experts + i;
-            const int64_t t0 = rest / chunks * MANY_TOKENS, tokens = dsm_min(MANY_TOKENS, e->tokens - t0);
-            if (!failed)
-                gate_and_up(layer, e, rest % chunks * layer->chunk, t0, tokens, buffer, buffer + half,
-                            buffer + 2 * half, scratch);
-        }
+        for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;)
+            if (!failed) gate_and_up_task(layer, task, buffer, half, scratch);
 #pragma omp barrier
         for (int64_t task; (task = dsm_take(down_lanes, threads, dsm_me())) >= 0;)
             if (!failed)

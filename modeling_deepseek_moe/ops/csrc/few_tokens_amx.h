@@ -1,4 +1,4 @@
-/* FP8 beside one token group, or one token, and bf16 beside one (which needs no tiles); part of `kernels_amx.h`.
+/* FP8 beside one token group, or one token, and bf16 beside one (which needs no tiles); part of `kernels_amx.c`.
 
    A block of columns of 16 weight rows is decoded while the one before it is multiplied, so that what is decoded stays in
    the first cache. The processor fetches ahead of many readers at once, if each has a page of its own: so up to 64 rows are
@@ -125,7 +125,7 @@ static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matri
             else if (fp8) {
                 multiply_one(w, first + r, n, own, sums, scratch, then);
                 for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
-            } else rows_in_turns(read_8_1_near, read_1_1, 8, own, stride, w, first + r, n, to, ldo, then);
+            } else dsm_bf16_rows_near(own, stride, w, first + r, n, to, ldo, then);
         }
     }
     if (fp8) _tile_release();

@@ -114,9 +114,7 @@ READ(read_8_1, 8, 1, 0)
 READ(read_1_1, 1, 1, 0)
 READ(read_4_2, 4, 2, 0)
 READ(read_1_2, 1, 2, 0)
-#if DSM_AMX
 READ(read_8_1_near, 8, 1, 1)
-#endif
 typedef void (*Read)(const void *, size_t, const Matrix *, int64_t, int64_t, int64_t, float *, int64_t);
 
 /* count rows of one block of rows beside one token or two, `readers` of them at a time */
@@ -127,6 +125,11 @@ static void rows_in_turns(Read several, Read one, int64_t readers, const void *x
     for (int64_t i = 0; i < turns; i++)
         several(x, stride, w, first + i, turns, i + 1 < turns ? 0 : jump, out + i, ldo);
     for (int64_t i = turns * readers; i < count; i++) one(x, stride, w, first + i, 1, 0, out + i, ldo);
+}
+
+void dsm_bf16_rows_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
+                        int64_t ldo, const void *next) {
+    rows_in_turns(read_8_1_near, read_1_1, 8, x, stride, w, first, count, out, ldo, next);
 }
 
 /* Four weight rows of one block beside up to four tokens. The sums stay apart by lane until the row's end. */

@@ -4,8 +4,13 @@
    Decoding E4M3: four codes share a 32-bit lane. A code moved to the lane's top byte and shifted down by four,
    arithmetically, and masked, is an fp32 with the code's sign, exponent and mantissa, too small by 2^-120. Half of that
    is made good in the activations when they are packed (GAIN), half in the scale. The packing puts activation 4l + j of
-   a group of 4 * WIDTH at j * WIDTH + l, where lane l of the j-th decoded vector finds it. bf16 weights go two to a lane
-   in the same way. The pattern 0x7f (NaN) would decode as 480: it is looked for, and makes its row's result NaN.
+   a group of 4 * WIDTH at j * WIDTH + l, where lane l of the j-th decoded vector finds it (WIDTH 4 here):
+
+       codes in memory     0  1  2  3 | 4  5  6  7 | 8  9 10 11 |12 13 14 15    a lane: four neighbours
+       decoded, j = 0          0           4             8           12         byte j of every lane
+       packed activations  0  4  8 12 | 1  5  9 13 | 2  6 10 14 | 3  7 11 15    j = 0, 1, 2, 3
+
+   bf16 weights go two to a lane in the same way. The pattern 0x7f (NaN) would decode as 480: it is looked for, and makes its row's result NaN.
 
    A set of instructions may define MULTIPLY_ADD_BYTES and MAX_BYTES, which C has no operators for, and LOAD_HALVES (WIDTH
    16-bit numbers as 32-bit ones), which compilers make several instructions of. */
@@ -41,6 +46,10 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define PANELS (64 / PANEL)
 #define MIXED (PANEL < 32 ? 32 / PANEL : 1) /* panels of latents at a time: lines of the cache are read whole */
 #define UNROLL _Pragma("GCC unroll 32")
+/* functions that tables of other instruction sets have too: dsm_kernels_avx512_swiglu */
+#define JOINED(table, name) table##_##name
+#define NAMED(table, name) JOINED(table, name)
+#define SHARED(name) NAMED(KERNELS, name)
 
 DSM_INLINE F zeros(void) { return (F){0}; }
 DSM_INLINE F spread(float x) { return x - zeros(); }
@@ -78,67 +87,23 @@ DSM_INLINE float sum(F v) {
             r[i] = SHUFFLE(first, second, FIRST_LANE, s);                                                             \
             r[i | (s)] = SHUFFLE(first, second, SECOND_LANE, s);                                                      \
         }
-DSM_INLINE void transpose(I *r) {
-    EXCHANGE(1)
-    EXCHANGE(2)
+DSM_INLINE void transpose(I *r){EXCHANGE(1) EXCHANGE(2)
 #if WIDTH > 4
-    EXCHANGE(4)
+                                    EXCHANGE(4)
 #endif
 #if WIDTH > 8
-    EXCHANGE(8)
+                                        EXCHANGE(8)
 #endif
 }
 
-/* ---- codes ---- */
-
-/* Four codes a lane, two of them at once: each in the upper half of 16 bits, its sign spread over five. */
-typedef struct {
-    I even, odd;
-} Codes;
-DSM_INLINE Codes split(I raw) {
-#ifdef MULTIPLY_ADD_BYTES /* one instruction each: codes, signed, times 16 or 0 */
-    return (Codes){(I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x0010), raw),
-                   (I)MULTIPLY_ADD_BYTES((I)((Shorts){0} + 0x1000), raw)};
-#else
-    return (Codes){(I)((Shorts)((UShorts)raw << 8) >> 4), (I)((Shorts)raw >> 4)};
-#endif
-}
-DSM_INLINE F code(Codes c, int j) {
-    const I pair = j & 1 ? c.odd : c.even;
-    return (F)((j & 2 ? pair : pair << 16) & KEPT);
-}
-/* Looks for NaN among the codes: a byte's lower bits are all ones. */
-DSM_INLINE I look(I found, I raw) {
-#ifdef MAX_BYTES
-    return (I)MAX_BYTES(found, raw | (int32_t)0x80808080);
-#else
-    return found | (I)((U)(raw & 0x7f7f7f7f) + 0x01010101);
-#endif
-}
-DSM_INLINE int nan_seen(I found) {
-    int32_t any = 0;
-#ifdef MAX_BYTES
-    found = (I)((U)(found & 0x7f7f7f7f) + 0x01010101);
-#endif
-    for (int l = 0; l < WIDTH; l++) any |= found[l] & (int32_t)0x80808080;
-    return any != 0;
-}
-
-/* 4 * WIDTH bytes of a row that has `rest` left, zeros behind its end */
-DSM_INLINE I load_bytes(const void *p, int64_t rest) {
-    if (rest >= 4 * WIDTH) return *(const LooseI *)p;
-    uint8_t padded[WIDTH * 4] __attribute__((aligned(64))) = {0};
-    memcpy(padded, p, (size_t)rest);
-    return *(const I *)padded;
-}
-
+#include "codes_vector.h"
 #include "few_tokens_vector.h"
 
 /* ---- many tokens: a panel of PANEL weight rows, one block deep, is decoded and multiplied ---- */
 
 /* rows first .. of one block, transposed: panel[position of k][row]; rows that do not exist are zero */
-DSM_INLINE void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_t k, float *panel,
-                           const int per_lane) {
+DSM_INLINE
+    void fill_panel(const Matrix *w, int64_t first, int64_t count, int64_t k, float *panel, const int per_lane) {
     const int bytes = 4 / per_lane;
     const int64_t deep = dsm_min(DSM_BLOCK, w->cols - k);
     I found = {0};
@@ -177,34 +142,58 @@ FILL_PANEL(fill_panel_fp8, 4)
 FILL_PANEL(fill_panel_bf16, 2)
 FILL_PANEL(fill_panel_f32, 1)
 
-DSM_INLINE void multiply(const float *x, size_t stride, const float *panel, int deep, float scale, float *out,
-                         int64_t ldo, Ahead *ahead, const int tokens) {
+/* The micro-kernel: TILE_TOKENS x PANEL_VECTORS accumulators in registers, one row of the panel at a time.
+
+                 panel [deep][PANEL]
+                 k |  b0  b1 ..  b(PANEL_VECTORS - 1)
+       x [tokens][deep]                                         acc[t][v] += x[t][k] * b[v]
+       t  a = x[t][k] -> | acc[t][0] acc[t][1] ..  |            and in the end
+                                                                out = out * decay[t] + acc (decay), or
+                                                                out = out + scale * acc    (no decay)
+*/
+DSM_INLINE void fma_tile(const char *x, size_t stride, const float *panel, int64_t deep, float scale,
+                         const float *decay, float *out, int64_t ldo, Ahead *ahead, const int tokens) {
     F acc[TILE_TOKENS * PANEL_VECTORS];
     Ahead next = *ahead;
     UNROLL for (int i = 0; i < tokens * PANEL_VECTORS; i++) acc[i] = zeros();
-    for (int k = 0; k < deep; k++) {
+    for (int64_t k = 0; k < deep; k++) {
         F b[PANEL_VECTORS];
         dsm_fetch(&next);
         UNROLL for (int v = 0; v < PANEL_VECTORS; v++) b[v] = *(const F *)(panel + k * PANEL + v * WIDTH);
         UNROLL for (int t = 0; t < tokens; t++) {
-            float a = ((const float *)((const char *)x + t * stride))[k];
+            float a = ((const float *)(x + t * stride))[k];
             UNROLL for (int v = 0; v < PANEL_VECTORS; v++) acc[t * PANEL_VECTORS + v] += a * b[v];
         }
     }
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
         float *to = out + t * ldo + v * WIDTH;
-        store(to, load(to) + scale * acc[t * PANEL_VECTORS + v]);
+        const F sums = acc[t * PANEL_VECTORS + v];
+        store(to, decay ? decay[t] * load(to) + sums : load(to) + scale * sums);
     }
     *ahead = next;
 }
-#define MULTIPLY(N)                                                                                                   \
-    static __attribute__((noinline)) void multiply_##N(const void *x, size_t stride, const float *panel, int deep,    \
-                                                       float scale, float *out, int64_t ldo, Ahead *ahead) {          \
-        multiply(x, stride, panel, deep, scale, out, ldo, ahead, N);                                                  \
+#define FMA_TILE(N)                                                                                                   \
+    static __attribute__((noinline)) void fma_tile_##N(const char *x, size_t stride, const float *panel,              \
+                                                       int64_t deep, float scale, const float *decay, float *out,     \
+                                                       int64_t ldo, Ahead *ahead) {                                   \
+        fma_tile(x, stride, panel, deep, scale, decay, out, ldo, ahead, N);                                           \
     }
-MULTIPLY(6)
-MULTIPLY(4)
-MULTIPLY(1)
+FMA_TILE(6)
+FMA_TILE(4)
+FMA_TILE(1)
+
+/* all tokens beside one panel */
+static void fma_tokens(const char *x, size_t stride, int64_t tokens, const float *panel, int64_t deep, float scale,
+                       const float *decay, float *out, int64_t ldo, Ahead *ahead) {
+    int64_t t = 0;
+#define TOKENS(N)                                                                                                     \
+    for (; t + N <= tokens; t += N)                                                                                   \
+        fma_tile_##N(x + t * stride, stride, panel, deep, scale, decay ? decay + t : NULL, out + t * ldo, ldo, ahead);
+    TOKENS(6)
+    TOKENS(4)
+    TOKENS(1)
+#undef TOKENS
+}
 
 /* Block by block, so that a block's columns of x, which all panels meet, stay in the second cache. */
 static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
@@ -216,7 +205,6 @@ static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w,
         const int deep = w->cols - k > 64 ? DSM_BLOCK : 64; /* half a block is often all that is left */
         for (int64_t r = 0; r < count; r += PANEL) {
             float scale = 1.0f, *to = out + r;
-            int64_t t = 0;
             if (w->dtype == DSM_FP8) {
                 scale = GAIN * w->scale[(first + r) / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
                 fill_panel_fp8(w, first + r, count - r, k, scratch);
@@ -225,12 +213,7 @@ static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w,
             } else {
                 fill_panel_f32(w, first + r, count - r, k, scratch);
             }
-            for (; t + 6 <= tokens; t += 6)
-                multiply_6(xk + t * stride, stride, scratch, deep, scale, to + t * ldo, ldo, ahead);
-            for (; t + 4 <= tokens; t += 4)
-                multiply_4(xk + t * stride, stride, scratch, deep, scale, to + t * ldo, ldo, ahead);
-            for (; t < tokens; t++)
-                multiply_1(xk + t * stride, stride, scratch, deep, scale, to + t * ldo, ldo, ahead);
+            fma_tokens(xk, stride, tokens, scratch, deep, scale, NULL, to, ldo, ahead);
         }
     }
 }
@@ -287,7 +270,7 @@ DSM_INLINE F exponential(F x) {
     return (F)((I)p + (exponent << 23));
 }
 
-static void swiglu(const float *gate, const float *up, float *out, int64_t n) {
+void SHARED(swiglu)(const float *gate, const float *up, float *out, int64_t n) {
     int64_t i = 0;
     for (; i + WIDTH <= n; i += WIDTH) {
         F g = load(gate + i);
@@ -310,13 +293,13 @@ DSM_INLINE void store_any(void *x, int dtype, int64_t i, F v) {
         for (int l = 0; l < WIDTH; l++) ((uint16_t *)x)[i + l] = dsm_to_f16(v[l]);
 }
 
-static void write(const float *sums, const float *bias, int64_t n, void *out, int dtype) {
+void SHARED(write)(const float *sums, const float *bias, int64_t n, void *out, int dtype) {
     int64_t i = 0;
     for (; i + WIDTH <= n; i += WIDTH) store_any(out, dtype, i, load(sums + i) + (bias ? load(bias + i) : zeros()));
     for (; i < n; i++) dsm_store(out, dtype, i, sums[i] + (bias ? bias[i] : 0.0f));
 }
 
-static void norm(const void *x, const void *w, int64_t n, float eps, void *out, int dtype) {
+void SHARED(norm)(const void *x, const void *w, int64_t n, float eps, void *out, int dtype) {
     F squares = zeros();
     float all = 0.0f;
     int64_t i = 0;
@@ -336,74 +319,7 @@ static void norm(const void *x, const void *w, int64_t n, float eps, void *out, 
     }
 }
 
-/* ---- whole blocks to and from FP8 ---- */
-
-static void decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype) {
-    for (int64_t k = 0; k < n; k += DSM_BLOCK, scale++) {
-        int64_t end = dsm_min(n, k + DSM_BLOCK), i = k;
-        for (; i + WIDTH <= end; i += WIDTH) {
-            I code = __builtin_convertvector(*(const LooseBytes *)(codes + i), I);
-            /* exact: 2^120 is a power of two, and a code times it is no subnormal any more */
-            F value = (F)(((code << 24) >> 4) & KEPT) * 0x1p120f * *scale;
-            value = (F)choose((code & 0x7f) == 0x7f, (I)spread(NAN), (I)value);
-            store_any(out, dtype, i, value);
-        }
-        for (; i < end; i++) {
-            int32_t bits = (int32_t)((uint32_t)codes[i] << 24) >> 4 & KEPT;
-            float value;
-            memcpy(&value, &bits, 4);
-            value = (codes[i] & 0x7f) == 0x7f ? NAN : value * 0x1p120f * *scale;
-            dsm_store(out, dtype, i, value);
-        }
-    }
-}
-
-static float amax(const void *x, int dtype, int64_t n, int *finite) {
-    I most = {0};
-    int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) { /* magnitudes compare as integers do, NaN above infinity */
-        I magnitude = (I)load_any(x, dtype, i) & 0x7fffffff;
-        most = choose(magnitude > most, magnitude, most);
-    }
-    int32_t all = 0;
-    for (int l = 0; l < WIDTH; l++) all = most[l] > all ? most[l] : all;
-    for (; i < n; i++) {
-        float value = dsm_load(x, dtype, i);
-        int32_t bits;
-        memcpy(&bits, &value, 4);
-        bits &= 0x7fffffff;
-        all = bits > all ? bits : all;
-    }
-    if (all >= 0x7f800000) *finite = 0;
-    float value;
-    memcpy(&value, &all, 4);
-    return value;
-}
-
-DSM_INLINE I encode_vector(F value) {
-    I bits = (I)value;
-    I sign = (bits >> 24) & 0x80;
-    I magnitude = bits & 0x7fffffff;
-    magnitude = choose(magnitude > 0x43e00000, (I)spread(448.0f), magnitude);
-    /* from 2^-6 on: drop 20 bits of the mantissa, to even, and rebase the exponent (127 -> 7) */
-    I normal = (magnitude + 0x7ffff + ((magnitude >> 20) & 1) - (120 << 23)) >> 20;
-    /* below: the multiples of 2^-9 are the low bits of a sum with 2^14 */
-    I subnormal = (I)((F)magnitude + 0x1p14f) - 0x46800000;
-    return sign | choose(magnitude < 0x3c800000, subnormal, normal);
-}
-
-static void encode(const void *x, int dtype, int64_t n, float scale, uint8_t *out) {
-    int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH)
-        *(LooseBytes *)(out + i) = __builtin_convertvector(encode_vector(load_any(x, dtype, i) / scale), Bytes);
-    if (i < n) {
-        float rest[WIDTH] = {0};
-        for (int64_t l = i; l < n; l++) rest[l - i] = dsm_load(x, dtype, l);
-        I codes = encode_vector(load(rest) / scale);
-        for (int64_t l = i; l < n; l++) out[l] = (uint8_t)codes[l - i];
-    }
-}
-
+#include "blocks_vector.h"
 #include "attention_vector.h"
 
 const Kernels KERNELS = {
@@ -418,13 +334,13 @@ const Kernels KERNELS = {
     .pack = pack,
     .rows = rows,
     .panel = panel,
-    .swiglu = swiglu,
-    .norm = norm,
-    .write = write,
-    .decode = decode,
-    .amax = amax,
-    .encode = encode,
+    .swiglu = SHARED(swiglu),
+    .norm = SHARED(norm),
+    .write = SHARED(write),
+    .decode = SHARED(decode),
+    .amax = SHARED(amax),
+    .encode = SHARED(encode),
     .absorb = absorb,
-    .weigh = weigh,
+    .weigh = SHARED(weigh),
     .mix = mix,
 };

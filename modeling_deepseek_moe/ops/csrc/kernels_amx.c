@@ -1,13 +1,24 @@
-/* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; part of `kernels_avx512_bf16.c`, from
-   which come those that need no tiles.
+/* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; those that need no tiles are
+   those of AVX-512 BF16.
 
    A tile holds 16 rows of up to 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8
    decoded into scratch. Activations are packed for `panel` in groups of 16 tokens: 64 bytes hold one pair of columns of all
-   16, a tile 16 such pairs; the pairs of a single token lie as they are. A product is a tile of 16 weight rows and 16
+   16, a tile 16 such pairs; the pairs of a single token lie as they are:
+
+       weight tile [16 rows]      activation tile [16 pairs]        product tile [16 rows]
+       row r: columns 0 .. 31     pair p: token 0 | 1 | .. | 15     row r: token 0 | 1 | .. | 15, fp32
+
+   A product is a tile of 16 weight rows and 16
    tokens, or one, which is summed in fp32 beyond a block of 128 columns (FP8, whose scale changes there) or 512. What a
    token gets does not depend on which others there are. */
-DSM_TARGET_END
+#include "target.h"
+
+#if DSM_AMX
+#include <immintrin.h>
+
 DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c,gfni,amx-tile,amx-bf16")
+
+#include "avx512_bf16.h"
 
 #define TILE 16
 #define TILE_COLUMNS 32
@@ -341,17 +352,20 @@ const Kernels dsm_kernels_amx = {
     .few_tokens = 1,
     .few_rows = PANEL,
     .scratch_bytes = (size_t)PANEL * RUN * sizeof(uint16_t),
-    .pack = pack,
+    .pack = dsm_bf16_pack,
     .place = place,
     .rows = rows_tiles,
     .panel = panel_tiles,
-    .swiglu = swiglu,
-    .norm = norm,
-    .write = write,
-    .decode = decode,
-    .amax = amax,
-    .encode = encode,
-    .absorb = absorb,
-    .weigh = weigh,
+    .swiglu = dsm_kernels_avx512_swiglu,
+    .norm = dsm_kernels_avx512_norm,
+    .write = dsm_kernels_avx512_write,
+    .decode = dsm_bf16_decode,
+    .amax = dsm_bf16_amax,
+    .encode = dsm_kernels_avx512_encode,
+    .absorb = dsm_bf16_absorb,
+    .weigh = dsm_kernels_avx512_weigh,
     .mix = mix_tiles,
 };
+
+DSM_TARGET_END
+#endif
