@@ -134,6 +134,7 @@ DSM_INLINE const char *dsm_row(const Matrix *w, int64_t row) {
 DSM_INLINE int64_t dsm_bytes(const Matrix *w) { return w->rows * w->cols * (int64_t)dsm_itemsize(w->dtype); }
 DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOCK; }
 DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }
+DSM_INLINE int64_t dsm_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 DSM_INLINE void dsm_fetch(Ahead *ahead) {
     if (ahead->at < ahead->end) {

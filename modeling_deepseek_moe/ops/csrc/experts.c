@@ -190,12 +190,10 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     const Kernels *k = layer->kernels;
     int64_t most = 0, tasks = 0;
     int failed = 0;
-    for (int64_t i = 0; i < layer->active; i++)
-        most = layer->experts[i].tokens > most ? layer->experts[i].tokens : most;
+    for (int64_t i = 0; i < layer->active; i++) most = dsm_max(most, layer->experts[i].tokens);
     const int many = most > k->few_tokens;
     layer->chunk = CHUNK;
-    if (many) layer->chunk = dsm_panel_rows(k, layer->width * layer->active, threads);
-    if (layer->chunk < CHUNK) layer->chunk = CHUNK;
+    if (many) layer->chunk = dsm_max(CHUNK, dsm_panel_rows(k, layer->width * layer->active, threads));
     for (int64_t i = 0; i < layer->active; i++) tasks += tasks_of(layer, layer->experts + i);
     const int64_t weights =
         layer->active * 3 * layer->hidden * layer->width * (int64_t)dsm_itemsize(layer->weight_dtype);
@@ -204,7 +202,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;
     /* gate and up of a chunk, and a panel beside them where one is multiplied */
     const int64_t room = dsm_packed_tokens(k, dsm_min(most, MANY_TOKENS)), half = room * layer->chunk;
-    const int64_t floats = (many ? 3 : 2) * half > room * columns ? (many ? 3 : 2) * half : room * columns;
+    const int64_t floats = dsm_max((many ? 3 : 2) * half, room * columns);
     Lane *lanes = dsm_lanes(threads, tasks), *down_lanes = dsm_lanes(threads, down_tasks);
     if (!lanes || !down_lanes) {
         free(lanes);

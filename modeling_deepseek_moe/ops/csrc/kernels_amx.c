@@ -1,5 +1,5 @@
-/* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; those that need no tiles are
-   those of AVX-512 BF16.
+/* The kernels for AMX (Sapphire Rapids and later), for bf16 activations; the kernels that need no
+   tiles are those of AVX-512 BF16.
 
    A tile holds 16 rows of up to 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8
    decoded into scratch. Activations are packed for `panel` in groups of 16 tokens: 64 bytes hold one pair of columns of all
@@ -8,9 +8,8 @@
        weight tile [16 rows]      activation tile [16 pairs]        product tile [16 rows]
        row r: columns 0 .. 31     pair p: token 0 | 1 | .. | 15     row r: token 0 | 1 | .. | 15, fp32
 
-   A product is a tile of 16 weight rows and 16
-   tokens, or one, which is summed in fp32 beyond a block of 128 columns (FP8, whose scale changes there) or 512. What a
-   token gets does not depend on which others there are. */
+   Beyond a block of 128 columns (FP8, whose scale changes there) or 512, products are summed in fp32. What a token gets
+   does not depend on which others there are. */
 #include "target.h"
 
 #if DSM_AMX
