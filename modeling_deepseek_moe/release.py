@@ -9,7 +9,7 @@ import torch
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, MisfitError, TensorInfo
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.checkpoint.scales import Scales
+from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, Scales
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import (
     EXPERT_KEY,
@@ -164,7 +164,7 @@ class Release:
         if read_scales:
             self.scales = Scales(self.reader, scales)
             for info, value, index in self.scales.unusable():
-                yield Problem("scale", info.name, info, f"{value} at {index}", "finite, non-negative scales")
+                yield Problem("scale", info.name, info, f"{value} at {index}", WANTED_SCALES)
 
     def where(self, name: str) -> str:
         """The file that holds the tensor's neighbours, to look in for what is missing."""
