@@ -46,9 +46,7 @@ class Journal:
         self._out = self.file.open("a+b")
         try:
             if not try_lock(self._out.fileno()):
-                raise BlockingIOError(
-                    f"{self.file}: another process writes to it; wait, or {way_out.split(',', maxsplit=1)[0]}"
-                )
+                raise BlockingIOError(f"{self.file}: another process writes to it; wait, or write elsewhere")
             self.answers, complete = read_journal(self.file, run, pieces, way_out)
         except (ValueError, OSError):
             self._out.close()
