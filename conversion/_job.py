@@ -101,8 +101,7 @@ def finished_shards(job: Job, out: Path) -> set[str]:
         FileExistsError: ``OUT`` is there, or ``OUT.partial`` is nobody's.
         ValueError: ``OUT.partial`` belongs to another job.
     """
-    if out.exists():
-        raise FileExistsError(f"{out}: found it already there, wanted a new folder")
+    _refuse_existing(out)
     partial, journal = partial_folder(out), journal_file(out)
     if not partial.exists() or not any(partial.iterdir()):
         return set()
@@ -113,12 +112,17 @@ def finished_shards(job: Job, out: Path) -> set[str]:
     return {name for name, size in written.items() if sizes.get(name) == size}
 
 
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out}: found it already there, wanted a new folder")
+
+
 def _as_journalled(job: Job) -> dict:
     return json.loads(json.dumps(job.run()))
 
 
 def _way_out(partial: Path) -> str:
-    return f"these are other inputs or options; remove {partial} to begin anew"
+    return f"these are other inputs or options; if no run is under way, remove {partial} to begin anew"
 
 
 def check_space(job: Job, out: Path, finished: set[str]) -> None:
@@ -198,7 +202,7 @@ def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] 
         BlockingIOError: the same, or another conversion, writes there.
         OSError, ValueError: as `finished_shards` and `check_space`.
     """
-    finished_shards(job, out)  # what stands against it is said before anything is made
+    _refuse_existing(out)
     partial = partial_folder(out)
     with locked_folder(partial):
         finished = finished_shards(job, out)

@@ -17,7 +17,15 @@ SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 def has_weights(folder: Path) -> bool:
     """Whether there is anything to load, once a save that was killed is ended (see `recover`)."""
     recover(folder)
-    return any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
+    return any(_is_there(folder / name) for name in (WEIGHTS_NAME, INDEX_NAME))
+
+
+def _is_there(file: Path) -> bool:
+    """As `Path.is_file`, but a pipe or a device, which would be opened sooner or later, is an error."""
+    if not file.exists() or file.is_dir():
+        return False
+    check_is_regular(file, file.stat())
+    return True
 
 
 def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path], dict[str, str] | None]:
@@ -31,9 +39,9 @@ def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path]
     """
     recover(folder)
     index_file = folder / INDEX_NAME
-    if (folder / WEIGHTS_NAME).is_file():
+    if _is_there(folder / WEIGHTS_NAME):
         return [folder / WEIGHTS_NAME], None
-    if not index_file.is_file():
+    if not _is_there(index_file):
         raise CheckpointError(f"{folder}: found neither {WEIGHTS_NAME} nor {INDEX_NAME}, wanted one of them")
     index = read_json(index_file, "metadata, weight_map")
     try:

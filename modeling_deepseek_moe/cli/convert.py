@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from modeling_deepseek_moe.cli._console import duration, plural, size, stderr, stdout
+
+if TYPE_CHECKING:
+    from modeling_deepseek_moe.conversion._job import Job
 
 
 def convert(
@@ -89,23 +92,30 @@ def convert(
         _diff(source, out)
         return
     job = _table.make_job(name, source, options)
-    finished = _job.finished_shards(job, out)
     if dry_run:
-        left = sum(plan.nbytes for shard, plans in job.shards.items() if shard not in finished for plan in plans)
-        stdout().print(f"reads   {size(job.read_bytes)} in {_files(sum(len(s.reader.files) for s in job.sources))}")
-        stdout().print(f"writes  {size(job.nbytes)} in {_files(len(job.shards))} to {out}", soft_wrap=True)
-        stdout().print(f"left    {size(left)}; {_files(len(finished))} finished")
-        seconds = _job.estimate(job, out, finished, workers)
-        stdout().print(f"takes   about {duration(seconds)} with --workers {workers}, going by a few tensors tried now")
-        try:
-            _job.check_space(job, out, finished)
-        except OSError as error:
-            stdout().print(f"space   {error}", soft_wrap=True)
-            raise typer.Exit(1) from None
+        _foretell(job, out, workers)
         return
     with _progress(name, job.nbytes) as advance:
         _job.run(job, out, workers=workers, report=advance)
     stdout().print(f"{out}: {size(job.nbytes)} in {_files(len(job.shards))}", soft_wrap=True)
+
+
+def _foretell(job: "Job", out: Path, workers: int) -> None:
+    """What a run would read and write, how long it may take and whether it fits; exit code 1 if it does not."""
+    from modeling_deepseek_moe.conversion import _job
+
+    finished = _job.finished_shards(job, out)
+    left = sum(plan.nbytes for shard, plans in job.shards.items() if shard not in finished for plan in plans)
+    stdout().print(f"reads   {size(job.read_bytes)} in {_files(sum(len(s.reader.files) for s in job.sources))}")
+    stdout().print(f"writes  {size(job.nbytes)} in {_files(len(job.shards))} to {out}", soft_wrap=True)
+    stdout().print(f"left    {size(left)}; {_files(len(finished))} finished")
+    seconds = _job.estimate(job, out, finished, workers)
+    stdout().print(f"takes   about {duration(seconds)} with --workers {workers}, going by a few tensors tried now")
+    try:
+        _job.check_space(job, out, finished)
+    except OSError as error:
+        stdout().print(f"space   {error}", soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def _files(number: int) -> str:
