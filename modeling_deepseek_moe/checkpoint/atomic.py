@@ -5,6 +5,7 @@ killed process leaves is told by its name, and removed by the next writer of the
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -53,6 +54,9 @@ def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush files only
+            raise
     finally:
         os.close(descriptor)
 
