@@ -1,4 +1,4 @@
-"""What a conversion is: a name, the options that it takes, and a function that plans the tensors of the new checkpoint."""
+"""What a conversion is: a name, the options that it takes, and a function that plans the new checkpoint's tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

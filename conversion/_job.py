@@ -1,8 +1,8 @@
 """Writing what a conversion makes: shard by shard, resumable, and in sight only when it is complete.
 
-Everything goes to ``OUT.partial``, which one run at a time holds: each shard under a temporary name, flushed and renamed,
-then noted in ``OUT.journal``. The journal opens with what decides all that is written; a run that finds another one
-refuses. At the end the folder is renamed to ``OUT``. So ``OUT`` either is not there or is whole.
+Everything goes to ``OUT.partial``, which one run at a time holds: each shard under a temporary name, flushed and
+renamed, then noted in ``OUT.journal``. The journal opens with what decides all that is written; a run that finds
+another one refuses. At the end the folder is renamed to ``OUT``. So ``OUT`` either is not there or is whole.
 """
 
 import collections

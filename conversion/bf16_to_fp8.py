@@ -15,7 +15,7 @@ from modeling_deepseek_moe.weights import release_tensors
 
 
 def plan(source: Source, options: Options) -> Output:
-    """Every weight that a release keeps in FP8 as codes and scales; with ``--scales-from``, with that release's scales.
+    """Every weight that a release keeps in FP8 as codes and scales; those of the ``--scales-from`` release if given.
 
     Given scales must reproduce the weight bit for bit from its codes: those of another model are refused.
     """

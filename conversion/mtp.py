@@ -1,4 +1,4 @@
-"""``mtp``: the multi-token-prediction module by itself: dropped, extracted into a folder of its own, grafted onto a model.
+"""``mtp``: the multi-token-prediction module, dropped, extracted into a folder of its own, or grafted onto a model.
 
 A release stores it as the layers after the last one: ``model.layers.61`` in DeepSeek-V3.
 """

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.config import (
     FP8_METHOD,
@@ -48,12 +47,12 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
     """The config in a folder, or in a ``config.json`` given itself. Nothing else of the folder is read.
 
     Raises:
-        CheckpointError: no such file, or not JSON.
-        ValueError: a ``model_type`` of another family, or fields that are refused by name.
+        CheckpointError: a folder without one, or a file that is not JSON.
+        ValueError: no such path, a ``model_type`` of another family, or fields that are refused by name.
     """
     file = Path(path)
     if not file.exists():
-        raise CheckpointError(f"{file}: found no such file or folder, wanted a checkpoint folder or a {CONFIG_NAME}")
+        raise ValueError(f"{file}: found no such file or folder, wanted a checkpoint folder or a {CONFIG_NAME}")
     if file.is_dir():
         file /= CONFIG_NAME
     fields = read_json(file, "the config of a checkpoint")
