@@ -23,7 +23,13 @@ from pathlib import Path
 import torch
 from modeling_deepseek_moe.conversion._source import Source
 
-from modeling_deepseek_moe.checkpoint.atomic import flush_folder, remove_leftovers, temporary_path, write_file
+from modeling_deepseek_moe.checkpoint.atomic import (
+    copy_flushed,
+    flush_folder,
+    remove_leftovers,
+    temporary_path,
+    write_file,
+)
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, index_text
 from modeling_deepseek_moe.checkpoint.journal import Journal, read_journal
 from modeling_deepseek_moe.checkpoint.lock import locked_folder
@@ -218,7 +224,7 @@ def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] 
                     journal.file.unlink()
                 raise
         for file in job.copies:
-            shutil.copyfile(file, partial / file.name)
+            copy_flushed(file, partial / file.name)
         write_file(partial / "config.json", json.dumps(job.config, indent=2, ensure_ascii=False) + "\n")
         if job.with_index:
             write_file(partial / INDEX_NAME, index_text(job.shards))

@@ -5,13 +5,12 @@ before it, whoever finds the record (the next load or save) puts everything back
 config.json, which is renamed first, always belongs to the weights that are found with it.
 """
 
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from transformers.utils import logging
 
-from modeling_deepseek_moe.checkpoint.atomic import LEFTOVER, flush_folder, temporary_path, write_file
+from modeling_deepseek_moe.checkpoint.atomic import LEFTOVER, copy_flushed, flush_folder, temporary_path, write_file
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.journal import to_json
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
@@ -37,7 +36,7 @@ def move_in(folder: Path, texts: Mapping[str, Path], weights: Mapping[str, Path]
     aside = {name: temporary_path(folder / name, "old").name for name in (*replaced, *leaving)}
     try:
         for name in replaced:  # copied: a config.json that is away for a moment may be looked for just then
-            shutil.copyfile(folder / name, folder / aside[name])
+            copy_flushed(folder / name, folder / aside[name])
         write_file(folder / RECORD_NAME, to_json({"files": files, "aside": aside}))
         for name, path in texts.items():
             path.replace(folder / name)
