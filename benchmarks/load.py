@@ -19,6 +19,7 @@ are loaded three times, each in a fresh process. Nothing is dropped from the pag
 import argparse
 import json
 import math
+import struct
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def write_random_release(folder: Path, config, embedding: float = 0.02, max_shar
 
 
 def write_sparse_v3(folder: Path, *, scattered: bool) -> int:
-    """Real headers and no data: every shard is a sparse file of the right size. Returns the bytes of the weights."""
+    """Real headers, scales of 1 and no other data: sparse files of the right size. Returns the bytes of the weights."""
     config = dsm.DeepseekV3Config()
     plans = []
     for name, spec in release_tensors(config).items():
@@ -163,6 +164,10 @@ def write_sparse_v3(folder: Path, *, scattered: bool) -> int:
         with (folder / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.truncate(8 + len(text) + end)
+            for plan in shard:
+                if plan.name.endswith("_scale_inv"):
+                    stream.seek(8 + len(text) + header[plan.name]["data_offsets"][0])
+                    stream.write(struct.pack("<f", 1.0) * math.prod(plan.shape))
         weight_map |= dict.fromkeys(header, file)
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(plan.nbytes for plan in plans)

@@ -1,13 +1,12 @@
 """Writing what a conversion makes: shard by shard, resumable, and in sight only when it is complete.
 
-Everything goes to ``OUT.partial``: each shard under a temporary name, flushed and renamed, then noted in
-``OUT.journal``.
-The journal opens with a digest of the inputs and of everything to be written; a run that finds another one refuses.
-At the end the folder is renamed to ``OUT``. So ``OUT`` either is not there or is whole.
+Everything goes to ``OUT.partial``, which one run at a time holds: each shard under a temporary name, flushed and
+renamed, then noted in ``OUT.journal``. The journal opens with what decides all that is written; a run that finds
+another one refuses. At the end the folder is renamed to ``OUT``. So ``OUT`` either is not there or is whole.
 """
 
 import collections
-import errno
+import contextlib
 import hashlib
 import json
 import os
@@ -17,14 +16,26 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from modeling_deepseek_moe.conversion._source import Source
 
-from modeling_deepseek_moe.checkpoint.index import INDEX_NAME
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan, plan_shards, write_shard
+from modeling_deepseek_moe.checkpoint.atomic import (
+    copy_flushed,
+    flush_folder,
+    remove_leftovers,
+    temporary_path,
+    write_file,
+)
+from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, index_text
+from modeling_deepseek_moe.checkpoint.journal import Journal, read_journal
+from modeling_deepseek_moe.checkpoint.lock import locked_folder
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_shard
+
+PIECES = "shards"
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 # tensors that an estimate makes: at most so large, at so many places of the checkpoint, so many in a row
@@ -33,20 +44,14 @@ SAMPLE_BYTES, SAMPLE_SPOTS, SAMPLE_RUN = 256 << 20, 6, 8
 
 @dataclass
 class Job:
-    """Files to be written, and from what: shards by name, the new config, and files copied as they are."""
+    """Files to be written, and from what: shards by name, and the new config. Side files are the first source's."""
 
     name: str
     options: dict
     sources: list[Source]
     shards: dict[str, list[TensorPlan]]
-    config: dict | None = None
+    config: dict
     with_index: bool = True
-    copies: list[Path] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, name, options, sources, plans: list[TensorPlan], config, max_shard_size: int) -> "Job":
-        shards = plan_shards(plans, max_shard_size)
-        return cls(name, options, sources, shards, config, len(shards) > 1, side_files(sources[0].folder))
 
     @property
     def nbytes(self) -> int:
@@ -56,24 +61,34 @@ class Job:
     def read_bytes(self) -> int:
         return sum(source.reader.nbytes for source in self.sources)
 
-    def digest(self) -> str:
-        """Of all that decides what is written: inputs by path, size and time, options, and every header to be."""
-        parts = [self.name, self.options, self.config, self.with_index]
+    @cached_property
+    def copies(self) -> list[Path]:
+        """Tokenizer, chat template, generation config and the like: all but weights, the config and hidden files."""
+        return sorted(
+            path
+            for path in self.sources[0].folder.iterdir()
+            if path.is_file() and not path.name.startswith(".") and path.name != "config.json"
+            if not path.name.endswith(WEIGHTS)
+        )
+
+    def run(self) -> dict:
+        """All that decides what is written, for the journal: inputs by path, size and time, and every header to be."""
         files = [file for source in self.sources for file in source.reader.files] + self.copies
-        parts.append([(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-        for shard, plans in self.shards.items():
-            parts.append((shard, [(plan.name, str(plan.dtype), plan.shape) for plan in plans]))
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        inputs = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        outputs = [
+            (shard, [(plan.name, str(plan.dtype), plan.shape) for plan in plans])
+            for shard, plans in self.shards.items()
+        ]
+        return {
+            "conversion": self.name,
+            "options": self.options,
+            "inputs": _digest([inputs, self.config]),
+            "outputs": _digest([outputs, self.with_index]),
+        }
 
 
-def side_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config and the like: all but weights, the config and hidden files."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.name != "config.json"
-        if not path.name.endswith(WEIGHTS)
-    )
+def _digest(value: list) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def partial_folder(out: Path) -> Path:
@@ -81,7 +96,7 @@ def partial_folder(out: Path) -> Path:
 
 
 def journal_file(out: Path) -> Path:
-    """Beside the folder, so that the folder can take its final name with nothing in it to be tidied up."""
+    """Next to the folder, so that the folder can take its final name with nothing in it to be tidied up."""
     return out.with_name(out.name + ".journal")
 
 
@@ -89,29 +104,47 @@ def finished_shards(job: Job, out: Path) -> set[str]:
     """Shards that an interrupted run of this very job left complete.
 
     Raises:
-        FileExistsError: ``OUT`` is there, or ``OUT.partial`` belongs to another job.
+        FileExistsError: ``OUT`` is there, or ``OUT.partial`` is nobody's.
+        ValueError: ``OUT.partial`` belongs to another job.
     """
-    if out.exists():
-        raise FileExistsError(errno.EEXIST, "found it already there, wanted a new folder", str(out))
+    _refuse_existing(out)
     partial, journal = partial_folder(out), journal_file(out)
-    if not partial.exists():
+    if not partial.exists() or not any(partial.iterdir()):
         return set()
-    lines = journal.read_text().split("\n") if journal.is_file() else [""]
-    if lines[0] != job.digest():
-        raise FileExistsError(
-            errno.EEXIST, "found a run with other inputs or options, wanted this one's: remove it first", str(partial)
-        )
-    # The last piece is what a kill may have cut short: only lines that end count.
-    return {name for name in lines[1:-1] if (partial / name).is_file()}
+    if not journal.is_file():
+        raise FileExistsError(f"{partial}: found files without {journal.name}, wanted those of a run: remove it first")
+    written, _ = read_journal(journal, _as_journalled(job), PIECES, _way_out(partial))
+    sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+    return {name for name, size in written.items() if sizes.get(name) == size}
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out}: found it already there, wanted a new folder")
+
+
+def _as_journalled(job: Job) -> dict:
+    return json.loads(json.dumps(job.run()))
+
+
+def _way_out(partial: Path) -> str:
+    return f"these are other inputs or options; if no run is under way, remove {partial} to begin anew"
 
 
 def check_space(job: Job, out: Path, finished: set[str]) -> None:
+    """
+    Raises:
+        OSError: what is left to be written does not fit.
+    """
     wanted = sum(plan.nbytes for name, shard in job.shards.items() if name not in finished for plan in shard)
     wanted += sum(file.stat().st_size for file in job.copies)
-    parent = next(path for path in out.absolute().parents if path.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(_existing_parent(out)).free
     if free < wanted:
-        raise OSError(errno.ENOSPC, f"found {free} bytes free, wanted {wanted} to write the checkpoint", str(out))
+        raise OSError(f"{out}: found {free} bytes free, wanted {wanted} to write the checkpoint")
+
+
+def _existing_parent(out: Path) -> Path:
+    return next(path for path in out.absolute().parents if path.exists())
 
 
 class _Progress:
@@ -158,7 +191,7 @@ def _make(plan: TensorPlan) -> None:
 
 def _seconds_to_write(out: Path) -> float:
     """Per byte, with what it takes to reach the disk."""
-    parent = next(path for path in out.absolute().parents if path.exists())
+    parent = _existing_parent(out)
     data = os.urandom(1 << 20) * 64
     with tempfile.TemporaryFile(dir=parent) as stream:
         began = time.perf_counter()
@@ -169,14 +202,43 @@ def _seconds_to_write(out: Path) -> float:
 
 
 def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] = lambda nbytes: None) -> None:
-    """Write what is not yet written, then give the folder its name."""
-    finished = finished_shards(job, out)
-    check_space(job, out, finished)
-    partial, journal = partial_folder(out), journal_file(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Written anew, so that a line that a kill cut short does not run into the next one.
-    _write_text(journal, "".join(f"{line}\n" for line in (job.digest(), *sorted(finished))))
-    partial.mkdir(exist_ok=True)  # after the journal: one without the other is somebody else's
+    """Write what is not yet written, then give the folder its name.
+
+    Raises:
+        BlockingIOError: the same, or another conversion, writes there.
+        OSError, ValueError: as `finished_shards` and `check_space`.
+    """
+    _refuse_existing(out)
+    partial = partial_folder(out)
+    with locked_folder(partial):
+        finished = finished_shards(job, out)
+        check_space(job, out, finished)
+        remove_leftovers(partial)
+        if not any(partial.iterdir()):
+            journal_file(out).unlink(missing_ok=True)  # of a run that is gone
+        with contextlib.closing(Journal(journal_file(out), job.run(), PIECES, _way_out(partial))) as journal:
+            try:
+                _write_shards(job, partial, finished, journal, workers, report)
+            except BaseException:
+                if not any(partial.iterdir()):
+                    journal.file.unlink()
+                raise
+        for file in job.copies:
+            copy_flushed(file, partial / file.name)
+        write_file(partial / "config.json", json.dumps(job.config, indent=2, ensure_ascii=False) + "\n")
+        if job.with_index:
+            write_file(partial / INDEX_NAME, index_text(job.shards))
+        for source in job.sources:  # a file rewritten meanwhile would have gone in half old, half new
+            for file in source.reader.files:
+                source.reader.mapped.open(file).close()
+        partial.rename(out)
+        flush_folder(out.absolute().parent)
+        journal_file(out).unlink()
+
+
+def _write_shards(
+    job: Job, partial: Path, finished: set[str], journal: Journal, workers: int, report: Callable[[int], None]
+) -> None:
     bar, lock, stop = _Progress(report), threading.Lock(), threading.Event()
 
     def write(name: str) -> None:
@@ -185,15 +247,14 @@ def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] 
             return
         if stop.is_set():
             return
-        temporary = partial / f".{name}.tmp"
+        temporary = temporary_path(partial / name)
         try:
             write_shard(temporary, name, job.shards[name], bar)
+            nbytes = temporary.stat().st_size
             temporary.replace(partial / name)
-            _flush_folder(partial)
-            with lock, journal.open("a") as stream:
-                stream.write(name + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            flush_folder(partial)
+            with lock:
+                journal.add({name: nbytes})
         except BaseException:
             stop.set()
             temporary.unlink(missing_ok=True)
@@ -212,34 +273,3 @@ def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] 
             raise
         finally:
             torch.set_num_threads(threads)
-    for file in job.copies:
-        shutil.copyfile(file, partial / file.name)
-    if job.config is not None:
-        _write_text(partial / "config.json", json.dumps(job.config, indent=2, ensure_ascii=False) + "\n")
-    if job.with_index:
-        weight_map = {plan.name: file for file, shard in job.shards.items() for plan in shard}
-        index = {"metadata": {"total_size": job.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_text(partial / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    for source in job.sources:  # a file rewritten meanwhile would have gone in half old, half new
-        for file in source.reader.files:
-            source.reader.mapped.open(file).close()
-    partial.rename(out)
-    _flush_folder(out.absolute().parent)
-    journal.unlink()
-
-
-def _write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,6 @@
 Tensors are read, not mapped: pages of a mapping count as the process's own memory until the system takes them back.
 """
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,10 @@ from pathlib import Path
 import torch
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
+from modeling_deepseek_moe.checkpoint.ranges import read_range
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, first_unusable
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
@@ -32,16 +34,7 @@ class Source:
     @cached_property
     def config(self) -> dict:
         """``config.json`` as it stands, unknown fields included."""
-        file = self.folder / "config.json"
-        try:
-            config = json.loads(file.read_bytes())
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: found no such file, wanted the config of the checkpoint") from None
-        except ValueError as error:
-            raise CheckpointError(f"{file}: found text that is not JSON ({error}), wanted a JSON object") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{file}: found a {type(config).__name__}, wanted a JSON object")
-        return config
+        return read_json(self.folder / "config.json", "the config of the checkpoint")
 
     @cached_property
     def block(self) -> tuple[int, int]:
@@ -59,17 +52,9 @@ class Source:
             with self._lock:  # the guard against files that change keeps state
                 stream = self.reader.mapped.open(info.file)
             with stream:
-                stream.seek(info.start)
                 if hasattr(os, "posix_fadvise"):  # what comes next is on its way meanwhile
                     os.posix_fadvise(stream.fileno(), info.end, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-                done = 0
-                while done < info.nbytes:  # one read returns 2 GiB at most
-                    count = stream.readinto(memory[done:])
-                    if not count:
-                        raise CheckpointError(
-                            f"{info.file}: tensor {info.name}: found the file's end, wanted {info.end} bytes"
-                        )
-                    done += count
+                read_range(stream, info.start, memory, f"{info.file}: tensor {info.name}")
         return tensor
 
     def tiles(self, info: TensorInfo, step: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -102,13 +87,10 @@ class Source:
     def read_scale(self, info: TensorInfo) -> torch.Tensor:
         """The values of scales, all of them usable."""
         values = self.read(info)
-        bad = ~(torch.isfinite(values) & (values > 0))
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name}: found {values[tuple(where)].item()} at {where}, "
-                "wanted finite scales above zero"
-            )
+        found = first_unusable(values)
+        if found is not None:
+            value, where = found
+            raise CheckpointError(f"{info.file}: tensor {info.name}: found {value} at {where}, wanted {WANTED_SCALES}")
         return values
 
     def check_scales_have_weights(self) -> None:

@@ -62,9 +62,3 @@ def _error(x: torch.Tensor, y: torch.Tensor) -> str:
     return f"{differing:,} of {x.numel():,} values, max error {largest:.3g}, relative {relative:.3g}" + (
         f", NaN in one of them {nan:,} times" if nan else ""
     )
-
-
-if __name__ == "__main__":
-    from modeling_deepseek_moe.conversion._cli import main
-
-    main("diff")

@@ -1,6 +1,49 @@
-"""``python -m modeling_deepseek_moe.conversion.dtype IN OUT``: as ``deepseek-moe convert dtype``."""
+"""``dtype``: a checkpoint without FP8 in another floating-point dtype."""
 
-from modeling_deepseek_moe.conversion._cli import main
+from collections.abc import Iterator
+from functools import partial
 
-if __name__ == "__main__":
-    main("dtype")
+import torch
+from modeling_deepseek_moe.conversion._blocks import WIDE, wide_dtype, with_dtype
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
+from modeling_deepseek_moe.conversion._source import Source, as_is
+
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.weights import SCALE_SUFFIX
+
+
+def plan(source: Source, options: Options) -> Output:
+    """Floating-point tensors in ``--dtype``; the router's correction bias stays fp32. Overflow is an error."""
+    dtype = wide_dtype(options.dtype)
+
+    def produce(info: TensorInfo) -> Iterator[torch.Tensor]:
+        for _, tensor in source.tiles(info):
+            narrow = tensor.to(dtype)
+            if not torch.equal(torch.isfinite(narrow), torch.isfinite(tensor)):
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name}: found values beyond the range of {options.dtype}"
+                )
+            yield narrow
+
+    plans = []
+    for info in source.reader.values():
+        if info.dtype == block_fp8.FP8_DTYPE or info.name.endswith(SCALE_SUFFIX):
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name}: found part of an FP8 checkpoint, wanted fp8-to-bf16 for it"
+            )
+        if info.dtype in WIDE.values() and not info.name.endswith(".e_score_correction_bias"):
+            plans.append(TensorPlan(info.name, dtype, info.shape, partial(produce, info)))
+        else:
+            plans.append(as_is(source, info))
+    return Output(plans, with_dtype(source.config, options.dtype))
+
+
+CONVERSION = Conversion(
+    "dtype",
+    plan,
+    ("max_shard_size", "dtype"),
+    required={"dtype": "such as --dtype float32"},
+    no_inverse="a narrower dtype rounds; tensors of several dtypes become one",
+)

@@ -4,7 +4,6 @@ Adapters of stacked experts (``target_parameters``) hold the matrices of all exp
 trained whole (``modules_to_save``) take the place of the checkpoint's. In an FP8 checkpoint only the blocks that the adapter changes get new codes and a new scale; all others keep theirs.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks, block_rows
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
-from modeling_deepseek_moe.conversion.casts import WIDE, CodesAndScales, any_in_blocks, block_rows
 
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
@@ -62,11 +63,8 @@ class Adapter:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         file = self.folder / "adapter_config.json"
-        try:
-            self.config = json.loads(file.read_bytes())
-            kind = self.config.get("peft_type")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: found no usable adapter config ({error}), wanted PEFT's") from None
+        self.config = read_json(file, "the config of an adapter, as PEFT writes it")
+        kind = self.config.get("peft_type")
         if kind != "LORA":
             raise CheckpointError(f"{file}: found peft_type {kind!r}, wanted LORA")
         refused = [f"{option} ({name})" for option, name in REFUSED.items() if self.config.get(option)]
@@ -210,8 +208,9 @@ class Adapter:
         return value
 
 
-def merged(source: Source, adapter: Adapter) -> tuple[list[TensorPlan], dict]:
+def plan(source: Source, options: Options) -> Output:
     """The checkpoint with the adapter in it, dtypes and config as they were."""
+    adapter = Adapter(options.adapter)
     source.check_scales_have_weights()
     pairs, whole = adapter.pairs(source), adapter.whole(source)
     plans = []
@@ -231,7 +230,7 @@ def merged(source: Source, adapter: Adapter) -> tuple[list[TensorPlan], dict]:
             plans.append(TensorPlan(info.name, info.dtype, info.shape, partial(_merge, source, info, adapter, pair)))
         else:
             raise CheckpointError(f"{info.file}: tensor {info.name}: found {DTYPE_NAMES[info.dtype]}, wanted floats")
-    return plans, source.config
+    return Output(plans, source.config, also_read=(adapter.source,))
 
 
 def _name_in(base: Source, name: str) -> str | None:
@@ -273,7 +272,10 @@ def _merge_fp8(
         yield codes, scale
 
 
-if __name__ == "__main__":
-    from modeling_deepseek_moe.conversion._cli import main
-
-    main("merge-adapter")
+CONVERSION = Conversion(
+    "merge-adapter",
+    plan,
+    ("max_shard_size", "adapter"),
+    required={"adapter": "a folder with adapter_config.json"},
+    no_inverse="sums are rounded to the weights' dtype: what was added cannot be taken off to the bit",
+)

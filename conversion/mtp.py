@@ -1,17 +1,33 @@
-"""The multi-token-prediction module by itself: dropped, extracted into a folder of its own, grafted onto a model.
+"""``mtp``: the multi-token-prediction module, dropped, extracted into a folder of its own, or grafted onto a model.
 
 A release stores it as the layers after the last one: ``model.layers.61`` in DeepSeek-V3.
 """
 
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import LAYER_KEY, SCALE_SUFFIX, release_tensors
 
 ACTIONS = ("drop", "extract", "graft")
+
+
+def plan(source: Source, options: Options) -> Output:
+    """What ``--action`` says.
+
+    Raises:
+        ValueError: it is none of `ACTIONS`, or ``--mtp-from`` does not go with it.
+    """
+    action = options.action
+    if action not in ACTIONS:
+        raise ValueError(f"--action {action} is not known, wanted one of {', '.join(ACTIONS)}")
+    if (action == "graft") != (options.mtp_from is not None):
+        raise ValueError(f"--action {action} and --mtp-from {options.mtp_from}: graft wants it, others do not")
+    if action == "graft":
+        return graft(source, Source(options.mtp_from))
+    return drop(source) if action == "drop" else extract(source)
 
 
 def names(source: Source) -> dict[str, int]:
@@ -21,19 +37,19 @@ def names(source: Source) -> dict[str, int]:
     return {name: layer for name, layer in layers.items() if layer >= depth}
 
 
-def drop(source: Source) -> tuple[list[TensorPlan], dict]:
+def drop(source: Source) -> Output:
     """The model without it."""
     gone = _wanted(source)
     plans = [as_is(source, info) for name, info in source.reader.items() if name not in gone]
-    return plans, source.config | {"num_nextn_predict_layers": 0}
+    return Output(plans, source.config | {"num_nextn_predict_layers": 0})
 
 
-def extract(source: Source) -> tuple[list[TensorPlan], dict]:
+def extract(source: Source) -> Output:
     """It alone, with the config of the model that it belongs to."""
-    return [as_is(source, source.reader[name]) for name in _wanted(source)], source.config
+    return Output([as_is(source, source.reader[name]) for name in _wanted(source)], source.config)
 
 
-def graft(source: Source, module: Source) -> tuple[list[TensorPlan], dict]:
+def graft(source: Source, module: Source) -> Output:
     """The model with the module of another folder: an extracted one, or a whole release with the same dims."""
     present = next(iter(names(source)), None)
     if present is not None:
@@ -72,7 +88,9 @@ def graft(source: Source, module: Source) -> tuple[list[TensorPlan], dict]:
         plans.append(as_is(module, info, new))
     if wanted:
         raise CheckpointError(f"{module.folder}: found no tensor for {min(wanted)}, wanted the whole MTP module")
-    return plans, source.config | {"num_nextn_predict_layers": config.num_nextn_predict_layers}
+    return Output(
+        plans, source.config | {"num_nextn_predict_layers": config.num_nextn_predict_layers}, also_read=(module,)
+    )
 
 
 def _wanted(source: Source) -> dict[str, int]:
@@ -91,7 +109,10 @@ def _depth(source: Source) -> int:
     return depth
 
 
-if __name__ == "__main__":
-    from modeling_deepseek_moe.conversion._cli import main
-
-    main("mtp")
+CONVERSION = Conversion(
+    "mtp",
+    plan,
+    ("max_shard_size", "action", "mtp_from"),
+    required={"action": f"one of {', '.join(ACTIONS)}"},
+    inverse="mtp",  # graft puts back what drop took, from what extract kept
+)

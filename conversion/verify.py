@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
+from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
+from modeling_deepseek_moe.checkpoint.ranges import read_range
+from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, are_usable
 from modeling_deepseek_moe.inspection import Finding, inspect_checkpoint
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
@@ -92,9 +95,7 @@ def read_sums(file: Path) -> dict[str, str]:
 
 def write_sums(file: Path, sums: dict[str, str]) -> None:
     """A list that ``sha256sum -c``, run inside the folder, checks."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-    temporary.replace(file)
+    write_file(file, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -112,7 +113,7 @@ def _verify_file(file: Path, report: Callable[[int], None]) -> tuple[str, int, l
     except CheckpointError:
         infos = []  # the inspection has said so; its bytes are hashed all the same
     bad: dict[str, str] = {}
-    with file.open("rb") as stream:
+    with file.open("rb", buffering=0) as stream:
         for info, data in _pieces(stream, infos, os.fstat(stream.fileno()).st_size):
             digest.update(data)
             size += len(data)
@@ -126,19 +127,14 @@ def _verify_file(file: Path, report: Callable[[int], None]) -> tuple[str, int, l
 
 def _pieces(stream, infos: list[TensorInfo], size: int) -> Iterator[tuple[TensorInfo | None, memoryview]]:
     """All bytes in order, whole values of one tensor at a time; what belongs to none comes with ``None``."""
-    position = 0
-    buffer = bytearray(CHUNK)
+    position, buffer = 0, memoryview(bytearray(CHUNK))
     for info in (*infos, None):
         for owner, end in ((None, info.start if info else size), (info, info.end if info else size)):
             while position < end:
-                count = stream.readinto(memoryview(buffer)[: min(CHUNK, end - position)])
-                if not count:
-                    raise CheckpointError(f"{stream.name}: found the file's end at {position}, wanted {end} bytes")
-                if owner is not None and (short := count % owner.dtype.itemsize):
-                    stream.seek(-short, os.SEEK_CUR)
-                    count -= short
-                position += count
-                yield owner, memoryview(buffer)[:count]
+                data = buffer[: min(CHUNK, end - position)]  # of whole values: a chunk is, and a tensor is
+                read_range(stream, position, data, stream.name)
+                position += len(data)
+                yield owner, data
 
 
 def _problem(info: TensorInfo, data: memoryview) -> str | None:
@@ -153,12 +149,6 @@ def _problem(info: TensorInfo, data: memoryview) -> str | None:
     low, high = (value.item() for value in values.aminmax())  # a NaN makes both NaN
     if not (float("-inf") < low and high < float("inf")):
         return "NaN or Inf, wanted finite values"
-    if info.name.endswith(SCALE_SUFFIX) and low <= 0:
-        return f"a scale of {low}, wanted scales above zero"
+    if info.name.endswith(SCALE_SUFFIX) and not are_usable(values):
+        return f"a scale of {low}, wanted {WANTED_SCALES}"
     return None
-
-
-if __name__ == "__main__":
-    from modeling_deepseek_moe.conversion._cli import main
-
-    main("verify")

@@ -1,6 +1,8 @@
 """lm-eval's HFLM for this package: stop strings by row, explicit sampling, batches by memory, answers kept as they come."""
 
 import contextlib
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 
@@ -8,18 +10,24 @@ import psutil
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from modeling_deepseek_moe.eval.journal import Journal, request_key
 from modeling_deepseek_moe.eval.sampling import RowSampler
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 import modeling_deepseek_moe  # noqa: F401  registers the family
 from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe.checkpoint.journal import Journal
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.tokens import released_choice
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations
 MOST_ROWS = 64
+
+
+def request_key(kind: str, arguments: object, repeat: int) -> str:
+    """Names the ``repeat``-th request with these arguments, in any process."""
+    text = json.dumps([kind, arguments, repeat], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ stored beside them. ``evaluation.json`` holds what it takes to run the same agai
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from modeling_deepseek_moe.checkpoint.atomic import write_file
+from modeling_deepseek_moe.checkpoint.journal import to_json
+
 FORMAT = 1
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"
+JOURNAL_FILE = "journal.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,35 +115,14 @@ BENCHMARKS = {
 }
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """The whole file or, interrupted, what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def to_json(value: object) -> str:
-    """One line, as people read it; half a surrogate pair, which UTF-8 cannot hold, makes the line plain ASCII."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return text
-
-
 def write_evaluation(folder: Path, evaluation: Evaluation, samples: dict[str, Iterable[Question]]) -> None:
     """Write ``samples`` (by task), then the evaluation: a folder with an ``evaluation.json`` is complete."""
     (folder / EVALUATION_FILE).unlink(missing_ok=True)
     for task, questions in samples.items():
         lines = (to_json(asdict(question)) + "\n" for question in questions)
-        write_atomically(folder / SAMPLES_FOLDER / f"{task}.jsonl", "".join(lines))
+        write_file(folder / SAMPLES_FOLDER / f"{task}.jsonl", "".join(lines))
     text = json.dumps(asdict(evaluation), indent=1, ensure_ascii=False, default=str)
-    write_atomically(folder / EVALUATION_FILE, text + "\n")
+    write_file(folder / EVALUATION_FILE, text + "\n")
 
 
 def read_evaluation(folder: Path) -> Evaluation:

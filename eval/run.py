@@ -14,10 +14,11 @@ from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
 from modeling_deepseek_moe.eval.data import HUB, load_rows
 from modeling_deepseek_moe.eval.harness import generation_kwargs
 from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
-from modeling_deepseek_moe.eval.journal import JOURNAL_FILE, Journal
 from modeling_deepseek_moe.eval.model import DeepseekLM
 from modeling_deepseek_moe.eval.protocols import Protocol, protocol
-from modeling_deepseek_moe.eval.results import Evaluation, Output, Question, TaskRun, write_evaluation
+from modeling_deepseek_moe.eval.results import JOURNAL_FILE, Evaluation, Output, Question, TaskRun, write_evaluation
+
+from modeling_deepseek_moe.checkpoint.journal import Journal
 
 TASKS = Path(__file__).parent / "tasks"
 SEED = 1234

@@ -7,7 +7,6 @@ module (copies of embedding and head included): the published 671B and 37B, and,
 the Hub counts.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.config import (
     DeepseekMoeConfig,
     DeepseekV2Config,
@@ -46,20 +46,16 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
     """The config in a folder, or in a ``config.json`` given itself. Nothing else of the folder is read.
 
     Raises:
-        ValueError: no such file, not JSON, a ``model_type`` of another family, or fields that are refused by name.
+        CheckpointError: a folder without one, or a file that is not JSON.
+        ValueError: no such path, a ``model_type`` of another family, or fields that are refused by name.
     """
     file = Path(path)
     if not file.exists():
         raise ValueError(f"{file}: found no such file or folder, wanted a checkpoint folder or a {CONFIG_NAME}")
     if file.is_dir():
         file /= CONFIG_NAME
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: found no such file, wanted the config of a checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: found a file that is not JSON ({error})") from None
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = read_json(file, "the config of a checkpoint")
+    model_type = fields.get("model_type")
     if model_type not in CONFIGS:
         raise ValueError(f"{file}: found model_type={model_type!r}, wanted one of {', '.join(CONFIGS)}")
     try:

@@ -22,6 +22,9 @@ from modeling_deepseek_moe.compat import CACHE_NAME
 # The name under which this package registers its own loader of the formats' `quant_method`s with transformers, in memory
 # only: the quantizer that transformers uses for other models' "fp8" stays as it is. `METHOD_FIELD` is the release's own.
 QUANT_METHOD, METHOD_FIELD = "deepseek_moe", "release_quant_method"
+# Far beyond any model, and few enough to be listed tensor by tensor: counts of a damaged or hostile config are refused
+# before a list of that length is made.
+MAX_LAYERS, MAX_EXPERTS = 4096, 1 << 18
 SCORING_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -143,6 +146,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         for name in ("moe_layer_freq", "num_hidden_layers", "hidden_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        self._check_counts()
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
             raise ValueError(
                 f"qk_rope_head_dim={self.qk_rope_head_dim} must be even and at least 2: it turns in pairs"
@@ -174,6 +178,27 @@ class DeepseekMoeConfig(PreTrainedConfig):
                 raise ValueError(f"topk_group={self.topk_group} must be in [1, n_group={groups}]")
             if self.topk_method == "noaux_tc" and experts // groups < 2:
                 raise ValueError(f"noaux_tc scores a group by its two best experts; n_group={groups} leaves fewer")
+
+    def _check_counts(self) -> None:
+        """Bounds on what is listed one by one: layers, and the experts of all of them."""
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        experts = layers * (self.n_routed_experts or 0)
+        for name, value in (
+            ("num_nextn_predict_layers", self.num_nextn_predict_layers),
+            ("n_routed_experts", self.n_routed_experts or 0),
+            ("n_shared_experts", self.n_shared_experts or 0),
+        ):
+            if value < 0:
+                raise ValueError(f"{name}={value} must be at least 0")
+        if layers > MAX_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} and num_nextn_predict_layers="
+                f"{self.num_nextn_predict_layers} must be at most {MAX_LAYERS} together"
+            )
+        if experts > MAX_EXPERTS:
+            raise ValueError(
+                f"n_routed_experts={self.n_routed_experts} must be at most {MAX_EXPERTS // layers} in {layers} layers"
+            )
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer ``layer_idx`` (MTP layers count on from ``num_hidden_layers``) routes to experts."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_deepseek_moe import formats
-from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, WEIGHTS_NAME
+from modeling_deepseek_moe.checkpoint.index import has_weights
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.formats import split_scale
@@ -269,9 +269,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _open_folder(path, subfolder: str) -> CheckpointReader | None:
     folder = Path(path) / subfolder
-    if any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
-        return CheckpointReader.open(folder)
-    return None
+    return CheckpointReader.open(folder) if has_weights(folder) else None
 
 
 def _remember_bias_dtypes(model: PreTrainedModel, release: Release) -> None:

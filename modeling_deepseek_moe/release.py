@@ -9,7 +9,7 @@ import torch
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, MisfitError, TensorInfo
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.checkpoint.scales import Scales
+from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, Scales
 from modeling_deepseek_moe.config import own_format
 from modeling_deepseek_moe.formats import of_codes, split_scale
 from modeling_deepseek_moe.weights import (
@@ -176,7 +176,7 @@ class Release:
                 self.reader, scales, torch.float32 if self.weight_format is None else self.weight_format.scale_dtype
             )
             for info, value, index in self.scales.unusable():
-                yield Problem("scale", info.name, info, f"{value} at {index}", "finite, non-negative scales")
+                yield Problem("scale", info.name, info, f"{value} at {index}", WANTED_SCALES)
 
     def where(self, name: str) -> str:
         """The file that holds the tensor's neighbours, to look in for what is missing."""

@@ -1,9 +1,10 @@
 """How a text begins: with the BOS that the family was trained with, where the tokenizer's config asks for it."""
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_bos: bool | None = None) -> list[int]:
@@ -27,4 +28,4 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_bos: bool | N
 def released_choice(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     """``add_bos_token`` of the folder's tokenizer_config.json; ``None`` where that is silent, or there is no folder."""
     file = Path(tokenizer.name_or_path) / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") if file.is_file() else None
+    return read_json(file, "a tokenizer's config").get("add_bos_token") if file.is_file() else None

@@ -342,7 +342,8 @@ DEQUANTISED = pytest.mark.parametrize("dequantize", [False, True], ids=["residen
         pytest.param(lambda scale: scale.squeeze(), "shape []", "[1, 1]", id="scalar"),
         pytest.param(lambda scale: scale * torch.nan, "nan at [0, 0]", "finite", id="nan"),
         pytest.param(lambda scale: scale * torch.inf, "inf at [0, 0]", "finite", id="inf"),
-        pytest.param(lambda scale: -scale, "-0.0", "non-negative", id="negative"),
+        pytest.param(lambda scale: -scale, "-0.0", "above zero", id="negative"),
+        pytest.param(lambda scale: scale * 0, "0.0 at [0, 0]", "above zero", id="zero"),
         pytest.param(lambda scale: scale.bfloat16(), "dtype torch.bfloat16", "torch.float32", id="dtype"),
     ],
 )

@@ -136,15 +136,21 @@ def test_bf16_to_fp8_and_plain_transformers(tmp_path):
     assert torch.isfinite(resident).all()
 
 
-RUN = "from modeling_deepseek_moe.conversion._cli import main; main('fp8-to-bf16')"
-
-
 def test_killed_and_resumed(release, tmp_path):
     folder, _ = release
     ok("fp8-to-bf16", folder, tmp_path / "wanted", "--max-shard-size", "200kB")
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "wanted").iterdir()}
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    arguments = [sys.executable, "-c", RUN, folder, out, "--max-shard-size", "200kB"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "modeling_deepseek_moe.conversion",
+        "fp8-to-bf16",
+        folder,
+        out,
+        "--max-shard-size",
+        "200kB",
+    ]
     generator = random.Random(0)
     process = subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -155,7 +161,8 @@ def test_killed_and_resumed(release, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists()
     before = {path.name: path.stat().st_mtime_ns for path in partial.glob("model*")}
-    noted = set((tmp_path / "out.journal").read_text().split("\n")[1:-1])
+    lines = (tmp_path / "out.journal").read_text().split("\n")[1:-1]
+    noted = {json.loads(line)["key"] for line in lines}
     result = convert("fp8-to-bf16", folder, out, "--max-shard-size", "300kB")
     assert result.exit_code == 2 and "other inputs or options" in result.output
     ok("fp8-to-bf16", folder, out, "--max-shard-size", "200kB")

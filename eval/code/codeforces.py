@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from modeling_deepseek_moe.eval.code.problems import program
-from modeling_deepseek_moe.eval.results import write_atomically
+
+from modeling_deepseek_moe.checkpoint.atomic import write_file
 
 SPREAD = 400  # rating points for odds of ten to one, as everywhere in Elo's scale
 RANGE = (-1000, 6000)
@@ -29,7 +30,7 @@ def write_submissions(file: Path, texts: Iterable[tuple[str, str]]) -> tuple[int
         missing += source is None
         if source is not None:
             lines.append(json.dumps({"problem": problem, "language": "python3", "program": source}) + "\n")
-    write_atomically(Path(file), "".join(lines))
+    write_file(Path(file), "".join(lines))
     return len(lines), missing
 
 

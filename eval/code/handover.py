@@ -16,16 +16,17 @@ from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, judge
 from modeling_deepseek_moe.eval.data import SAMPLE
 from modeling_deepseek_moe.eval.harness import generation_kwargs
 from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
-from modeling_deepseek_moe.eval.journal import JOURNAL_FILE, Journal
 from modeling_deepseek_moe.eval.results import (
+    JOURNAL_FILE,
     Evaluation,
     Output,
     Question,
     TaskRun,
-    to_json,
-    write_atomically,
     write_evaluation,
 )
+
+from modeling_deepseek_moe.checkpoint.atomic import write_file
+from modeling_deepseek_moe.checkpoint.journal import Journal, to_json
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"
 ASSUMED = {"status": "assumed", "source": "no wording is documented"}
@@ -99,8 +100,8 @@ def ask(
     }
     asked = {"kind": kind, "model": facts, "settings": settings, "seconds": round(time.perf_counter() - start, 1)}
     lines = (to_json({"id": name, **answer}) + "\n" for name, answer in answers.items())
-    write_atomically(out / ANSWERS, "".join(lines))
-    write_atomically(out / ASKED, json.dumps(asked, indent=1) + "\n")
+    write_file(out / ANSWERS, "".join(lines))
+    write_file(out / ASKED, json.dumps(asked, indent=1) + "\n")
     return answers
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modeling_deepseek_moe.eval.code.problems import blocks
-from modeling_deepseek_moe.eval.results import write_atomically
+
+from modeling_deepseek_moe.checkpoint.atomic import write_file
 
 VERIFIED = "SWE-bench/SWE-bench_Verified"
 FIELDS = ("instance_id", "model_name_or_path", "model_patch")  # of a prediction, swebench.harness.constants
@@ -57,7 +58,7 @@ def write_predictions(file: Path, model: str, texts: Iterable[tuple[str, str]]) 
         diff = patch(text)
         empty += diff is None
         lines.append(json.dumps(dict(zip(FIELDS, (instance, model, diff or ""), strict=True))) + "\n")
-    write_atomically(Path(file), "".join(lines))
+    write_file(Path(file), "".join(lines))
     return len(lines), empty
 
 

@@ -13,10 +13,10 @@ from modeling_deepseek_moe.eval.published import published
 from modeling_deepseek_moe.eval.report import chart, explorer, svg, tables
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import SEED, Pair, Run, gather, pairs
-from modeling_deepseek_moe.eval.results import write_atomically
 from modeling_deepseek_moe.eval.statistics import LEVEL, RESAMPLES
 
 from modeling_deepseek_moe import __version__
+from modeling_deepseek_moe.checkpoint.atomic import write_file
 
 FOLDER = Path(__file__).parent
 PAGE, CHART, NUMBERS = "report.html", "chart.png", "report.json"
@@ -35,9 +35,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     image = chart.draw(drawn)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / CHART, image)
-    write_atomically(out / NUMBERS, json.dumps(numbers(runs, compared), indent=1, default=str) + "\n")
-    write_atomically(out / PAGE, page(runs, compared, svg.draw(drawn)))
+    write_file(out / CHART, image)
+    write_file(out / NUMBERS, json.dumps(numbers(runs, compared), indent=1, default=str) + "\n")
+    write_file(out / PAGE, page(runs, compared, svg.draw(drawn)))
     return out / PAGE
 
 

@@ -1,1 +1,5 @@
-"""Checkpoint folders of safetensors shards: headers, mapped bytes, index files, reading and writing."""
+"""Checkpoint folders: whatever reads or writes their files does it through here.
+
+Reading: `headers`, `ranges`, `jsonfile`, `mapped`, `index`, `reader`, `scales`. Writing: `atomic`, `lock`, `journal`, `transaction`,
+`writer`.
+"""

@@ -6,6 +6,8 @@ kept to a dictionary look-up and a comparison; everything that tensors share is 
 
 import json
 import math
+import os
+import stat
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +70,18 @@ class _Kind(NamedTuple):
     nbytes: int
 
 
+def check_is_regular(file: Path, status: os.stat_result) -> None:
+    """Refuse what blocks or never ends when it is read.
+
+    Raises:
+        CheckpointError: a folder, a pipe, a device.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"))
+        found = next((kind for is_kind, kind in kinds if is_kind(status.st_mode)), "something special")
+        raise CheckpointError(f"{file}: found {found}, wanted a regular file")
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, from its header alone.
 
@@ -75,7 +89,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CheckpointError: the file is absent, truncated, or its header contradicts itself.
     """
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        check_is_regular(file, status)
+        size = status.st_size
         with file.open("rb") as stream:
             head = stream.read(8)
             header_bytes = int.from_bytes(head, "little")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, check_is_regular
 
 # asm-generic's value, which x86, Arm and RISC-V share; the mmap module has no name for it before Python 3.13
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -101,9 +101,11 @@ class MappedFiles:
     def expect(self, file: Path) -> None:
         """From now on a file must stay as it is: `view` and `open` refuse another one."""
         try:
-            self._wanted[file] = _Identity.of(file.stat())
+            status = file.stat()
         except FileNotFoundError:
             raise _gone(file) from None
+        check_is_regular(file, status)
+        self._wanted[file] = _Identity.of(status)
 
     def open(self, file: Path) -> io.FileIO:
         """A file to be read past its mapping, unbuffered: the same bytes as are mapped, or will be.

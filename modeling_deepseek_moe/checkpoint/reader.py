@@ -11,6 +11,7 @@ import torch
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, resolve_shards
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
+from modeling_deepseek_moe.checkpoint.ranges import read_range
 
 MAX_PIECES = 1024  # that one preadv fills: IOV_MAX, the same on Linux and macOS
 
@@ -117,6 +118,4 @@ def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorI
         return
     # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
     for info in run:
-        stream.seek(info.start)
-        if stream.readinto(place(info)) != info.nbytes:
-            raise CheckpointError(f"{info.file}: tensor {info.name}: found the file's end, wanted {info.end} bytes")
+        read_range(stream, info.start, place(info), f"{info.file}: tensor {info.name}")

@@ -9,6 +9,26 @@ from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 
 EXPERTS = ".experts."
+# The one rule of every door. A block that needs no scale has 1; 0 turns all its weights to nothing, and is what a file
+# that was filled up with zeros looks like.
+WANTED_SCALES = "finite scales above zero"
+
+
+def first_unusable(values: torch.Tensor) -> tuple[float, list[int]] | None:
+    """Value and indices of the first scale that is not finite or not above zero."""
+    if are_usable(values):
+        return None
+    values = values.float()
+    index = (~(torch.isfinite(values) & (values > 0))).nonzero()[0].tolist()
+    return values[tuple(index)].item(), index
+
+
+def are_usable(values: torch.Tensor) -> bool:
+    """Whether all scales are finite and above zero."""
+    if not values.numel():
+        return True
+    low, high = values.float().aminmax()  # a NaN makes both NaN, which compares false
+    return bool(low > 0) and bool(high < math.inf)
 
 
 class Scales:
@@ -47,23 +67,15 @@ class Scales:
         return self._groups[_group(self._infos[name].name)]
 
     def unusable(self) -> Iterator[tuple[TensorInfo, float, list[int]]]:
-        """Header entry, value and indices of the first NaN, Inf or negative value of each tensor that has one."""
-        bad_groups = {group for group, values in self._groups.items() if not _are_usable(values)}
+        """Header entry, value and indices of the first unusable scale of each tensor that has one."""
+        bad_groups = {group for group, values in self._groups.items() if not are_usable(values)}
         for name, info in self._infos.items() if bad_groups else ():
             if _group(info.name) in bad_groups:
-                values = self[name]
-                bad = (~torch.isfinite(values) | (values < 0)).nonzero()
-                if len(bad):
-                    yield info, values[tuple(bad[0])].item(), bad[0].tolist()
+                found = first_unusable(self[name])
+                if found is not None:
+                    yield info, *found
 
 
 def _group(name: str) -> str:
     head, mark, _ = name.partition(EXPERTS)
     return head + mark if mark else name
-
-
-def _are_usable(values: torch.Tensor) -> bool:
-    if not values.numel():
-        return True
-    low, high = values.aminmax()  # a NaN makes both NaN, which compares false
-    return bool(low >= 0) and bool(high < math.inf)

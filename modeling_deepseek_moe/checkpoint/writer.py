@@ -1,6 +1,5 @@
 """Writing checkpoint folders: tensors streamed to the disk one at a time, everything renamed at the end or nothing."""
 
-import contextlib
 import errno
 import json
 import math
@@ -11,13 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from tqdm.auto import tqdm
 
+from modeling_deepseek_moe.checkpoint.atomic import flushed, remove_leftovers, temporary_path
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, WEIGHTS_NAME, index_text, is_weights
+from modeling_deepseek_moe.checkpoint.lock import locked_folder
+from modeling_deepseek_moe.checkpoint.transaction import RECORD_NAME, finish, move_in
 
 FLUSH_BYTES = 64 << 20  # written before the disk is asked to begin with them
 
@@ -79,9 +80,9 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder: shards, index and small text files, all or nothing.
 
-    Everything goes to temporary names beside the final ones, is flushed to the disk, and is renamed at the end; a
-    failure removes the temporary files and leaves what the folder held before. One tensor is in flight at a time.
-    Weights of an earlier save are removed.
+    Everything goes to temporary names next to the final ones, is flushed to the disk, and is renamed at the end; a
+    failure removes the temporary files and leaves what the folder held before, and what a kill leaves, the next load or
+    save puts right (see `transaction`). One tensor is in flight at a time. Weights of an earlier save are removed.
 
     Args:
         plans: the tensors in the order in which they fill the shards.
@@ -89,51 +90,42 @@ def write_checkpoint(
         texts: other files of the folder by name, e.g. ``config.json``.
 
     Raises:
+        BlockingIOError: another save into this folder is under way.
         OSError: the disk is full (checked first, and again by every write); the message names the file.
         CheckpointError: a tensor comes in another dtype or shape than planned.
         ValueError: a tensor cannot be made, as the codes of one that is not finite.
     """
     folder = Path(folder)
     shards = plan_shards(plans, parse_size(max_shard_size))
-    texts = dict(texts or {})
     total = sum(plan.nbytes for shard in shards.values() for plan in shard)
-    if len(shards) > 1:
-        texts[INDEX_NAME] = index_text(shards)
-
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (*shards, *texts)}
-    try:
-        free = shutil.disk_usage(folder).free
-        if free < total:
-            raise OSError(errno.ENOSPC, f"{folder}: found {free} bytes free, wanted {total} to write the checkpoint")
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not show_progress) as bar:
-            for name, shard in shards.items():
-                write_shard(temporary[name], name, shard, bar)
-        for name, text in texts.items():
-            data = text.encode()
-            with _flushed(temporary[name], name, len(data)) as stream:
-                stream.write(data)
-        _move_in(folder, temporary)
-    except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        if created:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def _flushed(path: Path, name: str, size: int) -> Iterator[BinaryIO]:
-    """A file that is on the disk once it is closed. Errors call it ``name``, its final name."""
-    try:
-        with path.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise OSError(error.errno, f"{path.parent / name}: {error.strerror} while writing {size} bytes") from error
+    # config.json first: see `transaction`
+    plain = dict(sorted((texts or {}).items(), key=lambda text: text[0] != "config.json"))
+    index = {INDEX_NAME: index_text(shards)} if len(shards) > 1 else {}
+    names = (*plain, *shards, *index)
+    with locked_folder(folder):
+        finish(folder)
+        remove_leftovers(folder, lambda name: name in (*names, RECORD_NAME) or is_weights(name))
+        leaving = [path.name for path in folder.iterdir() if is_weights(path.name) and not path.is_dir()]
+        temporary = {name: temporary_path(folder / name) for name in names}
+        try:
+            free = shutil.disk_usage(folder).free
+            if free < total:
+                raise OSError(
+                    errno.ENOSPC, f"{folder}: found {free} bytes free, wanted {total} to write the checkpoint"
+                )
+            with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not show_progress) as bar:
+                for name, shard in shards.items():
+                    write_shard(temporary[name], name, shard, bar)
+            for name, text in (plain | index).items():
+                data = text.encode()
+                with flushed(temporary[name], name, len(data)) as stream:
+                    stream.write(data)
+            weights = {name: temporary[name] for name in (*shards, *index)}
+            move_in(folder, {name: temporary[name] for name in plain}, weights, leaving)
+        except BaseException:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+            raise
 
 
 def write_shard(path: Path, name: str, plans: list[TensorPlan], bar: tqdm) -> None:
@@ -149,7 +141,7 @@ def write_shard(path: Path, name: str, plans: list[TensorPlan], bar: tqdm) -> No
         offset += plan.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _flushed(path, name, 8 + len(text) + offset) as stream:
+    with flushed(path, name, 8 + len(text) + offset) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         flusher = _Flusher(stream.fileno())
         try:
@@ -201,27 +193,3 @@ class _Flusher:
     def close(self) -> None:
         self._thread.shutdown()
         self.check()
-
-
-def _move_in(folder: Path, temporary: Mapping[str, Path]) -> None:
-    """Give new files their names, in place of an earlier save's; an error puts those back.
-
-    The old files leave first: shards of two saves never lie together under their final names.
-    """
-    replaced = [path for path in folder.iterdir() if path.name in temporary or is_weights(path)]
-    aside = {path: folder / f".{path.name}.{os.getpid()}.old" for path in replaced if not path.is_dir()}
-    try:
-        for path, old in aside.items():
-            path.replace(old)
-        for name, path in temporary.items():
-            path.replace(folder / name)
-    except BaseException:
-        for name, path in temporary.items():
-            if not path.exists():
-                (folder / name).unlink(missing_ok=True)
-        for path, old in aside.items():
-            if old.exists():
-                old.replace(path)
-        raise
-    for old in aside.values():
-        old.unlink()

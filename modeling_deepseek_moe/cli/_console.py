@@ -43,13 +43,20 @@ def guarded(command: Callable) -> Callable:
         except Exception as error:
             if DEBUG.get():
                 raise
-            message = " ".join(str(error).split())
+            message = " ".join(_sentence(error).split())
             if not isinstance(error, EXPECTED):
                 message = f"{type(error).__name__}: {message} (deepseek-moe --debug ... shows the traceback)"
             stderr().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; the number that the system has for it says nothing to a reader."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def help_text(command: Callable) -> str:
@@ -60,6 +67,11 @@ def help_text(command: Callable) -> str:
 
 def print_json(fields: dict) -> None:
     typer.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 file``, ``1,234 files``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def rate(per_second: float) -> str:

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
+from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.cli._console import count, size, stderr, stdout
 from modeling_deepseek_moe.cli._demo_measure import decode_speeds, fastest_threads, perplexity, resident_bytes
 from modeling_deepseek_moe.cli._demo_train import Budget, make_demo_trainer, sharing
@@ -68,7 +69,7 @@ def run(out: Path, *, steps: int, seconds: float, seed: int, threads: int | None
     figures |= time_decoding({name: models[name] for name in (PLAIN, BF16, FP8)}, stream, console)
     show_sample(models[FP8], tokenizer, [kind[0] for kind in asked.values()], console)
     figures["seconds"] = time.monotonic() - start
-    (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_file(out / "demo.json", json.dumps(figures, indent=2) + "\n")
     console.print(
         f"\nDone in {figures['seconds']:.0f} s. Talk to it: [cyan]deepseek-moe chat --model {out / 'fp8'}[/]"
     )

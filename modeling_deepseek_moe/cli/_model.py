@@ -1,7 +1,6 @@
 """What ``generate`` and ``chat`` share: options, loading, streaming, and the figures of a run."""
 
 import copy
-import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deepseek_moe.anatomy import read_config
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import rate, size, stderr
 
@@ -184,7 +184,7 @@ def tokenizer_is_code(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file() or not config.is_file():
         return False
-    return "AutoTokenizer" in (json.loads(config.read_text(encoding="utf-8")).get("auto_map") or {})
+    return "AutoTokenizer" in (read_json(config, "a tokenizer's config").get("auto_map") or {})
 
 
 def _check_folder(folder: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from modeling_deepseek_moe.checkpoint.atomic import write_file
+
 LOADS_FILE = "expert_load.jsonl"
 STATE_FILE = "trainer_state.json"
 LOSSES = ("loss", "lm_loss", "mtp_loss", "balance_loss", "eval_loss")
@@ -37,7 +39,7 @@ def draw(folder: Path, out: Path) -> tuple[Path, dict]:
     for entry in history:
         last |= entry
     page = out / "report.html"
-    page.write_text(_page(folder, last, {name: out / f"{name}.png" for name in figures}), encoding="utf-8")
+    write_file(page, _page(folder, last, {name: out / f"{name}.png" for name in figures}))
     return page, last
 
 

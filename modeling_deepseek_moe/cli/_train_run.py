@@ -82,6 +82,8 @@ def read_options(recipe: Path | None, arguments: list[str]) -> tuple[RunOptions,
     parser = HfArgumentParser((RunOptions, TrainingArguments), exit_on_error=False)
     known = {action.dest for action in parser._actions}
     if recipe is not None:
+        if not recipe.is_file():
+            raise ValueError(f"{recipe}: found no such file, wanted a YAML file of options")
         fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise ValueError(f"{recipe}: found {type(fields).__name__}, wanted options by name")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_deepseek_moe.anatomy import Anatomy, dissect, read_config
 from modeling_deepseek_moe.cli import _model
-from modeling_deepseek_moe.cli._console import count, print_json, rate, size, stderr, stdout
+from modeling_deepseek_moe.cli._console import count, plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.machine import measure_read_bandwidth
 from modeling_deepseek_moe.planning import MEMORY_EFFICIENCY
 
@@ -173,7 +173,7 @@ def _show(fields: dict, console: Console) -> None:
         f"{count(fields['parameters'])} parameters, {count(fields['active_parameters'])} active a token; loaded in "
         f"{fields['load_seconds']:.1f} s; {size(fields['resident_bytes'])} resident"
     )
-    console.print(f"memory gives {size(fields['bandwidth'])}/s to {fields['threads']} threads")
+    console.print(f"memory gives {size(fields['bandwidth'])}/s to {plural(fields['threads'], 'thread')}")
     console.print()
     table = Table(box=None, header_style="dim", pad_edge=False)
     for header in ("", "tokens/s", "best", "plan", "read a token", "of bandwidth"):

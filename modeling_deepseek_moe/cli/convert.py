@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from modeling_deepseek_moe.cli._console import duration, size, stderr, stdout
+from modeling_deepseek_moe.cli._console import duration, plural, size, stderr, stdout
+
+if TYPE_CHECKING:
+    from modeling_deepseek_moe.conversion._job import Job
 
 
 def convert(
@@ -69,11 +72,12 @@ def convert(
       [cyan]deepseek-moe convert merge-adapter DeepSeek-V3 merged --adapter my-lora[/]
       [cyan]deepseek-moe convert verify DeepSeek-V3 --sha256 SHA256SUMS[/]
     """
-    from modeling_deepseek_moe.conversion import _job, _recipes
+    from modeling_deepseek_moe.conversion import _job, _table
+    from modeling_deepseek_moe.conversion._conversion import Options
 
-    options = _recipes.Options(max_shard_size, dtype, scales_from, world_size, adapter, action, mtp_from)
-    _recipes.check_options(name, options)
-    if dry_run and name in _recipes.READERS:
+    options = Options(max_shard_size, dtype, scales_from, world_size, adapter, action, mtp_from)
+    _table.check_options(name, options)
+    if dry_run and name in _table.READERS:
         raise ValueError(f"{name} writes no checkpoint: it has no use for --dry-run")
     if name == "verify":
         if out is not None:
@@ -87,24 +91,35 @@ def convert(
     if name == "diff":
         _diff(source, out)
         return
-    job = _recipes.make_job(name, source, options)
-    finished = _job.finished_shards(job, out)
+    job = _table.make_job(name, source, options)
     if dry_run:
-        left = sum(plan.nbytes for shard, plans in job.shards.items() if shard not in finished for plan in plans)
-        stdout().print(f"reads   {size(job.read_bytes)} in {sum(len(s.reader.files) for s in job.sources):,} files")
-        stdout().print(f"writes  {size(job.nbytes)} in {len(job.shards):,} files to {out}", soft_wrap=True)
-        stdout().print(f"left    {size(left)}; {len(finished):,} files are finished")
-        seconds = _job.estimate(job, out, finished, workers)
-        stdout().print(f"takes   about {duration(seconds)} with --workers {workers}, going by a few tensors tried now")
-        try:
-            _job.check_space(job, out, finished)
-        except OSError as error:
-            stdout().print(f"space   {error.strerror}", soft_wrap=True)
-            raise typer.Exit(1) from None
+        _foretell(job, out, workers)
         return
     with _progress(name, job.nbytes) as advance:
         _job.run(job, out, workers=workers, report=advance)
-    stdout().print(f"{out}: {size(job.nbytes)} in {len(job.shards):,} files", soft_wrap=True)
+    stdout().print(f"{out}: {size(job.nbytes)} in {_files(len(job.shards))}", soft_wrap=True)
+
+
+def _foretell(job: "Job", out: Path, workers: int) -> None:
+    """What a run would read and write, how long it may take and whether it fits; exit code 1 if it does not."""
+    from modeling_deepseek_moe.conversion import _job
+
+    finished = _job.finished_shards(job, out)
+    left = sum(plan.nbytes for shard, plans in job.shards.items() if shard not in finished for plan in plans)
+    stdout().print(f"reads   {size(job.read_bytes)} in {_files(sum(len(s.reader.files) for s in job.sources))}")
+    stdout().print(f"writes  {size(job.nbytes)} in {_files(len(job.shards))} to {out}", soft_wrap=True)
+    stdout().print(f"left    {size(left)}; {_files(len(finished))} finished")
+    seconds = _job.estimate(job, out, finished, workers)
+    stdout().print(f"takes   about {duration(seconds)} with --workers {workers}, going by a few tensors tried now")
+    try:
+        _job.check_space(job, out, finished)
+    except OSError as error:
+        stdout().print(f"space   {error}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _files(number: int) -> str:
+    return plural(number, "file")
 
 
 @contextlib.contextmanager
@@ -128,9 +143,10 @@ def _verify(folder: Path, sums: Path | None, check: Path | None, workers: int) -
         stdout().print(text, soft_wrap=True, markup=False)
     if sums:
         verify.write_sums(sums, result.sums)
-    read = f"{len(result.sums):,} files, {size(result.nbytes)}"
+    read = f"{_files(len(result.sums))}, {size(result.nbytes)}"
     if not result.is_sound:
-        stdout().print(f"not sound: {sum(finding.fatal for finding in result.findings):,} findings in {read}")
+        fatal = sum(finding.fatal for finding in result.findings)
+        stdout().print(f"not sound: {plural(fatal, 'finding')} in {read}")
         raise typer.Exit(1)
     stdout().print(f"sound: {read}" + (f", {len(wanted):,} sha256 as wanted" if wanted else ""))
 
@@ -146,6 +162,6 @@ def _diff(a: Path, b: Path) -> None:
         text = f"{difference.name}: {difference.kind} {difference.detail}"
         stdout().print(text.rstrip(), soft_wrap=True, markup=False)
     if found:
-        stdout().print(f"{found:,} tensors differ")
+        stdout().print(f"{plural(found, 'tensor')} {'differs' if found == 1 else 'differ'}")
         raise typer.Exit(1)
     stdout().print(f"identical: {len(one.reader):,} tensors, {size(one.reader.nbytes)}")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from modeling_deepseek_moe.anatomy import Anatomy, describe, dissect, read_config
 from modeling_deepseek_moe.checkpoint.writer import parse_size
-from modeling_deepseek_moe.cli._console import print_json, rate, size, stderr, stdout
+from modeling_deepseek_moe.cli._console import plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
 from modeling_deepseek_moe.machine import Bandwidth, measure_disk, probe_machine
 from modeling_deepseek_moe.planning import (
@@ -95,7 +95,7 @@ def _show(made: Plan, anatomy: Anatomy, disk: str, console: Console) -> None:
     cache = f"{made.cache_bytes_per_token:,} bytes a token, {size(made.cache_bytes)} at {made.context:,} tokens"
     grid.add_row("cache", cache)
     grid.add_row("memory", f"{size(machine.ram_available)} available of {size(machine.ram_bytes)}")
-    grid.add_row("bandwidth", f"{_speed(machine.bandwidth)}, {machine.threads} threads")
+    grid.add_row("bandwidth", f"{_speed(machine.bandwidth)}, {plural(machine.threads, 'thread')}")
     for gpu in machine.gpus:
         grid.add_row("gpu", f"{gpu.name}, {size(gpu.free_bytes)} free of {size(gpu.memory_bytes)}")
     if machine.gpu_bandwidth:

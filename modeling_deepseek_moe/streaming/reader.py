@@ -2,6 +2,8 @@
 
 A page fault reads little at a time, and a buffered read copies every byte; a direct read of megabytes does neither,
 and leaves the page cache to those who need it. Where the file system allows none, a buffered read drops its pages.
+That is why this is not `read_range`: it reads whole pages to aligned places, from several threads at once through one
+descriptor, and stops where a direct read does, at the file's end only.
 """
 
 import errno

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.utils import logging
 
+from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.moe.balance import load_entropy, max_violation
 from modeling_deepseek_moe.training.attach import attach_state, detach_state, routers, step_loads
 
@@ -176,4 +177,4 @@ def _forget_after(file: Path, step: int) -> None:
     if not file.exists():
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-    file.write_text("".join(line + "\n" for line in (lines if step else [])), encoding="utf-8")
+    write_file(file, "".join(line + "\n" for line in (lines if step else [])))

@@ -1,0 +1,71 @@
+"""What conversions from and to FP8 share: weights in blocks with a scale each, made in one go, and the new config."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from modeling_deepseek_moe.checkpoint.headers import TensorInfo
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.saving import fp8_quantization_config
+from modeling_deepseek_moe.weights import SCALE_SUFFIX
+
+WIDE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def wide_dtype(name: str) -> torch.dtype:
+    """The dtype that ``--dtype`` names.
+
+    Raises:
+        ValueError: it is none of `WIDE`.
+    """
+    if name not in WIDE:
+        raise ValueError(f"--dtype {name} is not known, wanted one of {', '.join(WIDE)}")
+    return WIDE[name]
+
+
+def with_dtype(config: dict, dtype: str, *, fp8: bool = False) -> dict:
+    """The config with ``torch_dtype`` and ``quantization_config`` of what is written, all else as it was."""
+    config = {key: value for key, value in config.items() if key not in ("quantization_config", "dtype")}
+    config["torch_dtype"] = dtype
+    return config | ({"quantization_config": fp8_quantization_config()} if fp8 else {})
+
+
+class CodesAndScales:
+    """An FP8 weight and its scales, made in one go though they are written one after the other.
+
+    ``make`` yields both for a range of rows at a time. The scales wait while codes are written; they are made again
+    if their turn comes in another run.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]):
+        self._make, self._waiting = make, []
+
+    def _codes(self) -> Iterator[torch.Tensor]:
+        made = []
+        for codes, scales in self._make():
+            made.append(scales)
+            yield codes
+        self._waiting.append(torch.cat(made))
+
+    def _scales(self) -> torch.Tensor:
+        return self._waiting.pop() if self._waiting else torch.cat([scales for _, scales in self._make()])
+
+    def plans(self, info: TensorInfo, block: tuple[int, int] = block_fp8.BLOCK) -> list[TensorPlan]:
+        shape = block_fp8.scale_shape(info.shape, block)
+        return [
+            TensorPlan(info.name, block_fp8.FP8_DTYPE, info.shape, self._codes),
+            TensorPlan(info.name + SCALE_SUFFIX, torch.float32, shape, self._scales),
+        ]
+
+
+def block_rows(rows: slice, block: tuple[int, int]) -> slice:
+    """The rows of scales that belong to a range of rows of a weight."""
+    return slice(rows.start // block[0], -(-rows.stop // block[0]))
+
+
+def any_in_blocks(mask: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """``[N, K]`` → ``[⌈N/bN⌉, ⌈K/bK⌉]``: whether any element of a block is set."""
+    n, k = mask.shape
+    padded = torch.nn.functional.pad(mask, (0, -k % block[1], 0, -n % block[0]))
+    return padded.unflatten(1, (-1, block[1])).any(2).unflatten(0, (-1, block[0])).any(1)
