@@ -1,14 +1,11 @@
-"""What conversions from and to FP8 share: weights in blocks with a scale each, made in one go, and the new config."""
+"""What conversions from and to quantised formats share: weights in blocks with a scale each, made in one go, and the new config."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.saving import fp8_quantization_config
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
+from modeling_deepseek_moe.formats import WeightFormat
 
 WIDE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -24,15 +21,15 @@ def wide_dtype(name: str) -> torch.dtype:
     return WIDE[name]
 
 
-def with_dtype(config: dict, dtype: str, *, fp8: bool = False) -> dict:
+def with_dtype(config: dict, dtype: str, quantization: dict | None = None) -> dict:
     """The config with ``torch_dtype`` and ``quantization_config`` of what is written, all else as it was."""
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "dtype")}
     config["torch_dtype"] = dtype
-    return config | ({"quantization_config": fp8_quantization_config()} if fp8 else {})
+    return config if quantization is None else config | {"quantization_config": quantization}
 
 
 class CodesAndScales:
-    """An FP8 weight and its scales, made in one go though they are written one after the other.
+    """Codes of a weight and its scales, made in one go though they are written one after the other.
 
     ``make`` yields both for a range of rows at a time. The scales wait while codes are written; they are made again
     if their turn comes in another run.
@@ -51,17 +48,12 @@ class CodesAndScales:
     def _scales(self) -> torch.Tensor:
         return self._waiting.pop() if self._waiting else torch.cat([scales for _, scales in self._make()])
 
-    def plans(self, info: TensorInfo, block: tuple[int, int] = block_fp8.BLOCK) -> list[TensorPlan]:
-        shape = block_fp8.scale_shape(info.shape, block)
+    def plans(self, name: str, shape: tuple[int, ...], form: WeightFormat) -> list[TensorPlan]:
+        """Of a weight of this name and shape."""
         return [
-            TensorPlan(info.name, block_fp8.FP8_DTYPE, info.shape, self._codes),
-            TensorPlan(info.name + SCALE_SUFFIX, torch.float32, shape, self._scales),
+            TensorPlan(name, form.code_dtype, form.code_shape(shape), self._codes),
+            TensorPlan(name + form.scale_suffix, form.scale_dtype, form.scale_shape(shape), self._scales),
         ]
-
-
-def block_rows(rows: slice, block: tuple[int, int]) -> slice:
-    """The rows of scales that belong to a range of rows of a weight."""
-    return slice(rows.start // block[0], -(-rows.stop // block[0]))
 
 
 def any_in_blocks(mask: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

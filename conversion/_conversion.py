@@ -16,6 +16,7 @@ class Options(NamedTuple):
     max_shard_size: str = "5GB"
     dtype: str | None = None
     scales_from: Path | None = None
+    format: str | None = None
     world_size: int | None = None
     adapter: Path | None = None
     action: str | None = None

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.ranges import read_range
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, first_unusable
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
+from modeling_deepseek_moe.formats import WeightFormat
 
 TILE_BYTES, AHEAD_BYTES = 4 << 20, 32 << 20
 
@@ -37,12 +37,24 @@ class Source:
         return read_json(self.folder / "config.json", "the config of the checkpoint")
 
     @cached_property
-    def block(self) -> tuple[int, int]:
-        quantization = self.config.get("quantization_config") or {}
-        block = quantization.get("weight_block_size") or block_fp8.BLOCK
-        if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-            raise CheckpointError(f"{self.folder / 'config.json'}: found weight_block_size {block}, wanted two sizes")
-        return tuple(block)
+    def weight_format(self) -> WeightFormat:
+        """That of its codes: the config's, or FP8 where the config says nothing of them.
+
+        Raises:
+            CheckpointError: the config announces one that is not supported.
+        """
+        try:
+            announced = self.config.get("quantization_config")
+            return formats.of_config(announced and {"quant_method": formats.FP8.method, **announced}) or formats.FP8
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from None
+
+    def is_codes(self, info: TensorInfo) -> bool:
+        """Whether a tensor is a weight's codes."""
+        return info.dtype == self.weight_format.code_dtype and len(info.shape) == 2
+
+    def scale_name(self, name: str) -> str:
+        return name + self.weight_format.scale_suffix
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """The tensor, in memory of its own."""
@@ -71,16 +83,19 @@ class Source:
             yield slice(first, end), self.read(part)
 
     def scale_of(self, info: TensorInfo) -> TensorInfo:
-        """The scales that belong to an FP8 weight: present, fp32 and of the right shape."""
-        name = info.name + SCALE_SUFFIX
+        """The scales that belong to a weight's codes: present, of the format's dtype and shape."""
+        name, form = self.scale_name(info.name), self.weight_format
         if name not in self.reader:
-            raise CheckpointError(f"{info.file}: tensor {info.name}: found FP8 without {name}, wanted its scales")
-        scale = self.reader[name]
-        wanted = block_fp8.scale_shape(info.shape, self.block) if len(info.shape) == 2 else None
-        if scale.dtype != torch.float32 or scale.shape != wanted:
             raise CheckpointError(
-                f"{scale.file}: tensor {name}: found {scale.dtype} {list(scale.shape)}, wanted torch.float32 "
-                f"{wanted and list(wanted)} for {list(info.shape)} in blocks of {list(self.block)}"
+                f"{info.file}: tensor {info.name}: found {form.title} without {name}, wanted its scales"
+            )
+        scale = self.reader[name]
+        shape = form.value_shape(info.shape) if len(info.shape) == 2 else None
+        wanted = shape and form.scale_shape(shape)
+        if scale.dtype != form.scale_dtype or scale.shape != wanted:
+            raise CheckpointError(
+                f"{scale.file}: tensor {name}: found {scale.dtype} {list(scale.shape)}, wanted {form.scale_dtype} "
+                f"{wanted and list(wanted)} for {list(shape or info.shape)} in blocks of {list(form.block)}"
             )
         return scale
 
@@ -94,15 +109,13 @@ class Source:
         return values
 
     def check_scales_have_weights(self) -> None:
-        """Scales without an FP8 weight would be lost in a conversion: an error instead."""
+        """Scales without codes would be lost in a conversion: an error instead."""
         for name, info in self.reader.items():
-            weight = name.removesuffix(SCALE_SUFFIX)
-            if weight == name:
-                continue
-            found = self.reader[weight].dtype if weight in self.reader else "absent"
-            if found != block_fp8.FP8_DTYPE:
+            weight, suffix = formats.split_scale(name)
+            if suffix and not (weight in self.reader and self.is_codes(self.reader[weight])):
+                found = self.reader[weight].dtype if weight in self.reader else "absent"
                 raise CheckpointError(
-                    f"{info.file}: tensor {name}: found its weight {found}, wanted {block_fp8.FP8_DTYPE}"
+                    f"{info.file}: tensor {name}: found its weight {found}, wanted {self.weight_format.code_dtype}"
                 )
 
 

@@ -1,16 +1,17 @@
-"""``bf16-to-fp8``: weights in FP8 codes with a scale for every block, as a release stores them."""
+"""``bf16-to-fp8``: weights as codes with a scale for every block, as a release stores them; FP8 or another format."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks, block_rows, with_dtype
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks, with_dtype
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.weights import release_tensors
 
 
@@ -20,14 +21,13 @@ def plan(source: Source, options: Options) -> Output:
     Given scales must reproduce the weight bit for bit from its codes: those of another model are refused.
     """
     specs = release_tensors(read_config(source.folder))
-    scales_from = Source(options.scales_from) if options.scales_from else None
-    if scales_from is not None and scales_from.block != block_fp8.BLOCK:
-        raise CheckpointError(f"{scales_from.folder}: found blocks of {scales_from.block}, wanted {block_fp8.BLOCK}")
+    given = Source(options.scales_from) if options.scales_from else None
+    form = _form(options, given)
     plans, found = [], 0
     for info in source.reader.values():
         spec = specs.get(info.name)
-        if info.dtype == block_fp8.FP8_DTYPE:
-            raise CheckpointError(f"{info.file}: tensor {info.name}: found FP8 already, wanted a wider dtype")
+        if (row := next(formats.of_codes(info.dtype), None)) is not None:
+            raise CheckpointError(f"{info.file}: tensor {info.name}: found {row.title} already, wanted a wider dtype")
         if spec is None or not spec.quantized:
             plans.append(as_is(source, info))
             continue
@@ -37,72 +37,93 @@ def plan(source: Source, options: Options) -> Output:
                 f"{info.file}: tensor {info.name}: found {DTYPE_NAMES[info.dtype]} {list(info.shape)}, wanted "
                 f"BF16, F16 or F32 {list(spec.shape)} to quantise"
             )
-        plans += _codes_and_scales(source, info, scales_from)
+        make = partial(_made, source, info, form) if given is None else _reproduced(source, info, given)
+        plans += CodesAndScales(make).plans(info.name, info.shape, form)
     if not found:
         raise CheckpointError(f"{source.folder}: found no weight that a release keeps in FP8")
-    also_read = () if scales_from is None else (scales_from,)
-    return Output(plans, with_dtype(source.config, "bfloat16", fp8=True), also_read)
+    announced = form.quantization_config() if given is None else given.config["quantization_config"]
+    return Output(plans, with_dtype(source.config, "bfloat16", announced), () if given is None else (given,))
 
 
-def _codes_and_scales(source: Source, info: TensorInfo, given: Source | None) -> list[TensorPlan]:
+def _form(options: Options, given: Source | None) -> WeightFormat:
+    """The format that is asked for: ``--format``, or that of ``--scales-from``, or FP8.
+
+    Raises:
+        ValueError: there is none of that name.
+        CheckpointError: ``--scales-from`` has another, or no scales.
+    """
+    try:
+        wanted = None if options.format is None else formats.by_name(options.format)
+    except ValueError as error:
+        raise ValueError(f"--format {error}") from None
     if given is None:
-        step = block_fp8.BLOCK[0]
-        return CodesAndScales(lambda: (quantize(tile) for _, tile in source.tiles(info, step))).plans(info)
+        return wanted or formats.FP8
+    form = given.weight_format
+    if form.encode_with is None or not given.config.get("quantization_config") or wanted not in (None, form):
+        raise CheckpointError(
+            f"{given.folder}: found {form.name}, wanted {wanted.name if wanted else 'a release with scales to take'}"
+        )
+    return form
+
+
+def _made(source: Source, info: TensorInfo, form: WeightFormat) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for _, tile in source.tiles(info, form.block[0]):
+        yield quantize(tile, form)
+
+
+def _reproduced(source: Source, info: TensorInfo, given: Source) -> Callable:
+    """Codes and scales by the scales of another folder, whose headers are checked now."""
+    form = given.weight_format
     if info.name not in given.reader:
         raise CheckpointError(f"{given.folder}: tensor {info.name}: found absent, wanted it with its scales")
     weight = given.reader[info.name]
-    if weight.dtype != block_fp8.FP8_DTYPE or weight.shape != info.shape:
+    if weight.dtype != form.code_dtype or weight.shape != form.code_shape(info.shape):
         raise CheckpointError(
             f"{weight.file}: tensor {info.name}: found {DTYPE_NAMES[weight.dtype]} {list(weight.shape)}, "
-            f"wanted F8_E4M3 {list(info.shape)} as in {info.file}"
+            f"wanted {DTYPE_NAMES[form.code_dtype]} {list(form.code_shape(info.shape))} as in {info.file}"
         )
     scale = given.scale_of(weight)
 
     def make() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         values = given.read_scale(scale)
-        for rows, tile in source.tiles(info, block_fp8.BLOCK[0]):
-            part = values[block_rows(rows, block_fp8.BLOCK)]
-            yield quantize_with(tile, part, f"{info.file}: tensor {info.name}: from row {rows.start}"), part
+        for rows, tile in source.tiles(info, form.block[0]):
+            part = values[form.scale_rows(rows)]
+            yield quantize_with(tile, part, form, f"{info.file}: tensor {info.name}: from row {rows.start}"), part
 
-    return CodesAndScales(make).plans(info)
+    return make
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales; those that an fp32 ``weight`` was dequantised from, if it was.
 
     fp32 rounds 448·s, so amax / 448 may miss s by its last bit. A neighbour that gives every value of the block back
     is s.
     """
-    codes, scales = block_fp8.quantize(weight)
-    if weight.dtype != torch.float32:
+    codes, scales = form.quantize(weight)
+    if weight.dtype != torch.float32 or scales.dtype != torch.float32:
         return codes, scales
     for limit in (torch.inf, 0.0):
-        apart = any_in_blocks(block_fp8.dequantize(codes, scales, torch.float32) != weight, block_fp8.BLOCK)
+        apart = any_in_blocks(form.dequantize(codes, scales, torch.float32) != weight, form.block)
         if not apart.any():
             break
         others = torch.nextafter(scales, torch.tensor(limit))
-        differ = any_in_blocks(block_fp8.dequantize(codes, others, torch.float32) != weight, block_fp8.BLOCK)
+        differ = any_in_blocks(form.dequantize(codes, others, torch.float32) != weight, form.block)
         scales = torch.where(apart & ~differ, others, scales)
     return codes, scales
 
 
-def quantize_with(weight: torch.Tensor, scale: torch.Tensor, where: str) -> torch.Tensor:
+def quantize_with(weight: torch.Tensor, scale: torch.Tensor, form: WeightFormat, where: str) -> torch.Tensor:
     """The codes that, times these scales, are ``weight`` to the bit.
 
     Raises:
         CheckpointError: there are none: the weight was not made from these scales.
     """
-    codes = torch.empty(weight.shape, dtype=block_fp8.FP8_DTYPE)
-    step = block_fp8.BLOCK[0]
-    columns = scale.repeat_interleave(block_fp8.BLOCK[1], dim=1)[:, : weight.shape[1]]
-    for row in range(scale.shape[0]):
-        rows = slice(row * step, (row + 1) * step)
-        codes[rows] = (weight[rows].float() / columns[row]).clamp_(-448, 448).to(block_fp8.FP8_DTYPE)
-    again = block_fp8.dequantize(codes, scale, weight.dtype)
+    codes = form.encode_with(weight, scale, form.block)
+    again = form.dequantize(codes, scale, weight.dtype)
     if not torch.equal(again.view(torch.uint8), weight.contiguous().view(torch.uint8)):
         at = (again != weight).nonzero()[:1].tolist()
         raise CheckpointError(
-            f"{where}: found values (first at {at}) that no FP8 code gives with these scales, "
+            f"{where}: found values (first at {at}) that no {form.title} code gives with these scales, "
             "wanted a weight dequantised from them"
         )
     return codes
@@ -111,6 +132,6 @@ def quantize_with(weight: torch.Tensor, scale: torch.Tensor, where: str) -> torc
 CONVERSION = Conversion(
     "bf16-to-fp8",
     plan,
-    ("max_shard_size", "scales_from"),
+    ("max_shard_size", "scales_from", "format"),
     no_inverse="E4M3 keeps 3 bits of a mantissa: what rounding took is gone, unless the weights came from FP8",
 )

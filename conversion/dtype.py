@@ -1,4 +1,4 @@
-"""``dtype``: a checkpoint without FP8 in another floating-point dtype."""
+"""``dtype``: a checkpoint without codes in another floating-point dtype."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,10 +8,9 @@ from modeling_deepseek_moe.conversion._blocks import WIDE, wide_dtype, with_dtyp
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 
 def plan(source: Source, options: Options) -> Output:
@@ -29,9 +28,10 @@ def plan(source: Source, options: Options) -> Output:
 
     plans = []
     for info in source.reader.values():
-        if info.dtype == block_fp8.FP8_DTYPE or info.name.endswith(SCALE_SUFFIX):
+        row = next(formats.of_codes(info.dtype), None)
+        if row is not None or formats.split_scale(info.name)[1]:
             raise CheckpointError(
-                f"{info.file}: tensor {info.name}: found part of an FP8 checkpoint, wanted fp8-to-bf16 for it"
+                f"{info.file}: tensor {info.name}: found part of an {(row or source.weight_format).title} checkpoint, wanted fp8-to-bf16 for it"
             )
         if info.dtype in WIDE.values() and not info.name.endswith(".e_score_correction_bias"):
             plans.append(TensorPlan(info.name, dtype, info.shape, partial(produce, info)))

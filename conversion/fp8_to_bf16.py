@@ -1,31 +1,30 @@
-"""``fp8-to-bf16``: FP8 codes times their scales, as bf16, fp16 or fp32."""
+"""``fp8-to-bf16``: the weights that FP8 codes, or those of any other format, stand for, as bf16, fp16 or fp32."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
-from modeling_deepseek_moe.conversion._blocks import block_rows, wide_dtype, with_dtype
+from modeling_deepseek_moe.conversion._blocks import wide_dtype, with_dtype
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 
 def plan(source: Source, options: Options) -> Output:
-    """FP8 weights in ``--dtype``, their scales gone; everything else as it was."""
+    """Quantised weights in ``--dtype``, their scales gone; everything else as it was."""
+    form = source.weight_format
     name = options.dtype or "bfloat16"
     dtype = wide_dtype(name)
     source.check_scales_have_weights()
 
     def produce(info: TensorInfo, scale_info: TensorInfo) -> Iterator[torch.Tensor]:
         scale = source.read_scale(scale_info)
-        for rows, codes in source.tiles(info, source.block[0]):
-            part = scale[block_rows(rows, source.block)]
-            wide = block_fp8.dequantize(codes, part, dtype, source.block)
-            # E4M3 times an fp32 scale fits bf16 and fp32, but for scales that no release has; fp16 ends at 65504
+        for rows, codes in source.tiles(info, form.block[0]):
+            wide = form.dequantize(codes, scale[form.scale_rows(rows)], dtype)
+            # codes times an fp32 scale fit bf16 and fp32, but for scales that no release has; fp16 ends at 65504
             if dtype == torch.float16 and not torch.isfinite(wide).all():
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name}: found NaN, or values beyond the range of {name}"
@@ -34,14 +33,14 @@ def plan(source: Source, options: Options) -> Output:
 
     plans, found = [], 0
     for info in source.reader.values():
-        if info.dtype == block_fp8.FP8_DTYPE:
+        if source.is_codes(info):
             found += 1
             scale = source.scale_of(info)
-            plans.append(TensorPlan(info.name, dtype, info.shape, partial(produce, info, scale)))
-        elif not info.name.endswith(SCALE_SUFFIX):
+            plans.append(TensorPlan(info.name, dtype, form.value_shape(info.shape), partial(produce, info, scale)))
+        elif formats.split_scale(info.name)[1] is None:
             plans.append(as_is(source, info))
     if not found:
-        raise CheckpointError(f"{source.folder}: found no {block_fp8.FP8_DTYPE} tensor, wanted an FP8 checkpoint")
+        raise CheckpointError(f"{source.folder}: found no {form.code_dtype} tensor, wanted an {form.title} checkpoint")
     return Output(plans, with_dtype(source.config, name))
 
 

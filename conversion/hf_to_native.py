@@ -11,7 +11,6 @@ from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 MAX_RANKS = 4096  # more than any cluster that serves one model has
 
@@ -51,7 +50,7 @@ def plan(source: Source, options: Options) -> Output:
 
 
 def _check_cut(source: Source, info: TensorInfo, dim: int, world_size: int) -> None:
-    step = source.block[dim] if info.name + SCALE_SUFFIX in source.reader else 1
+    step = source.weight_format.block[dim] if source.scale_name(info.name) in source.reader else 1
     if info.shape[dim] % (world_size * step):
         raise CheckpointError(
             f"{info.file}: tensor {info.name}: found {info.shape[dim]} along dimension {dim}, wanted a multiple of "

@@ -1,7 +1,7 @@
 """``merge-adapter``: a LoRA adapter, as PEFT saves it, into the weights it was trained on: W + s·B·A.
 
 Adapters of stacked experts (``target_parameters``) hold the matrices of all experts of a layer in one pair; modules that were
-trained whole (``modules_to_save``) take the place of the checkpoint's. In an FP8 checkpoint only the blocks that the adapter changes get new codes and a new scale; all others keep theirs.
+trained whole (``modules_to_save``) take the place of the checkpoint's. In a quantised checkpoint only the blocks that the adapter changes get new codes and a new scale; all others keep theirs.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks, block_rows
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
 
@@ -20,8 +20,7 @@ from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointErro
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
+from modeling_deepseek_moe.formats import split_scale
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.\w+)?\.weight")
 WHOLE_KEY = re.compile(r"base_model\.model\.(.+)")
@@ -221,11 +220,12 @@ def plan(source: Source, options: Options) -> Output:
                 TensorPlan(info.name, info.dtype, info.shape, partial(_trained, adapter, whole[info.name], info))
             )
         elif pair is None:
-            if info.name.removesuffix(SCALE_SUFFIX) not in pairs:
+            if split_scale(info.name)[0] not in pairs:
                 plans.append(as_is(source, info))
-        elif info.dtype == block_fp8.FP8_DTYPE:
-            make = partial(_merge_fp8, source, info, source.scale_of(info), adapter, pair)
-            plans += CodesAndScales(make).plans(info, source.block)
+        elif source.is_codes(info):
+            make = partial(_merge_codes, source, info, source.scale_of(info), adapter, pair)
+            shape = source.weight_format.value_shape(info.shape)
+            plans += CodesAndScales(make).plans(info.name, shape, source.weight_format)
         elif info.dtype in WIDE.values():
             plans.append(TensorPlan(info.name, info.dtype, info.shape, partial(_merge, source, info, adapter, pair)))
         else:
@@ -253,21 +253,21 @@ def _merge(source: Source, info: TensorInfo, adapter: Adapter, pair: Pair) -> It
         yield made
 
 
-def _merge_fp8(
+def _merge_codes(
     source: Source, info: TensorInfo, scale_info: TensorInfo, adapter: Adapter, pair: Pair
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks that the adapter changes get new codes and a new scale; a row of codes that is changed is one of a block."""
     a, b = adapter.matrices(pair)
-    block, scales = source.block, source.read_scale(scale_info)
-    for rows, codes in source.tiles(info, block[0]):
-        scale, delta = scales[block_rows(rows, block)], (b[rows] @ a) * pair.scaling
-        touched = any_in_blocks(delta != 0, block)
+    form, scales = source.weight_format, source.read_scale(scale_info)
+    for rows, codes in source.tiles(info, form.block[0]):
+        scale, delta = scales[form.scale_rows(rows)], (b[rows] @ a) * pair.scaling
+        touched = any_in_blocks(delta != 0, form.block)
         if touched.any():
-            wide = block_fp8.dequantize(codes, scale, torch.float32, block).add_(delta)
-            new_codes, new_scale = block_fp8.quantize(wide, block)
+            new_codes, new_scale = form.quantize(form.dequantize(codes, scale, torch.float32).add_(delta))
             scale = torch.where(touched, new_scale, scale)
-            wanted = touched.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[
-                : len(codes), : info.shape[1]
-            ]
+            shape = form.code_shape((1, form.block[1]))
+            wanted = touched.repeat_interleave(form.block[0], 0).repeat_interleave(shape[1], 1)
+            wanted = wanted[: len(codes), : codes.shape[1]]
             codes = torch.where(wanted, new_codes.view(torch.uint8), codes.view(torch.uint8)).view(codes.dtype)
         yield codes, scale
 

@@ -8,8 +8,8 @@ from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import LAYER_KEY, SCALE_SUFFIX, release_tensors
+from modeling_deepseek_moe.formats import split_scale
+from modeling_deepseek_moe.weights import LAYER_KEY, release_tensors
 
 ACTIONS = ("drop", "extract", "graft")
 
@@ -59,31 +59,32 @@ def graft(source: Source, module: Source) -> Output:
     config.num_nextn_predict_layers = 1 + max(grafted.values()) - min(grafted.values())
     specs, depth = release_tensors(config), _depth(source)
     wanted = {name for name in specs if (match := LAYER_KEY.match(name)) and int(match[1]) >= depth}
-    plans, fp8 = (
-        [as_is(source, info) for info in source.reader.values()],
-        bool(source.config.get("quantization_config")),
-    )
+    plans, form = [as_is(source, info) for info in source.reader.values()], source.weight_format
+    has_codes = bool(source.config.get("quantization_config"))
     for name, layer in grafted.items():
         info = module.reader[name]
         new = name.replace(f"model.layers.{layer}.", f"model.layers.{layer + shift}.", 1)
-        weight = new.removesuffix(SCALE_SUFFIX)
+        weight, suffix = split_scale(new)
         spec = specs.get(weight)
-        if spec is None or (new == weight and info.shape != spec.shape):
+        if spec is None or (
+            not suffix and info.shape != (form.code_shape(spec.shape) if module.is_codes(info) else spec.shape)
+        ):
             found = f"{DTYPE_NAMES[info.dtype]} {list(info.shape)}"
             raise CheckpointError(
                 f"{info.file}: tensor {name}: found {found}, wanted {spec and list(spec.shape)} for {source.folder}"
             )
-        if new != weight:
-            module.scale_of(module.reader[name.removesuffix(SCALE_SUFFIX)])
-        elif spec.quantized and (info.dtype == block_fp8.FP8_DTYPE) != fp8:
+        if suffix:
+            module.scale_of(module.reader[split_scale(name)[0]])
+        elif spec.quantized and (info.dtype == form.code_dtype) != has_codes:
             raise CheckpointError(
                 f"{info.file}: tensor {name}: found {DTYPE_NAMES[info.dtype]}, wanted "
-                f"{'F8_E4M3' if fp8 else 'no FP8'} as in {source.folder}: convert one of them first"
+                f"{DTYPE_NAMES[form.code_dtype] if has_codes else 'no codes'} as in {source.folder}: convert one of them first"
             )
-        if info.dtype == block_fp8.FP8_DTYPE:
+        if module.is_codes(info):
             module.scale_of(info)
-            if module.block != source.block:
-                raise CheckpointError(f"{module.folder}: found blocks of {module.block}, wanted {source.block}")
+            if module.weight_format != form:
+                found = f"{module.weight_format.name} in blocks of {module.weight_format.block}"
+                raise CheckpointError(f"{module.folder}: found {found}, wanted {form.name} in blocks of {form.block}")
         wanted.discard(new)
         plans.append(as_is(module, info, new))
     if wanted:

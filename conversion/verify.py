@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 
+from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.ranges import read_range
 from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, are_usable
 from modeling_deepseek_moe.inspection import Finding, inspect_checkpoint
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
 CHUNK = 16 << 20
 SUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
@@ -138,17 +137,18 @@ def _pieces(stream, infos: list[TensorInfo], size: int) -> Iterator[tuple[Tensor
 
 
 def _problem(info: TensorInfo, data: memoryview) -> str | None:
+    form = next(formats.of_codes(info.dtype), None)
+    if form is not None and form.nan_code is not None:
+        codes = torch.frombuffer(data, dtype=torch.uint8)
+        return "NaN codes, wanted numbers" if bool(codes.bitwise_and(0x7F).max() == form.nan_code) else None
     if not info.dtype.is_floating_point:
         return None
-    if info.dtype == block_fp8.FP8_DTYPE:
-        codes = torch.frombuffer(data, dtype=torch.uint8)
-        return "NaN codes, wanted numbers" if bool(codes.bitwise_and(0x7F).max() == 0x7F) else None
     values = torch.frombuffer(data, dtype=info.dtype)
     if info.dtype == torch.float8_e5m2:
         values = values.float()
     low, high = (value.item() for value in values.aminmax())  # a NaN makes both NaN
     if not (float("-inf") < low and high < float("inf")):
         return "NaN or Inf, wanted finite values"
-    if info.name.endswith(SCALE_SUFFIX) and not are_usable(values):
+    if formats.split_scale(info.name)[1] and not are_usable(values):
         return f"a scale of {low}, wanted {WANTED_SCALES}"
     return None

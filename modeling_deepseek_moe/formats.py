@@ -37,6 +37,8 @@ class WeightFormat:
         decode: codes, scales, a dtype and the block → the weight, rounded once.
         linear: ``x, codes, scales, bias, block → x · Wᵀ + bias`` for a format with kernels; ``None``: by `decode`.
         find_scales: the scales of `encode` alone, where they are had for less.
+        encode_with: a weight, scales and the block → the nearest codes; ``None`` where scales are never given.
+        nan_code: codes that are no number have these bits, sign apart; ``None`` where each code is one.
     """
 
     name: str
@@ -54,6 +56,8 @@ class WeightFormat:
         None
     )
     find_scales: Callable[[torch.Tensor, Block], torch.Tensor] | None = None
+    encode_with: Callable[[torch.Tensor, torch.Tensor, Block], torch.Tensor] | None = None
+    nan_code: int | None = None
 
     @property
     def title(self) -> str:
@@ -63,6 +67,10 @@ class WeightFormat:
     def code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the codes of a weight ``[..., N, K]``: several share an element where ``bits`` are fewer than its own."""
         return *shape[:-1], math.ceil(shape[-1] * self.bits / (8 * self.code_dtype.itemsize))
+
+    def value_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The inverse of `code_shape`, where codes fill their elements."""
+        return *shape[:-1], shape[-1] * 8 * self.code_dtype.itemsize // self.bits
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the scales of a weight ``[..., N, K]``."""
@@ -103,6 +111,10 @@ class WeightFormat:
     def _value(self, field: str) -> object:
         return self.fields.get(field, self.implied.get(field))
 
+    def scale_rows(self, rows: slice) -> slice:
+        """The rows of scales that belong to a range of rows of a weight."""
+        return slice(rows.start // self.block[0], -(-rows.stop // self.block[0]))
+
     def in_blocks_of(self, block: Block) -> "WeightFormat":
         return replace(self, block=tuple(block))
 
@@ -121,6 +133,8 @@ FP8 = WeightFormat(
     decode=block_fp8.dequantize,
     linear=block_fp8.linear,
     find_scales=block_fp8.scales,
+    encode_with=block_fp8.quantize_with,
+    nan_code=0x7F,
 )
 FORMATS = (
     FP8,

@@ -29,10 +29,6 @@ from modeling_deepseek_moe.weights import release_tensors, unstack
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
-def fp8_quantization_config(block=(128, 128)):
-    return formats.FP8.in_blocks_of(block).quantization_config()
-
-
 class ReleaseSavingMixin:
     """`save_pretrained` in the release format. Mixed into the models before `PreTrainedModel`."""
 

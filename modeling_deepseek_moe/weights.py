@@ -14,7 +14,6 @@ from modeling_deepseek_moe.config import DeepseekMoeConfig
 
 # model tensor -> the release's projections of one expert, in the order in which they fill its rows
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-SCALE_SUFFIX = "_scale_inv"
 EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight(_\w+)?$")
 STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_\w+)?$")
 LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.")

@@ -43,6 +43,9 @@ def convert(
     scales_from: Annotated[
         Path | None, typer.Option(help="bf16-to-fp8: the release whose scales are kept.", show_default=False)
     ] = None,
+    format: Annotated[  # noqa: A002 - what the option is called
+        str | None, typer.Option(help="bf16-to-fp8: fp8 (the default) or fp8_ue8m0.", show_default=False)
+    ] = None,
     world_size: Annotated[int | None, typer.Option(help="hf-to-native: ranks.", show_default=False)] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="merge-adapter: the folder of a LoRA adapter.", show_default=False)
@@ -75,7 +78,7 @@ def convert(
     from modeling_deepseek_moe.conversion import _job, _table
     from modeling_deepseek_moe.conversion._conversion import Options
 
-    options = Options(max_shard_size, dtype, scales_from, world_size, adapter, action, mtp_from)
+    options = Options(max_shard_size, dtype, scales_from, format, world_size, adapter, action, mtp_from)
     _table.check_options(name, options)
     if dry_run and name in _table.READERS:
         raise ValueError(f"{name} writes no checkpoint: it has no use for --dry-run")

@@ -23,6 +23,7 @@ __all__ = [
     "linear",
     "quantize",
     "quantize_tiles",
+    "quantize_with",
     "row_scales",
     "scale_shape",
     "scales",
@@ -70,6 +71,12 @@ def scales(weight: torch.Tensor, block: tuple[int, int] = BLOCK, power_of_two: b
     if choose("FP8 scales", {CPU: cpu.unsupported_values(weight, block)}) == CPU:
         return cpu.quantize(weight.detach(), False, power_of_two)[1]
     return reference.scales(weight, block, power_of_two)
+
+
+def quantize_with(weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+    """The E4M3 codes ``[N, K]`` that are nearest to a weight ``[N, K]`` with these scales."""
+    _check_float(weight)
+    return reference.quantize_with(weight, scale_inv, block)
 
 
 def quantize_tiles(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

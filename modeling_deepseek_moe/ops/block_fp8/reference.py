@@ -73,6 +73,16 @@ def quantize(weight_NK: torch.Tensor, block: tuple[int, int], power_of_two: bool
     return codes[:n, :k].contiguous(), scale
 
 
+def quantize_with(weight_NK: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    codes = torch.empty(weight_NK.shape, dtype=torch.float8_e4m3fn)
+    columns = scale.repeat_interleave(block[1], dim=1)[:, : weight_NK.shape[1]]
+    for row in range(scale.shape[0]):
+        rows = slice(row * block[0], (row + 1) * block[0])
+        values = (weight_NK[rows].float() / columns[row]).clamp_(-E4M3_MAX, E4M3_MAX)
+        codes[rows] = values.to(torch.float8_e4m3fn)
+    return codes
+
+
 def _blocks(weight_NK: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """``[⌈N/bN⌉, bN, ⌈K/bK⌉, bK]``, zeros beyond the ragged edges."""
     n, k = weight_NK.shape
