@@ -111,7 +111,7 @@ def inspect_checkpoint(
     architectures = config.architectures or ["ForCausalLM"]
     needs_head = architectures[0].endswith("ForCausalLM") and not config.tie_word_embeddings
     refused = set()
-    for problem in release.problems(needs_head, read_scales=False):
+    for problem in release.problems(needs_head, read_values=False):
         refused.add(problem.name)
         if not _is_explained(problem, in_unread):
             found.findings.append(_finding(problem, folder))

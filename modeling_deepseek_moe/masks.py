@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -46,9 +47,10 @@ def build_mask(
     length = inputs_embeds.shape[1]
     packing = None
     # transformers itself keeps packed sequences apart when there is neither a cache nor a mask
+    padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
     if maybe_packed and (cache is not None or attention_mask is not None):
-        packing = _same_sequence(inputs_embeds.shape[0], length, cache, position_ids)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and past_length is not None:
+        packing = _same_sequence(inputs_embeds.shape[0], length, cache, position_ids, padding)
+    if padding is not None and past_length is not None:
         attention_mask = attention_mask[:, : past_length + length]
     mask = create_causal_mask(
         config=config,
@@ -63,16 +65,25 @@ def build_mask(
     return mask
 
 
-def _same_sequence(batch: int, length: int, cache: Cache | None, position_ids: torch.Tensor):
+def _same_sequence(
+    batch: int, length: int, cache: Cache | None, position_ids: torch.Tensor, padding: torch.Tensor | None
+):
     """A token at index i with position p began its sequence at i - p: it may attend no further back than that.
 
-    This holds for packed rows, left padding and plain rows alike, and needs no memory of how a cache was filled.
+    This holds for packed rows, left padding and plain rows alike, and needs no memory of how a cache was filled. Where
+    something since i - p is masked (``padding [B, K]``: answers of unlike lengths before the next turn, or padding on the
+    right), positions lag behind for that, and no sequence began.
     """
     offset = cache.get_query_offset() if cache is not None else 0
     index = torch.arange(length, device=position_ids.device) + offset
     start = (index - position_ids).expand(batch, -1)
     if not is_torchdynamo_compiling() and not bool((start > 0).any()):
         return None
+    if padding is not None:
+        masked_before = F.pad((padding == 0).cumsum(-1), (1, 0))  # [B, K + 1]
+        end = (index + 1).clamp(max=padding.shape[1]).expand(batch, -1)
+        masked_since = masked_before.gather(1, end) - masked_before.gather(1, start.clamp(0, padding.shape[1]))
+        start = start.masked_fill(masked_since > 0, 0)
 
     def keep(batch_idx, head_idx, q_idx, kv_idx):
         return kv_idx >= start[batch_idx, q_idx - offset]

@@ -28,8 +28,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Problem:
     """One disagreement of a checkpoint with its config, for which it is refused.
 
-    ``kind`` is ``missing``, ``surplus`` (a layer or expert that the config does not have), ``shape``, ``dtype`` or
-    ``scale``; ``info`` is what the header says of the tensor, ``None`` when it is missing.
+    ``kind`` is ``missing``, ``surplus`` (a layer or expert that the config does not have), ``shape``, ``dtype``,
+    ``scale`` or ``value``; ``info`` is what the header says of the tensor, ``None`` when it is missing.
     """
 
     kind: str
@@ -124,7 +124,7 @@ class Release:
         return spec is not None and spec.shape == problem.info.shape
 
     def check(self, needs_head: bool, ignored: Collection[str] = ()) -> None:
-        """Compare names, shapes and dtypes with the config, and look at every scale's values.
+        """Compare names, shapes and dtypes with the config, and look at the values of scales and router biases.
 
         Args:
             ignored: kinds of `Problem` to let pass.
@@ -140,10 +140,10 @@ class Release:
             kind = MisfitError if problem.kind == "shape" and self._fits_on_disk(problem) else CheckpointError
             raise kind(f"{file}: tensor {problem.name}: found {problem.found}, wanted {problem.wanted}")
 
-    def problems(self, needs_head: bool, read_scales: bool = True) -> Iterator[Problem]:
-        """Every disagreement with the config; from the headers alone with ``read_scales=False``.
+    def problems(self, needs_head: bool, read_values: bool = True) -> Iterator[Problem]:
+        """Every disagreement with the config; from the headers alone with ``read_values=False``.
 
-        Scales come last: they are read when nothing in the headers stood against it, or when the caller goes on.
+        Values come last: they are read when nothing in the headers stood against it, or when the caller goes on.
         """
         expected = release_tensors(self.config)
         if self.is_bare or not needs_head:
@@ -171,12 +171,25 @@ class Release:
             elif info.dtype not in FLOATS:
                 wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
                 yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
-        if read_scales:
+        if read_values:
             self.scales = Scales(
                 self.reader, scales, torch.float32 if self.weight_format is None else self.weight_format.scale_dtype
             )
             for info, value, index in self.scales.unusable():
                 yield Problem("scale", info.name, info, f"{value} at {index}", WANTED_SCALES)
+            yield from self._unusable_biases(expected)
+
+    def _unusable_biases(self, expected: dict[str, TensorSpec]) -> Iterator[Problem]:
+        """Router biases that order nothing: they only pick experts, so that a NaN never reaches the logits to be seen."""
+        for name in expected:
+            info = self.infos.get(name) if name.endswith(".e_score_correction_bias") else None
+            if info is None or info.dtype not in FLOATS:
+                continue
+            values = self.reader.view(info)
+            bad = (~torch.isfinite(values)).nonzero()
+            if len(bad):
+                found = f"{values[tuple(bad[0])].item()} at {bad[0].tolist()}"
+                yield Problem("value", info.name, info, found, "finite biases of the router")
 
     def where(self, name: str) -> str:
         """The file that holds the tensor's neighbours, to look in for what is missing."""

@@ -356,6 +356,21 @@ def test_bad_scale(tmp_path, name, new, found, wanted, dequantize):
     assert_refused(folder, file, scale, f"found {found}", wanted, **settings)
 
 
+@FORMATS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bad_router_bias(tmp_path, value, fp8):
+    """It picks experts and is in no sum: nothing in the text would show it."""
+    folder = release(tmp_path, fp8)
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+
+    def spoil(bias):
+        bias[5] = value
+        return bias
+
+    change(folder, **{name: spoil})
+    assert_refused(folder, file_of(folder, name), name, f"found {value} at [5]", "finite")
+
+
 def test_scale_without_codes(tmp_path):
     folder = release(tmp_path, fp8=True)
     change(folder, **{DENSE: lambda tensor: tensor.bfloat16()})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -35,6 +36,15 @@ def test_pipeline_is_generate(folder):
     made = pipe.model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
     found = pipe(TEXT, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert found == pipe.tokenizer.decode(made, skip_special_tokens=True) and found
+
+
+def test_serve_with_the_documented_line(folder, monkeypatch):
+    from transformers.cli.serving.model_manager import ModelManager
+
+    names = sys.modules["transformers"]  # which transformers replaces while it is imported
+    monkeypatch.setattr(names, "DeepseekV3ForCausalLM", AutoModelForCausalLM)
+    (served,) = ModelManager(device="cpu", force_model=str(folder)).loaded_models.values()
+    assert type(served.model) is dsm.DeepseekV3ForCausalLM
 
 
 def test_lm_eval_hf_as_plain(folder):

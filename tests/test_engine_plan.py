@@ -111,6 +111,8 @@ FOREIGN = {  # stages of a layer that are lost, and of how many layers but the f
     "LoRA on kv_a_proj_with_mqa": (with_lora("kv_a_proj_with_mqa"), 2, "all"),
     "hook on the router": (with_hook("mlp.gate"), 1, "moe"),
     "hook on the experts": (with_hook("mlp.experts"), 1, "moe"),
+    "hook on an activation": (with_hook("mlp.shared_experts.act_fn"), 1, "moe"),
+    "hook on the experts' activation": (with_hook("mlp.experts.act_fn"), 1, "moe"),
     "hook on a norm": (with_hook("post_attention_layernorm"), 1, "moe"),
     "hook on attention": (with_hook("self_attn"), 2, "moe"),
     "hook on a layer": (with_a_hooked_layer, 3, "one"),
@@ -158,6 +160,10 @@ CHANGES = {
         model.model.layers[1].post_attention_layernorm.weight.data * 3,
     ),
     "a forward": lambda model: setattr(model.model.layers[1].mlp, "forward", lambda x: x * 0),
+    "a norm's epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 9.0),
+    "experts a token": lambda model: setattr(model.model.layers[1].mlp.gate, "top_k", 1),
+    "the experts' factor": lambda model: setattr(model.model.layers[1].mlp.gate, "routed_scaling_factor", 9.0),
+    "the softmax scale": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 9.0),
 }
 
 

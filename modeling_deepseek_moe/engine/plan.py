@@ -13,10 +13,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.cache import LatentLayer
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.engine import reasons
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
 from modeling_deepseek_moe.ops._operands import is_hooked, scale_of
@@ -25,6 +28,13 @@ from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 ATTEND, OUTPUT, MIX = range(STAGES)
+NUMBERS = {  # attributes whose values are in the table
+    DeepseekAttention: ("scaling",),
+    DeepseekRMSNorm: ("variance_epsilon",),
+    DeepseekTopkRouter: (
+        *("top_k", "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor"),
+    ),
+}
 
 
 class Stages(NamedTuple):
@@ -69,6 +79,7 @@ class Plan:
         self._modules: list[tuple[nn.Module, bool]] = []
         self._children: list[tuple[dict, str, nn.Module]] = []
         self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
+        self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._kept: list[torch.Tensor | Expert] = []  # tables that the layers point to
         for layer in self.layers:
@@ -87,7 +98,7 @@ class Plan:
         return type(None), ()
 
     def is_current(self, dtype: torch.dtype) -> bool:
-        """Whether no module, hook, weight or wish for a backend was changed since the table was made.
+        """Whether no module, hook, weight, number or wish for a backend was changed since the table was made.
 
         Raises:
             CheckpointError: a file that experts are mapped from was truncated or rewritten.
@@ -103,6 +114,9 @@ class Plan:
                     return False
             for tensors, name, tensor, pointer in self._tensors:
                 if tensors[name] is not tensor or tensor.data_ptr() != pointer:
+                    return False
+            for attributes, name, value in self._numbers:
+                if attributes[name] is not value:
                     return False
         except KeyError:  # deleted
             return False
@@ -176,6 +190,8 @@ class Plan:
             for tensors in (module._parameters, module._buffers):
                 found = [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
                 self._tensors += [(*slot, slot[2].data_ptr()) for slot in found]
+            attributes = module.__dict__
+            self._numbers += [(attributes, name, attributes[name]) for name in NUMBERS.get(type(module), ())]
             if isinstance(module, MappedExperts):
                 self._mapped.append((module, module.stream))
 

@@ -48,7 +48,10 @@ def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
 
 def attention(module: nn.Module, dtype: torch.dtype) -> Reason:
     """Attention before its output projection."""
-    return projections(module, dtype) or _of_parts(module, (module.kv_b_proj,), linear, dtype)
+    reason = projections(module, dtype) or _of_parts(module, (module.kv_b_proj,), linear, dtype)
+    if reason is None and module.scaling != module.config.softmax_scale:
+        reason = f"has one softmax scale for all layers, {module.config.softmax_scale}, found {module.scaling}"
+    return reason
 
 
 def parts(module: DeepseekAttention) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:

@@ -13,6 +13,7 @@ from modeling_deepseek_moe.engine.fused import run_by_halves
 from modeling_deepseek_moe.engine.plan import Plan, Stages
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._dispatch import CPU, REFERENCE, may_use, use_backend
+from modeling_deepseek_moe.ops._operands import every_module_is_hooked
 from modeling_deepseek_moe.ops.decode_step.cpu import FEW_TOKENS
 
 SLOT = "_engine_plan"  # where a model carries the plan that was made of it
@@ -31,7 +32,7 @@ def runs(
     """
     if context.get("training_pass") is not None:
         return [partial(recomputable, layer) for layer in layers]
-    if torch.compiler.is_exporting():  # an exported program runs where this package is not
+    if torch.compiler.is_exporting() or every_module_is_hooked():  # an exported program runs where this package is not
         return layers
     mask, compiling = context["attention_mask"], is_torchdynamo_compiling()
     one_for_all_heads = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == 1)

@@ -6,6 +6,7 @@ an adapter, a quantiser, a hook. Where nothing is, its weight may be read in pla
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as every_module_is_hooked  # torch has no public name for it
 
 from modeling_deepseek_moe.ops._library import PLAIN
 
@@ -16,18 +17,21 @@ def is_hooked(module: nn.Module) -> bool:
     """Whether something happens when the module is called besides the ``forward`` of its class."""
     # looked for where they are kept: `hasattr` takes a microsecond to find nothing, for each module and token
     own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own)
+    forward = own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own
+    return bool(forward or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether calling the layer multiplies with its weight, adds its bias, and does nothing else."""
-    return is_plain(layer) or (is_quantized(layer) and not is_hooked(layer))
+    return is_plain(layer) or (is_quantized(layer) and not is_hooked(layer) and not every_module_is_hooked())
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether it is ``torch.nn.Linear`` itself, with a weight of torch's own and nothing attached to its call."""
     # a quantiser, or sharding, may leave the class and replace the weight by a tensor subclass of its own
-    return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in PLAIN and not is_hooked(layer)
+    if type(layer) is not nn.Linear or type(layer._parameters.get("weight")) not in PLAIN:
+        return False
+    return not is_hooked(layer) and not every_module_is_hooked()
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -66,6 +70,8 @@ def _dequantized(weight: nn.Parameter) -> torch.Tensor:
 
 def unsupported_linear(layer: nn.Module) -> str | None:
     """Why a fused operation cannot read this layer's weight where it lies; ``None`` if it can."""
+    if every_module_is_hooked():
+        return "cannot call hooks that are on every module"
     if not is_linear(layer):
         return f"needs plain linear layers, found {_called(layer)}"
     if layer.bias is not None:

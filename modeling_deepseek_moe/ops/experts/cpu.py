@@ -11,6 +11,7 @@ import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import PLAIN, define
+from modeling_deepseek_moe.ops._operands import every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._structs import Experts
 
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
@@ -34,13 +35,16 @@ def unsupported_call(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
 
 
 def is_silu(act_fn: torch.nn.Module) -> bool:
-    return isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
+    """Whether calling it is SiLU and nothing else: hooks there are how the activations of neurons are looked at."""
+    silu = isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
+    return silu and not is_hooked(act_fn) and not every_module_is_hooked()
 
 
 def unsupported_layer(act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
     """The rest of `refuses`."""
     if not is_silu(act_fn):
-        return f"has silu for its activation function, found {type(act_fn).__name__}"
+        hooked = " with a hook" if is_hooked(act_fn) else ""
+        return f"has silu for its activation function, found {type(act_fn).__name__}{hooked}"
     for weight in weights:
         if type(weight) not in PLAIN:
             return f"needs plain tensors, found {type(weight).__name__}"
