@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from modeling_deepseek_moe.conversion import _job, _table
+from modeling_deepseek_moe.conversion._conversion import Options
 from releases import SHAPES, same_bits, write_release
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
@@ -210,3 +212,54 @@ def test_an_unknown_format_is_named(wide, tmp_path):
     ):
         wide.save_pretrained(tmp_path / "out", quantize="int3")
     assert not (tmp_path / "out").exists()
+
+
+def convert(name: str, folder, out, **options):
+    _job.run(_table.make_job(name, folder, Options(**options)), out)
+    return tensors_of(out)
+
+
+def test_converts_there_and_back(wide, folder, tmp_path):
+    """The bytes of `save_pretrained`, and the values that they stand for; from fp32 the codes come back by themselves."""
+    wide.save_pretrained(tmp_path / "bf16")
+    stored = tensors_of(folder)
+    made = convert("bf16-to-fp8", tmp_path / "bf16", tmp_path / "made", format="toy_int8")
+    assert made.keys() == stored.keys() and all(same_bits(made[name], stored[name]) for name in stored)
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "toy"
+    values = convert("fp8-to-bf16", folder, tmp_path / "fp32", dtype="float32")
+    for name in [name for name in stored if f"{name}_group_scale" in stored]:
+        wanted = decode(stored[name], stored[f"{name}_group_scale"], torch.float32, INT8.block)
+        assert same_bits(values[name], wanted), name
+    assert not [name for name in values if name.endswith("_group_scale")]
+    back = convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "back", format="toy_int8")
+    assert all(same_bits(back[name], stored[name]) for name in stored if stored[name].dtype == torch.int8)
+
+
+def test_ue8m0_is_kept(wide, tmp_path):
+    """By saving, by saving like the release, and by conversion; FP8 to fp32 and back keeps every value."""
+    wide.save_pretrained(tmp_path / "release", quantize="fp8_ue8m0")
+    stored = tensors_of(tmp_path / "release")
+    announced = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
+    assert announced["scale_fmt"] == "ue8m0" and announced["quant_method"] == "fp8"
+    scales = torch.cat([tensor.flatten() for name, tensor in stored.items() if name.endswith("_scale_inv")])
+    assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
+    values = dsm.DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path / "release", quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    )
+    values.save_pretrained(tmp_path / "like", quantize="fp8", like=tmp_path / "release")
+    convert("fp8-to-bf16", tmp_path / "release", tmp_path / "fp32", dtype="float32")
+    convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "back", format="fp8_ue8m0")
+    convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "from", scales_from=tmp_path / "release")
+    form = formats.by_name("fp8_ue8m0")
+    for again in ("like", "back", "from"):
+        found = tensors_of(tmp_path / again)
+        assert found.keys() == stored.keys()
+        config = json.loads((tmp_path / again / "config.json").read_text())
+        assert config["quantization_config"] == announced, again
+        for name in [name for name in stored if f"{name}_scale_inv" in stored]:
+            pairs = [(tensors[name], tensors[f"{name}_scale_inv"]) for tensors in (found, stored)]
+            # where a block's largest code is 224, twice the codes with half the scale are the same values
+            if again == "back":
+                pairs = [(form.dequantize(*pair, torch.float32),) for pair in pairs]
+            assert all(same_bits(*parts) for parts in zip(*pairs, strict=True)), (again, name)
