@@ -157,7 +157,7 @@ def by_name(name: str) -> WeightFormat:
     for row in FORMATS:
         if row.name == name:
             return row
-    raise ValueError(f"{name!r} is not supported, wanted one of {', '.join(repr(row.name) for row in FORMATS)}")
+    raise ValueError(f"{name!r} is not supported, wanted {' or '.join(repr(row.name) for row in FORMATS)}")
 
 
 def methods() -> set[str]:

@@ -45,6 +45,7 @@ class Release:
     def __init__(self, reader: CheckpointReader, config):
         self.reader, self.config = reader, config
         self.scales: Scales | None = None  # once they are checked
+        self._biases: dict[str, torch.Tensor] = {}  # of the routers, likewise
         # a headless model is saved without the prefix
         self.is_bare = not any(name.startswith("model.") for name in reader)
         infos = reader.values()
@@ -62,7 +63,7 @@ class Release:
     def tensor(self, name: str) -> torch.Tensor:
         if self.scales is not None and name in self.scales:
             return self.scales[name]
-        return self.reader.view(self.infos[name])
+        return self._biases[name] if name in self._biases else self.reader.view(self.infos[name])
 
     def is_quantized(self, name: str) -> bool:
         return (
@@ -185,7 +186,7 @@ class Release:
             info = self.infos.get(name) if name.endswith(".e_score_correction_bias") else None
             if info is None or info.dtype not in FLOATS:
                 continue
-            values = self.reader.view(info)
+            values = self._biases[name] = self.reader.view(info)
             bad = (~torch.isfinite(values)).nonzero()
             if len(bad):
                 found = f"{values[tuple(bad[0])].item()} at {bad[0].tolist()}"

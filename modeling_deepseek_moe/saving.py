@@ -70,7 +70,7 @@ class ReleaseSavingMixin:
         try:
             form = None if quantize is None else formats.by_name(quantize)
         except ValueError as error:
-            raise ValueError(f"quantize={error}, or None") from None
+            raise ValueError(f"quantize={error}") from None
         tensors = with_offloaded(self) if state_dict is None else state_dict
         self._refuse_unknown_format(tensors)
         if self._saved_by_transformers(tensors, kwargs):

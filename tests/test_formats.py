@@ -208,7 +208,7 @@ def test_what_a_config_announces(fields, found):
 
 def test_an_unknown_format_is_named(wide, tmp_path):
     with pytest.raises(
-        ValueError, match="quantize='int3' is not supported, wanted one of 'fp8', 'fp8_ue8m0', 'toy_int8'"
+        ValueError, match="quantize='int3' is not supported, wanted 'fp8' or 'fp8_ue8m0' or 'toy_int8'"
     ):
         wide.save_pretrained(tmp_path / "out", quantize="int3")
     assert not (tmp_path / "out").exists()
