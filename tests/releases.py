@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
-from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, KimiK2Config, tiny_checkpoint
 from modeling_deepseek_moe.weights import release_tensors
 
 YARN = {
@@ -138,3 +139,11 @@ def quantize_independently(weight, block=(128, 128)):
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Dtype, shape and every bit: NaN equals itself, -0 does not equal 0."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def write_tiny_fp32(folder: Path) -> Path:
+    """The shipped checkpoint in fp32, with its tokenizer."""
+    settings = {"quantization_config": FineGrainedFP8Config(dequantize=True), "dtype": "float32"}
+    AutoModelForCausalLM.from_pretrained(tiny_checkpoint(), **settings).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_checkpoint()).save_pretrained(folder)
+    return folder

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, pipeline
+from releases import write_tiny_fp32
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.cli._model import load_tokenizer
@@ -19,14 +20,7 @@ TEXT = "Question: Solve x + 4 = 11 for x.\nAnswer:"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fp32")
-    dequantize = FineGrainedFP8Config(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        dsm.tiny_checkpoint(), quantization_config=dequantize, dtype="float32"
-    )
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(dsm.tiny_checkpoint()).save_pretrained(path)
-    return path
+    return write_tiny_fp32(tmp_path_factory.mktemp("fp32"))
 
 
 def test_pipeline_is_generate(folder):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from releases import SHAPES, write_release
+from releases import SHAPES, write_release, write_tiny_fp32
 from training_harness import Padded
-from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_deepseek_moe as dsm
 
@@ -18,14 +18,7 @@ ROWS = [{"prompt": f"Solve x + {i} = 11 for x.", "chosen": " x = 7", "rejected":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fp32")
-    dequantize = FineGrainedFP8Config(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        dsm.tiny_checkpoint(), quantization_config=dequantize, dtype="float32"
-    )
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(dsm.tiny_checkpoint()).save_pretrained(path)
-    return path
+    return write_tiny_fp32(tmp_path_factory.mktemp("fp32"))
 
 
 @pytest.mark.parametrize("by", ["path", "model"])

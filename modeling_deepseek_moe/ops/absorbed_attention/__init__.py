@@ -24,14 +24,10 @@ def absorbed_attention(
     dropout: float = 0.0,
     output_attentions: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``[B, q, H, v]``, and with ``output_attentions`` the weights ``[B, H, q, kv]``.
+    """`reference.absorbed_attention`, with its arguments and results, on the backend that can.
 
     Args:
-        q_nope, q_pe: ``[B, H, q, n]`` and, rotated, ``[B, H, q, p]``.
-        c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``.
-        mask: see `reference.masked`.
         kv_b_proj: the layer whose weight is W_UK and W_UV of one head after the other, ``[H·(n+v), r]``.
-        dropout: probability of dropping a weight.
     """
     tensors = (q_nope, q_pe, c_kv, k_pe, mask)
     plain = not (output_attentions or dropout or torch.is_autocast_enabled(q_nope.device.type))

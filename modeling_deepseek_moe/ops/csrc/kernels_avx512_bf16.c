@@ -100,29 +100,8 @@ DSM_INLINE void fma_tile(const char *x, size_t stride, const uint32_t *panel, in
     }
     *ahead = next;
 }
-#define FMA_TILE(N)                                                                                                   \
-    static __attribute__((noinline)) void fma_tile_##N(const char *x, size_t stride, const uint32_t *panel,           \
-                                                       int64_t pairs, float scale, const float *decay, float *out,    \
-                                                       int64_t ldo, Ahead *ahead) {                                   \
-        fma_tile(x, stride, panel, pairs, scale, decay, out, ldo, ahead, N);                                          \
-    }
-FMA_TILE(6)
-FMA_TILE(4)
-FMA_TILE(1)
-
-/* all tokens beside one panel */
-static void fma_tokens(const void *x, size_t stride, int64_t tokens, const uint32_t *panel, int64_t pairs, float scale,
-                       const float *decay, float *out, int64_t ldo, Ahead *ahead) {
-    int64_t t = 0;
-#define TOKENS(N)                                                                                                     \
-    for (; t + N <= tokens; t += N)                                                                                   \
-        fma_tile_##N((const char *)x + t * stride, stride, panel, pairs, scale, decay ? decay + t : NULL,             \
-                     out + t * ldo, ldo, ahead);
-    TOKENS(6)
-    TOKENS(4)
-    TOKENS(1)
-#undef TOKENS
-}
+#define PANEL_OF uint32_t
+#include "fma_tokens.h"
 
 static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                   float *out, void *scratch, Ahead *ahead) {
