@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe import CheckpointReader
 from modeling_deepseek_moe.ops import block_fp8
 
 CHUNK = 16 << 20

@@ -19,7 +19,7 @@ from decode import filled_caches
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe import parameter_breakdown
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 # DeepSeek-V2-Lite's dims and vocabulary, with V3's router, as many layers as make 2.25B parameters
@@ -58,13 +58,13 @@ def measure(options: argparse.Namespace) -> dict:
         ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         load = time.perf_counter() - start
         plain = build_plain(folder)
-        anatomy, readers, found = dissect(ours.config), Readers(), []
+        breakdown, readers, found = parameter_breakdown(ours.config), Readers(), []
         notes = [f"{ours.num_parameters() / 1e9:.2f}B parameters, loaded in {load:.2f} s" + seconds]
         # a prompt first, as ever: it touches all experts, whose pages are mapped at that moment
         for tokens, cached in PROMPTS:
             found += prefill(ours, plain, tokens, cached, options)
         for context in CONTEXTS:
-            found += decode(ours, plain, anatomy, context, options, readers)
+            found += decode(ours, plain, breakdown, context, options, readers)
         agreement = [agree(ours, plain)]
         del plain
         gc.collect()
@@ -105,7 +105,7 @@ def tokens_of(model, cache) -> None:
         model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), **{CACHE_NAME: cache}, logits_to_keep=1)
 
 
-def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, readers: Readers) -> list[dict]:
+def decode(ours, plain, breakdown, context: int, options: argparse.Namespace, readers: Readers) -> list[dict]:
     """One token after the other from ``context`` cached ones on."""
     case = {"case": f"decoding at {context} tokens", "threads": options.threads}
     caches = filled_caches(ours.config, context)
@@ -113,7 +113,7 @@ def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, read
     times, bandwidth = race(contestants, options.rounds, readers)
     found = list(readers.rows(case, times)) if context == CONTEXTS[0] else []
     for name, fp8 in ((OURS, True), (PLAIN, False)):
-        nbytes = (anatomy.active_bytes(fp8) + anatomy.cache_bytes(context)) * TOKENS
+        nbytes = (breakdown.active_bytes(fp8) + breakdown.cache_bytes(context)) * TOKENS
         fields = row(case, name, times[name], nbytes, bandwidth)
         fields |= {"tokens_s": TOKENS / times[name].median, "ratio": times[PLAIN].median / times[name].median}
         found.append(fields)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from cpu_readers import Readers, race, relative_error, row
 
+from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.ops import _native, block_fp8
-from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.ops.linear import linear
 
 SHAPE = (4096, 7168)

@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe import write_checkpoint
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan, plan_shards, write_checkpoint
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan, plan_shards
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.saving import fp8_quantization_config
 from modeling_deepseek_moe.weights import release_tensors

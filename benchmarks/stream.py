@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
+from modeling_deepseek_moe import CheckpointReader, write_checkpoint
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 

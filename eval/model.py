@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 import modeling_deepseek_moe  # noqa: F401  registers the family
-from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.tokens import released_choice
 
@@ -188,7 +188,7 @@ class DeepseekLM(HFLM):
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         config, itemsize = self.model.config, self.model.dtype.itemsize
-        cache = dissect(config).cache_bytes(tokens, itemsize)
+        cache = parameter_breakdown(config).cache_bytes(tokens, itemsize)
         activations = (
             tokens * (8 * config.hidden_size * itemsize + config.vocab_size * logits) + config.vocab_size * 16
         )

@@ -107,7 +107,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ParameterBreakdown:
     """Sizes by part (see `PARTS`): ``stored`` in a release, and ``active``, what decoding one token reads."""
 
     stored: dict[str, Size]
@@ -143,7 +143,7 @@ class Anatomy:
         return tokens * self.cache_values_per_token * itemsize
 
 
-def dissect(config: DeepseekMoeConfig) -> Anatomy:
+def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
     """The sizes of the release that a config describes.
 
     Raises:
@@ -167,7 +167,7 @@ def dissect(config: DeepseekMoeConfig) -> Anatomy:
     if config.tie_word_embeddings:
         active["head"] = stored["embedding"]
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "bfloat16")
-    return Anatomy(
+    return ParameterBreakdown(
         stored=stored,
         active=active,
         mtp_copies=mtp_copies,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modeling_deepseek_moe.anatomy import PARTS, Anatomy, describe, dissect, read_config
+from modeling_deepseek_moe.anatomy import PARTS, ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.index import resolve_shards
 from modeling_deepseek_moe.formats import split_scale
@@ -54,7 +54,7 @@ class Inspection:
 
     folder: str
     architecture: dict[str, str]
-    anatomy: Anatomy
+    breakdown: ParameterBreakdown
     shards: int = 0
     total: Tally = field(default_factory=Tally)
     dtypes: dict[str, Tally] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def inspect_checkpoint(
     """
     folder = Path(folder)
     config = read_config(folder)
-    found = Inspection(str(folder), describe(config), dissect(config))
+    found = Inspection(str(folder), describe(config), parameter_breakdown(config))
     files, weight_map = resolve_shards(folder, must_exist=False)
     found.shards = len(files)
     shards = {name: folder / shard for name, shard in (weight_map or {}).items()}

@@ -11,12 +11,17 @@ import torch
 from releases import FP8, SHAPES, write_release
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError, formats
-from modeling_deepseek_moe.anatomy import CONFIGS, describe, dissect, read_config
+from modeling_deepseek_moe import (
+    CheckpointError,
+    CheckpointReader,
+    formats,
+    inspect_checkpoint,
+    parameter_breakdown,
+    read_config,
+)
+from modeling_deepseek_moe.anatomy import CONFIGS, describe
 from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.inspection import inspect_checkpoint
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.weights import release_tensors
 
@@ -138,10 +143,10 @@ def config_of(fields):
     ],
 )
 def test_published_sizes(fields, total, active):
-    anatomy = dissect(config_of(fields))
-    assert rounded(anatomy.parameters, total) == total
+    breakdown = parameter_breakdown(config_of(fields))
+    assert rounded(breakdown.parameters, total) == total
     # V2-Lite has 2.451B by this convention, published as 2.4B: cut off, not rounded
-    assert rounded(anatomy.active_parameters - (2e6 if fields is V2_LITE else 0), active) == active
+    assert rounded(breakdown.active_parameters - (2e6 if fields is V2_LITE else 0), active) == active
 
 
 def rounded(count, like):
@@ -156,23 +161,23 @@ def rounded(count, like):
 )
 def test_published_sizes_without_embedding_and_head(fields, total, active):
     """Table 5 of the Moonlight report (arXiv:2502.16982) counts both models so."""
-    anatomy = dissect(config_of(fields))
-    outer = sum(anatomy.stored[part].parameters for part in ("embedding", "head"))
-    assert round((anatomy.parameters - outer) / BILLION, 2) == total
-    active_outer = sum(anatomy.active[part].parameters for part in ("embedding", "head"))
-    assert round((anatomy.active_parameters - active_outer) / BILLION, 2) == active
+    breakdown = parameter_breakdown(config_of(fields))
+    outer = sum(breakdown.stored[part].parameters for part in ("embedding", "head"))
+    assert round((breakdown.parameters - outer) / BILLION, 2) == total
+    active_outer = sum(breakdown.active[part].parameters for part in ("embedding", "head"))
+    assert round((breakdown.active_parameters - active_outer) / BILLION, 2) == active
 
 
 def test_v3_exactly():
-    anatomy = dissect(config_of(V3))
-    assert anatomy.parameters == 671_026_419_200
-    assert anatomy.mtp_copies == 2 * 129280 * 7168
-    stored = anatomy.stored.values()
+    breakdown = parameter_breakdown(config_of(V3))
+    assert breakdown.parameters == 671_026_419_200
+    assert breakdown.mtp_copies == 2 * 129280 * 7168
+    stored = breakdown.stored.values()
     # the Hub counts scales too: 684.53B values, shown as 685B
     assert round(sum(size.parameters + size.scales for size in stored) / BILLION) == 685
-    assert anatomy.cache_bytes() == 70_272
-    assert anatomy.cache_bytes(1000) == 70_272_000
-    assert anatomy.weight_format == formats.FP8
+    assert breakdown.cache_bytes() == 70_272
+    assert breakdown.cache_bytes(1000) == 70_272_000
+    assert breakdown.weight_format == formats.FP8
     # every Linear is FP8 but embedding, head (and their copies), gate, eh_proj
     norms = 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
     kept = 4 * 129280 * 7168 + 59 * (256 * 7168 + 256) + 2 * 7168 * 7168 + norms
@@ -182,17 +187,17 @@ def test_v3_exactly():
 def test_bytes_are_those_of_the_files(tmp_path):
     for name, fp8 in (("v3-mtp", True), ("v3", False), ("v2-lite", False), ("kimi", True)):
         write_release(tmp_path / name, SHAPES[name](), fp8=fp8)
-        anatomy = dissect(read_config(tmp_path / name))
+        breakdown = parameter_breakdown(read_config(tmp_path / name))
         reader = CheckpointReader.open(tmp_path / name)
-        assert anatomy.stored_bytes(anatomy.weight_format, anatomy.itemsize) == reader.nbytes
+        assert breakdown.stored_bytes(breakdown.weight_format, breakdown.itemsize) == reader.nbytes
         weights = [info for tensor, info in reader.items() if not tensor.endswith("_scale_inv")]
-        assert anatomy.parameters + anatomy.mtp_parameters == sum(math.prod(info.shape) for info in weights)
+        assert breakdown.parameters + breakdown.mtp_parameters == sum(math.prod(info.shape) for info in weights)
 
 
 def test_tied_embeddings_are_counted_once_and_used_twice():
     config = SHAPES["v3"]()
     config.tie_word_embeddings = True
-    tied, untied = dissect(config), dissect(SHAPES["v3"]())
+    tied, untied = parameter_breakdown(config), parameter_breakdown(SHAPES["v3"]())
     assert tied.parameters == untied.parameters - config.vocab_size * config.hidden_size
     assert tied.active_parameters == untied.active_parameters
 
@@ -226,7 +231,7 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, text, message):
 )
 def test_another_quantisation_is_refused(fields, message):
     with pytest.raises(ValueError, match=f"{message} is not supported"):
-        dissect(config_of(V3 | {"quantization_config": fields}))
+        parameter_breakdown(config_of(V3 | {"quantization_config": fields}))
 
 
 def write_sparse(folder, fields, shards):
@@ -276,7 +281,7 @@ def test_inspecting_the_layout_of_v3(v3_folder):
     seconds = time.perf_counter() - start
     assert found.is_loadable and not found.findings
     assert (found.total.tensors, found.shards) == (91_991, 163)
-    assert found.total.nbytes == found.anatomy.stored_bytes(formats.FP8) == 688_574_839_360
+    assert found.total.nbytes == found.breakdown.stored_bytes(formats.FP8) == 688_574_839_360
     assert sum(tally.values for part, tally in found.parts.items() if part != "scales") == 684_489_845_504
     assert found.dtypes["float8_e4m3fn"].tensors == found.parts["scales"].tensors == 45_808
     assert seconds < 30  # about 2 s on an idle core

@@ -13,22 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from modeling_deepseek_moe import DeepseekV3Config, planning
-from modeling_deepseek_moe.anatomy import dissect, read_config
+from modeling_deepseek_moe import DeepseekV3Config, Machine, make_plan, parameter_breakdown, planning, read_config
 from modeling_deepseek_moe.cli import app, chat
 from modeling_deepseek_moe.cli._console import count, rate, size
 from modeling_deepseek_moe.cli._model import Dtype, IdStreamer, Meter, generation_settings, load_model, load_tokenizer
 from modeling_deepseek_moe.formats import FP8
-from modeling_deepseek_moe.machine import Bandwidth, Gpu, Machine, measure_disk, measure_read_bandwidth
+from modeling_deepseek_moe.machine import Bandwidth, Gpu, measure_disk, measure_read_bandwidth
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.planning import (
-    DISK_EFFICIENCY,
-    FITS,
-    FROM_DISK,
-    MEMORY_EFFICIENCY,
-    TOO_LARGE,
-    make_plan,
-)
+from modeling_deepseek_moe.planning import DISK_EFFICIENCY, FITS, FROM_DISK, MEMORY_EFFICIENCY, TOO_LARGE
 
 SPECIAL = ("<bos>", "<eos>", "<user>", "<assistant>")
 TEMPLATE = (
@@ -145,8 +137,8 @@ class TestInspect:
     def test_json(self, folders):
         found, code = run_json("inspect", folders / "fp8")
         assert code == 0 and found["loadable"] and found["findings"] == {}
-        anatomy = dissect(read_config(folders / "fp8"))
-        assert found["parameters"]["total"] == anatomy.parameters
+        breakdown = parameter_breakdown(read_config(folders / "fp8"))
+        assert found["parameters"]["total"] == breakdown.parameters
         assert sum(part["nbytes"] for part in found["parts"].values()) == found["bytes"]
         assert sum(dtype["tensors"] for dtype in found["dtypes"].values()) == found["tensors"]
 
@@ -188,7 +180,7 @@ class TestPlan:
 @pytest.fixture(scope="module")
 def v3():
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    return dissect(DeepseekV3Config(quantization_config=quantization))
+    return parameter_breakdown(DeepseekV3Config(quantization_config=quantization))
 
 
 class TestPlanning:
@@ -274,8 +266,8 @@ class TestBench:
         found, _ = run_json("bench", folders / "fp8", "--context", 20, "--prefill", 16, "--tokens", 2, "--repeat", 1)
         (row,) = found["decode"]
         assert row["context"] == 20 and row["tokens_per_second"] > 0 and found["prefill"]["tokens"] == 16
-        anatomy = dissect(read_config(folders / "fp8"))
-        assert row["bytes_per_token"] == anatomy.active_bytes(FP8) + anatomy.cache_bytes(20)
+        breakdown = parameter_breakdown(read_config(folders / "fp8"))
+        assert row["bytes_per_token"] == breakdown.active_bytes(FP8) + breakdown.cache_bytes(20)
         share = row["bytes_per_token"] * row["tokens_per_second"] / found["bandwidth"]
         assert row["share_of_bandwidth"] == pytest.approx(share)
 

@@ -7,8 +7,8 @@ from releases import SHAPES, write_release
 from test_cli import run, write_tokenizer
 from transformers.utils import logging
 
+from modeling_deepseek_moe import Machine
 from modeling_deepseek_moe.cli._model import Dtype, Meter, expert_summary, load_model
-from modeling_deepseek_moe.machine import Machine
 from modeling_deepseek_moe.streaming import model as streaming_model
 
 EXPERT = 3 * 32 * 64  # bytes of codes

@@ -22,8 +22,8 @@ from engine_cases import (
 )
 from releases import same_bits
 
+from modeling_deepseek_moe import BackendError, use_backend
 from modeling_deepseek_moe.ops import _native, block_fp8, linear, rms_norm
-from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.ops.block_fp8 import reference
 from modeling_deepseek_moe.ops.linear import cpu as linear_cpu
 

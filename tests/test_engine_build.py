@@ -16,8 +16,8 @@ from engine_cases import needs_engine, random_fp8
 from releases import same_bits
 from transformers.utils import logging
 
+from modeling_deepseek_moe import BackendError, use_backend
 from modeling_deepseek_moe.ops import _native, block_fp8, linear, rms_norm
-from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "modeling_deepseek_moe" / "ops" / "csrc"

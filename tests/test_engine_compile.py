@@ -7,10 +7,9 @@ from engine_cases import BACKENDS, needs_engine, random_fp8
 from releases import SHAPES, same_bits, write_release
 from transformers import AutoModelForCausalLM, StaticCache
 
-from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe import CheckpointError, use_backend
 from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 

@@ -6,8 +6,8 @@ from engine_calls import differing, run
 from engine_cases import FP8, Experts, distance, every_isa, guarded, needs_engine, random_routing
 from releases import same_bits
 
+from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.ops.experts import cpu
 
 pytestmark = needs_engine

@@ -17,8 +17,8 @@ import pytest
 from engine_calls import every_call, run
 from engine_cases import needs_engine
 
+from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.ops import _native, _structs
-from modeling_deepseek_moe.ops._dispatch import use_backend
 
 pytestmark = [needs_engine, pytest.mark.long]
 

@@ -13,10 +13,9 @@ from releases import SHAPES, same_bits, write_release
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe import CheckpointError, CheckpointReader
 from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
 from modeling_deepseek_moe.checkpoint.headers import read_header
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 NORM = "model.norm.weight"

@@ -14,9 +14,7 @@ from releases import SHAPES, same_bits, write_release
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from modeling_deepseek_moe import CheckpointError
-from modeling_deepseek_moe.machine import Machine
-from modeling_deepseek_moe.ops._dispatch import use_backend
+from modeling_deepseek_moe import CheckpointError, Machine, use_backend
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.streaming import ahead, cache, reader
 from modeling_deepseek_moe.streaming import model as streaming_model

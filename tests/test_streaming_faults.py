@@ -16,8 +16,7 @@ from releases import SHAPES, same_bits, write_release
 from test_streaming import PROMPT, SLOT, generate, layer, load, logits, threads
 from transformers.utils import logging
 
-from modeling_deepseek_moe import CheckpointError
-from modeling_deepseek_moe.machine import Machine
+from modeling_deepseek_moe import CheckpointError, Machine
 from modeling_deepseek_moe.streaming import ahead, cache, memory
 from modeling_deepseek_moe.streaming import model as streaming_model
 from modeling_deepseek_moe.streaming import threads as reading

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from modeling_deepseek_moe.anatomy import Anatomy, dissect, read_config
+from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown, read_config
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import count, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.machine import measure_read_bandwidth
@@ -82,7 +82,7 @@ def _write_random(path: Path, layers: int | None, folder: Path) -> None:
     for name in ("quantization_config", "layer_types"):
         if hasattr(config, name):
             delattr(config, name)
-    needed, available = 2 * dissect(config).parameters, psutil.virtual_memory().available
+    needed, available = 2 * parameter_breakdown(config).parameters, psutil.virtual_memory().available
     if needed > available:
         raise ValueError(
             f"{path}: random weights of {config.num_hidden_layers} layers take {size(needed)} while they are made, found "
@@ -104,7 +104,7 @@ def _load(folder: Path, expert_memory: str | None) -> PreTrainedModel:
 
 @torch.inference_mode()
 def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, tokens: int, repeat: int) -> dict:
-    config, anatomy = model.config, dissect(model.config)
+    config, breakdown = model.config, parameter_breakdown(model.config)
     most = config.max_position_embeddings
     if max(*contexts, 0) + tokens * (repeat + 1) > most or prefill > most:
         raise ValueError(f"found contexts {contexts} and a prompt of {prefill}, wanted at most {most} tokens in all")
@@ -121,19 +121,19 @@ def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, to
             prompts.append(seconds)
     bandwidth = statistics.median(bandwidths[1:])
     return {
-        "parameters": anatomy.parameters,
-        "active_parameters": anatomy.active_parameters,
+        "parameters": breakdown.parameters,
+        "active_parameters": breakdown.active_parameters,
         "threads": torch.get_num_threads(),
         "bandwidth": bandwidth,
         "resident_bytes": psutil.Process().memory_info().rss,
         "prefill": {"tokens": prefill, "tokens_per_second": prefill / statistics.median(prompts[1:])},
-        "decode": [_decoded(anatomy, length, steps[length][1:], bandwidth) for length in contexts],
+        "decode": [_decoded(breakdown, length, steps[length][1:], bandwidth) for length in contexts],
         "experts": _model.expert_summary(model) if model.expert_stats() else None,
     }
 
 
-def _decoded(anatomy: Anatomy, context: int, seconds: list[float], bandwidth: float) -> dict:
-    read = anatomy.active_bytes(anatomy.weight_format) + anatomy.cache_bytes(context)
+def _decoded(breakdown: ParameterBreakdown, context: int, seconds: list[float], bandwidth: float) -> dict:
+    read = breakdown.active_bytes(breakdown.weight_format) + breakdown.cache_bytes(context)
     taken = statistics.median(seconds)
     return {
         "context": context,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from modeling_deepseek_moe.anatomy import Anatomy, describe, dissect, read_config
+from modeling_deepseek_moe.anatomy import ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
@@ -64,33 +64,33 @@ def plan(
         )
     given = None if disk_speed is None else parse_size(disk_speed)
     config = read_config(path)
-    anatomy = dissect(config)
+    breakdown = parameter_breakdown(config)
     with stderr().status("measuring memory bandwidth"):
         machine = probe_machine()
     measured = measure_disk(path) if given is None else None
     disk = measured.bytes_per_second if measured else given
-    made = make_plan(anatomy, machine, context or min(DEFAULT_CONTEXT, config.max_position_embeddings), disk)
+    made = make_plan(breakdown, machine, context or min(DEFAULT_CONTEXT, config.max_position_embeddings), disk)
     if as_json:
-        fields = {"architecture": describe(config), "parameters": parameters_dict(anatomy), "verdict": made.verdict}
+        fields = {"architecture": describe(config), "parameters": parameters_dict(breakdown), "verdict": made.verdict}
         print_json(fields | asdict(made))
         return
     console = stdout()
-    show_architecture(describe(config), anatomy, console)
+    show_architecture(describe(config), breakdown, console)
     console.print()
-    _show(made, anatomy, "measured now" if measured else "assumed" if given is None else "as given", console)
+    _show(made, breakdown, "measured now" if measured else "assumed" if given is None else "as given", console)
     if made.context > config.max_position_embeddings:
         console.print(
             f"[yellow]{made.context:,} tokens are more than the model's {config.max_position_embeddings:,}.[/]"
         )
 
 
-def _show(made: Plan, anatomy: Anatomy, disk: str, console: Console) -> None:
+def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console) -> None:
     machine = made.machine
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column()
     grid.add_row(
-        "download", f"{size(made.release_bytes)} of weights" + (", MTP included" if anatomy.mtp_parameters else "")
+        "download", f"{size(made.release_bytes)} of weights" + (", MTP included" if breakdown.mtp_parameters else "")
     )
     cache = f"{made.cache_bytes_per_token:,} bytes a token, {size(made.cache_bytes)} at {made.context:,} tokens"
     grid.add_row("cache", cache)
