@@ -39,7 +39,7 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model
 	.venv/bin/python -m pip install -c constraints.txt -e ".[doors]"
 	touch $@
 
-test: lint $(DOORS) ## Check the style and run the tests
+test: lint $(DOORS) ## Check style and types, and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformers that is supported
@@ -48,9 +48,10 @@ test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformer
 peer: $(READY) ## Run the tests that compare with other software (downloads transformers' source distribution)
 	$(BIN)/python -m pytest -m peer -n 2 $(ARGS)
 
-lint: $(READY) ## Check the style
+lint: $(READY) ## Check the style and the types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
 format: $(READY) ## Rewrite the files in the house style
@@ -63,5 +64,5 @@ wheel: $(READY) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean: ## Remove what was built, and caches
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -37,6 +37,7 @@ extras["dev"] = [
     "heavyball",
     "jinja2",
     "matplotlib",
+    "mypy",
     "parameterized",
     "pre-commit",
     "pytest",

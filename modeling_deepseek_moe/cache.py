@@ -48,18 +48,16 @@ class LatentLayer(DynamicLayer):
         if self._may_write() and self._buffers[0].shape[2] >= length:
             return self._buffers
         capacity = int(length * GROWTH) + SLACK
-        made = []
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
-            if used:
-                buffer[:, :, :used] = old
-            made.append(buffer)
-        self._buffers = tuple(made)
+        self._buffers = (
+            _grown(self.keys, key_states, used, capacity),
+            _grown(self.values, value_states, used, capacity),
+        )
         return self._buffers
 
     def advance(self, length: int) -> None:
         """The first ``length`` rows of the buffers are in use now."""
-        self._views = tuple(buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = self._buffers
+        self._views = keys[:, :, :length], values[:, :, :length]
         self.keys, self.values = self._views
 
     def _may_write(self) -> bool:
@@ -71,6 +69,14 @@ class LatentLayer(DynamicLayer):
     def reset(self) -> None:
         self._buffers = self._views = None
         super().reset()
+
+
+def _grown(cached: torch.Tensor | None, new: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    """A buffer ``[B, H, capacity, ·]`` for states like ``new`` that begins with the ``used`` that are cached."""
+    buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
+    if used:
+        buffer[:, :, :used] = cached
+    return buffer
 
 
 def grow_in_place(cache: Cache) -> bool:

@@ -49,7 +49,7 @@ class WeightFormat:
     scale_dtype: torch.dtype
     scale_suffix: str
     encode: Callable[[torch.Tensor, Block], tuple[torch.Tensor, torch.Tensor]]
-    decode: Callable[[torch.Tensor, torch.Tensor, torch.dtype, Block], torch.Tensor]
+    decode: Callable[..., torch.Tensor]  # and, as a keyword too, the block
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Block], torch.Tensor] | None = (
         None
     )
@@ -104,7 +104,7 @@ class WeightFormat:
         return self.fields.get(field, self.implied.get(field))
 
     def in_blocks_of(self, block: Block) -> "WeightFormat":
-        return replace(self, block=tuple(block))
+        return replace(self, block=(block[0], block[1]))
 
 
 FP8 = WeightFormat(

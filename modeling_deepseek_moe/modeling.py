@@ -236,7 +236,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         """The hidden states of MTP layer ``depth`` (0 first); see `DeepseekMtpLayer.forward` for the arguments.
 
         Raises:

@@ -70,10 +70,11 @@ class Objective:
         self.state.add("balance_loss", balance * self.items)
         return loss + balance, balance
 
-    def _mtp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _mtp(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """``1/D · Σ_k CE_k`` (eq. 24 and 25, without λ)."""
         sequence, count = self.sequences
-        total, depths = 0.0, len(self.model.model.mtp_layers)
+        total: torch.Tensor | float = 0.0
+        depths = len(self.model.model.mtp_layers)
         rest = {name: value for name, value in self.arguments.items() if name not in LOSS_ARGUMENTS}
         for depth in range(depths):
             # the token that is embedded, and the one that is predicted, must be of the sequence of the hidden state

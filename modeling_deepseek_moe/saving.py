@@ -15,6 +15,7 @@ from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.hub import auto_map, shim_files
@@ -33,7 +34,7 @@ def fp8_quantization_config(block=(128, 128)):
     return formats.FP8.in_blocks_of(block).quantization_config()
 
 
-class ReleaseSavingMixin:
+class ReleaseSavingMixin(ModelMixin):
     """`save_pretrained` in the release format. Mixed into the models before `PreTrainedModel`."""
 
     release_architecture: str | None = None  # what `architectures` says on disk, if not the class's own name

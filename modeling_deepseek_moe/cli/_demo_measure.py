@@ -70,7 +70,7 @@ def resident_bytes(model: PreTrainedModel) -> ResidentBytes:
         if isinstance(module, MappedExperts)
         for _, matrix in module.named_matrices()
     ]
-    mapped = sum(matrix.weight.nbytes + matrix.scale_inv.nbytes for matrix in matrices)
+    mapped = sum(matrix.codes.nbytes + matrix.scales.nbytes for matrix in matrices)
     return ResidentBytes(sum(owned.values()), mapped)
 
 

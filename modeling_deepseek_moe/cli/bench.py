@@ -98,8 +98,10 @@ def _write_random(path: Path, layers: int | None, folder: Path) -> None:
 
 
 def _load(folder: Path, expert_memory: str | None) -> PreTrainedModel:
-    options = {"dtype": _model.Dtype.AUTO, "attention": None, "device": "cpu", "dequantize": False}
-    return _model.load_model(folder, **options, expert_memory=expert_memory)
+    auto = _model.Dtype.AUTO
+    return _model.load_model(
+        folder, dtype=auto, attention=None, device="cpu", dequantize=False, expert_memory=expert_memory
+    )
 
 
 @torch.inference_mode()

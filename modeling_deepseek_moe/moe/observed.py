@@ -8,6 +8,7 @@ Legend: T tokens, E experts, K experts per token, S sequences.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +57,7 @@ class TrainingState:
 
 
 def sequence_ids(
-    shape: tuple[int, int],
+    shape: Sequence[int],
     device: torch.device,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,

@@ -28,7 +28,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
             return operator(*arguments, **named)
         return implementation(*arguments)
 
-    call.operator = operator
+    setattr(call, "operator", operator)  # noqa: B010 - a function's own attribute
     return call
 
 

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -217,7 +217,7 @@ class ExpertCache:
         tokens: int = 1,
         most: int | None = None,
         ahead: Callable[[], Sequence[Key]] | None = None,
-    ) -> Iterator[list[Slot]]:
+    ) -> Generator[list[Slot], None, None]:
         """The ``wanted`` experts of a layer in ascending order, in groups, each as soon as it is in memory.
 
         A slot is good until the next group is asked for.

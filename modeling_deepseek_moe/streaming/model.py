@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint.writer import parse_size
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.machine import probe_machine
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.planning import WORKSPACE_BYTES
@@ -17,7 +18,7 @@ from modeling_deepseek_moe.streaming.resident import ResidentWeights
 logger = logging.get_logger(__name__)
 
 
-class StreamingMixin:
+class StreamingMixin(ModelMixin):
     """Experts larger than memory. Mixed into the models before `PreTrainedModel`."""
 
     def set_expert_memory(self, budget: float | str | None) -> None:

@@ -117,7 +117,7 @@ class Fp8SwiGluFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         saved = ctx.saved_tensors
-        kept, inner, gate_up, down = Kept(*saved[:3]), Kept(*saved[3:6]), *saved[6:]
+        kept, inner, (gate_up, down) = Kept(*saved[:3]), Kept(*saved[3:6]), saved[6:]
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
         dx = torch.empty(dy.shape, dtype=ctx.dtype, device=dy.device) if needs_x else None
         d_gate_up = torch.zeros_like(gate_up) if needs_gate_up else None
