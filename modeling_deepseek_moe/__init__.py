@@ -35,7 +35,7 @@ from modeling_deepseek_moe.modeling import (
     KimiK2Model,
 )
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
-from modeling_deepseek_moe.planning import Plan, make_plan
+from modeling_deepseek_moe.planning import make_plan
 
 warn_untested()
 registration.register()
@@ -105,7 +105,6 @@ __all__ = [
     "MoeTelemetryCallback",
     "MtpLossCallback",
     "ParameterBreakdown",
-    "Plan",
     "__version__",
     "bf16_moments",
     "inspect_checkpoint",

@@ -11,8 +11,9 @@ from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from modeling_deepseek_moe import Plan, modeling, use_backend
+from modeling_deepseek_moe import modeling, use_backend
 from modeling_deepseek_moe.cache import LatentLayer, grow_in_place
+from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

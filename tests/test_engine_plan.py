@@ -10,7 +10,8 @@ from releases import SHAPES, write_release
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modeling_deepseek_moe import Plan, attention, block, layers, modeling, mtp, use_backend
+from modeling_deepseek_moe import attention, block, layers, modeling, mtp, use_backend
+from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
 from modeling_deepseek_moe.moe import balance, experts, observed, router
 from modeling_deepseek_moe.moe import layer as moe_layer

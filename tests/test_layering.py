@@ -91,6 +91,7 @@ LAYERS = (
     "streaming.memory",
     "streaming.reader",
     "streaming.threads",
+    "streaming.slots",
     "streaming.cache",
     "streaming.ahead",
     "streaming.resident",

@@ -11,8 +11,9 @@ from modeling_deepseek_moe.ops import experts
 from modeling_deepseek_moe.quantized.experts import QuantizedMatrix
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, Foresight
-from modeling_deepseek_moe.streaming.cache import ExpertCache, Key
+from modeling_deepseek_moe.streaming.cache import ExpertCache
 from modeling_deepseek_moe.streaming.resident import ResidentWeights
+from modeling_deepseek_moe.streaming.slots import Key
 
 
 class LayerStream:

@@ -11,9 +11,10 @@ from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.planning import WORKSPACE_BYTES
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.streaming.ahead import Foresight
-from modeling_deepseek_moe.streaming.cache import ExpertCache, ExpertStats
+from modeling_deepseek_moe.streaming.cache import ExpertCache
 from modeling_deepseek_moe.streaming.layer import LayerStream
 from modeling_deepseek_moe.streaming.resident import ResidentWeights
+from modeling_deepseek_moe.streaming.slots import ExpertStats
 
 logger = logging.get_logger(__name__)
 
