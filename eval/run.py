@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,18 +84,10 @@ def evaluate(
     identity = {"model": facts | {"path": None, "label": None}, "prefill": shared["prefill"], "seed": seed}
     if folder is None:
         (out / JOURNAL_FILE).unlink(missing_ok=True)
-    journal = Journal(out / JOURNAL_FILE, identity)
-    try:
-        lm = DeepseekLM(
-            model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            prefill=shared["prefill"],
-            cache=cache,
-            journal=journal,
-            seed=seed,
-        )
-        loaded = _load_tasks(runs, data)
+    loaded = _load_tasks(runs, data)
+    with closing(Journal(out / JOURNAL_FILE, identity)) as journal:
+        options = {"batch_size": batch_size, "cache": cache, "journal": journal, "seed": seed}
+        lm = DeepseekLM(model, tokenizer=tokenizer, prefill=shared["prefill"], **options)
         results = run_harness(
             lm,
             loaded,
@@ -104,8 +97,6 @@ def evaluate(
             system_instruction=shared["system_prompt"],
             apply_chat_template=shared["chat_template"],
         )
-    finally:
-        journal.close()
     samples = _questions(lm, runs, results["samples"], shared["thinking"])
     runs = [
         TaskRun(**vars(run) | {"harness": _plain(results["results"][run.task]), "rows": rows})

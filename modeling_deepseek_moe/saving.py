@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -83,13 +83,7 @@ class ReleaseSavingMixin(ModelMixin):
                 raise ValueError(
                     "quantize, like and remote_code need a plain model: no adapters, shards, offloading or variant"
                 )
-            is_adapter = getattr(self, "_hf_peft_config_loaded", False)
-            if not is_adapter and any(isinstance(module, MappedExperts) for module in self.modules()):
-                # they are no parameters, and transformers would write a checkpoint without them
-                raise ValueError(
-                    f"{save_directory}: transformers' own saving (asked for by {', '.join(kwargs) or 'sharded weights'}) "
-                    "cannot write mapped FP8 experts; leave that out, or load with FineGrainedFP8Config(dequantize=True)"
-                )
+            self._refuse_mapped(save_directory, kwargs)
             return super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
             )
@@ -115,6 +109,18 @@ class ReleaseSavingMixin(ModelMixin):
             repo = api.create_repo(repo, exist_ok=True, private=kwargs.get("private")).repo_id
             api.upload_folder(repo_id=repo, folder_path=save_directory, commit_message=kwargs.get("commit_message"))
         return None
+
+    def _refuse_mapped(self, save_directory: str | os.PathLike, asked: Iterable[str]) -> None:
+        """
+        Raises:
+            ValueError: mapped experts: they are no parameters, and transformers would write a checkpoint without them.
+        """
+        is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if not is_adapter and any(isinstance(module, MappedExperts) for module in self.modules()):
+            raise ValueError(
+                f"{save_directory}: transformers' own saving (asked for by {', '.join(asked) or 'sharded weights'}) "
+                "cannot write mapped FP8 experts; leave that out, or load with FineGrainedFP8Config(dequantize=True)"
+            )
 
     def _refuse_unknown_format(self, tensors: dict) -> None:
         """

@@ -107,9 +107,7 @@ def eval(  # noqa: A001  the command's name
     _check_installed()
     from modeling_deepseek_moe.eval.data import load_rows
     from modeling_deepseek_moe.eval.protocols import protocol
-    from modeling_deepseek_moe.eval.results import read_questions
     from modeling_deepseek_moe.eval.run import Changes, check_benchmarks, evaluate
-    from modeling_deepseek_moe.eval.statistics import summarise
 
     benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
     check_benchmarks(protocol(suite.value), benchmarks)
@@ -146,20 +144,26 @@ def eval(  # noqa: A001  the command's name
         seed=seed,
         command=shlex.join(["deepseek-moe", *sys.argv[1:]]),
     )
+    _show(done, out, label, as_json)
+
+
+def _show(done, out: Path, label: str, as_json: bool) -> None:
+    """The scores of an ``eval.results.Evaluation`` that was written to ``out``."""
+    from modeling_deepseek_moe.eval.results import read_questions
+    from modeling_deepseek_moe.eval.statistics import summarise
+
     scores = [(task, summarise(read_questions(out, task.task))) for task in done.tasks]
     if as_json:
         tasks = {task.benchmark: vars(one) | {"rows": task.rows, "data": task.data["source"]} for task, one in scores}
         print_json({"folder": str(out), "seconds": done.seconds, "tasks": tasks})
-    else:
-        stdout().print(_table(label, suite.value, scores))
-        for task in done.tasks:
-            if task.changed:
-                stdout().print(
-                    f"{task.benchmark} departs from {suite.value}: {'; '.join(task.changed)}", soft_wrap=True
-                )
-        stdout().print(
-            f"{out} in {duration(done.seconds)}; page: deepseek-moe report {shlex.quote(str(out))}", soft_wrap=True
-        )
+        return
+    stdout().print(_table(label, done.suite, scores))
+    for task in done.tasks:
+        if task.changed:
+            stdout().print(f"{task.benchmark} departs from {done.suite}: {'; '.join(task.changed)}", soft_wrap=True)
+    stdout().print(
+        f"{out} in {duration(done.seconds)}; page: deepseek-moe report {shlex.quote(str(out))}", soft_wrap=True
+    )
 
 
 def _check_installed() -> None:
