@@ -183,7 +183,7 @@ class DeepseekLM(HFLM):
         return batch
 
     def _rows_that_fit(self, tokens: int, logits: int = 0) -> int:
-        """Rows of so many tokens; ``logits``: bytes a position and word of the vocabulary."""
+        """Rows of ``length`` tokens; ``logits``: bytes per position and word of the vocabulary."""
         free = psutil.virtual_memory().available
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
@@ -304,7 +304,7 @@ class DeepseekLM(HFLM):
 
 
 class _Progress:
-    """A bar over requests with tokens a second and the time left; what was done before counts as done, not as speed."""
+    """A bar over requests with tokens per second and the time left; what was done before counts as done, not as speed."""
 
     def __init__(self, total: int, done: int, off: bool):
         self.tokens, self.start = 0, time.perf_counter()

@@ -67,7 +67,7 @@ def evaluate(
         model: of this package, ready to generate.
         folder: where it came from; without one no run is gone on with, since nothing tells two models apart.
         data: see `load_rows`.
-        limit: the first so many questions of each task; raised later, only the new ones are asked.
+        limit: the first ``limit`` questions of each task; raised later, only the new ones are asked.
 
     Raises:
         ValueError: an unknown suite or benchmark, a context that is too short, answers of another run in ``out``, bad data.

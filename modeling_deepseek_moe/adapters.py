@@ -93,7 +93,7 @@ class AdapterMixin(ModelMixin):
             yield name, module
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """As transformers'; beside FP8 weights adapters are fp32. What is refused leaves the model as it was.
+        """As transformers'; next to FP8 weights adapters are fp32. What is refused leaves the model as it was.
 
         Raises:
             ValueError: FP8 weights cannot take the adapter.

@@ -75,7 +75,7 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
 class Size:
     """Values of one part of a model.
 
-    Of its ``parameters``, a quantised release stores ``quantized`` as codes with so many ``scales`` next to them, and
+    Of its ``parameters``, a quantised release stores ``quantized`` as codes with ``scales`` next to them, and
     ``fp32`` (router biases) are fp32 in every release.
     """
 
@@ -188,7 +188,7 @@ def describe(config: DeepseekMoeConfig) -> dict[str, str]:
     if config.n_routed_experts:
         experts = (
             f"{config.n_routed_experts} routed of width {config.moe_intermediate_size}, "
-            f"{config.num_experts_per_tok} a token{groups}; {config.n_shared_experts or 0} shared"
+            f"{config.num_experts_per_tok} per token{groups}; {config.n_shared_experts or 0} shared"
         )
     normalised = "normalised, " if config.norm_topk_prob else ""
     rope = config.rope_parameters or {}

@@ -69,7 +69,7 @@ class WeightFormat:
         return *shape[:-2], math.ceil(shape[-2] / self.block[0]), math.ceil(shape[-1] / self.block[1])
 
     def nbytes(self, values: int, scales: int) -> int:
-        """Of so many values with so many scales, in whole codes."""
+        """Of ``values`` with ``scales``, in whole codes."""
         return math.ceil(values * self.bits / 8) + scales * self.scale_dtype.itemsize
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -186,7 +186,7 @@ class ReleaseLoadingMixin(ModelMixin):
                 loading.open(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
             state_dict = lazy_state_dict(model, loading.release)
             _remember_bias_dtypes(model, loading.release)
-            loading.release = None  # the headers of all tensors: nobody needs them now
+            loading.release = None  # the headers of all tensors: no one needs them now
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
         model._weight_conversions = None

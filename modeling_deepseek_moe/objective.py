@@ -6,7 +6,7 @@ L = CE + λ/D · Σ_k CE_k + α Σ_layers Σ_i f_i P_i.
 import torch
 from torch import nn
 
-from modeling_deepseek_moe.moe.observed import TrainingPass, sequence_ids
+from modeling_deepseek_moe.moe.training_state import TrainingPass, sequence_ids
 from modeling_deepseek_moe.mtp import shifted
 
 IGNORE = -100  # a label that asks for nothing, as everywhere in transformers
@@ -58,7 +58,7 @@ class Objective:
 
         Args:
             logits: ``[B, S, vocab_size]``.
-            hidden_states: ``[B, S, hidden_size]``, behind the final norm.
+            hidden_states: ``[B, S, hidden_size]``, after the final norm.
         """
         loss = self._cross_entropy("lm_loss", logits, self.next_labels)
         if self.state.mtp_weight:

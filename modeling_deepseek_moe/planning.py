@@ -1,7 +1,7 @@
 """Will a model run on this machine, and how fast at best: from its config and the machine alone.
 
-Decoding reads every active weight and the whole cache once a token, and does little else, so memory bandwidth
-divided by the bytes read is a bound on tokens a second that no software passes (at batch 1, without speculation).
+Decoding reads every active weight and the whole cache once per token, and does little else, so memory bandwidth
+divided by the bytes read is a bound on tokens per second that no software passes (at batch 1, without speculation).
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from modeling_deepseek_moe.formats import FP8, WeightFormat
 from modeling_deepseek_moe.machine import Machine
 from modeling_deepseek_moe.ops import _native
 
-# What a process needs beside weights and cache: the interpreter with torch and transformers (0.5 GB resident), and
+# What a process needs besides weights and cache: the interpreter with torch and transformers (0.5 GB resident), and
 # the largest passing buffers (scores and expanded keys of a prefill chunk). An estimate on the safe side.
 WORKSPACE_BYTES = 1_500_000_000
-DISK_EXAMPLE = 2_000_000_000  # bytes a second, for a sense of scale: a common NVMe disk
+DISK_EXAMPLE = 2_000_000_000  # bytes per second, for a sense of scale: a common NVMe disk
 # Of the bound, what decoding on a CPU reaches (benchmarks/results/cpu.json: 0.81 to 1.0 from 128 to 8,192 tokens) ...
 MEMORY_EFFICIENCY = 0.85
 # ... and what it reaches where experts come from a disk (benchmarks/results/stream-v3.json).
 DISK_EFFICIENCY = 0.75
 BUDGET_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the routed experts
 
-FITS, FROM_DISK, TOO_LARGE = "fits", "from disk", "does not fit"
+IN_MEMORY, FROM_DISK, TOO_LARGE = "fits", "from disk", "does not fit"
 _PLACES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -31,7 +31,7 @@ class Option:
     """One way to hold the weights, on one device.
 
     ``needed_bytes`` is weights, cache at the context, and workspace; ``disk_bytes_per_token`` is what a token reads
-    from disk on average when only part of the experts stays in memory and all are equally likely.
+    from disk on average when only part of the experts stays in memory, assuming uniform routing.
     ``tokens_per_second_limit`` is the bound that memory sets when everything is in it, ``tokens_per_second`` what is
     expected of one conversation; ``None`` where nothing was measured, and on GPUs.
     """
@@ -53,7 +53,7 @@ class Option:
 class Budget:
     """What to expect of a quantised model on the CPU with so much memory for its routed experts.
 
-    ``hit_share`` takes all experts for equally likely; routers prefer some, so real ones are higher.
+    ``hit_share`` assumes uniform routing; routers prefer some experts, so real ones are higher.
     """
 
     expert_bytes: int
@@ -81,14 +81,14 @@ class Plan:
     def verdict(self) -> str:
         """The best verdict of all options."""
         verdicts = {option.verdict for option in self.options}
-        return next(verdict for verdict in (FITS, FROM_DISK, TOO_LARGE) if verdict in verdicts)
+        return next(verdict for verdict in (IN_MEMORY, FROM_DISK, TOO_LARGE) if verdict in verdicts)
 
 
 def make_plan(breakdown: ParameterBreakdown, machine: Machine, context: int, disk: float | None = None) -> Plan:
     """Weigh every way to run a model of this breakdown on this machine with ``context`` tokens in the cache.
 
     Args:
-        disk: bytes a second that a disk gives; `DISK_EXAMPLE` if nobody knows.
+        disk: bytes per second that a disk gives; `DISK_EXAMPLE` if no one knows.
 
     Raises:
         ValueError: ``context`` or ``disk`` is not positive.
@@ -153,7 +153,7 @@ def _option(
     stored, read = breakdown.stored_bytes(form), breakdown.active_bytes(form) + cache
     needed = stored + cache + WORKSPACE_BYTES
     available = machine.ram_available if device == "cpu" else sum(gpu.free_bytes for gpu in machine.gpus)
-    verdict, disk = (FITS if needed <= available else TOO_LARGE), 0
+    verdict, disk = (IN_MEMORY if needed <= available else TOO_LARGE), 0
     if verdict == TOO_LARGE and device == "cpu" and form:
         # Mapped experts are read from their files as they are used; only the rest must stay in memory.
         routed = breakdown.stored["routed experts"].nbytes(form)
@@ -178,7 +178,7 @@ def _how(released_quantized: bool, device: str, quantized: bool) -> str:
 
 
 def _advice(breakdown: ParameterBreakdown, options: tuple[Option, ...], machine: Machine) -> Iterator[str]:
-    fitting = [option for option in options if option.verdict == FITS]
+    fitting = [option for option in options if option.verdict == IN_MEMORY]
     from_disk = [option for option in options if option.verdict == FROM_DISK]
     if fitting:
         best = fitting[0]
@@ -186,7 +186,7 @@ def _advice(breakdown: ParameterBreakdown, options: tuple[Option, ...], machine:
     elif from_disk:
         yield (
             f"It loads and runs, and most experts stay on disk: about {from_disk[0].disk_bytes_per_token / 1e9:.1f} GB "
-            "are read a token. generate --stats tells what it came to."
+            "are read per token. generate --stats tells what it came to."
         )
     if not fitting:
         least = min(options, key=lambda option: option.needed_bytes - option.available_bytes)
@@ -211,5 +211,5 @@ def _advice(breakdown: ParameterBreakdown, options: tuple[Option, ...], machine:
 
 def _fits_in_bf16(breakdown: ParameterBreakdown, options: tuple[Option, ...]) -> bool:
     return breakdown.weight_format is not None and any(
-        option.weights == "bf16" and option.verdict == FITS for option in options
+        option.weights == "bf16" and option.verdict == IN_MEMORY for option in options
     )

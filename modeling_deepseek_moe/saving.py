@@ -62,8 +62,8 @@ class ReleaseSavingMixin(ModelMixin):
             max_shard_size: bytes, or text such as ``"5GB"``.
             quantize: the name of a format, such as ``"fp8"``: every weight that a release keeps in FP8 is written as its
                 codes and scales. Where ``like`` has the same kind of codes, its scales' rule is taken.
-            like: the folder that the model was loaded from and trained: tensors are written in its dtypes, and those that
-                are still what it holds (dequantised, where it is FP8) as its very bytes.
+            like: the release that the model was loaded from: its dtypes are reused, and tensors that training did not
+                change (compared after dequantising, where it is FP8) are written byte for byte.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
             kwargs: as `PreTrainedModel.save_pretrained`. Adapters, distributed checkpoints, models whose weights are
                 sharded, or offloaded while they were loaded, and ``variant`` are saved by transformers itself.
@@ -238,7 +238,7 @@ def _quantized(name: str, tensor: torch.Tensor, form: WeightFormat) -> list[Tens
 def _as_released(release: Release, name: str, key: str, tensor: torch.Tensor, keep_codes: bool) -> list[TensorPlan]:
     """The release's codes and scales of a tensor that is still what they stand for, or it in the release's dtype.
 
-    Nothing for a weight that is to be quantised anew, and for a router's bias, which is fp32 once it was trained.
+    Nothing for a weight that is to be quantised again, and for a router's bias, which is fp32 once it was trained.
     """
     if release.is_quantized(key):
         if not (keep_codes and torch.equal(release.dequantized(key, tensor.dtype), tensor.cpu())):

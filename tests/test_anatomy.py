@@ -203,7 +203,7 @@ def test_tied_embeddings_are_counted_once_and_used_twice():
 def test_description_names_the_essentials():
     text = describe(config_of(V3))
     assert text["layers"] == "61 (3 dense, 58 MoE) + 1 MTP"
-    assert text["experts"] == "256 routed of width 2048, 8 a token, 4 of 8 groups; 1 shared"
+    assert text["experts"] == "256 routed of width 2048, 8 per token, 4 of 8 groups; 1 shared"
     assert text["weights"] == "FP8 in blocks of 128×128, the rest bfloat16"
 
 

@@ -292,7 +292,7 @@ def test_fp8_linear_keeps_its_dtypes(cast):
     assert model(torch.randn(3, 130, dtype=dtype)).dtype == dtype
 
 
-def test_fp8_linear_is_moved_as_ever():
+def test_device_moves_keep_codes():
     layer = fp8_linear()
     assert layer.share_memory().weight.is_shared()
     assert layer.to_empty(device="meta").weight.is_meta

@@ -17,9 +17,10 @@ from modeling_deepseek_moe import Machine, parameter_breakdown, read_config
 from modeling_deepseek_moe.cli import app, chat
 from modeling_deepseek_moe.cli._console import count, rate, size
 from modeling_deepseek_moe.cli._model import Dtype, IdStreamer, Meter, generation_settings, load_model, load_tokenizer
+from modeling_deepseek_moe.cli.app import COMMANDS
 from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.machine import Bandwidth
-from modeling_deepseek_moe.planning import FITS
+from modeling_deepseek_moe.planning import IN_MEMORY
 
 SPECIAL = ("<bos>", "<eos>", "<user>", "<assistant>")
 TEMPLATE = (
@@ -79,8 +80,11 @@ class TestHelp:
         assert result.exit_code == 0
         for command in ("plan", "inspect", "generate", "chat"):
             assert f"deepseek-moe {command}" in result.stdout
+        listed = result.stdout.partition("Commands")[2]
+        for command in COMMANDS:
+            assert re.search(rf"^\W*{command.__name__} ", listed, re.MULTILINE), command.__name__
 
-    @pytest.mark.parametrize("command", ["plan", "inspect", "generate", "chat", "demo"])
+    @pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
     def test_teaches_by_example(self, command):
         result = run(command, "--help")
         assert result.exit_code == 0
@@ -160,12 +164,19 @@ class TestPlan:
     def test_shows_what_fits(self, folders, quick):
         result = run("plan", folders / "fp8" / "config.json")
         assert result.exit_code == 0
-        for text in ("fp8 mapped", "bf16 dequantised", "fits", "240 bytes a token", "24.0 GB available", "40.0 GB/s"):
+        for text in (
+            "fp8 mapped",
+            "bf16 dequantised",
+            "fits",
+            "240 bytes per token",
+            "24.0 GB available",
+            "40.0 GB/s",
+        ):
             assert text in result.stdout
 
     def test_json(self, folders, quick):
         plan, code = run_json("plan", folders / "fp8", "--context", 1000)
-        assert code == 0 and plan["verdict"] == FITS
+        assert code == 0 and plan["verdict"] == IN_MEMORY
         assert plan["cache_bytes"] == 240 * 1000
         option = plan["options"][0]
         assert option["tokens_per_second_limit"] == pytest.approx(40e9 / option["read_bytes_per_token"])
@@ -199,7 +210,7 @@ class TestBench:
             (["--expert-memory", "8"], "size"),
         ],
     )
-    def test_what_cannot_be(self, folders, options, words):
+    def test_rejects_invalid_options(self, folders, options, words):
         result = run("bench", folders / "fp8", *options)
         assert result.exit_code == 2 and words in result.stderr
 
@@ -226,7 +237,7 @@ class TestGenerate:
         assert result.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
         # "Hello" and <bos>; 3 layers of 40 values in fp32
         assert "6 prompt tokens at" in result.stderr
-        assert "8 new at" in result.stderr and "480 bytes a token" in result.stderr
+        assert "8 new at" in result.stderr and "480 bytes per token" in result.stderr
 
     def test_prompt_from_a_pipe(self, folders):
         arguments = ("generate", "-m", folders / "fp32", "-n", 4, "--temperature", 0)
@@ -242,7 +253,7 @@ class TestGenerate:
         options = ("-n", 6, "--temperature", 0, "--dtype", "float32", "--attn", "eager", "--dequantize")
         result = run("generate", "-m", folders / "fp8", "--token-ids", "0,50,60", *options)
         assert result.exit_code == 0, result.stderr
-        assert "480 bytes a token" in result.stderr  # the cache is fp32 too
+        assert "480 bytes per token" in result.stderr  # the cache is fp32 too
         model = load_model(folders / "fp8", dtype=Dtype.FLOAT32, attention="eager", device="cpu", dequantize=True)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert model.config._attn_implementation == "eager"

@@ -55,7 +55,7 @@ def test_figures_are_those_of_the_run(folder):
     missed = (int(wanted) - int(hits)) * EXPERT
     assert found["missed"].startswith(f"{missed / 1000:.1f} kB, ")
     assert re.match(r"[\d.]+ kB at [\d.]+ [kMG]?B/s, (past|through) the page cache", found["read"])
-    assert re.fullmatch(r"[\d.]+ s for the disk, \d+ ms a token", found["waited"])
+    assert re.fullmatch(r"[\d.]+ s for the disk, \d+ ms per token", found["waited"])
 
 
 def test_figures_where_nothing_is_streamed(folder):

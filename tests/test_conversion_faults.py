@@ -1,4 +1,4 @@
-"""Inputs that cannot be converted: a clear error that names file, tensor, found and wanted, and nothing left behind."""
+"""Inputs that cannot be converted: a clear error that names file, tensor, found and wanted, and nothing left over."""
 
 import errno
 import json

@@ -96,7 +96,7 @@ def test_fp8_resident(folder, kind, implementation):
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_bf16(fp8):
-    """Of a model that has learnt something: prompts beside each other round otherwise than alone, in the last bit."""
+    """Of a model that has learnt something: prompts in one batch round otherwise than alone, in the last bit."""
     settings = {} if fp8 else {"quantization_config": FineGrainedFP8Config(dequantize=True)}
     model = load(tiny_checkpoint(), torch.bfloat16, **settings)
     assert fp8 == isinstance(model.model.layers[-1].mlp.experts, MappedExperts)
@@ -135,7 +135,7 @@ def test_pages_hold_the_latents_and_nothing_else(rank):
     "settings",
     [
         {"num_blocks": 4},  # three of eight requests at a time
-        {"max_batch_tokens": 8},  # prompts in pieces, beside the others' new tokens
+        {"max_batch_tokens": 8},  # prompts in pieces, next to the others' new tokens
         {"page_size": 4, "num_blocks": 30},
         {"allow_block_sharing": False},
     ],
@@ -194,7 +194,7 @@ def test_a_manager_that_is_kept(folder):
 
 
 def test_no_more_pages_than_the_requests_need(folder):
-    """Where nobody says how many: on a CPU transformers would take three fifths of the machine's memory."""
+    """Where no one says how many: on a CPU transformers would take three fifths of the machine's memory."""
     model = load(folder("v3"))
     requests = prompts(300, 19)
     results = model.generate_batch(requests, max_new_tokens=NEW, persistent_manager=True)

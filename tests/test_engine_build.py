@@ -306,7 +306,7 @@ def test_built_by_clang(source, tmp_path):
 
 
 def openmp_flags(compiler) -> list[str]:
-    """Without OpenMP, which clang may lack, nobody uses the number of threads."""
+    """Without OpenMP, which clang may lack, no one uses the number of threads."""
     return ["-fopenmp"] if compiler == GCC else ["-Wno-unused-parameter"]
 
 

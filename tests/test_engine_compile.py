@@ -198,7 +198,7 @@ def test_model(model, compiler):
 @pytest.mark.long
 @torch.no_grad()
 def test_files_are_looked_at_when_nothing_is_compiled(model, monkeypatch):
-    """A compiled graph cannot look; eager code beside it does, and names the file."""
+    """A compiled graph cannot look; eager code next to it does, and names the file."""
     ids = torch.arange(9)[None]
     call = compiled(model, "aot_eager")
     wanted = call(ids, use_cache=False).logits

@@ -14,7 +14,7 @@ pytestmark = needs_engine
 
 KINDS = pytest.mark.parametrize("kind", [FP8, torch.bfloat16], ids=["fp8", "bf16"])
 ACTIVATIONS = pytest.mark.parametrize("dtype", _native.ACTIVATIONS, ids=str)
-# Widths and hidden sizes with ragged chunks, blocks and panels; few tokens an expert, many, both, and over 512.
+# Widths and hidden sizes with ragged chunks, blocks and panels; few tokens per expert, many, both, and over 512.
 SIZES = [(1, 3, 5), (1, 64, 64), (2, 130, 65), (5, 200, 191), (17, 128, 129), (40, 257, 70), (75, 300, 128)]
 # Two products and SwiGLU, summed in fp32; bf16 kernels round what is between the products to bf16 (2^-9), as torch's do
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}

@@ -58,7 +58,7 @@ def blocks(rows, columns):
 
 
 def memory(given, **sizes) -> Memory:
-    """A struct, with the bytes, or the memory, behind each of its pointers; those that are null lead nowhere."""
+    """A struct, with the bytes, or the memory, that each of its pointers leads to; those that are null lead nowhere."""
     pointers = {}
     for name, size in sizes.items():
         address, place = getattr(given, name), getattr(type(given), name).offset

@@ -82,7 +82,7 @@ def test_published_names_benchmarks_that_exist():
         table = published.published(suite)
         assert table.source and table.url.startswith("https://")
         assert all(set(model.scores) <= set(table.metrics) <= set(BENCHMARKS) for model in table.models)
-    assert published.published("nobody") is None
+    assert published.published("unknown") is None
 
 
 def test_writes_three_files_and_every_number(tmp_path):
@@ -282,7 +282,7 @@ def recorded(model):
 
 @pytest.mark.skipif(not REPLAY.is_file(), reason=f"needs {REPLAY.name}")
 def test_recorded_outputs_of_two_models(tmp_path):
-    """139 by lm-eval's own scorer and 168 by the authors' chain, of 280; and two real models beside each other."""
+    """139 by lm-eval's own scorer and 168 by the authors' chain, of 280; and two real models next to each other."""
     models = ("DeepSeek-Coder-V2", "gemini-1.5-pro-002")
     runs = [
         write_run(tmp_path / model, [(make_task(rows=12_032, changed=["280 rows"]), recorded(model))], label=model)
@@ -333,7 +333,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_page_files_are_shipped():
-    """The suffixes of what the package reads beside its modules are in ``package_data``."""
+    """The suffixes of what the package reads besides its modules are in ``package_data``."""
     root = Path(__file__).resolve().parents[1]
     setup = ast.unparse(ast.parse((root / "setup.py").read_text()))
     for file in (root / "eval" / "report").iterdir():

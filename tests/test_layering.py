@@ -86,7 +86,7 @@ LAYERS = (
     "moe.router",
     "moe.experts",
     "moe.balance",
-    "moe.observed",
+    "moe.training_state",
     "moe.layer",
     "moe",
     "streaming.memory",
@@ -309,7 +309,7 @@ def test_finds_functions_and_their_lengths():
         ("cli.demo", "from . import chat\nfrom .. import modeling", 0),
     ],
 )
-def test_the_check_sees(module, source, wrong):
+def test_detects_forbidden_imports(module, source, wrong):
     names = (
         "block",
         "attention",

@@ -218,7 +218,7 @@ def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, preadv, layout
 
 
 def interleaved(tensors) -> bytes:
-    """A file in which every tensor has its scale beside it, and none lies aligned."""
+    """A file in which every tensor has its scale next to it, and none lies aligned."""
     header, data = {}, b""
     names = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
     for name, tensor in tensors.items():

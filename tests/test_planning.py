@@ -6,7 +6,7 @@ from modeling_deepseek_moe import DeepseekV3Config, Machine, make_plan, paramete
 from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.machine import Bandwidth, Gpu, measure_disk, measure_read_bandwidth
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.planning import DISK_EFFICIENCY, FITS, FROM_DISK, MEMORY_EFFICIENCY, TOO_LARGE
+from modeling_deepseek_moe.planning import DISK_EFFICIENCY, FROM_DISK, IN_MEMORY, MEMORY_EFFICIENCY, TOO_LARGE
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,12 @@ class TestPlanning:
 
     @pytest.mark.parametrize(
         "gigabytes, fp8, bf16",
-        [(1400, FITS, FITS), (768, FITS, TOO_LARGE), (64, FROM_DISK, TOO_LARGE), (16, TOO_LARGE, TOO_LARGE)],
+        [
+            (1400, IN_MEMORY, IN_MEMORY),
+            (768, IN_MEMORY, TOO_LARGE),
+            (64, FROM_DISK, TOO_LARGE),
+            (16, TOO_LARGE, TOO_LARGE),
+        ],
     )
     def test_verdicts(self, v3, gigabytes, fp8, bf16):
         plan = make_plan(v3, self.machine(gigabytes), 4096)
@@ -42,7 +47,7 @@ class TestPlanning:
         little, more = (make_plan(v3, self.machine(gigabytes), 4096).options[0] for gigabytes in (32, 512))
         routed = v3.active["routed experts"].nbytes(FP8)
         assert 0 < more.disk_bytes_per_token < little.disk_bytes_per_token < routed
-        assert "GB are read a token" in " ".join(make_plan(v3, self.machine(32), 4096).advice)
+        assert "GB are read per token" in " ".join(make_plan(v3, self.machine(32), 4096).advice)
 
     def test_more_memory_means_fewer_reads_and_more_tokens(self, v3):
         budgets = make_plan(v3, self.machine(64), 4096, disk=2e9).budgets
@@ -80,10 +85,10 @@ class TestPlanning:
     def test_gpus_come_first_and_together(self, v3):
         plan = make_plan(v3, self.machine(64, gpus=[141] * 8), 4096)
         assert [option.device for option in plan.options] == ["cuda", "cuda", "cpu", "cpu"]
-        assert plan.options[0].verdict == FITS
+        assert plan.options[0].verdict == IN_MEMORY
         assert "on the GPU with fp8" in plan.advice[0]
 
-    def test_a_context_of_nothing(self, v3):
+    def test_zero_context(self, v3):
         with pytest.raises(ValueError, match="context=0"):
             make_plan(v3, self.machine(64), 0)
 

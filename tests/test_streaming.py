@@ -125,7 +125,7 @@ def test_what_is_used_often_stays(folder):
 
 @pytest.mark.parametrize("slots", [2, 4, 8, 16])
 def test_reads_little_beyond_what_is_missed(folder, slots, monkeypatch):
-    monkeypatch.setattr(ahead, "CONFIDENT", 0.0)  # guess at every chance: the bound alone holds it back
+    monkeypatch.setattr(ahead, "MIN_PRECISION", 0.0)  # guess at every chance: the bound alone holds it back
     model = load(folder, slots * SLOT)
     generate(model, tokens=60)
     stats = model.expert_stats()
@@ -146,7 +146,7 @@ def test_reads_ahead_what_the_next_layer_wants(folder, mapped, monkeypatch):
         "serve",
         lambda number, experts, *rest: wanted.append((number, experts)) or serve(number, experts, *rest),
     )
-    monkeypatch.setattr(streams[0]._foresight, "rank", lambda hidden: seen[len(wanted) // 2])
+    monkeypatch.setattr(streams[0]._predictor, "rank", lambda hidden: seen[len(wanted) // 2])
     ids = [PROMPT[:, i : i + 1] for i in range(20)]
     reference = load(folder, "100MB")
     seen = []
@@ -164,16 +164,16 @@ def test_reads_ahead_what_the_next_layer_wants(folder, mapped, monkeypatch):
     stats = model.expert_stats()
     assert stats.bytes_prefetched > 0 and stats.bytes_wasted == 0
     assert stats.bytes_read == stats.bytes_missed
-    assert streams[0]._foresight.precision(0) == 1
+    assert streams[0]._predictor.precision(0) == 1
 
 
 def test_wrong_guesses_are_counted_and_end(folder, mapped, monkeypatch):
     monkeypatch.setattr(ahead, "LEAST_GUESSES", 0)
-    monkeypatch.setattr(ahead, "CONFIDENT", -1.0)
+    monkeypatch.setattr(ahead, "MIN_PRECISION", -1.0)
     model = load(folder, 12 * SLOT)
-    foresight = layer(model, 1).stream._foresight
-    right = foresight.rank
-    monkeypatch.setattr(foresight, "rank", lambda hidden: [e for e in range(16) if e not in right(hidden)][:4])
+    predictor = layer(model, 1).stream._predictor
+    right = predictor.rank
+    monkeypatch.setattr(predictor, "rank", lambda hidden: [e for e in range(16) if e not in right(hidden)][:4])
     for i in range(36):
         ids = PROMPT[:, i : i + 1]
         assert same_bits(logits(model, ids), logits(mapped, ids))

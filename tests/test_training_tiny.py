@@ -172,7 +172,7 @@ def test_its_experts_share_the_load(tiny):
         dsm.tiny_checkpoint(), quantization_config=FineGrainedFP8Config(dequantize=True), dtype="float32"
     )
     from modeling_deepseek_moe.moe.balance import max_violation
-    from modeling_deepseek_moe.moe.observed import TrainingState
+    from modeling_deepseek_moe.moe.training_state import TrainingState
 
     def violation():
         model.train().model.training_state = TrainingState()

@@ -1,4 +1,4 @@
-"""``deepseek-moe bench``: how fast a model runs on this machine, measured, beside what ``plan`` expects."""
+"""``deepseek-moe bench``: how fast a model runs on this machine, measured, next to what ``plan`` expects."""
 
 import contextlib
 import copy
@@ -36,7 +36,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode in each of the repeats.")] = 8,
     repeat: Annotated[int, typer.Option(min=1, help="Times to measure everything.")] = 3,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Of random weights: only so many layers.", show_default="all")
+        int | None, typer.Option(min=1, help="Number of layers, of random weights.", show_default="all")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to use.", show_default="as torch does")] = None,
     expert_memory: _model.ExpertMemoryOption = None,
@@ -44,7 +44,7 @@ def bench(
 ) -> None:
     """Measure loading, reading a prompt, and decoding on this machine's CPU.
 
-    Decoding reads every active weight and the cache once a token: the memory bandwidth, measured in between, bounds
+    Decoding reads every active weight and the cache once per token: the memory bandwidth, measured in between, bounds
     it, and the share of that bound is shown. A config.json alone will do: random weights in its shapes are as fast
     as trained ones. They are written to a temporary folder as an FP8 checkpoint; --layers makes them small.
 
@@ -172,13 +172,13 @@ def _seconds(run) -> float:
 
 def _show(fields: dict, console: Console) -> None:
     console.print(
-        f"{count(fields['parameters'])} parameters, {count(fields['active_parameters'])} active a token; loaded in "
+        f"{count(fields['parameters'])} parameters, {count(fields['active_parameters'])} active per token; loaded in "
         f"{fields['load_seconds']:.1f} s; {size(fields['resident_bytes'])} resident"
     )
     console.print(f"memory gives {size(fields['bandwidth'])}/s to {fields['threads']} threads")
     console.print()
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for header in ("", "tokens/s", "best", "plan", "read a token", "of bandwidth"):
+    for header in ("", "tokens/s", "best", "plan", "read per token", "of bandwidth"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     prompt = fields["prefill"]
     table.add_row(f"prompt of {prompt['tokens']:,}", rate(prompt["tokens_per_second"]))

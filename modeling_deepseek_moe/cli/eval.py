@@ -54,7 +54,7 @@ def eval(  # noqa: A001  the command's name
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="The first so many questions of each task.", rich_help_panel=WHAT)
+        int | None, typer.Option(min=1, help="Evaluate only the first N questions of each task.", rich_help_panel=WHAT)
     ] = None,
     out: Annotated[
         Path | None,
@@ -74,13 +74,15 @@ def eval(  # noqa: A001  the command's name
     cache: Annotated[
         CacheKind, typer.Option(help="Kind of key-value cache.", rich_help_panel=HOW)
     ] = CacheKind.DYNAMIC,
-    seed: Annotated[int, typer.Option(help="Of sampling.", rich_help_panel=HOW)] = 1234,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", rich_help_panel=HOW)] = 1234,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel=CHANGES)] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.", rich_help_panel=CHANGES)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens per answer.", rich_help_panel=CHANGES)
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Answers to each question.", rich_help_panel=CHANGES)] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy.", rich_help_panel=CHANGES)] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.001, max=1, help="Of sampling.", rich_help_panel=CHANGES)
+        float | None, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.", rich_help_panel=CHANGES)
     ] = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
@@ -90,7 +92,7 @@ def eval(  # noqa: A001  the command's name
     expert_memory: _model.ExpertMemoryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
-    """Score a model on MMLU-Pro, MATH-500 and others under DeepSeek's own protocol, and report it beside the published figures.
+    """Score a model on MMLU-Pro, MATH-500 and others under DeepSeek's own protocol, and report it next to the published figures.
 
     With no options it shows the whole path in minutes: the small model that ships, on rows written for this project in the
     benchmarks' formats. Such scores are no benchmark's. Results go to a folder: every prompt, output and verdict, and a report

@@ -30,7 +30,7 @@ TITLES = {
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many lines of each kind of problem.")] = 10,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum lines for each kind of problem.")] = 10,
     engine: Annotated[
         bool, typer.Option("--engine", help="Load the model too, and show what the CPU engine runs of it.")
     ] = False,
@@ -80,7 +80,7 @@ def parameters_dict(breakdown: ParameterBreakdown) -> dict:
 
 def parameters_lines(breakdown: ParameterBreakdown) -> list[str]:
     """Parameter counts in words."""
-    lines = [f"{count(breakdown.parameters)} parameters, {count(breakdown.active_parameters)} active a token"]
+    lines = [f"{count(breakdown.parameters)} parameters, {count(breakdown.active_parameters)} active per token"]
     if breakdown.mtp_parameters:
         total = breakdown.parameters + breakdown.mtp_parameters
         lines.append(

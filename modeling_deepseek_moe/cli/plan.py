@@ -16,8 +16,8 @@ from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
 from modeling_deepseek_moe.machine import Bandwidth, measure_disk, probe_machine
 from modeling_deepseek_moe.planning import (
     DISK_EFFICIENCY,
-    FITS,
     FROM_DISK,
+    IN_MEMORY,
     MEMORY_EFFICIENCY,
     TOO_LARGE,
     Plan,
@@ -25,7 +25,7 @@ from modeling_deepseek_moe.planning import (
 )
 
 DEFAULT_CONTEXT = 8192
-STYLES = {FITS: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
+STYLES = {IN_MEMORY: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
 
 
 def plan(
@@ -46,7 +46,7 @@ def plan(
     """Say whether a model will run on this machine, and how fast.
 
     Needs nothing but the config, so ask before the download. Memory bandwidth is measured (about a second);
-    divided by the bytes that a token reads it bounds the tokens a second of a single conversation, and most of that
+    divided by the bytes that a token reads it bounds the tokens per second of a single conversation, and most of that
     is reached. Of a model that is larger than memory, experts are read from the disk: what to expect then depends
     on how many of them memory holds. "bench" measures what this predicts.
 
@@ -92,7 +92,7 @@ def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console
     grid.add_row(
         "download", f"{size(made.release_bytes)} of weights" + (", MTP included" if breakdown.mtp_parameters else "")
     )
-    cache = f"{made.cache_bytes_per_token:,} bytes a token, {size(made.cache_bytes)} at {made.context:,} tokens"
+    cache = f"{made.cache_bytes_per_token:,} bytes per token, {size(made.cache_bytes)} at {made.context:,} tokens"
     grid.add_row("cache", cache)
     grid.add_row("memory", f"{size(machine.ram_available)} available of {size(machine.ram_bytes)}")
     grid.add_row("bandwidth", f"{_speed(machine.bandwidth)}, {machine.threads} threads")
@@ -144,8 +144,8 @@ def _show_budgets(made: Plan, disk: str, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"[dim]with a disk of {size(made.disk_bytes_per_second)}/s, {disk}, {DISK_EFFICIENCY:.0%} of it used; all experts "
-        "taken for equally likely[/]"
+        f"[dim]with a disk of {size(made.disk_bytes_per_second)}/s, {disk}, {DISK_EFFICIENCY:.0%} of it used; assuming "
+        "uniform routing[/]"
     )
     console.print()
 

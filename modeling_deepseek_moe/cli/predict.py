@@ -39,9 +39,9 @@ def predict(
         Path | None, typer.Option(help="CSV of rating, percentile: for codeforces' percentile.")
     ] = None,
     label: Annotated[str | None, typer.Option(help="The model's name.", show_default="the folder's")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 8192,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Of sampling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.")] = 1.0,
     batch_size: Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")] = "auto",
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
@@ -53,7 +53,7 @@ def predict(
     """Have a model write programs or patches, in the format of their judges, and read the verdicts back.
 
     Own problems are judged at once, in a sandbox without network, processes or files (Linux 5.13 or later). Codeforces and SWE-bench
-    are judged by nobody but their own tools: this writes what they take, says how to go on, and with --judged makes an evaluation
+    are judged by their own tools only: this writes what they take, says how to go on, and with --judged makes an evaluation
     for deepseek-moe report. No figure is made without a verdict.
 
     \b

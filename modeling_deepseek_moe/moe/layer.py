@@ -5,8 +5,8 @@ from torch import nn
 
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
-from modeling_deepseek_moe.moe.observed import TrainingPass
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.moe.training_state import TrainingPass
 
 
 class DeepseekMoE(nn.Module):

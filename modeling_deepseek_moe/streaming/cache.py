@@ -174,11 +174,11 @@ class ExpertCache:
             self._forget(read.slot)
         for slot in [slot for slot in self._reading.values() if slot.is_ready]:
             self._settle(slot)
-        foreseen, wanted_keys = set(), {(layer, expert) for expert in wanted}
+        predicted, wanted_keys = set(), {(layer, expert) for expert in wanted}
         for slot in self._ahead:
             slot.ahead, slot.wasted = False, slot.key not in wanted_keys
             if not slot.wasted:
-                foreseen.add(slot.key)
+                predicted.add(slot.key)
             elif slot.read is None:
                 stats.bytes_wasted += self._nbytes(slot)
             self._pin(slot)
@@ -191,11 +191,11 @@ class ExpertCache:
                 continue
             if slot.wasted:  # not in vain after all
                 slot.wasted = False
-                foreseen.add(slot.key)
+                predicted.add(slot.key)
                 stats.bytes_wasted -= nbytes if slot.read is None else 0
-            slot.wanted, slot.hit = True, slot.key not in foreseen
+            slot.wanted, slot.hit = True, slot.key not in predicted
             self._pin(slot)
-        missed = len(missing) + len(foreseen)
+        missed = len(missing) + len(predicted)
         stats.hits += len(wanted) - missed
         stats.misses += missed
         stats.bytes_missed += missed * nbytes
@@ -328,7 +328,7 @@ class ExpertCache:
         if slot is None:
             for other in [other for other in self._reading.values() if other.is_ready]:
                 error = self._settle(other)
-                if error is not None and other.wanted:  # nobody orders it a second time
+                if error is not None and other.wanted:  # no one orders it a second time
                     raise error
 
     def _nbytes(self, slot: Slot) -> int:

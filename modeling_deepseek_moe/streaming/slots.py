@@ -17,7 +17,7 @@ class ExpertStats:
     """What an expert cache did since it was made, or since `reset`.
 
     An expert that a layer wanted is a hit if it was in memory since an earlier use, else a miss: read on demand or,
-    having been foreseen, ahead of it. ``bytes_read`` counts experts' bytes; those read ahead are in it
+    having been predicted, ahead of it. ``bytes_read`` counts experts' bytes; those read ahead are in it
     (``bytes_prefetched``), and of these ``bytes_wasted`` were not wanted after all.
     """
 
@@ -49,7 +49,7 @@ class ExpertStats:
 
     @property
     def read_bandwidth(self) -> float | None:
-        """Bytes a second while the disk was being read."""
+        """Bytes per second while the disk was being read."""
         return self.bytes_read / self.read_seconds if self.read_seconds else None
 
 

@@ -36,7 +36,7 @@ class Fp8Weight(NamedTuple):
 class Kept(NamedTuple):
     """An activation ``[R, K]``: in FP8 for Fprop, and what is kept of it for Wgrad.
 
-    ``exact`` is the activation itself where Wgrad is in bf16. Where it is in FP8 the tiles are cut anew across the rows, and
+    ``exact`` is the activation itself where Wgrad is in bf16. Where it is in FP8 the tiles are cut again across the rows, and
     scales are powers of two.
     """
 

@@ -29,7 +29,7 @@ def absorbed_attention(
     Args:
         q_nope, q_pe: ``[B, H, q, n]`` and, rotated, ``[B, H, q, p]``.
         c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``.
-        mask: see `reference.masked`.
+        mask: see `reference.apply_mask`.
         kv_b_proj: the layer whose weight is W_UK and W_UV of one head after the other, ``[H·(n+v), r]``.
         dropout: probability of dropping a weight.
     """
