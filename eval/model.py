@@ -8,14 +8,14 @@ import psutil
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from modeling_deepseek_moe.eval.journal import Journal, request_key
-from modeling_deepseek_moe.eval.sampling import RowSampler
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 import modeling_deepseek_moe  # noqa: F401  registers the family
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.eval.journal import Journal, request_key
+from modeling_deepseek_moe.eval.sampling import RowSampler
 from modeling_deepseek_moe.tokens import released_choice
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations

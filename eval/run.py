@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
+
 from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
 from modeling_deepseek_moe.eval.data import HUB, load_rows
 from modeling_deepseek_moe.eval.harness import generation_kwargs

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from modeling_deepseek_moe.eval.results import Output, Question
 
 RESAMPLES = 10_000

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from modeling_deepseek_moe.conversion import _job
 from releases import write_release
 from safetensors.torch import load_file, save_file
 from test_conversion_roundtrip import CONFIG, convert, ok
+
+from modeling_deepseek_moe.conversion import _job
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 SCALE = O_PROJ + "_scale_inv"

@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_cases import make_questions, make_task, output, write_run
+
 from modeling_deepseek_moe.eval import extraction, published, report
 from modeling_deepseek_moe.eval.report import explorer, page
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import gather, pairs
 from modeling_deepseek_moe.eval.results import BENCHMARKS, Question
-from report_cases import make_questions, make_task, output, write_run
 
 pytest.importorskip("matplotlib")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -4,9 +4,10 @@ import time
 
 import pytest
 from browser import browse, find_browser
+from report_cases import make_questions, make_task, output, write_run
+
 from modeling_deepseek_moe.eval.report import write_report
 from modeling_deepseek_moe.eval.results import Question
-from report_cases import make_questions, make_task, output, write_run
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="needs Chromium and chromedriver")

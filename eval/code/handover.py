@@ -76,6 +76,7 @@ def ask(
         options: of `DeepseekLM`.
     """
     from lm_eval.api.instance import Instance
+
     from modeling_deepseek_moe.eval.model import DeepseekLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
