@@ -1,4 +1,4 @@
-"""Which experts of all layers are in memory, which are being read, and which make room.
+"""Experts of all layers in memory: the resident set, reads in flight, and eviction.
 
 Memory is cut into slots of one expert each, used again and again. An expert is worth what the LRFU policy (Lee et al.,
 2001) says: every use counts, and counts half as much after `HALF_LIFE` further passes through its layer; the least
