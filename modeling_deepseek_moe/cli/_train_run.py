@@ -153,7 +153,7 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
         settings = {"quantize": form.name} if form else {}
         model.save_pretrained(training.output_dir, like=options.model and _local(options.model), **settings)
         tokenizer.save_pretrained(training.output_dir)
-        kind = f"{form.name} release" if form else options.dtype
+        kind = f"{form.title} release" if form else options.dtype
         stdout().print(f"wrote {training.output_dir} ({kind}); deepseek-moe report {training.output_dir} draws it")
 
 
