@@ -13,7 +13,7 @@ OLD_VENV := .venv-$(OLDEST)
 C_FILES := $(wildcard modeling_deepseek_moe/ops/csrc/*.[ch] tests/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest peer lint format wheel clean
+.PHONY: help demo test test-oldest peer types lint format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,10 +48,14 @@ test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformer
 peer: $(READY) ## Run the tests that compare with other software (downloads transformers' source distribution)
 	$(BIN)/python -m pytest -m peer -n 2 $(ARGS)
 
-lint: $(READY) ## Check the style and the types
+types: $(READY) ## Check the types, of the package as it is installed
+	rm -rf build/types && mkdir -p build/types/modeling_deepseek_moe
+	ln -s $(CURDIR)/modeling_deepseek_moe/* $(CURDIR)/conversion $(CURDIR)/eval build/types/modeling_deepseek_moe/
+	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+lint: types ## Check the style and the types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
 format: $(READY) ## Rewrite the files in the house style

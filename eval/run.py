@@ -5,9 +5,11 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
@@ -78,7 +80,7 @@ def evaluate(
     start, chosen = time.perf_counter(), protocol(suite)
     check_benchmarks(chosen, benchmarks)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    shared = {name: field.value for name, field in chosen.shared.items()}
+    shared: dict[str, Any] = {name: field.value for name, field in chosen.shared.items()}
     settings = {benchmark: changes.apply(chosen.values(benchmark)) for benchmark in benchmarks}
     runs = [_describe(chosen, benchmark, *settings[benchmark], data) for benchmark in benchmarks]
     facts = model_facts(model, folder, label or (folder.name if folder else type(model).__name__))
@@ -87,7 +89,7 @@ def evaluate(
         (out / JOURNAL_FILE).unlink(missing_ok=True)
     loaded = _load_tasks(runs, data)
     with closing(Journal(out / JOURNAL_FILE, identity)) as journal:
-        options = {"batch_size": batch_size, "cache": cache, "journal": journal, "seed": seed}
+        options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "journal": journal, "seed": seed}
         lm = DeepseekLM(model, tokenizer=tokenizer, prefill=shared["prefill"], **options)
         results = run_harness(
             lm,
@@ -155,8 +157,9 @@ def _load_tasks(runs: list[TaskRun], data: str) -> dict:
     return loaded
 
 
-def _questions(lm: DeepseekLM, runs: list[TaskRun], samples: dict, thinking: bool) -> dict[str, list[Question]]:
-    asked, questions = Counter(), {}
+def _questions(lm: DeepseekLM, runs: list[TaskRun], samples: dict, thinking: bool) -> dict[str, Iterable[Question]]:
+    asked: Counter = Counter()
+    questions: dict[str, Iterable[Question]] = {}
     for run in runs:
         ordered = sorted(samples[run.task], key=lambda sample: sample["doc_id"])
         questions[run.task] = [_question(lm, run, sample, asked, thinking) for sample in ordered]

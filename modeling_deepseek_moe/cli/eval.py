@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -115,12 +116,12 @@ def eval(  # noqa: A001  the command's name
     check_benchmarks(protocol(suite.value), benchmarks)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size: found {batch_size!r}, wanted a number of at least 1, or auto")
-    changes = {"shots": shots, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "k": k}
+    changes = Changes(shots=shots, max_tokens=max_tokens, temperature=temperature, top_p=top_p, k=k)
     if model is None:
         from modeling_deepseek_moe.tiny import tiny_checkpoint
 
         model, label, data = Path(tiny_checkpoint()), label or "tiny checkpoint", data or "sample"
-        changes |= {name: value for name, value in SMALL.items() if changes[name] is None}
+        changes = replace(changes, **{name: part for name, part in SMALL.items() if getattr(changes, name) is None})
         stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
     label = label or model.resolve().name
     out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
@@ -140,7 +141,7 @@ def eval(  # noqa: A001  the command's name
         label=label,
         data=data or "hub",
         limit=limit,
-        changes=Changes(**changes),
+        changes=changes,
         batch_size=batch_size,
         cache=cache.value,
         seed=seed,
