@@ -13,7 +13,7 @@ OLD_VENV := .venv-$(OLDEST)
 C_FILES := $(wildcard modeling_deepseek_moe/ops/csrc/*.[ch] tests/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest peer lint format wheel clean
+.PHONY: help demo test test-oldest peer types lint format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +39,7 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model
 	.venv/bin/python -m pip install -c constraints.txt -e ".[doors]"
 	touch $@
 
-test: lint $(DOORS) ## Check the style and run the tests
+test: lint $(DOORS) ## Check style and types, and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformers that is supported
@@ -48,7 +48,12 @@ test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformer
 peer: $(READY) ## Run the tests that compare with other software (downloads transformers' source distribution)
 	$(BIN)/python -m pytest -m peer -n 2 $(ARGS)
 
-lint: $(READY) ## Check the style
+types: $(READY) ## Check the types, of the package as it is installed
+	rm -rf build/types && mkdir -p build/types/modeling_deepseek_moe
+	ln -s $(CURDIR)/modeling_deepseek_moe/* $(CURDIR)/conversion $(CURDIR)/eval build/types/modeling_deepseek_moe/
+	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+lint: types ## Check the style and the types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
@@ -63,5 +68,5 @@ wheel: $(READY) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean: ## Remove what was built, and caches
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

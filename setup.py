@@ -27,7 +27,7 @@ extras = {
     "train": ["datasets", "heavyball", "matplotlib"],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
-# Tools that the tests plug the models into; transformers imports torchao wherever it finds it, half a second a start.
+# Tools that the tests plug the models into; transformers imports torchao wherever it finds it, half a second per start.
 extras["doors"] = ["torchao", "trl"]
 extras["dev"] = [
     "build",
@@ -37,6 +37,7 @@ extras["dev"] = [
     "heavyball",
     "jinja2",
     "matplotlib",
+    "mypy",
     "parameterized",
     "pre-commit",
     "pytest",

@@ -33,7 +33,7 @@ class Timing:
     """Seconds of one contestant in every round, and which of them other programs disturbed.
 
     A sample is disturbed when the kernel took the processor from a thread of this process, once, or more than
-    `QUIET_SWITCHES` times a second in a long one. ``median`` is that of the others, or, if they are fewer than three,
+    `QUIET_SWITCHES` times per second in a long one. ``median`` is that of the others, or, if they are fewer than three,
     of the fastest third.
     """
 
@@ -78,7 +78,7 @@ PATIENCE = 120  # seconds, after which one counted round has to do: torch's bf16
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, Timing]:
     """Time the contestants, one after the other in every round, so that a noisy neighbour meets them all.
 
-    ``rounds`` rounds behind ``warm_up`` that do not count; fewer of either, at least one, once `PATIENCE` is at an end.
+    ``rounds`` rounds after ``warm_up`` that do not count; fewer of either, at least one, once `PATIENCE` is at an end.
     """
     start = time.perf_counter()
     seconds = {name: [] for name in contestants}
@@ -116,7 +116,7 @@ def machine() -> dict[str, str | int]:
 
 
 def save(name: str, result: dict) -> Path:
-    """Write ``results/{name}.json`` with the machine and versions beside the figures."""
+    """Write ``results/{name}.json`` with the machine and versions next to the figures."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")

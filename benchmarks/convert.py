@@ -1,4 +1,4 @@
-"""Conversion beside what the disk allows and beside a plain loop over blocks, on random weights in V3's shapes.
+"""Conversion compared with what the disk allows and with a plain loop over blocks, on random weights in V3's shapes.
 
 ``python benchmarks/convert.py``: one layer of DeepSeek-V3 (256 experts, 11.5 GB in FP8), FP8 → bf16 → FP8, with one and
 two workers, each in a process of its own, whose peak memory is read from the kernel. The limit of each direction is a
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe import CheckpointReader
 from modeling_deepseek_moe.ops import block_fp8
 
 CHUNK = 16 << 20
@@ -104,7 +104,7 @@ def block_loop_back(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loops(folder: Path, rounds: int = 7) -> dict:
-    """FP8 bytes a second of the loops and of this package, one core each, interleaved; minima of the times."""
+    """FP8 bytes per second of the loops and of this package, one core each, interleaved; minima of the times."""
     reader = CheckpointReader.open(folder)
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
     weight, scale = reader.tensor(name).clone(), reader.tensor(name + "_scale_inv").clone()

@@ -1,4 +1,4 @@
-"""The CPU engine beside torch, transformers and llama.cpp: ceilings, operations, expert layers, attention, whole models.
+"""The CPU engine compared with torch, transformers and llama.cpp: ceilings, operations, expert layers, attention, whole models.
 
     python benchmarks/cpu.py                     everything: about 20 minutes on two cores, 12 GB of memory
     python benchmarks/cpu.py --quick             one thread count and few rounds: about 5 minutes
@@ -8,14 +8,14 @@
 Within a part all contestants take turns, and readers that do nothing but read memory take turns with them: a share of
 the bandwidth compares with what those reached in the same seconds, the best of them, and may so pass 100 % by noise.
 Weights rotate over several times the last-level cache. A figure is the median of the undisturbed samples
-(`common.Timing`); the minimum, the spread and the number of disturbed samples are beside it in the JSON.
+(`common.Timing`); the minimum, the spread and the number of disturbed samples are next to it in the JSON.
 
 Parts:
     ops      FP8 linear [4096, 7168] at 1, 4 and 512 rows, each instruction set, and the bf16 head [102400, 2048]
     experts  64 routed experts of 2048 x 1408, top-6 and top-8, 1 and 512 tokens; the cost of a call at tiny dims
     mla      latent attention of one new token, 16 and 128 heads, contexts 1k and 8k
     e2e      a model of 2.25B parameters in DeepSeek-V2-Lite's dims: decoding at 128 and 8192 tokens, prompts of 512 and
-             4096 tokens, and 512 more behind 4096
+             4096 tokens, and 512 more after 4096
 
 The last lines hold the figures against what the engine is to reach. OMP_WAIT_POLICY is left as it is set and written
 down: threads that sleep at once (PASSIVE) cost a few percent on a quiet machine; where another program uses a core,
@@ -45,11 +45,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="3 rounds, and operations on --threads threads only")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part (may be given again)")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "cpu.json", help="the plot goes beside it")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "cpu.json", help="the plot goes next to it")
     parser.add_argument(
         "--model-folder", type=Path, help="where the model of e2e is written, 2.7 GB, or found (default: temporary)"
     )
-    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench, to run beside e2e")
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench, to run with e2e")
     parser.add_argument(
         "--gguf", type=Path, action="append", default=[], help="a model for it, of the same dims (may be repeated)"
     )

@@ -1,4 +1,4 @@
-"""Whole models: FP8 resident here beside plain transformers in bf16 on the same weights; llama.cpp if it is given."""
+"""Whole models: FP8 resident here compared with plain transformers in bf16 on the same weights; llama.cpp if it is given."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from decode import filled_caches
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe import parameter_breakdown
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 # DeepSeek-V2-Lite's dims and vocabulary, with V3's router, as many layers as make 2.25B parameters
@@ -44,8 +44,8 @@ CONFIG = {
 CONTEXTS = (128, 8192)
 PROMPTS = ((512, 0), (4096, 0), (512, 4096))  # tokens, and those that are cached before them
 OURS, PLAIN = "FP8, this package", "transformers bf16"
-TOKENS = 6  # decoded for one sample: a step alone is too short beside the readers that take turns with it
-SAMPLES = 5  # of a turn beside llama.cpp
+TOKENS = 6  # decoded for one sample: a step alone is too short next to the readers that take turns with it
+SAMPLES = 5  # of a turn next to llama.cpp
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -58,13 +58,13 @@ def measure(options: argparse.Namespace) -> dict:
         ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         load = time.perf_counter() - start
         plain = build_plain(folder)
-        anatomy, readers, found = dissect(ours.config), Readers(), []
+        breakdown, readers, found = parameter_breakdown(ours.config), Readers(), []
         notes = [f"{ours.num_parameters() / 1e9:.2f}B parameters, loaded in {load:.2f} s" + seconds]
         # a prompt first, as ever: it touches all experts, whose pages are mapped at that moment
         for tokens, cached in PROMPTS:
             found += prefill(ours, plain, tokens, cached, options)
         for context in CONTEXTS:
-            found += decode(ours, plain, anatomy, context, options, readers)
+            found += decode(ours, plain, breakdown, context, options, readers)
         agreement = [agree(ours, plain)]
         del plain
         gc.collect()
@@ -100,12 +100,12 @@ def build_plain(folder: Path) -> torch.nn.Module:
 
 
 def tokens_of(model, cache) -> None:
-    """`TOKENS` tokens, one after the other; the cache grows, which is little beside what it holds."""
+    """`TOKENS` tokens, one after the other; the cache grows, which is little compared with what it holds."""
     for _ in range(TOKENS):
         model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), **{CACHE_NAME: cache}, logits_to_keep=1)
 
 
-def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, readers: Readers) -> list[dict]:
+def decode(ours, plain, breakdown, context: int, options: argparse.Namespace, readers: Readers) -> list[dict]:
     """One token after the other from ``context`` cached ones on."""
     case = {"case": f"decoding at {context} tokens", "threads": options.threads}
     caches = filled_caches(ours.config, context)
@@ -113,7 +113,7 @@ def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, read
     times, bandwidth = race(contestants, options.rounds, readers)
     found = list(readers.rows(case, times)) if context == CONTEXTS[0] else []
     for name, fp8 in ((OURS, True), (PLAIN, False)):
-        nbytes = (anatomy.active_bytes(fp8) + anatomy.cache_bytes(context)) * TOKENS
+        nbytes = (breakdown.active_bytes(fp8) + breakdown.cache_bytes(context)) * TOKENS
         fields = row(case, name, times[name], nbytes, bandwidth)
         fields |= {"tokens_s": TOKENS / times[name].median, "ratio": times[PLAIN].median / times[name].median}
         found.append(fields)
@@ -121,8 +121,8 @@ def decode(ours, plain, anatomy, context: int, options: argparse.Namespace, read
 
 
 def prefill(ours, plain, tokens: int, cached: int, options: argparse.Namespace) -> list[dict]:
-    behind = f" behind {cached}" if cached else ""
-    case = {"case": f"prefill of {tokens} tokens{behind}", "threads": options.threads}
+    after = f" after {cached}" if cached else ""
+    case = {"case": f"prefill of {tokens} tokens{after}", "threads": options.threads}
     ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens))
     caches = filled_caches(ours.config, cached) if cached else (None, None)
 
@@ -149,7 +149,7 @@ def agree(ours, plain) -> dict:
 
 
 def llama_speed(file: Path, context: int, tokens: int, samples: int, options: argparse.Namespace) -> float:
-    """Tokens/s of llama.cpp behind ``context`` tokens, the median of so many samples."""
+    """Tokens/s of llama.cpp after ``context`` tokens, the median of the samples."""
     command = [str(options.llama_bench), "-m", str(file), "-t", str(options.threads), "-o", "json"]
     command += ["-r", str(samples), "-p", "0", "-n", str(tokens), "-d", str(context)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -162,10 +162,10 @@ def llama(ours, options: argparse.Namespace) -> list[dict]:
     """Decoding in turns with llama.cpp's own benchmark of the given files, which is a process of its own each time."""
     found = []
     for context in CONTEXTS if options.gguf else ():
-        case = {"case": f"beside llama.cpp, {context} tokens", "threads": options.threads}
+        case = {"case": f"next to llama.cpp, {context} tokens", "threads": options.threads}
         run = partial(tokens_of, ours, filled_caches(ours.config, context)[0])
         speeds: dict[str, list[float]] = {}
-        # each process of llama.cpp computes its context anew, minutes for a long one
+        # each process of llama.cpp computes its context again, minutes for a long one
         for _ in range(options.rounds if context == CONTEXTS[0] else min(3, options.rounds)):
             run()  # what the other processes pushed out of the caches
             samples = [TOKENS / common.seconds_of(run) for _ in range(SAMPLES)]

@@ -1,4 +1,4 @@
-"""Layers of routed experts: FP8 on the engine beside every way of transformers in bf16, on the same weights."""
+"""Layers of routed experts: FP8 on the engine compared with every way of transformers in bf16, on the same weights."""
 
 import argparse
 import itertools
@@ -91,7 +91,7 @@ def contest(
     }
     x = torch.randn(tokens, dims[0], dtype=torch.bfloat16)
     turn = itertools.cycle(itertools.product(routes(tokens, top_k, 16), made))
-    calls = CALLS if tokens == 1 else 1  # of a sample: one alone is short beside the readers that take turns with it
+    calls = CALLS if tokens == 1 else 1  # of a sample: one alone is short next to the readers that take turns with it
     contestants = {}
     for name in IMPLEMENTATIONS:
         if name != "batched_mm" or gathered_bytes(tokens, top_k, *dims) < LARGEST_GATHER:

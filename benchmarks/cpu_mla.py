@@ -1,4 +1,4 @@
-"""Absorbed attention of one new token: the engine beside the same computation in torch's own operations."""
+"""Absorbed attention of one new token: the engine compared with the same computation in torch's own operations."""
 
 import argparse
 import itertools

@@ -1,4 +1,4 @@
-"""FP8 and bf16 linear layers: one row, a few, many; every instruction set; beside torch's bf16 linear."""
+"""FP8 and bf16 linear layers: one row, a few, many; every instruction set; compared with torch's bf16 linear."""
 
 import argparse
 import itertools
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from cpu_readers import Readers, race, relative_error, row
 
+from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.ops import _native, block_fp8
-from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.ops.linear import linear
 
 SHAPE = (4096, 7168)
@@ -60,7 +60,7 @@ def fp8_linear(weights, dense, rows: int, threads: int, rounds: int, readers: Re
     contestants = {TORCH: lambda: repeat(calls, lambda: F.linear(x, next(turn_dense)))}
     for isa in _native.instruction_sets():
         if isa == "baseline" and rows > FEW:
-            continue  # seconds a call, and nobody's choice
+            continue  # seconds per call, and no one's choice
         contestants[f"FP8 {isa}"] = lambda isa=isa: on(isa, repeat, calls, lambda: block_fp8.linear(x, *next(turn)))
     times, bandwidth = race(contestants, rounds if rows <= FEW else max(3, rounds // 2), readers)
     found = list(readers.rows(case, times)) if rows == 1 else []

@@ -65,8 +65,8 @@ GOALS = (
     ("e2e", "decoding at 128", "this package", "share_of_read", 0.8),
     ("e2e", "decoding at 8192", "this package", "ratio", 22.0),
     ("e2e", "prefill of 512 tokens", "this package", "ratio", 1.0),
-    ("e2e", "beside llama.cpp, 128", "this package", "ratio", 1.0),
-    ("e2e", "beside llama.cpp, 8192", "this package", "ratio", 2.0),
+    ("e2e", "next to llama.cpp, 128", "this package", "ratio", 1.0),
+    ("e2e", "next to llama.cpp, 8192", "this package", "ratio", 2.0),
 )
 
 

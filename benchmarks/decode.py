@@ -1,4 +1,4 @@
-"""One decoded token on the latent cache: this package beside plain transformers, same weights, same run.
+"""One decoded token on the latent cache: this package compared with plain transformers, same weights, same run.
 
     python benchmarks/decode.py [--contexts 512 2048 8192 16384] [--threads 1] [--rounds 3]
 

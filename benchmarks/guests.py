@@ -7,7 +7,7 @@ Parts, each with contestants in turns on the same weights (the model of `cpu.py`
 cached ones on):
     lora     FP8 and bf16, plain and with LoRA (rank 8) on ``o_proj``: what the adapter leaves of the speed
     bnb      NF4 linear layers, here and in plain transformers; experts are bf16 in both
-    compile  a compiled step on a static cache, FP8, beside the eager one on a growing cache
+    compile  a compiled step on a static cache, FP8, compared with the eager one on a growing cache
 """
 
 import argparse
@@ -58,7 +58,7 @@ def rows(times: dict[str, common.Timing], pairs: dict[str, str]) -> list[dict]:
     for name, timing in times.items():
         fields = {"contestant": name, "tokens_s": TOKENS / timing.median, **timing.fields()}
         if name in pairs:
-            fields |= {"beside": pairs[name], "ratio": times[pairs[name]].median / timing.median}
+            fields |= {"compared_with": pairs[name], "ratio": times[pairs[name]].median / timing.median}
         found.append(fields)
     return found
 
@@ -135,7 +135,7 @@ def main() -> None:
                 found = PARTS[part](folder, options)
             result[part] = {"machine": common.machine(), "rows": found}
             for row in found:
-                ratio = f"  {row['ratio']:.3f} of {row['beside']}" if "ratio" in row else ""
+                ratio = f"  {row['ratio']:.3f} of {row['compared_with']}" if "ratio" in row else ""
                 extra = f"  {row['four_bit_layers']} layers, {row['bytes']:,} bytes" if "bytes" in row else ""
                 print(f"{part:8} {row['contestant']:26} {row['tokens_s']:7.2f} tokens/s{ratio}{extra}", flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)

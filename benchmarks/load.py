@@ -1,4 +1,4 @@
-"""Loading a released FP8 checkpoint on a CPU: seconds, and memory by kind. Plain transformers beside it.
+"""Loading a released FP8 checkpoint on a CPU: seconds, and memory by kind. Plain transformers next to it.
 
     python benchmarks/load.py [--keep FOLDER]
     python benchmarks/load.py --v3
@@ -12,7 +12,7 @@ and dequantised to bf16 (plain transformers, which on a CPU can do no other; its
 the forward, which no page cache can give back. Both include Python, torch and transformers themselves.
 
 With ``--v3`` it writes DeepSeek-V3's own layout as sparse files (689 GB on the label, megabytes on the disk), in two
-orders: as released, where the scales of a shard lie together, and scattered, with each scale beside its weight. Both
+orders: as released, where the scales of a shard lie together, and scattered, with each scale next to its weight. Both
 are loaded three times, each in a fresh process. Nothing is dropped from the page cache: the headers are in it.
 """
 
@@ -32,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe import write_checkpoint
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan, plan_shards, write_checkpoint
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan, plan_shards
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.saving import fp8_quantization_config
 from modeling_deepseek_moe.weights import release_tensors
@@ -92,7 +93,7 @@ def write_random_release(folder: Path, config, embedding: float = 0.02, max_shar
     """A release of random FP8 codes, about as a trained one is scaled. Returns the bytes of its weights.
 
     Args:
-        embedding: standard deviation; beside 1 the layers add little to the residual stream, as in a trained model.
+        embedding: standard deviation; compared with 1 the layers add little to the residual stream, as in a trained model.
     """
     generator = torch.Generator().manual_seed(0)
 

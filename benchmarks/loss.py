@@ -1,4 +1,4 @@
-"""The loss of the next token and its gradient: this package's, a few rows of logits at a time, beside transformers' own.
+"""The loss of the next token and its gradient: this package's, a few rows of logits at a time, compared with transformers' own.
 
     python benchmarks/loss.py [--tokens 1024] [--vocab 129280] [--rounds 5]
 

@@ -1,24 +1,24 @@
-"""Experts of a checkpoint larger than memory: tokens a second beside what the disk allows, and beside accelerate.
+"""Experts of a checkpoint larger than memory: tokens per second compared with what the disk allows, and with accelerate.
 
     python benchmarks/stream.py [--folder FOLDER] [--without-peer]
 
 Writes 13 GB of random FP8 in DeepSeek-V3's shapes (hidden 7168, 128 heads, experts of width 2048: 44 MB each; 64 of them
-in each of 4 layers, 8 a token), and deletes them in the end. It reads about 2 GB a second for ten minutes. Every contestant
+in each of 4 layers, 8 per token), and deletes them in the end. It reads about 2 GB per second for ten minutes. Every contestant
 runs in a process of its own and is given the same tokens.
 
 The budget limits memory: experts are read past the page cache, and what the page cache holds of the files after a run
-(``in_page_cache``) is measured beside the private memory of the process; together they are less than half the files. The
+(``in_page_cache``) is measured next to the private memory of the process; together they are less than half the files. The
 limit is what a plain loop of direct reads of blocks of an expert's size gets from the same files, by one thread or by two,
 whichever is faster, between the tokens that are timed.
 
 Random weights say nothing about real routing: neither how often experts come again, nor how often the next layer's
-router can be foreseen. Hit rates here are those of a router that prefers nobody.
+router can be foreseen. Hit rates here are those of a router that prefers no one.
 
 The peer is transformers' own DeepseekV3 with its layers on the disk, by accelerate, on bf16 copies of the same weights: on
 a CPU it cannot run FP8. Its files are dropped from the page cache before every token, as memory of half their size would
 have it: it reads all of them, in a circle. It has 2 layers of experts, for the disk's sake, and so has the streamed run
-beside it. With the 256 experts of DeepSeek-V3 the peer, which reads all of a layer's, would take four times as long, and
-nobody else would.
+next to it. With the 256 experts of DeepSeek-V3 the peer, which reads all of a layer's, would take four times as long, and
+no one else would.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
+from modeling_deepseek_moe import CheckpointReader, write_checkpoint
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.weights import SCALE_SUFFIX
 
@@ -63,7 +63,7 @@ GB = 1_000_000_000
 # budgets, and whether to read ahead
 RUNS = ((1 * GB, True), (2 * GB, True), (3 * GB, True), (3 * GB, False))
 EXPERT_BYTES = 3 * CONFIG["hidden_size"] * CONFIG["moe_intermediate_size"]
-EMBEDDING = 4.0  # beside what a layer adds to the residual stream, about 1
+EMBEDDING = 4.0  # compared with what a layer adds to the residual stream, about 1
 DECODED, WARM_UP, SAME_PROMPT = 16, 12, 3  # tokens
 PEER_TOKENS = 3
 

@@ -82,7 +82,7 @@ class Disk:
 
     @property
     def rates(self) -> dict[int, float]:
-        """Bytes a second over all samples, by number of threads."""
+        """Bytes per second over all samples, by number of threads."""
         return {threads: self._bytes[threads] / self._seconds[threads] for threads in DISK_THREADS}
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe import parameter_breakdown
 
 ROWS, TOKENS = 4, 256
 STEPS, UNCOUNTED = 10, 3
@@ -127,7 +127,7 @@ def race(config: dict, bf16: bool, rounds: int) -> list[dict]:
             for contestant in contestants.values():
                 contestant.train()
     timings = {name: contestant.timing for name, contestant in contestants.items()}
-    flops = 6 * dissect(model_config).active_parameters * ROWS * TOKENS
+    flops = 6 * parameter_breakdown(model_config).active_parameters * ROWS * TOKENS
     peak = common.gemm_flops(torch.bfloat16 if bf16 else torch.float32)
     plain = timings["transformers"].median
     return [

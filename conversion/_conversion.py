@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-from modeling_deepseek_moe.conversion._source import Source
+from typing import Any, NamedTuple
 
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.conversion._source import Source
 
 
 class Options(NamedTuple):
@@ -58,7 +57,7 @@ class Conversion:
     """
 
     name: str
-    plan: Callable[[Source, Options], Output]
+    plan: Callable[[Any, Options], Output]  # of the `Source` that `open` makes
     options: tuple[str, ...] = ("max_shard_size",)
     required: Mapping[str, str] = field(default_factory=dict)
     inverse: str = ""

@@ -21,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from modeling_deepseek_moe.conversion._source import Source
 
 from modeling_deepseek_moe.checkpoint.atomic import (
     copy_flushed,
@@ -34,11 +33,12 @@ from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, index_text
 from modeling_deepseek_moe.checkpoint.journal import Journal, read_journal
 from modeling_deepseek_moe.checkpoint.lock import locked_folder
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_shard
+from modeling_deepseek_moe.conversion._source import Source
 
 PIECES = "shards"
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
-# tensors that an estimate makes: at most so large, at so many places of the checkpoint, so many in a row
+# tensors that an estimate makes: their largest size, the places of the checkpoint, the number in a row
 SAMPLE_BYTES, SAMPLE_SPOTS, SAMPLE_RUN = 256 << 20, 6, 8
 
 
@@ -104,7 +104,7 @@ def finished_shards(job: Job, out: Path) -> set[str]:
     """Shards that an interrupted run of this very job left complete.
 
     Raises:
-        FileExistsError: ``OUT`` is there, or ``OUT.partial`` is nobody's.
+        FileExistsError: ``OUT`` is there, or ``OUT.partial`` is no one's.
         ValueError: ``OUT.partial`` belongs to another job.
     """
     _refuse_existing(out)
@@ -128,7 +128,7 @@ def _as_journalled(job: Job) -> dict:
 
 
 def _way_out(partial: Path) -> str:
-    return f"these are other inputs or options; if no run is under way, remove {partial} to begin anew"
+    return f"these are other inputs or options; if no run is under way, remove {partial} to begin again"
 
 
 def check_space(job: Job, out: Path, finished: set[str]) -> None:

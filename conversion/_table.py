@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from modeling_deepseek_moe.checkpoint.writer import parse_size, plan_shards
 from modeling_deepseek_moe.conversion import (
     bf16_to_fp8,
     dtype,
@@ -14,8 +15,6 @@ from modeling_deepseek_moe.conversion import (
 )
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, check_unused
 from modeling_deepseek_moe.conversion._job import Job
-
-from modeling_deepseek_moe.checkpoint.writer import parse_size, plan_shards
 
 CONVERSIONS: dict[str, Conversion] = {
     module.CONVERSION.name: module.CONVERSION

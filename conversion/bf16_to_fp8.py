@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks, with_dtype
-from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
-from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks, with_dtype
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
+from modeling_deepseek_moe.conversion._source import Source, as_is
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.weights import release_tensors
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from modeling_deepseek_moe.conversion._source import Source
 
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, TensorInfo
+from modeling_deepseek_moe.conversion._source import Source
 
 CHUNK = 1 << 22  # values compared at a time in fp64
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from modeling_deepseek_moe.conversion._blocks import WIDE, wide_dtype, with_dtype
-from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
-from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.conversion._blocks import WIDE, wide_dtype, with_dtype
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
+from modeling_deepseek_moe.conversion._source import Source, as_is
 
 
 def plan(source: Source, options: Options) -> Output:

@@ -1,16 +1,16 @@
-"""``hf-to-native``: a release in DeepSeek's own inference format (see `_native`), for so many ranks."""
+"""``hf-to-native``: a release in DeepSeek's own inference format (see `_native`), cut for a number of ranks."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
+
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.conversion import mtp
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._native import EXPERT, MTP_FILE, cut_dim, native_name
 from modeling_deepseek_moe.conversion._source import Source, as_is
-
-from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 
 MAX_RANKS = 4096  # more than any cluster that serves one model has
 

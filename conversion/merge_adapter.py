@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks
-from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
-from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
+from modeling_deepseek_moe.conversion._source import Source, as_is
 from modeling_deepseek_moe.formats import split_scale
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.\w+)?\.weight")

@@ -3,11 +3,10 @@
 A release stores it as the layers after the last one: ``model.layers.61`` in DeepSeek-V3.
 """
 
-from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
-from modeling_deepseek_moe.conversion._source import Source, as_is
-
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
+from modeling_deepseek_moe.conversion._source import Source, as_is
 from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.weights import LAYER_KEY, release_tensors
 

@@ -2,15 +2,16 @@
 
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
-from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
-from modeling_deepseek_moe.conversion._native import EXPERT, MTP_FILE, RANK_FILE, cut_dim, release_name
-from modeling_deepseek_moe.conversion._source import Source, as_is
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
+from modeling_deepseek_moe.conversion._native import EXPERT, MTP_FILE, RANK_FILE, cut_dim, release_name
+from modeling_deepseek_moe.conversion._source import Source, as_is
 
 
 class Ranks(Source):
@@ -20,7 +21,7 @@ class Ranks(Source):
         self.ranks = [CheckpointReader([file]) for file in files]
         aside = Path(folder, MTP_FILE)
         self.mtp = CheckpointReader([aside] if aside.is_file() else [])
-        super().__init__(folder, _AllRanks([*self.ranks, self.mtp]))
+        super().__init__(folder, cast(CheckpointReader, _AllRanks([*self.ranks, self.mtp])))
 
 
 class _AllRanks:

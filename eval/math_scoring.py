@@ -33,9 +33,3 @@ def is_equal(gold: str, answer: str) -> bool:
     limit = TIME_LIMIT if threading.current_thread() is threading.main_thread() else None
     golds, answers = (parse(f"\\boxed{{{latex}}}", parsing_timeout=limit) for latex in (gold, answer))
     return bool(verify(golds, answers, timeout_seconds=limit))
-
-
-def is_right(gold: str, text: str) -> bool:
-    """Whether the answer of a model's ``text`` is right; False when there is none."""
-    answer = math_answer(text)
-    return answer is not None and is_equal(gold, answer)

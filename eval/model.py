@@ -10,14 +10,14 @@ import psutil
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from modeling_deepseek_moe.eval.sampling import RowSampler
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 import modeling_deepseek_moe  # noqa: F401  registers the family
-from modeling_deepseek_moe.anatomy import dissect
+from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.checkpoint.journal import Journal
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.eval.sampling import RowSampler
 from modeling_deepseek_moe.tokens import released_choice
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations
@@ -191,12 +191,12 @@ class DeepseekLM(HFLM):
         return batch
 
     def _rows_that_fit(self, tokens: int, logits: int = 0) -> int:
-        """Rows of so many tokens; ``logits``: bytes a position and word of the vocabulary."""
+        """Rows of ``length`` tokens; ``logits``: bytes per position and word of the vocabulary."""
         free = psutil.virtual_memory().available
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         config, itemsize = self.model.config, self.model.dtype.itemsize
-        cache = dissect(config).cache_bytes(tokens, itemsize)
+        cache = parameter_breakdown(config).cache_bytes(tokens, itemsize)
         activations = (
             tokens * (8 * config.hidden_size * itemsize + config.vocab_size * logits) + config.vocab_size * 16
         )
@@ -312,7 +312,7 @@ class DeepseekLM(HFLM):
 
 
 class _Progress:
-    """A bar over requests with tokens a second and the time left; what was done before counts as done, not as speed."""
+    """A bar over requests with tokens per second and the time left; what was done before counts as done, not as speed."""
 
     def __init__(self, total: int, done: int, off: bool):
         self.tokens, self.start = 0, time.perf_counter()

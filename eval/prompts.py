@@ -70,5 +70,7 @@ def minerva_examples() -> list[dict]:
     if file.is_file():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name == "list_fewshot_samples":
-                return ast.literal_eval(node.body[-1].value)
+                last = node.body[-1]
+                if isinstance(last, ast.Return):
+                    return ast.literal_eval(last.value)
     raise ValueError(f"{file}: found no list_fewshot_samples, wanted the four examples of lm-eval 0.4.13")

@@ -1,7 +1,7 @@
 """What an evaluation leaves on disk, and reading it back: ``evaluation.json`` and ``samples/<task>.jsonl``.
 
 The samples hold every prompt, output and verdict, one question a line; scores and intervals are computed from them, never
-stored beside them. ``evaluation.json`` holds what it takes to run the same again.
+stored next to them. ``evaluation.json`` holds what it takes to run the same again.
 """
 
 import json

@@ -5,11 +5,16 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
+
+from modeling_deepseek_moe.checkpoint.journal import Journal
 from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
 from modeling_deepseek_moe.eval.data import HUB, load_rows
 from modeling_deepseek_moe.eval.harness import generation_kwargs
@@ -17,8 +22,6 @@ from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
 from modeling_deepseek_moe.eval.model import DeepseekLM
 from modeling_deepseek_moe.eval.protocols import Protocol, protocol
 from modeling_deepseek_moe.eval.results import JOURNAL_FILE, Evaluation, Output, Question, TaskRun, write_evaluation
-
-from modeling_deepseek_moe.checkpoint.journal import Journal
 
 TASKS = Path(__file__).parent / "tasks"
 SEED = 1234
@@ -67,7 +70,7 @@ def evaluate(
         model: of this package, ready to generate.
         folder: where it came from; without one no run is gone on with, since nothing tells two models apart.
         data: see `load_rows`.
-        limit: the first so many questions of each task; raised later, only the new ones are asked.
+        limit: the first ``limit`` questions of each task; raised later, only the new ones are asked.
 
     Raises:
         ValueError: an unknown suite or benchmark, a context that is too short, answers of another run in ``out``, bad data.
@@ -77,25 +80,17 @@ def evaluate(
     start, chosen = time.perf_counter(), protocol(suite)
     check_benchmarks(chosen, benchmarks)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    shared = {name: field.value for name, field in chosen.shared.items()}
+    shared: dict[str, Any] = {name: field.value for name, field in chosen.shared.items()}
     settings = {benchmark: changes.apply(chosen.values(benchmark)) for benchmark in benchmarks}
     runs = [_describe(chosen, benchmark, *settings[benchmark], data) for benchmark in benchmarks]
     facts = model_facts(model, folder, label or (folder.name if folder else type(model).__name__))
     identity = {"model": facts | {"path": None, "label": None}, "prefill": shared["prefill"], "seed": seed}
     if folder is None:
         (out / JOURNAL_FILE).unlink(missing_ok=True)
-    journal = Journal(out / JOURNAL_FILE, identity)
-    try:
-        lm = DeepseekLM(
-            model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            prefill=shared["prefill"],
-            cache=cache,
-            journal=journal,
-            seed=seed,
-        )
-        loaded = _load_tasks(runs, data)
+    loaded = _load_tasks(runs, data)
+    with closing(Journal(out / JOURNAL_FILE, identity)) as journal:
+        options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "journal": journal, "seed": seed}
+        lm = DeepseekLM(model, tokenizer=tokenizer, prefill=shared["prefill"], **options)
         results = run_harness(
             lm,
             loaded,
@@ -105,8 +100,6 @@ def evaluate(
             system_instruction=shared["system_prompt"],
             apply_chat_template=shared["chat_template"],
         )
-    finally:
-        journal.close()
     samples = _questions(lm, runs, results["samples"], shared["thinking"])
     runs = [
         TaskRun(**vars(run) | {"harness": _plain(results["results"][run.task]), "rows": rows})
@@ -164,8 +157,9 @@ def _load_tasks(runs: list[TaskRun], data: str) -> dict:
     return loaded
 
 
-def _questions(lm: DeepseekLM, runs: list[TaskRun], samples: dict, thinking: bool) -> dict[str, list[Question]]:
-    asked, questions = Counter(), {}
+def _questions(lm: DeepseekLM, runs: list[TaskRun], samples: dict, thinking: bool) -> dict[str, Iterable[Question]]:
+    asked: Counter = Counter()
+    questions: dict[str, Iterable[Question]] = {}
     for run in runs:
         ordered = sorted(samples[run.task], key=lambda sample: sample["doc_id"])
         questions[run.task] = [_question(lm, run, sample, asked, thinking) for sample in ordered]

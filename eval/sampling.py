@@ -24,7 +24,7 @@ class RowSampler(LogitsProcessor):
         self.temperature, self.top_p = temperature, top_p
         self.generators = [torch.Generator().manual_seed(_seed(key, seed)) for key in keys]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """``scores [rows, vocabulary]``, any float dtype; returned in fp32."""
         scores = scores.float() / self.temperature
         if self.top_p < 1:

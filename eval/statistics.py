@@ -5,10 +5,12 @@ are shares, 0 to 1. A question's score is the mean verdict of its outputs, and a
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from modeling_deepseek_moe.eval.results import Output, Question
 
 RESAMPLES = 10_000
@@ -259,7 +261,6 @@ def _mean(values: Sequence[float]) -> float | None:
 def _by_id(questions: Sequence[Question]) -> dict[str, Question]:
     found = {question.id: question for question in questions}
     if len(found) < len(questions):
-        seen: set[str] = set()
-        twice = next(q.id for q in questions if q.id in seen or seen.add(q.id))
+        twice = next(name for name, times in Counter(q.id for q in questions).items() if times > 1)
         raise ValueError(f"found the question {twice!r} twice, wanted each once in a task")
     return found

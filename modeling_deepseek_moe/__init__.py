@@ -5,14 +5,18 @@ as they were released.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from modeling_deepseek_moe import registration
 from modeling_deepseek_moe._version import __version__
+from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import write_checkpoint
 from modeling_deepseek_moe.compat import warn_untested
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.inspection import Inspection, inspect_checkpoint
+from modeling_deepseek_moe.machine import Machine, probe_machine
 from modeling_deepseek_moe.modeling import (
     DeepseekMoeForCausalLM,
     DeepseekMoeModel,
@@ -31,27 +35,43 @@ from modeling_deepseek_moe.modeling import (
     KimiK2Model,
 )
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
+from modeling_deepseek_moe.planning import make_plan
 
 warn_untested()
 registration.register()
 
 # transformers' callbacks import what Trainer needs: a second, and optional libraries, that only training pays for.
-_LATER = {
-    "BalanceLossCallback": "training",
-    "Fp8TrainingConfig": "training",
-    "LoadBalanceCallback": "training",
-    "MoeTelemetryCallback": "training",
-    "MtpLossCallback": "training",
-    "bf16_moments": "training",
-    "prepare_fp8_training": "training",
-    "tiny_checkpoint": "tiny",
-}
+if TYPE_CHECKING:
+    from modeling_deepseek_moe.tiny import tiny_checkpoint
+    from modeling_deepseek_moe.training import (
+        BalanceLossCallback,
+        Fp8TrainingConfig,
+        LoadBalanceCallback,
+        MoeTelemetryCallback,
+        MtpLossCallback,
+        bf16_moments,
+        prepare_fp8_training,
+    )
+else:  # a type checker takes any name of a module that has `__getattr__`
+    _LATER = {
+        "BalanceLossCallback": "training",
+        "Fp8TrainingConfig": "training",
+        "LoadBalanceCallback": "training",
+        "MoeTelemetryCallback": "training",
+        "MtpLossCallback": "training",
+        "bf16_moments": "training",
+        "prepare_fp8_training": "training",
+        "tiny_checkpoint": "tiny",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __getattr__(name: str):
-    if name in _LATER:
-        return getattr(importlib.import_module(f"modeling_deepseek_moe.{_LATER[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
@@ -74,17 +94,25 @@ __all__ = [
     "DeepseekV3ForTokenClassification",
     "DeepseekV3Model",
     "Fp8TrainingConfig",
+    "Inspection",
     "KimiK2Config",
     "KimiK2ForCausalLM",
     "KimiK2ForSequenceClassification",
     "KimiK2ForTokenClassification",
     "KimiK2Model",
     "LoadBalanceCallback",
+    "Machine",
     "MoeTelemetryCallback",
     "MtpLossCallback",
+    "ParameterBreakdown",
     "__version__",
     "bf16_moments",
+    "inspect_checkpoint",
+    "make_plan",
+    "parameter_breakdown",
     "prepare_fp8_training",
+    "probe_machine",
+    "read_config",
     "tiny_checkpoint",
     "use_backend",
     "write_checkpoint",

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.four_bit import is_packed, keep_readable
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.ops.experts import STACKS
@@ -43,7 +44,7 @@ ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 FP8_METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 
 
-class AdapterMixin:
+class AdapterMixin(ModelMixin):
     """What the models say to peft. Mixed in before `PreTrainedModel`."""
 
     @property
@@ -92,7 +93,7 @@ class AdapterMixin:
             yield name, module
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """As transformers'; beside FP8 weights adapters are fp32. What is refused leaves the model as it was.
+        """As transformers'; next to FP8 weights adapters are fp32. What is refused leaves the model as it was.
 
         Raises:
             ValueError: FP8 weights cannot take the adapter.

@@ -71,7 +71,7 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
 class Size:
     """Values of one part of a model.
 
-    Of its ``parameters``, a quantised release stores ``quantized`` as codes with so many ``scales`` next to them, and
+    Of its ``parameters``, a quantised release stores ``quantized`` as codes with ``scales`` next to them, and
     ``fp32`` (router biases) are fp32 in every release.
     """
 
@@ -103,7 +103,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ParameterBreakdown:
     """Sizes by part (see `PARTS`): ``stored`` in a release, and ``active``, what decoding one token reads."""
 
     stored: dict[str, Size]
@@ -139,7 +139,7 @@ class Anatomy:
         return tokens * self.cache_values_per_token * itemsize
 
 
-def dissect(config: DeepseekMoeConfig) -> Anatomy:
+def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
     """The sizes of the release that a config describes.
 
     Raises:
@@ -163,7 +163,7 @@ def dissect(config: DeepseekMoeConfig) -> Anatomy:
     if config.tie_word_embeddings:
         active["head"] = stored["embedding"]
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "bfloat16")
-    return Anatomy(
+    return ParameterBreakdown(
         stored=stored,
         active=active,
         mtp_copies=mtp_copies,
@@ -184,7 +184,7 @@ def describe(config: DeepseekMoeConfig) -> dict[str, str]:
     if config.n_routed_experts:
         experts = (
             f"{config.n_routed_experts} routed of width {config.moe_intermediate_size}, "
-            f"{config.num_experts_per_tok} a token{groups}; {config.n_shared_experts or 0} shared"
+            f"{config.num_experts_per_tok} per token{groups}; {config.n_shared_experts or 0} shared"
         )
     normalised = "normalised, " if config.norm_topk_prob else ""
     rope = config.rope_parameters or {}

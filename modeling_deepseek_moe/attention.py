@@ -164,12 +164,14 @@ class DeepseekAttention(nn.Module):
             query = project(self.q_b_proj, self.q_a_layernorm(project(self.q_a_proj, hidden_states)))
         query = query.unflatten(-1, (-1, sum(self.query_dims))).transpose(1, 2)
         q_nope, q_pe = query.split(self.query_dims, dim=-1)
-        return q_nope, apply_rotary(q_pe, *position_embeddings, self.config.rope_interleave)
+        cos, sin = position_embeddings
+        return q_nope, apply_rotary(q_pe, cos, sin, self.config.rope_interleave)
 
     def _latents(self, hidden_states, position_embeddings):
         """Normed ``c_kv [B, 1, q, r]`` and rotated ``k_pe [B, 1, q, p]``: what the cache keeps."""
         c_kv, k_pe = project(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1).split(self.kv_dims, dim=-1)
-        return self.kv_a_layernorm(c_kv), apply_rotary(k_pe, *position_embeddings, self.config.rope_interleave)
+        cos, sin = position_embeddings
+        return self.kv_a_layernorm(c_kv), apply_rotary(k_pe, cos, sin, self.config.rope_interleave)
 
     def _expand(self, c_kv, k_pe):
         """``key [B, H, kv, n+p]`` and ``value [B, H, kv, v]``."""

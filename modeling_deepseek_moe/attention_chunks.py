@@ -7,7 +7,7 @@ nothing has a log-sum-exp near the dtype's minimum and counts for nothing; one t
 import torch
 import torch.nn.functional as F
 
-from modeling_deepseek_moe.ops.absorbed_attention.reference import WORKSPACE_SCORES, masked
+from modeling_deepseek_moe.ops.absorbed_attention.reference import WORKSPACE_SCORES, apply_mask
 
 
 def attend(
@@ -24,18 +24,18 @@ def attend(
     Args:
         query: ``[B, H, q, d]``.
         key, value: ``[B, H, keys, d]`` and ``[B, H, keys, v]``.
-        mask: of all keys, see `masked`.
+        mask: of all keys, see `apply_mask`.
         keys: which of the ``kv_length`` keys these are.
 
     Returns:
         ``[B, H, q, v]`` and the log-sum-exp ``[B, H, q, 1]``, both in fp32 or wider.
     """
     tensors = (query, key, value)
-    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     same_dtype = len({tensor.dtype for tensor in tensors}) == 1
-    if query.device.type == "cpu" and same_dtype and value.shape[-1] <= key.shape[-1] and not learning:
-        return _by_blocks(query, key, value, mask, keys, kv_length, scaling)
-    return _by_rows(query, key, value, mask, keys, kv_length, scaling)
+    if query.device.type == "cpu" and same_dtype and value.shape[-1] <= key.shape[-1] and not needs_grad:
+        return _flash(query, key, value, mask, keys, kv_length, scaling)
+    return _matmul(query, key, value, mask, keys, kv_length, scaling)
 
 
 def merge(
@@ -54,7 +54,7 @@ def finish(output: torch.Tensor, norm: torch.Tensor, dtype: torch.dtype) -> torc
     return torch.where(norm > lowest / 2, output, 0).to(dtype).transpose(1, 2)
 
 
-def _by_blocks(query, key, value, mask, keys, kv_length, scaling):
+def _flash(query, key, value, mask, keys, kv_length, scaling):
     """torch's FlashAttention for CPUs, six to twelve times as fast; only this operator gives the log-sum-exp too.
 
     It takes values as wide as keys, so narrower ones are padded, and a mask of their dtype to be added.
@@ -62,8 +62,8 @@ def _by_blocks(query, key, value, mask, keys, kv_length, scaling):
     length, width = query.shape[2], value.shape[-1]
     causal = mask is None and length == keys.stop - keys.start == kv_length  # there is no past
     if not causal and (mask is not None or keys.stop > kv_length - length):  # else they are all in the past
-        none = query.new_zeros((*((1, 1) if mask is None else mask.shape[:2]), length, keys.stop - keys.start))
-        mask = masked(none, mask, slice(0, length), keys, length, kv_length)
+        zero_scores = query.new_zeros((*((1, 1) if mask is None else mask.shape[:2]), length, keys.stop - keys.start))
+        mask = apply_mask(zero_scores, mask, slice(0, length), keys, length, kv_length)
         # of a row of -inf it would give 0, and so would what rounds to that
         mask = mask.clamp_min(torch.finfo(query.dtype).min).to(query.dtype)
     value = F.pad(value, (0, key.shape[-1] - width))
@@ -72,7 +72,7 @@ def _by_blocks(query, key, value, mask, keys, kv_length, scaling):
     return output[..., :width].to(norm.dtype), norm.unsqueeze(-1)
 
 
-def _by_rows(query, key, value, mask, keys, kv_length, scaling):
+def _matmul(query, key, value, mask, keys, kv_length, scaling):
     """The same in plain torch, a bounded number of scores at a time."""
     batch, heads, length, _ = query.shape
     step = max(1, WORKSPACE_SCORES // (batch * heads * key.shape[2]))
@@ -81,7 +81,7 @@ def _by_rows(query, key, value, mask, keys, kv_length, scaling):
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
         scores = torch.matmul(query[:, :, rows], key.transpose(2, 3)).to(wide) * scaling
-        scores = masked(scores, mask, rows, keys, length, kv_length).clamp_min(torch.finfo(wide).min)
+        scores = apply_mask(scores, mask, rows, keys, length, kv_length).clamp_min(torch.finfo(wide).min)
         peak = scores.amax(-1, keepdim=True)
         weights = torch.exp(scores - peak)
         norm = weights.sum(-1, keepdim=True)

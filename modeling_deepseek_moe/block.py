@@ -7,7 +7,7 @@ from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
-from modeling_deepseek_moe.moe.observed import TrainingPass
+from modeling_deepseek_moe.moe.training_state import TrainingPass
 
 
 class DeepseekDecoderLayer(GradientCheckpointingLayer):

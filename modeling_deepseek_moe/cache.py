@@ -1,4 +1,4 @@
-"""A cache layer that grows in place, where `DynamicLayer` copies all of itself for every token."""
+"""A cache layer with spare capacity: appending a token is amortised O(1), where `DynamicLayer` copies the whole cache for it."""
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -8,7 +8,7 @@ SLACK = 256  # tokens
 
 
 class LatentLayer(DynamicLayer):
-    """`DynamicLayer` with room behind its last token. ``keys`` and ``values`` are views of what is in use.
+    """`DynamicLayer` with capacity past its last token. ``keys`` and ``values`` are views of what is in use.
 
     Whoever puts other tensors there (cropping, reordering for beam search) makes the next update copy them to new
     buffers: nothing that somebody else may hold is written to.
@@ -42,28 +42,26 @@ class LatentLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Buffers ``[B, H, capacity, ·]`` with what is cached, and room for such states behind it."""
+        """Buffers ``[B, H, capacity, ·]`` with what is cached, and room for such states after it."""
         used = self.get_seq_length()
         length = used + key_states.shape[2]
         if self._may_write() and self._buffers[0].shape[2] >= length:
             return self._buffers
         capacity = int(length * GROWTH) + SLACK
-        made = []
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
-            if used:
-                buffer[:, :, :used] = old
-            made.append(buffer)
-        self._buffers = tuple(made)
+        self._buffers = (
+            _grown(self.keys, key_states, used, capacity),
+            _grown(self.values, value_states, used, capacity),
+        )
         return self._buffers
 
     def advance(self, length: int) -> None:
         """The first ``length`` rows of the buffers are in use now."""
-        self._views = tuple(buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = self._buffers
+        self._views = keys[:, :, :length], values[:, :, :length]
         self.keys, self.values = self._views
 
     def _may_write(self) -> bool:
-        """Whether the buffers hold what is cached, and nobody may hold more of them than that."""
+        """Whether the buffers hold what is cached, and no one may hold more of them than that."""
         if self._views is None or self.keys is not self._views[0] or self.values is not self._views[1]:
             return False
         return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
@@ -73,8 +71,16 @@ class LatentLayer(DynamicLayer):
         super().reset()
 
 
-def grow_in_place(cache: Cache) -> bool:
-    """Make the layers of a plain `DynamicCache` grow in place; whether they all do now."""
+def _grown(cached: torch.Tensor | None, new: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    """A buffer ``[B, H, capacity, ·]`` for states like ``new`` that begins with the ``used`` that are cached."""
+    buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
+    if used:
+        buffer[:, :, :used] = cached
+    return buffer
+
+
+def use_preallocated_layers(cache: Cache) -> bool:
+    """Give a plain `DynamicCache` layers with spare capacity, in place; whether all of its layers have it now."""
     if type(cache) is not DynamicCache or cache.offloading:
         return False
     if cache.layer_class_to_replicate is DynamicLayer:

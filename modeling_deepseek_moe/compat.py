@@ -7,12 +7,19 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import transformers
 from packaging.version import Version
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
+
+# What a mixin may call: to a type checker it is a model, and a plain class in truth.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as ModelMixin
+else:
+    ModelMixin = object
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +43,7 @@ def takes_cache(forward: Callable) -> Callable:
     # `generate` and `Trainer` look for the argument by the name that they pass
     signature = inspect.signature(forward)
     parameters = [p.replace(name=OLD_NAME if p.name == "cache" else p.name) for p in signature.parameters.values()]
-    renamed.__signature__ = signature.replace(parameters=parameters)
+    setattr(renamed, "__signature__", signature.replace(parameters=parameters))  # noqa: B010 - a function's own attribute
     return renamed
 
 

@@ -51,7 +51,7 @@ class WeightFormat:
     scale_dtype: torch.dtype
     scale_suffix: str
     encode: Callable[[torch.Tensor, Block], tuple[torch.Tensor, torch.Tensor]]
-    decode: Callable[[torch.Tensor, torch.Tensor, torch.dtype, Block], torch.Tensor]
+    decode: Callable[..., torch.Tensor]  # and, as a keyword too, the block
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Block], torch.Tensor] | None = (
         None
     )
@@ -77,7 +77,7 @@ class WeightFormat:
         return *shape[:-2], math.ceil(shape[-2] / self.block[0]), math.ceil(shape[-1] / self.block[1])
 
     def nbytes(self, values: int, scales: int) -> int:
-        """Of so many values with so many scales, in whole codes."""
+        """Of ``values`` with ``scales``, in whole codes."""
         return math.ceil(values * self.bits / 8) + scales * self.scale_dtype.itemsize
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +116,7 @@ class WeightFormat:
         return slice(rows.start // self.block[0], -(-rows.stop // self.block[0]))
 
     def in_blocks_of(self, block: Block) -> "WeightFormat":
-        return replace(self, block=tuple(block))
+        return replace(self, block=(block[0], block[1]))
 
 
 FP8 = WeightFormat(

@@ -7,11 +7,13 @@ is never packed, and the others are unpacked before they are trained or saved.
 
 from torch import nn
 
+from modeling_deepseek_moe.compat import ModelMixin
+
 FLAG = "support_avx512bf16_for_cpu"  # of a layer: that it may pack
 READ = ("kv_b_proj", "base_layer")  # children that are read: by absorbed attention, and by peft around them
 
 
-class FourBitMixin:
+class FourBitMixin(ModelMixin):
     """What reads, trains or saves 4-bit weights finds them unpacked. Mixed in before `PreTrainedModel`."""
 
     def state_dict(self, *args, **kwargs):

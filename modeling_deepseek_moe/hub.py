@@ -4,11 +4,13 @@ transformers copies a repository's code files flat and imports them; the one fil
 installed package, so loading with and without remote code gives the same classes.
 """
 
+from transformers import PreTrainedModel
+
 SHIM_NAME = "hub_deepseek_moe"
 _HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 
 
-def auto_map(model_class: type) -> dict[str, str]:
+def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
     """``auto_map`` of a config saved from ``model_class``."""
     config = model_class.config_class.__name__
     family = config.removesuffix("Config")

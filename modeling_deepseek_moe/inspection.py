@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from modeling_deepseek_moe.anatomy import PARTS, Anatomy, describe, dissect, read_config
+from modeling_deepseek_moe.anatomy import PARTS, ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.index import resolve_shards
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.release import Problem, Release
 from modeling_deepseek_moe.weights import EXPERT_KEY, TensorSpec, release_tensors
@@ -54,7 +56,7 @@ class Inspection:
 
     folder: str
     architecture: dict[str, str]
-    anatomy: Anatomy
+    breakdown: ParameterBreakdown
     shards: int = 0
     total: Tally = field(default_factory=Tally)
     dtypes: dict[str, Tally] = field(default_factory=dict)
@@ -95,14 +97,14 @@ def inspect_checkpoint(
     """
     folder = Path(folder)
     config = read_config(folder)
-    found = Inspection(str(folder), describe(config), dissect(config))
+    found = Inspection(str(folder), describe(config), parameter_breakdown(config))
     files, weight_map = resolve_shards(folder, must_exist=False)
     found.shards = len(files)
     shards = {name: folder / shard for name, shard in (weight_map or {}).items()}
     headers, unread = _read_headers(files, shards, found, on_shard)
     _check_index(headers, shards, unread, found)
 
-    release = Release(headers, config)
+    release = Release(cast(CheckpointReader, headers), config)
     if config.num_nextn_predict_layers and not release.has_mtp and not unread:
         message = f"the config announces {config.num_nextn_predict_layers} MTP layer(s), the files have none"
         found.findings.append(Finding("no mtp", str(folder), f"{message}: the model loads without", fatal=False))

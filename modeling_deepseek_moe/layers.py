@@ -1,7 +1,5 @@
 """The small layers: RMSNorm, SwiGLU, and the rule that some tensors keep their dtype."""
 
-from typing import ClassVar
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -16,7 +14,7 @@ class KeepsDtype(nn.Module):
     FP8 codes lose their meaning when cast, and scales and router biases lose bits that matter.
     """
 
-    dtype_kept: ClassVar[tuple[str, ...]] = ()
+    dtype_kept: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
         kept = [getattr(self, name) for name in self.dtype_kept]

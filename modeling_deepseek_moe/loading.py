@@ -20,6 +20,7 @@ from transformers.utils import logging
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.index import has_weights
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.four_bit import keep_readable
@@ -104,7 +105,7 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
     prefix = "" if model.base_model is not model else "model."
     targets = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     mapped = {prefix + name for name, module in model.named_modules() if isinstance(module, MappedExperts)}
-    state = {}
+    state: dict[str, torch.Tensor | LazyStack | LazyTensor] = {}
     for name, info in release.infos.items():
         expert = EXPERT_KEY.match(name)
         if expert and (expert[1] in mapped or f"{expert[1]}.gate_up_proj" in targets):
@@ -158,7 +159,7 @@ def accept_release_keys(module: DeepseekExperts, state_dict: dict, prefix: str, 
             state_dict[prefix + stack] = parameter.detach()
 
 
-class ReleaseLoadingMixin:
+class ReleaseLoadingMixin(ModelMixin):
     """`from_pretrained` for release checkpoints. Mixed into the models before `PreTrainedModel`."""
 
     @classmethod
@@ -185,7 +186,7 @@ class ReleaseLoadingMixin:
                 loading.open(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
             state_dict = lazy_state_dict(model, loading.release)
             _remember_bias_dtypes(model, loading.release)
-            loading.release = None  # the headers of all tensors: nobody needs them now
+            loading.release = None  # the headers of all tensors: no one needs them now
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
         model._weight_conversions = None

@@ -12,7 +12,7 @@ import torch
 
 CACHES = Path("/sys/devices/system/cpu")
 CGROUP = Path("/sys/fs/cgroup")
-# Several times the last-level cache, so that every pass reads memory; bounded, so that probing disturbs nobody.
+# Several times the last-level cache, so that every pass reads memory; bounded, so that probing disturbs no one.
 CACHE_MULTIPLE = 4
 SMALLEST_BUFFER, LARGEST_BUFFER = 256 << 20, 4 << 30
 DISK_READ = 8 << 20  # about a matrix of an expert of DeepSeek-V3
@@ -86,7 +86,7 @@ def measure_read_bandwidth(most_bytes: int = LARGEST_BUFFER, device: str = "cpu"
 
 
 def measure_disk(folder: Path, seconds: float = 1.0) -> Bandwidth | None:
-    """Bytes a second that random reads of `DISK_READ` bytes get from the largest weights file below ``folder``.
+    """Bytes per second that random reads of `DISK_READ` bytes get from the largest weights file below ``folder``.
 
     Past the page cache, as experts are read. ``None`` where there is no file of some size, or no such reading.
     """

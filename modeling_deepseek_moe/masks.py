@@ -72,7 +72,7 @@ def _same_sequence(
 
     This holds for packed rows, left padding and plain rows alike, and needs no memory of how a cache was filled. Where
     something since i - p is masked (``padding [B, K]``: answers of unlike lengths before the next turn, or padding on the
-    right), positions lag behind for that, and no sequence began.
+    right), positions stay low for that, and no sequence began.
     """
     offset = cache.get_query_offset() if cache is not None else 0
     index = torch.arange(length, device=position_ids.device) + offset

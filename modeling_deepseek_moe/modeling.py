@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from modeling_deepseek_moe.adapters import AdapterMixin
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.cache import check_layout, grow_in_place
+from modeling_deepseek_moe.cache import check_layout, use_preallocated_layers
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
@@ -34,8 +34,8 @@ from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
 from modeling_deepseek_moe.masks import build_mask
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
-from modeling_deepseek_moe.moe.observed import TrainingPass, TrainingState, sequence_ids
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.moe.training_state import TrainingPass, TrainingState, sequence_ids
 from modeling_deepseek_moe.mtp import DeepseekMtpLayer
 from modeling_deepseek_moe.objective import Objective
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION
@@ -182,7 +182,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         if cache is not None:
             check_layout(cache, self.config)
         if cache is not None and inputs_embeds.device.type == "cpu" and not is_torchdynamo_compiling():
-            grow_in_place(cache)
+            use_preallocated_layers(cache)
         if self.training_state is not None and self.training and "training_pass" not in kwargs:
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             sequences = sequence_ids(shape, device, attention_mask, position_ids)
@@ -236,7 +236,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         """The hidden states of MTP layer ``depth`` (0 first); see `DeepseekMtpLayer.forward` for the arguments.
 
         Raises:

@@ -6,7 +6,7 @@ L = CE + λ/D · Σ_k CE_k + α Σ_layers Σ_i f_i P_i.
 import torch
 from torch import nn
 
-from modeling_deepseek_moe.moe.observed import TrainingPass, sequence_ids
+from modeling_deepseek_moe.moe.training_state import TrainingPass, sequence_ids
 from modeling_deepseek_moe.mtp import shifted
 
 IGNORE = -100  # a label that asks for nothing, as everywhere in transformers
@@ -58,7 +58,7 @@ class Objective:
 
         Args:
             logits: ``[B, S, vocab_size]``.
-            hidden_states: ``[B, S, hidden_size]``, behind the final norm.
+            hidden_states: ``[B, S, hidden_size]``, after the final norm.
         """
         loss = self._cross_entropy("lm_loss", logits, self.next_labels)
         if self.state.mtp_weight:
@@ -70,10 +70,11 @@ class Objective:
         self.state.add("balance_loss", balance * self.items)
         return loss + balance, balance
 
-    def _mtp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _mtp(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """``1/D · Σ_k CE_k`` (eq. 24 and 25, without λ)."""
         sequence, count = self.sequences
-        total, depths = 0.0, len(self.model.model.mtp_layers)
+        total: torch.Tensor | float = 0.0
+        depths = len(self.model.model.mtp_layers)
         rest = {name: value for name, value in self.arguments.items() if name not in LOSS_ARGUMENTS}
         for depth in range(depths):
             # the token that is embedded, and the one that is predicted, must be of the sequence of the hidden state

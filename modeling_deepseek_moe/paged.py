@@ -40,7 +40,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 class PagedLatents:
-    """The latents of every request of one forward pass, whose tokens lie behind each other in one row."""
+    """The latents of every request of one forward pass, whose tokens lie one after another in one row."""
 
     def __init__(self, pages: PagedAttentionCache, arguments: dict[str, Any], widths: tuple[int, int]):
         """
@@ -154,7 +154,7 @@ def _plan_memory(settings: ContinuousBatchingConfig, hints, config: PreTrainedCo
         return
     length = hints.max_prompt_length + hints.max_generated_length
     at_once = min(hints.num_requests, settings.max_requests_per_batch or hints.num_requests)
-    # a quarter more, since the scheduler admits nobody to the last pages
+    # a quarter more, since the scheduler admits no one to the last pages
     blocks = at_once * -(-length // settings.page_size) * 5 // 4 + 1
     token_bytes = 2 * head_dim(config) * dtype.itemsize * config.num_hidden_layers
     if blocks * settings.page_size * token_bytes <= available // 2:

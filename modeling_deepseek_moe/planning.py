@@ -1,28 +1,28 @@
 """Will a model run on this machine, and how fast at best: from its config and the machine alone.
 
-Decoding reads every active weight and the whole cache once a token, and does little else, so memory bandwidth
-divided by the bytes read is a bound on tokens a second that no software passes (at batch 1, without speculation).
+Decoding reads every active weight and the whole cache once per token, and does little else, so memory bandwidth
+divided by the bytes read is a bound on tokens per second that no software passes (at batch 1, without speculation).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modeling_deepseek_moe.anatomy import Anatomy
+from modeling_deepseek_moe.anatomy import ParameterBreakdown
 from modeling_deepseek_moe.formats import FP8, WeightFormat
 from modeling_deepseek_moe.machine import Machine
 from modeling_deepseek_moe.ops import _native
 
-# What a process needs beside weights and cache: the interpreter with torch and transformers (0.5 GB resident), and
+# What a process needs besides weights and cache: the interpreter with torch and transformers (0.5 GB resident), and
 # the largest passing buffers (scores and expanded keys of a prefill chunk). An estimate on the safe side.
 WORKSPACE_BYTES = 1_500_000_000
-DISK_EXAMPLE = 2_000_000_000  # bytes a second, for a sense of scale: a common NVMe disk
+DISK_EXAMPLE = 2_000_000_000  # bytes per second, for a sense of scale: a common NVMe disk
 # Of the bound, what decoding on a CPU reaches (benchmarks/results/cpu.json: 0.81 to 1.0 from 128 to 8,192 tokens) ...
 MEMORY_EFFICIENCY = 0.85
 # ... and what it reaches where experts come from a disk (benchmarks/results/stream-v3.json).
 DISK_EFFICIENCY = 0.75
 BUDGET_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the routed experts
 
-FITS, FROM_DISK, TOO_LARGE = "fits", "from disk", "does not fit"
+IN_MEMORY, FROM_DISK, TOO_LARGE = "fits", "from disk", "does not fit"
 _PLACES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -31,7 +31,7 @@ class Option:
     """One way to hold the weights, on one device.
 
     ``needed_bytes`` is weights, cache at the context, and workspace; ``disk_bytes_per_token`` is what a token reads
-    from disk on average when only part of the experts stays in memory and all are equally likely.
+    from disk on average when only part of the experts stays in memory, assuming uniform routing.
     ``tokens_per_second_limit`` is the bound that memory sets when everything is in it, ``tokens_per_second`` what is
     expected of one conversation; ``None`` where nothing was measured, and on GPUs.
     """
@@ -53,7 +53,7 @@ class Option:
 class Budget:
     """What to expect of a quantised model on the CPU with so much memory for its routed experts.
 
-    ``hit_share`` takes all experts for equally likely; routers prefer some, so real ones are higher.
+    ``hit_share`` assumes uniform routing; routers prefer some experts, so real ones are higher.
     """
 
     expert_bytes: int
@@ -81,14 +81,14 @@ class Plan:
     def verdict(self) -> str:
         """The best verdict of all options."""
         verdicts = {option.verdict for option in self.options}
-        return next(verdict for verdict in (FITS, FROM_DISK, TOO_LARGE) if verdict in verdicts)
+        return next(verdict for verdict in (IN_MEMORY, FROM_DISK, TOO_LARGE) if verdict in verdicts)
 
 
-def make_plan(anatomy: Anatomy, machine: Machine, context: int, disk: float | None = None) -> Plan:
-    """Weigh every way to run a model of this anatomy on this machine with ``context`` tokens in the cache.
+def make_plan(breakdown: ParameterBreakdown, machine: Machine, context: int, disk: float | None = None) -> Plan:
+    """Weigh every way to run a model of this breakdown on this machine with ``context`` tokens in the cache.
 
     Args:
-        disk: bytes a second that a disk gives; `DISK_EXAMPLE` if nobody knows.
+        disk: bytes per second that a disk gives; `DISK_EXAMPLE` if no one knows.
 
     Raises:
         ValueError: ``context`` or ``disk`` is not positive.
@@ -98,32 +98,32 @@ def make_plan(anatomy: Anatomy, machine: Machine, context: int, disk: float | No
     if disk is not None and disk <= 0:
         raise ValueError(f"disk speed {disk} must be above 0")
     disk = disk or DISK_EXAMPLE
-    forms = (anatomy.weight_format, None) if anatomy.weight_format else (None, FP8)
+    forms = (breakdown.weight_format, None) if breakdown.weight_format else (None, FP8)
     devices = (["cuda"] if machine.gpus else []) + ["cpu"]
-    options = tuple(_option(anatomy, machine, context, device, form, disk) for device in devices for form in forms)
+    options = tuple(_option(breakdown, machine, context, device, form, disk) for device in devices for form in forms)
     return Plan(
         context=context,
-        cache_bytes_per_token=anatomy.cache_bytes(),
-        cache_bytes=anatomy.cache_bytes(context),
-        release_bytes=anatomy.stored_bytes(anatomy.weight_format, anatomy.itemsize),
+        cache_bytes_per_token=breakdown.cache_bytes(),
+        cache_bytes=breakdown.cache_bytes(context),
+        release_bytes=breakdown.stored_bytes(breakdown.weight_format, breakdown.itemsize),
         machine=machine,
         options=options,
-        advice=tuple(_advice(anatomy, options, machine)),
+        advice=tuple(_advice(breakdown, options, machine)),
         disk_bytes_per_second=disk,
-        budgets=tuple(_budgets(anatomy, machine, context, options, disk)),
+        budgets=tuple(_budgets(breakdown, machine, context, options, disk)),
     )
 
 
 def _budgets(
-    anatomy: Anatomy, machine: Machine, context: int, options: tuple[Option, ...], disk: float
+    breakdown: ParameterBreakdown, machine: Machine, context: int, options: tuple[Option, ...], disk: float
 ) -> Iterator[Budget]:
     """What more memory would bring, beginning with what there is."""
     from_disk = [option for option in options if option.verdict == FROM_DISK]
     if not from_disk:
         return
-    option, form = from_disk[0], anatomy.weight_format or FP8
-    routed, active = (sizes["routed experts"].nbytes(form) for sizes in (anatomy.stored, anatomy.active))
-    rest = option.needed_bytes - routed - anatomy.stored["mtp"].nbytes(form)
+    option, form = from_disk[0], breakdown.weight_format or FP8
+    routed, active = (sizes["routed experts"].nbytes(form) for sizes in (breakdown.stored, breakdown.active))
+    rest = option.needed_bytes - routed - breakdown.stored["mtp"].nbytes(form)
     room = option.available_bytes - rest
     for held in (room, *(int(share * routed) for share in BUDGET_SHARES if share * routed > room)):
         share = min(1.0, held / routed)
@@ -141,26 +141,31 @@ def _seconds(read: int, machine: Machine, missed: int, disk: float) -> float | N
 
 
 def _option(
-    anatomy: Anatomy, machine: Machine, context: int, device: str, form: WeightFormat | None, disk_speed: float
+    breakdown: ParameterBreakdown,
+    machine: Machine,
+    context: int,
+    device: str,
+    form: WeightFormat | None,
+    disk_speed: float,
 ) -> Option:
     weights = form.name if form else "bf16"
-    cache = anatomy.cache_bytes(context)
-    stored, read = anatomy.stored_bytes(form), anatomy.active_bytes(form) + cache
+    cache = breakdown.cache_bytes(context)
+    stored, read = breakdown.stored_bytes(form), breakdown.active_bytes(form) + cache
     needed = stored + cache + WORKSPACE_BYTES
     available = machine.ram_available if device == "cpu" else sum(gpu.free_bytes for gpu in machine.gpus)
-    verdict, disk = (FITS if needed <= available else TOO_LARGE), 0
+    verdict, disk = (IN_MEMORY if needed <= available else TOO_LARGE), 0
     if verdict == TOO_LARGE and device == "cpu" and form:
         # Mapped experts are read from their files as they are used; only the rest must stay in memory.
-        routed = anatomy.stored["routed experts"].nbytes(form)
-        mtp = anatomy.stored["mtp"].nbytes(form)
+        routed = breakdown.stored["routed experts"].nbytes(form)
+        mtp = breakdown.stored["mtp"].nbytes(form)
         room = available - (needed - routed - mtp)
         if room > 0:
             verdict = FROM_DISK
             missing = max(0.0, 1 - room / routed)
-            disk = int(anatomy.active["routed experts"].nbytes(form) * missing)
+            disk = int(breakdown.active["routed experts"].nbytes(form) * missing)
     bandwidth = machine.bandwidth if device == "cpu" else machine.gpu_bandwidth
     limit = bandwidth.bytes_per_second / read if bandwidth else None
-    how = _how(anatomy.weight_format is not None, device, form is not None)
+    how = _how(breakdown.weight_format is not None, device, form is not None)
     seconds = _seconds(read, machine, disk, disk_speed) if device == "cpu" and verdict != TOO_LARGE else None
     expected = None if seconds is None else 1 / seconds
     return Option(device, weights, how, stored, needed, available, read, disk, limit, verdict, expected)
@@ -172,8 +177,8 @@ def _how(released_quantized: bool, device: str, quantized: bool) -> str:
     return "dequantised" if released_quantized else "as released"
 
 
-def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> Iterator[str]:
-    fitting = [option for option in options if option.verdict == FITS]
+def _advice(breakdown: ParameterBreakdown, options: tuple[Option, ...], machine: Machine) -> Iterator[str]:
+    fitting = [option for option in options if option.verdict == IN_MEMORY]
     from_disk = [option for option in options if option.verdict == FROM_DISK]
     if fitting:
         best = fitting[0]
@@ -181,7 +186,7 @@ def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> 
     elif from_disk:
         yield (
             f"It loads and runs, and most experts stay on disk: about {from_disk[0].disk_bytes_per_token / 1e9:.1f} GB "
-            "are read a token. generate --stats tells what it came to."
+            "are read per token. generate --stats tells what it came to."
         )
     if not fitting:
         least = min(options, key=lambda option: option.needed_bytes - option.available_bytes)
@@ -191,7 +196,7 @@ def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> 
         )
         if least.device == "cpu" and least.needed_bytes <= machine.ram_bytes:
             yield "This machine has that much memory: end other programs and it fits."
-    if anatomy.weight_format is None and FP8.name in {option.weights for option in (fitting or from_disk)[:1]}:
+    if breakdown.weight_format is None and FP8.name in {option.weights for option in (fitting or from_disk)[:1]}:
         yield "FP8 needs a conversion first: model.save_pretrained(folder, quantize='fp8'), where bf16 fits."
     reason = _native.missing()
     if reason is not None and any(
@@ -200,11 +205,11 @@ def _advice(anatomy: Anatomy, options: tuple[Option, ...], machine: Machine) -> 
         yield (
             f"The CPU engine {reason}. Until then FP8 is computed by the reference path, which dequantises as it goes "
             "and is tens of times slower"
-            + ("; --dequantize runs it in bf16." if _fits_in_bf16(anatomy, options) else ".")
+            + ("; --dequantize runs it in bf16." if _fits_in_bf16(breakdown, options) else ".")
         )
 
 
-def _fits_in_bf16(anatomy: Anatomy, options: tuple[Option, ...]) -> bool:
-    return anatomy.weight_format is not None and any(
-        option.weights == "bf16" and option.verdict == FITS for option in options
+def _fits_in_bf16(breakdown: ParameterBreakdown, options: tuple[Option, ...]) -> bool:
+    return breakdown.weight_format is not None and any(
+        option.weights == "bf16" and option.verdict == IN_MEMORY for option in options
     )

@@ -18,7 +18,7 @@ from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import PROJECTIONS, MappedExperts
 from modeling_deepseek_moe.release import Release
-from modeling_deepseek_moe.streaming.model import fit_experts
+from modeling_deepseek_moe.streaming.model import enable_streaming_if_needed
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -74,7 +74,7 @@ class DeepseekQuantizer(HfQuantizer):
             for name in getattr(module, "dtype_kept", ()):
                 if name in module._parameters:
                     module._parameters[name].requires_grad_(False)
-        fit_experts(model)
+        enable_streaming_if_needed(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -91,7 +91,7 @@ class DeepseekQuantizer(HfQuantizer):
 
 
 def _quantized_experts(release: Release, name: str) -> list[TensorInfo]:
-    """A layer's routed experts, if they are codes: all of them or none, since they share one home."""
+    """A layer's routed experts, if they are codes: all of them or none, since they are stored in one way."""
     infos = release.infos
     experts = range(release.config.n_routed_experts)
     # a gap was refused already

@@ -1,4 +1,4 @@
-"""A checkpoint seen through a config: canonical names, FP8 weights beside their scales, and where the two disagree."""
+"""A checkpoint seen through a config: canonical names, FP8 weights with their scales, and where the two disagree."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -47,7 +47,7 @@ class Release:
         self.scales: Scales | None = None  # once they are checked
         self._biases: dict[str, torch.Tensor] = {}  # of the routers, likewise
         # a headless model is saved without the prefix
-        self.is_bare = not any(name.startswith("model.") for name in reader)
+        self.lacks_prefix = not any(name.startswith("model.") for name in reader)
         infos = reader.values()
         if any(".experts.gate_up_proj" in name or ".experts.down_proj" in name for name in reader):
             experts = config.n_routed_experts
@@ -57,7 +57,9 @@ class Release:
 
     def canonical(self, name: str) -> str:
         return (
-            f"model.{name}" if self.is_bare and name.partition(".")[0] in ("layers", "embed_tokens", "norm") else name
+            f"model.{name}"
+            if self.lacks_prefix and name.partition(".")[0] in ("layers", "embed_tokens", "norm")
+            else name
         )
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -147,7 +149,7 @@ class Release:
         Values come last: they are read when nothing in the headers stood against it, or when the caller goes on.
         """
         expected = release_tensors(self.config)
-        if self.is_bare or not needs_head:
+        if self.lacks_prefix or not needs_head:
             expected.pop("lm_head.weight", None)
         yield from self._surplus(expected)
         scales = {}
@@ -217,7 +219,7 @@ class Release:
                 if suffix and not (self.is_quantized(weight) and suffix == self.weight_format.scale_suffix):
                     found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
                     codes = "codes" if self.weight_format is None else f"{self.weight_format.title} codes"
-                    yield Problem("scale", info.name, info, found, f"{codes} beside it")
+                    yield Problem("scale", info.name, info, found, f"{codes} next to it")
                 continue
             if ".self_attn.indexer." in name:
                 wanted = "attention without one: sparse attention (DeepSeek-V3.2) is not supported"

@@ -4,10 +4,11 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.mtp import SharedModule
 
 
-class ResizingMixin:
+class ResizingMixin(ModelMixin):
     """The MTP layers' vocabulary follows the model's. Mixed into the models before `PreTrainedModel`."""
 
     @torch.no_grad()

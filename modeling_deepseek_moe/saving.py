@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -15,6 +15,7 @@ from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.hub import auto_map, shim_files
@@ -29,7 +30,7 @@ from modeling_deepseek_moe.weights import release_tensors, unstack
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
-class ReleaseSavingMixin:
+class ReleaseSavingMixin(ModelMixin):
     """`save_pretrained` in the release format. Mixed into the models before `PreTrainedModel`."""
 
     release_architecture: str | None = None  # what `architectures` says on disk, if not the class's own name
@@ -57,8 +58,8 @@ class ReleaseSavingMixin:
             max_shard_size: bytes, or text such as ``"5GB"``.
             quantize: the name of a format, such as ``"fp8"``: every weight that a release keeps in FP8 is written as its
                 codes and scales. Where ``like`` has the same kind of codes, its scales' rule is taken.
-            like: the folder that the model was loaded from and trained: tensors are written in its dtypes, and those that
-                are still what it holds (dequantised, where it is FP8) as its very bytes.
+            like: the release that the model was loaded from: its dtypes are reused, and tensors that training did not
+                change (compared after dequantising, where it is FP8) are written byte for byte.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
             kwargs: as `PreTrainedModel.save_pretrained`. Adapters, distributed checkpoints, models whose weights are
                 sharded, or offloaded while they were loaded, and ``variant`` are saved by transformers itself.
@@ -78,13 +79,7 @@ class ReleaseSavingMixin:
                 raise ValueError(
                     "quantize, like and remote_code need a plain model: no adapters, shards, offloading or variant"
                 )
-            is_adapter = getattr(self, "_hf_peft_config_loaded", False)
-            if not is_adapter and any(isinstance(module, MappedExperts) for module in self.modules()):
-                # they are no parameters, and transformers would write a checkpoint without them
-                raise ValueError(
-                    f"{save_directory}: transformers' own saving (asked for by {', '.join(kwargs) or 'sharded weights'}) "
-                    "cannot write mapped FP8 experts; leave that out, or load with FineGrainedFP8Config(dequantize=True)"
-                )
+            self._refuse_mapped(save_directory, kwargs)
             return super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
             )
@@ -110,6 +105,18 @@ class ReleaseSavingMixin:
             repo = api.create_repo(repo, exist_ok=True, private=kwargs.get("private")).repo_id
             api.upload_folder(repo_id=repo, folder_path=save_directory, commit_message=kwargs.get("commit_message"))
         return None
+
+    def _refuse_mapped(self, save_directory: str | os.PathLike, asked: Iterable[str]) -> None:
+        """
+        Raises:
+            ValueError: mapped experts: they are no parameters, and transformers would write a checkpoint without them.
+        """
+        is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if not is_adapter and any(isinstance(module, MappedExperts) for module in self.modules()):
+            raise ValueError(
+                f"{save_directory}: transformers' own saving (asked for by {', '.join(asked) or 'sharded weights'}) "
+                "cannot write mapped FP8 experts; leave that out, or load with FineGrainedFP8Config(dequantize=True)"
+            )
 
     def _refuse_unknown_format(self, tensors: dict) -> None:
         """
@@ -227,7 +234,7 @@ def _quantized(name: str, tensor: torch.Tensor, form: WeightFormat) -> list[Tens
 def _as_released(release: Release, name: str, key: str, tensor: torch.Tensor, keep_codes: bool) -> list[TensorPlan]:
     """The release's codes and scales of a tensor that is still what they stand for, or it in the release's dtype.
 
-    Nothing for a weight that is to be quantised anew, and for a router's bias, which is fp32 once it was trained.
+    Nothing for a weight that is to be quantised again, and for a router's bias, which is fp32 once it was trained.
     """
     if release.is_quantized(key):
         if not (keep_codes and torch.equal(release.dequantized(key, tensor.dtype), tensor.cpu())):

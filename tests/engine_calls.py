@@ -28,23 +28,14 @@ def every_call(tokens: int, hidden: int, width: int, magnitude: float = 1.0, kep
     def random(*shape):
         return torch.randn(shape, generator=generator)
 
-    calls: dict[str, Call] = {}
     codes, scale = random_fp8((width, hidden), seed=hidden)
     scale = scale * magnitude
     weight = random(width, hidden).bfloat16()
     homes = {dtype: Experts.random(dtype, 3, hidden, width) for dtype in (FP8, torch.bfloat16)}
-    indices, gates = random_routing(tokens, 2, 3, seed=tokens)
+    chosen = random_routing(tokens, 2, 3, seed=tokens)
     if kept is not None:
         kept.extend(homes.values())
-    logits, preference = random(tokens, 16) * 3, random(16) * magnitude
-    for softmax, few_groups in ((True, False), (False, True)):
-        # exponentials of the smallest of them are denormals
-        given = logits * 30 if softmax else logits
-        bias = preference if few_groups else None
-        calls[f"route-{'softmax' if softmax else 'sigmoid'}-bfloat16"] = (
-            routing.route,
-            (given, bias, *((4, 2) if few_groups else (1, 1)), 6, softmax, few_groups, not softmax, 2.5),
-        )
+    calls = routing_calls(random, tokens, magnitude)
     for dtype in _native.ACTIVATIONS:
         name = str(dtype).removeprefix("torch.")
         x = (random(tokens, hidden) * magnitude).to(dtype)
@@ -56,46 +47,73 @@ def every_call(tokens: int, hidden: int, width: int, magnitude: float = 1.0, kep
         calls[f"quantize-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, False)
         calls[f"quantize-ue8m0-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, True)
         for kind in homes if dtype in attention.CACHES else ():
-            up, up_scale = random_fp8((4 * 36, hidden), seed=hidden + 1)
-            up, up_scale = (up, up_scale / 10) if kind == FP8 else (random(4 * 36, hidden).bfloat16(), None)
-            shapes = ((2, 4, 1, 16), (2, 4, 1, 8), (2, 1, 30 * tokens, hidden), (2, 1, 30 * tokens, 8))
-            queries_and_caches = [(random(*shape) * magnitude).to(dtype) for shape in shapes]
-            mask = random(2, 1, 1, 30 * tokens) > -1
-            calls[f"mla-{'fp8' if kind == FP8 else 'bf16'}-{name}"] = (
-                attention.decode,
-                (*queries_and_caches, mask, up, up_scale, 0.2),
-            )
-            few = (random(1, min(tokens, 8), hidden) * magnitude).to(dtype)
-            angles = random(1, few.shape[1], 8)
-            for label, shapes in (
-                ("direct", [(3 * 56, hidden), (72 + 16, hidden)]),
-                ("compressed", [(130, hidden), (3 * 56, 130), (72 + 16, hidden)]),
-            ):
-                pairs = [random_fp8(shape, seed=shape[0]) for shape in shapes]
-                if kind != FP8:
-                    pairs = [(random(*shape).bfloat16(), None) for shape in shapes]
-                scales = [part * magnitude for _, part in pairs if part is not None]
-                sizes = ([130] if len(shapes) == 3 else []) + [72]
-                norms = [random(size).to(dtype) for size in sizes]
-                parts = [weight for weight, _ in pairs], scales
-                calls[f"project-{label}-{'fp8' if kind == FP8 else 'bf16'}-{name}"] = (
-                    projection.project,
-                    (few, angles.cos(), angles.sin(), *parts, norms, [1e-6] * len(norms), 3, 72, True),
-                )
+            label = f"{'fp8' if kind == FP8 else 'bf16'}-{name}"
+            calls |= attention_calls(random, label, kind, dtype, tokens, hidden, magnitude)
         for kind, home in homes.items():
             label = f"{'fp8' if kind == FP8 else 'bf16'}-{name}"
-            gate_up_scale, down_scale = home.stacked_scales
-            (gate, gate_scale), (up, up_scale), (down, row_scale) = home.matrices(1)
-            stacks = (home.gate_up, home.down, gate_up_scale, down_scale)
-            calls[f"stacked-{label}"] = experts.stacked, (x, indices, gates, *stacks)
-            calls[f"swiglu-{label}"] = experts.swiglu, (x, gate, up, down, gate_scale, up_scale, row_scale)
-            if kept is not None:
-                table = home.addresses()
-                calls[f"routed-{label}"] = experts.routed, (x, indices, gates, table, width, kind)
-                if dtype != torch.float16:
-                    shared = [gate, up, down], [gate_scale, up_scale, row_scale] if kind == FP8 else []
-                    router = random(3, hidden).bfloat16(), random(3), 1, 1, 2, False, False, True, 2.5
-                    calls[f"moe-{label}"] = moe.moe, (x[:8], *router, table, [], width, kind, *shared)
+            calls |= expert_calls(random, label, kind, home, x, chosen, with_addresses=kept is not None)
+    return calls
+
+
+def routing_calls(random: Callable, tokens: int, magnitude: float) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    logits, preference = random(tokens, 16) * 3, random(16) * magnitude
+    for softmax, few_groups in ((True, False), (False, True)):
+        # exponentials of the smallest of them are denormals
+        given = logits * 30 if softmax else logits
+        bias = preference if few_groups else None
+        calls[f"route-{'softmax' if softmax else 'sigmoid'}-bfloat16"] = (
+            routing.route,
+            (given, bias, *((4, 2) if few_groups else (1, 1)), 6, softmax, few_groups, not softmax, 2.5),
+        )
+    return calls
+
+
+def attention_calls(
+    random: Callable, label: str, kind: torch.dtype, dtype: torch.dtype, tokens: int, hidden: int, magnitude: float
+) -> dict[str, Call]:
+    up, up_scale = random_fp8((4 * 36, hidden), seed=hidden + 1)
+    up, up_scale = (up, up_scale / 10) if kind == FP8 else (random(4 * 36, hidden).bfloat16(), None)
+    shapes = ((2, 4, 1, 16), (2, 4, 1, 8), (2, 1, 30 * tokens, hidden), (2, 1, 30 * tokens, 8))
+    queries_and_caches = [(random(*shape) * magnitude).to(dtype) for shape in shapes]
+    mask = random(2, 1, 1, 30 * tokens) > -1
+    calls: dict[str, Call] = {f"mla-{label}": (attention.decode, (*queries_and_caches, mask, up, up_scale, 0.2))}
+    few = (random(1, min(tokens, 8), hidden) * magnitude).to(dtype)
+    angles = random(1, few.shape[1], 8)
+    for query, shapes in (
+        ("direct", [(3 * 56, hidden), (72 + 16, hidden)]),
+        ("compressed", [(130, hidden), (3 * 56, 130), (72 + 16, hidden)]),
+    ):
+        pairs = [random_fp8(shape, seed=shape[0]) for shape in shapes]
+        if kind != FP8:
+            pairs = [(random(*shape).bfloat16(), None) for shape in shapes]
+        scales = [part * magnitude for _, part in pairs if part is not None]
+        sizes = ([130] if len(shapes) == 3 else []) + [72]
+        norms = [random(size).to(dtype) for size in sizes]
+        parts = [weight for weight, _ in pairs], scales
+        calls[f"project-{query}-{label}"] = (
+            projection.project,
+            (few, angles.cos(), angles.sin(), *parts, norms, [1e-6] * len(norms), 3, 72, True),
+        )
+    return calls
+
+
+def expert_calls(
+    random: Callable, label: str, kind: torch.dtype, home: Experts, x: torch.Tensor, chosen, with_addresses: bool
+) -> dict[str, Call]:
+    hidden, width = home.down.shape[-2:]
+    gate_up_scale, down_scale = home.stacked_scales
+    (gate, gate_scale), (up, up_scale), (down, row_scale) = home.matrices(1)
+    calls: dict[str, Call] = {}
+    calls[f"stacked-{label}"] = experts.stacked, (x, *chosen, home.gate_up, home.down, gate_up_scale, down_scale)
+    calls[f"swiglu-{label}"] = experts.swiglu, (x, gate, up, down, gate_scale, up_scale, row_scale)
+    if with_addresses:
+        table = home.addresses()
+        calls[f"routed-{label}"] = experts.routed, (x, *chosen, table, width, kind)
+        if x.dtype != torch.float16:
+            shared = [gate, up, down], [gate_scale, up_scale, row_scale] if kind == FP8 else []
+            router = random(3, hidden).bfloat16(), random(3), 1, 1, 2, False, False, True, 2.5
+            calls[f"moe-{label}"] = moe.moe, (x[:8], *router, table, [], width, kind, *shared)
     return calls
 
 

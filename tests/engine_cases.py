@@ -136,7 +136,7 @@ _guards = []  # their memory must outlive the tensors in it
 
 
 def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
-    """A copy with memory that nobody may touch right behind it, or right before it: doing so kills the process."""
+    """A copy with memory that no one may touch right after it, or right before it: doing so kills the process."""
     page = mmap.PAGESIZE
     room = -(-max(tensor.nbytes, 1) // page) * page
     memory = mmap.mmap(-1, room + 2 * page)

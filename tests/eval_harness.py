@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.config import DeepseekV3Config
+from modeling_deepseek_moe import DeepseekV3Config
 
 
 def small_config(**changes) -> DeepseekV3Config:

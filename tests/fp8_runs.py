@@ -77,7 +77,7 @@ def train(folder: Path, design: Design, tokens: list[int], seed: int, recipe: st
         dsm.prepare_fp8_training(model, fp8)
     rows = torch.tensor(tokens[: len(tokens) // ROW * ROW]).view(-1, ROW)
     # passes over the text one after the other in one dataset: all runs see the same rows in the same order, which later
-    # epochs of `Trainer` would draw anew
+    # epochs of `Trainer` would draw again
     generator = torch.Generator().manual_seed(0)
     passes = [torch.randperm(len(rows), generator=generator) for _ in range(-(-design.steps * ROWS // len(rows)))]
     rows = rows[torch.cat(passes)[: design.steps * ROWS]]

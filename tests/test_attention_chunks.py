@@ -1,4 +1,4 @@
-"""Attention over a long cache a chunk of keys at a time, and prompts by blocks, beside one softmax in fp64."""
+"""Attention over a long cache a chunk of keys at a time, and prompts by blocks, compared with one softmax in fp64."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def mask_of(mask_kind, allowed, dtype):
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, lowest)
 
 
-@pytest.mark.parametrize("form", ["attend", "_by_rows"])
+@pytest.mark.parametrize("form", ["attend", "_matmul"])
 @pytest.mark.parametrize("mask_kind", ["causal", "boolean", "minimum", "minus infinity", "fp32"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("chunk", [1, 16, 32, KEYS])

@@ -7,9 +7,8 @@ import torch
 from releases import dequantize_independently, quantize_independently, same_bits
 from torch import nn
 
-from modeling_deepseek_moe import formats
+from modeling_deepseek_moe import formats, use_backend
 from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.ops.block_fp8 import reference
 from modeling_deepseek_moe.ops.quantized_linear import reference as tiled
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
@@ -293,7 +292,7 @@ def test_fp8_linear_keeps_its_dtypes(cast):
     assert model(torch.randn(3, 130, dtype=dtype)).dtype == dtype
 
 
-def test_fp8_linear_is_moved_as_ever():
+def test_device_moves_keep_codes():
     layer = fp8_linear()
     assert layer.share_memory().weight.is_shared()
     assert layer.to_empty(device="meta").weight.is_meta

@@ -7,8 +7,8 @@ from releases import SHAPES, write_release
 from test_cli import run, write_tokenizer
 from transformers.utils import logging
 
+from modeling_deepseek_moe import Machine
 from modeling_deepseek_moe.cli._model import Dtype, Meter, expert_summary, load_model
-from modeling_deepseek_moe.machine import Machine
 from modeling_deepseek_moe.streaming import model as streaming_model
 
 EXPERT = 3 * 32 * 64  # bytes of codes
@@ -55,7 +55,7 @@ def test_figures_are_those_of_the_run(folder):
     missed = (int(wanted) - int(hits)) * EXPERT
     assert found["missed"].startswith(f"{missed / 1000:.1f} kB, ")
     assert re.match(r"[\d.]+ kB at [\d.]+ [kMG]?B/s, (past|through) the page cache", found["read"])
-    assert re.fullmatch(r"[\d.]+ s for the disk, \d+ ms a token", found["waited"])
+    assert re.fullmatch(r"[\d.]+ s for the disk, \d+ ms per token", found["waited"])
 
 
 def test_figures_where_nothing_is_streamed(folder):

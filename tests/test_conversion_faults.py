@@ -1,4 +1,4 @@
-"""Inputs that cannot be converted: a clear error that names file, tensor, found and wanted, and nothing left behind."""
+"""Inputs that cannot be converted: a clear error that names file, tensor, found and wanted, and nothing left over."""
 
 import errno
 import json
@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from modeling_deepseek_moe.conversion import _job
 from releases import write_release
 from safetensors.torch import load_file, save_file
 from test_conversion_roundtrip import CONFIG, convert, ok
+
+from modeling_deepseek_moe.conversion import _job
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 SCALE = O_PROJ + "_scale_inv"

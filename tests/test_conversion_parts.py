@@ -117,7 +117,7 @@ def test_merging_leaves_other_blocks_alone(release, tmp_path):
         wanted = dequantize_independently(tensors[weight], tensors[weight + "_scale_inv"]) + delta
         got = dequantize_independently(found[weight], found[weight + "_scale_inv"])
         apart = (got - wanted)[128 if weight == name else 0 :].abs()
-        # half a step beside 448 is 16
+        # half a step near 448 is 16
         assert 0 < apart.max() <= wanted.abs().max() * 16 / 448 * 1.001
 
 

@@ -10,15 +10,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from modeling_deepseek_moe.conversion import _job
-from modeling_deepseek_moe.conversion._conversion import Conversion, Options
-from modeling_deepseek_moe.conversion._table import CONVERSIONS, READERS
 from releases import same_bits, write_release
 from safetensors.torch import load_file
 from test_conversion_roundtrip import CONFIG, convert, ok, read
 
 from modeling_deepseek_moe import conversion
 from modeling_deepseek_moe.cli import convert as command
+from modeling_deepseek_moe.conversion import _job
+from modeling_deepseek_moe.conversion._conversion import Conversion, Options
+from modeling_deepseek_moe.conversion._table import CONVERSIONS, READERS
 
 MODULES = [module.name for module in pkgutil.iter_modules(conversion.__path__) if not module.name.startswith("_")]
 # options of a conversion, and of its inverse, which is given the input where it asks for a folder

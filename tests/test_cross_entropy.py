@@ -1,4 +1,4 @@
-"""The loss of the next token beside transformers' own, value and gradient."""
+"""The loss of the next token compared with transformers' own, value and gradient."""
 
 import pytest
 import torch

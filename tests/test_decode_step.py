@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modeling_deepseek_moe import modeling, use_backend
-from modeling_deepseek_moe.cache import LatentLayer, grow_in_place
+from modeling_deepseek_moe.cache import LatentLayer, use_preallocated_layers
 from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
 
@@ -56,7 +56,7 @@ def logits(model, rows=2, steps=12, cache=None) -> torch.Tensor:
 
 
 @pytest.fixture
-def steps(monkeypatch):
+def fused_steps(monkeypatch):
     """The number of steps that were taken in one call, as a list of their tokens."""
     taken, run = [], Plan.run
 
@@ -81,17 +81,17 @@ def by_layers(monkeypatch):
 
 @needs_engine
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_has_the_bits_of_the_layers(model, rows, steps, by_layers):
+def test_has_the_bits_of_the_layers(model, rows, fused_steps, by_layers):
     found = logits(model, rows)
-    assert steps == [rows] * 12
-    assert torch.equal(found, by_layers(logits, model, rows)) and len(steps) == 12
+    assert fused_steps == [rows] * 12
+    assert torch.equal(found, by_layers(logits, model, rows)) and len(fused_steps) == 12
 
 
 @every_isa
-def test_on_every_instruction_set(isa, one_model, steps, by_layers):
+def test_on_every_instruction_set(isa, one_model, fused_steps, by_layers):
     with use_backend(isa):
         found = logits(one_model)
-        assert len(steps) == 12 and torch.equal(found, by_layers(logits, one_model))
+        assert len(fused_steps) == 12 and torch.equal(found, by_layers(logits, one_model))
 
 
 @needs_engine
@@ -121,7 +121,7 @@ def test_models_at_once_in_several_threads(one_model):
 
 @needs_engine
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 4}], ids=str)
-def test_generation(one_model, settings, steps, by_layers):
+def test_generation(one_model, settings, fused_steps, by_layers):
     ids, mask = prompt()
 
     def generate():
@@ -129,19 +129,19 @@ def test_generation(one_model, settings, steps, by_layers):
         return one_model.generate(ids, attention_mask=mask, **GREEDY | settings)
 
     found = generate()
-    assert len(steps) == 19
+    assert len(fused_steps) == 19
     assert torch.equal(found, by_layers(generate))
 
 
 @needs_engine
-def test_a_hook_is_called_and_a_new_weight_is_read(one_model, steps, by_layers):
+def test_a_hook_is_called_and_a_new_weight_is_read(one_model, fused_steps, by_layers):
     model, before = one_model, logits(one_model)
-    steps.clear()
+    fused_steps.clear()
     layer, seen = model.model.layers[1], []
     for module in (layer, layer.mlp.experts, layer.self_attn.kv_a_layernorm):
         hook = module.register_forward_hook(lambda *_: seen.append(1))
         logits(model, steps=3)
-        assert len(seen) == 4 and not steps
+        assert len(seen) == 4 and not fused_steps
         hook.remove()
         seen.clear()
     out = model(*prompt()[:1], output_hidden_states=True)
@@ -161,7 +161,7 @@ def test_a_hook_is_called_and_a_new_weight_is_read(one_model, steps, by_layers):
 
 
 @needs_engine
-def test_where_layers_are_needed_they_are_taken(tmp_path_factory, steps):
+def test_falls_back_to_layers(tmp_path_factory, fused_steps):
     model = load(tmp_path_factory, "v3", True)
     with use_backend("reference"):
         logits(model, steps=2)
@@ -172,24 +172,24 @@ def test_where_layers_are_needed_they_are_taken(tmp_path_factory, steps):
     cache = DynamicCache(config=model.config)
     model(ids, cache=cache)  # gradients are on, and norms may want theirs
     model(ids[:, :1], cache=cache).logits.float().sum().backward()
-    assert model.model.norm.weight.grad is not None and not steps
+    assert model.model.norm.weight.grad is not None and not fused_steps
     model.zero_grad()
     logits(model, steps=2)
-    assert len(steps) == 2
+    assert len(fused_steps) == 2
     model.set_expert_memory("1GB")
     logits(model, steps=2)
-    assert len(steps) == 2
+    assert len(fused_steps) == 2
     model.set_expert_memory(None)
     logits(model, steps=2)
-    assert len(steps) == 4
+    assert len(fused_steps) == 4
     peft = pytest.importorskip("peft")
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
     logits(tuned, steps=2)
-    assert len(steps) == 4
+    assert len(fused_steps) == 4
 
 
 @needs_engine
-def test_copies_and_pickles_find_their_own_weights(tmp_path_factory, steps):
+def test_copies_and_pickles_find_their_own_weights(tmp_path_factory, fused_steps):
     model = load(tmp_path_factory, "v3", False)
     wanted = logits(model)
     other = copy.deepcopy(model)
@@ -198,7 +198,7 @@ def test_copies_and_pickles_find_their_own_weights(tmp_path_factory, steps):
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(logits(other), wanted)
-    assert len(steps) == 24
+    assert len(fused_steps) == 24
 
 
 @needs_engine
@@ -249,7 +249,7 @@ def test_one_more_token_copies_nothing():
     ],
     ids=["crop", "reorder", "repeat", "select", "reset"],
 )
-def test_what_others_do_to_it(change):
+def test_crop_reorder_select_reset(change):
     ours, theirs = LatentLayer(), DynamicLayer()
     for layer in (ours, theirs):
         layer.update(*states(10))
@@ -299,10 +299,10 @@ def test_only_plain_caches_are_changed(one_model):
     cache = DynamicCache(config=one_model.config)
     cache.update(*states(4), 0)
     before = cache.layers[0].keys.clone()
-    assert grow_in_place(cache) and type(cache.layers[0]) is LatentLayer
+    assert use_preallocated_layers(cache) and type(cache.layers[0]) is LatentLayer
     assert torch.equal(cache.layers[0].keys, before)
     empty = DynamicCache()
-    assert grow_in_place(empty)
+    assert use_preallocated_layers(empty)
     empty.update(*states(2), 0)
     assert type(empty.layers[0]) is LatentLayer
 
@@ -310,4 +310,4 @@ def test_only_plain_caches_are_changed(one_model):
         pass
 
     mine = Mine(config=one_model.config)
-    assert not grow_in_place(mine) and type(mine.layers[0]) is DynamicLayer
+    assert not use_preallocated_layers(mine) and type(mine.layers[0]) is DynamicLayer

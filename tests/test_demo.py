@@ -1,4 +1,4 @@
-"""The demo in miniature: what it teaches, and the checkpoints and figures it leaves behind."""
+"""The demo in miniature: what it teaches, and the checkpoints and figures it leaves."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit layers in a bf16 folder: numbers, text, files and training, beside plain transformers' own 4-bit model.
+"""bitsandbytes' 4-bit layers in a bf16 folder: numbers, text, files and training, next to plain transformers' own 4-bit model.
 
 On CPUs with AVX512-BF16 bitsandbytes packs a weight in place when its layer is first called, and the packed layer can neither
 pass on gradients nor be read; there each test here meets packed layers too.

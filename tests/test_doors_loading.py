@@ -1,8 +1,8 @@
-"""Ways into and out of a folder that transformers, PEFT and accelerate offer, beside transformers' own class.
+"""Ways into and out of a folder that transformers, PEFT and accelerate offer, next to transformers' own class.
 
 | door | as transformers' own class, on the same weights |
 |---|---|
-| adapters | ``load_adapter``, an adapter's folder, ``add_adapter``: same logits, MTP layer kept; beside FP8 in fp32 |
+| adapters | ``load_adapter``, an adapter's folder, ``add_adapter``: same logits, MTP layer kept; next to FP8 in fp32 |
 | fewer layers | asked for in any way: same logits, and what is left out is said |
 | ``resize_token_embeddings`` | saved and loaded again: same logits; the MTP layers follow |
 | ``pipeline`` | a folder that is refused is refused here too |

@@ -1,4 +1,4 @@
-"""Masks with holes, beside plain transformers on the same weights: answers of unlike lengths before the next turn, padding
+"""Masks with holes, next to plain transformers on the same weights: answers of unlike lengths before the next turn, padding
 on the right. Positions count what is not masked, as `generate` counts them."""
 
 import pytest

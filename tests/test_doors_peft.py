@@ -1,4 +1,4 @@
-"""peft on these models, beside plain transformers' classes on the same weights: targets, save, load, merge, resume."""
+"""peft on these models, next to plain transformers' classes on the same weights: targets, save, load, merge, resume."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Other quantisers on bf16 folders, beside plain transformers on the same weights."""
+"""Other quantisers on bf16 folders, next to plain transformers on the same weights."""
 
 from collections import Counter
 

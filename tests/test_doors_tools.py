@@ -1,4 +1,4 @@
-"""Tools that load a folder by themselves, beside plain transformers; the command line's tokenizers."""
+"""Tools that load a folder by themselves, next to plain transformers; the command line's tokenizers."""
 
 import json
 import shutil

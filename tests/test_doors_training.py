@@ -1,4 +1,4 @@
-"""TRL given a path, and DDP with checkpointing on a folder with MTP layers, beside plain transformers."""
+"""TRL given a path, and DDP with checkpointing on a folder with MTP layers, next to plain transformers."""
 
 import json
 import subprocess

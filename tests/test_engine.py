@@ -22,8 +22,8 @@ from engine_cases import (
 )
 from releases import same_bits
 
+from modeling_deepseek_moe import BackendError, use_backend
 from modeling_deepseek_moe.ops import _native, block_fp8, linear, rms_norm
-from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.ops.block_fp8 import reference
 from modeling_deepseek_moe.ops.linear import cpu as linear_cpu
 
@@ -65,7 +65,7 @@ CHECKS = pytest.mark.parametrize("check", [check_fp8_linear, check_bf16_linear],
 @ACTIVATIONS
 @CHECKS
 def test_linear_columns(check, dtype, isa):
-    """What is left of a block, beside every number of tokens that has a path of its own."""
+    """What is left of a block, for every number of tokens that has a path of its own."""
     with use_backend(isa):
         for columns in COLUMNS:
             check(19, columns, TOKENS, dtype)
@@ -120,7 +120,7 @@ def test_one_rare_code_among_normal_ones(tokens, columns, isa):
 @needs_amx
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16, 17, 33, 64])
 def test_tiles_do_not_depend_on_other_tokens(tokens):
-    """Nor on what lies behind the last token of a group: the same bits beside any others, and beside NaN."""
+    """Nor on what lies after the last token of a group: the same bits next to any others, and next to NaN."""
     codes, scale = normal_fp8((300, 1500))
     x = torch.randn(80, 1500).bfloat16()
     with use_backend("cpu:amx"):
@@ -183,7 +183,7 @@ def test_linear_is_better_than_torch(shape, tokens, isa):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 12, 16, 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_nan_codes(dtype, tokens, isa):
-    """A NaN code makes its row's result NaN, and no other; so does one beside activations that are zero."""
+    """A NaN code makes its row's result NaN, and no other; so does one that meets activations that are zero."""
     codes, scale = random_fp8((150, 2300))
     places = [(0, 0), (3, 127), (4, 128), (17, 2299), (63, 1000), (64, 2200), (149, 2298)]
     for i, (row, column) in enumerate(places):
@@ -312,7 +312,7 @@ def test_dequantize(dtype, isa):
         with use_backend(isa):
             found = block_fp8.dequantize(codes, scale, dtype)
         nan = wanted.isnan()
-        assert torch.equal(found.isnan(), nan)  # whose sign and payload nobody promises
+        assert torch.equal(found.isnan(), nan)  # whose sign and payload no one promises
         assert same_bits(found.masked_fill(nan, 0), wanted.masked_fill(nan, 0))
 
 

@@ -16,8 +16,8 @@ from engine_cases import needs_engine, random_fp8
 from releases import same_bits
 from transformers.utils import logging
 
+from modeling_deepseek_moe import BackendError, use_backend
 from modeling_deepseek_moe.ops import _native, block_fp8, linear, rms_norm
-from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "modeling_deepseek_moe" / "ops" / "csrc"
@@ -306,7 +306,7 @@ def test_built_by_clang(source, tmp_path):
 
 
 def openmp_flags(compiler) -> list[str]:
-    """Without OpenMP, which clang may lack, nobody uses the number of threads."""
+    """Without OpenMP, which clang may lack, no one uses the number of threads."""
     return ["-fopenmp"] if compiler == GCC else ["-Wno-unused-parameter"]
 
 

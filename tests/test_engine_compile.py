@@ -7,10 +7,9 @@ from engine_cases import BACKENDS, needs_engine, random_fp8
 from releases import SHAPES, same_bits, write_release
 from transformers import AutoModelForCausalLM, StaticCache
 
-from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe import CheckpointError, use_backend
 from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
@@ -199,7 +198,7 @@ def test_model(model, compiler):
 @pytest.mark.long
 @torch.no_grad()
 def test_files_are_looked_at_when_nothing_is_compiled(model, monkeypatch):
-    """A compiled graph cannot look; eager code beside it does, and names the file."""
+    """A compiled graph cannot look; eager code next to it does, and names the file."""
     ids = torch.arange(9)[None]
     call = compiled(model, "aot_eager")
     wanted = call(ids, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""The CPU engine's fused steps of a decoding layer, beside the layers that they stand for: the same bits, or the same choice."""
+"""The CPU engine's fused steps of a decoding layer, next to the layers that they stand for: the same bits, or the same choice."""
 
 import pytest
 import torch

@@ -6,15 +6,15 @@ from engine_calls import differing, run
 from engine_cases import FP8, Experts, distance, every_isa, guarded, needs_engine, random_routing
 from releases import same_bits
 
+from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.ops.experts import cpu
 
 pytestmark = needs_engine
 
 KINDS = pytest.mark.parametrize("kind", [FP8, torch.bfloat16], ids=["fp8", "bf16"])
 ACTIVATIONS = pytest.mark.parametrize("dtype", _native.ACTIVATIONS, ids=str)
-# Widths and hidden sizes with ragged chunks, blocks and panels; few tokens an expert, many, both, and over 512.
+# Widths and hidden sizes with ragged chunks, blocks and panels; few tokens per expert, many, both, and over 512.
 SIZES = [(1, 3, 5), (1, 64, 64), (2, 130, 65), (5, 200, 191), (17, 128, 129), (40, 257, 70), (75, 300, 128)]
 # Two products and SwiGLU, summed in fp32; bf16 kernels round what is between the products to bf16 (2^-9), as torch's do
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}

@@ -8,8 +8,7 @@ from engine_cases import BACKENDS, needs_engine
 from releases import SHAPES, same_bits, write_release
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError
-from modeling_deepseek_moe.ops._dispatch import use_backend
+from modeling_deepseek_moe import CheckpointError, use_backend
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 pytestmark = needs_engine

@@ -17,8 +17,8 @@ import pytest
 from engine_calls import every_call, run
 from engine_cases import needs_engine
 
+from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.ops import _native, _structs
-from modeling_deepseek_moe.ops._dispatch import use_backend
 
 pytestmark = [needs_engine, pytest.mark.long]
 
@@ -58,7 +58,7 @@ def blocks(rows, columns):
 
 
 def memory(given, **sizes) -> Memory:
-    """A struct, with the bytes, or the memory, behind each of its pointers; those that are null lead nowhere."""
+    """A struct, with the bytes, or the memory, that each of its pointers leads to; those that are null lead nowhere."""
     pointers = {}
     for name, size in sizes.items():
         address, place = getattr(given, name), getattr(type(given), name).offset

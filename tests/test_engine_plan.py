@@ -1,4 +1,4 @@
-"""The CPU engine's plan of a model: what runs natively between foreign things, with the bits of the layers, and when it is anew."""
+"""The CPU engine's plan of a model: what runs natively between foreign things, with the bits of the layers, and when it is made again."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from modeling_deepseek_moe import attention, block, layers, modeling, mtp, use_backend
 from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
-from modeling_deepseek_moe.moe import balance, experts, observed, router
+from modeling_deepseek_moe.moe import balance, experts, router, training_state
 from modeling_deepseek_moe.moe import layer as moe_layer
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
@@ -267,7 +267,7 @@ def test_every_linear_layer_is_torchs_own(model):
 def test_nothing_of_the_engine_is_in_a_module(model):
     """Attributes that name a backend, an address or a reason stay out of the modules' own text."""
     words = re.compile(r"backend|refus|unsupported|address|avx|amx|\bCPU\b|_native|_dispatch|data_ptr")
-    for module in (modeling, attention, block, layers, mtp, balance, experts, moe_layer, observed, router):
+    for module in (modeling, attention, block, layers, mtp, balance, experts, moe_layer, router, training_state):
         text = re.sub(r'""".*?"""|#[^\n]*', "", inspect.getsource(module), flags=re.DOTALL)
         found = words.findall(text.replace("_supports_attention_backend", ""))  # transformers' word
         assert not found, (module.__name__, found)

@@ -13,8 +13,8 @@ from engine_cases import BACKENDS, INSTRUCTION_SETS, needs_engine, random_fp8
 from releases import SHAPES, same_bits, write_release
 from transformers import AutoModelForCausalLM
 
+from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.ops._dispatch import use_backend
 
 pytestmark = needs_engine
 

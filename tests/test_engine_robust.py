@@ -7,8 +7,8 @@ import torch
 from engine_calls import differing, every_call, run
 from engine_cases import FP8, Experts, every_isa, needs_engine, random_fp8
 
+from modeling_deepseek_moe import BackendError, use_backend
 from modeling_deepseek_moe.ops import _native, block_fp8, linear, rms_norm
-from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.ops.block_fp8 import cpu as fp8_cpu
 from modeling_deepseek_moe.ops.experts import cpu as experts_cpu
 from modeling_deepseek_moe.ops.linear import cpu as bf16_cpu

@@ -5,13 +5,13 @@ import shlex
 import time
 
 import pytest
+from typer.testing import CliRunner
+
+from modeling_deepseek_moe.cli.app import app
 from modeling_deepseek_moe.eval.code import codeforces, handover, swebench
 from modeling_deepseek_moe.eval.code.problems import SAMPLES, Problem, judge, program, read_problems, same_output
 from modeling_deepseek_moe.eval.code.sandbox import check
 from modeling_deepseek_moe.eval.results import read_evaluation, read_questions
-from typer.testing import CliRunner
-
-from modeling_deepseek_moe.cli.app import app
 
 try:
     check()
@@ -209,12 +209,17 @@ def test_predictions_in_the_official_format(tmp_path):
 
 def test_instances_and_the_official_report(tmp_path):
     file = tmp_path / "i.jsonl"
-    file.write_text('{"instance_id": "a"}\n{"instance_id": "b"}\n')
-    assert swebench.read_instances(file) == ["a", "b"]
-    for line in ('{"instance_id": "a"}', '{"id": "c"}', "x", '{"instance_id": 3}'):
-        file.write_text('{"instance_id": "a"}\n' + line)
+    file.write_text('{"instance_id": "a", "text": "A"}\n{"instance_id": "b", "text": "B"}\n')
+    assert handover.read_prompts(file, "instance_id", "text") == {"a": "A", "b": "B"}
+    for line in (
+        '{"instance_id": "a", "text": "C"}',
+        '{"id": "c", "text": "C"}',
+        "x",
+        '{"instance_id": 3, "text": "C"}',
+    ):
+        file.write_text('{"instance_id": "a", "text": "A"}\n' + line)
         with pytest.raises(ValueError, match=r"i.jsonl:2: "):
-            swebench.read_instances(file)
+            handover.read_prompts(file, "instance_id", "text")
     report = {"total_instances": 500, "resolved_ids": ["a"], "incomplete_ids": ["c"], "infra_failure_ids": []}
     file.write_text(json.dumps(report))
     assert swebench.read_report(file, ["a", "b"]) == ({"a"}, 500)

@@ -5,6 +5,7 @@ import re
 import string
 
 import pytest
+
 from modeling_deepseek_moe.eval import benchmarks, prompts
 from modeling_deepseek_moe.eval.data import SOURCES, load_rows
 from modeling_deepseek_moe.eval.protocols import protocol, read_protocols

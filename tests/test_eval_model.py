@@ -10,12 +10,12 @@ import transformers
 from eval_harness import small_model, tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from modeling_deepseek_moe.eval.model import DeepseekLM, Settings
-from modeling_deepseek_moe.eval.sampling import RowSampler
 from scipy import stats
 
 import modeling_deepseek_moe  # noqa: F401
 from modeling_deepseek_moe.checkpoint.journal import Journal
+from modeling_deepseek_moe.eval.model import DeepseekLM, Settings
+from modeling_deepseek_moe.eval.sampling import RowSampler
 
 GREEDY = {"until": [], "do_sample": False, "temperature": 0.0, "top_p": 1.0, "max_gen_toks": 24}
 TEXTS = [f"Question: {name} has {i} pens and buys {2 * i} more." + " How many?" * (i % 5) for i, name in

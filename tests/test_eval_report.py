@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_cases import make_questions, make_task, output, write_run
+
 from modeling_deepseek_moe.eval import extraction, published, report
 from modeling_deepseek_moe.eval.report import explorer, page
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import gather, pairs
 from modeling_deepseek_moe.eval.results import BENCHMARKS, Question
-from report_cases import make_questions, make_task, output, write_run
 
 pytest.importorskip("matplotlib")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -82,7 +83,7 @@ def test_published_names_benchmarks_that_exist():
         table = published.published(suite)
         assert table.source and table.url.startswith("https://")
         assert all(set(model.scores) <= set(table.metrics) <= set(BENCHMARKS) for model in table.models)
-    assert published.published("nobody") is None
+    assert published.published("unknown") is None
 
 
 def test_writes_three_files_and_every_number(tmp_path):
@@ -282,7 +283,7 @@ def recorded(model):
 
 @pytest.mark.skipif(not REPLAY.is_file(), reason=f"needs {REPLAY.name}")
 def test_recorded_outputs_of_two_models(tmp_path):
-    """139 by lm-eval's own scorer and 168 by the authors' chain, of 280; and two real models beside each other."""
+    """139 by lm-eval's own scorer and 168 by the authors' chain, of 280; and two real models next to each other."""
     models = ("DeepSeek-Coder-V2", "gemini-1.5-pro-002")
     runs = [
         write_run(tmp_path / model, [(make_task(rows=12_032, changed=["280 rows"]), recorded(model))], label=model)
@@ -333,7 +334,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_page_files_are_shipped():
-    """The suffixes of what the package reads beside its modules are in ``package_data``."""
+    """The suffixes of what the package reads besides its modules are in ``package_data``."""
     root = Path(__file__).resolve().parents[1]
     setup = ast.unparse(ast.parse((root / "setup.py").read_text()))
     for file in (root / "eval" / "report").iterdir():

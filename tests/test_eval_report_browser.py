@@ -4,9 +4,10 @@ import time
 
 import pytest
 from browser import browse, find_browser
+from report_cases import make_questions, make_task, output, write_run
+
 from modeling_deepseek_moe.eval.report import write_report
 from modeling_deepseek_moe.eval.results import Question
-from report_cases import make_questions, make_task, output, write_run
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="needs Chromium and chromedriver")
@@ -243,18 +244,18 @@ def test_nothing_sticks_out_or_fades(tmp_path, page, width, scheme):
     assert worst[0] >= 4.5, f"contrast of {worst}"
 
 
-# The least contrast (WCAG 2) of a text with what is behind it, and that text.
+# The least contrast (WCAG 2) of a text with what is under it, and that text.
 CONTRAST = """
 const light = (c) => { const v = c.match(/[\\d.]+/g).slice(0, 3).map((x) => { x /= 255;
   return x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4; });
   return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
-const behind = (e) => { while (e) { const c = getComputedStyle(e).backgroundColor;
+const under = (e) => { while (e) { const c = getComputedStyle(e).backgroundColor;
   if (!c.endsWith(', 0)')) return c; e = e.parentElement; } };
 let worst = [99, ''];
 for (const e of document.querySelectorAll('body *')) {
   if (e.closest('svg') || e.disabled || !e.offsetParent) continue;
   if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
-  const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
+  const [a, b] = [light(getComputedStyle(e).color), light(under(e))].sort((x, y) => y - x);
   const ratio = (a + 0.05) / (b + 0.05);
   if (ratio < worst[0]) worst = [ratio, e.tagName + ' ' + e.className + ' ' + e.textContent.slice(0, 40)];
 }

@@ -13,14 +13,14 @@ from eval_harness import small_model, tokenizer, write_math
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
+from typer.testing import CliRunner
+
+from modeling_deepseek_moe.cli.app import app
 from modeling_deepseek_moe.eval import extraction
 from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
 from modeling_deepseek_moe.eval.protocols import read_protocols
 from modeling_deepseek_moe.eval.results import read_evaluation, read_questions
 from modeling_deepseek_moe.eval.run import TASKS, Changes, evaluate
-from typer.testing import CliRunner
-
-from modeling_deepseek_moe.cli.app import app
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SHORT = Changes(max_tokens=16)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from modeling_deepseek_moe.eval.code import sandbox
 from modeling_deepseek_moe.eval.code.sandbox import Limits, check, run, run_python
 

@@ -5,12 +5,15 @@ import json
 import random
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from modeling_deepseek_moe.eval import extraction, math_scoring
+
+from modeling_deepseek_moe.eval import benchmarks, extraction, math_scoring
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MATH = replace(benchmarks.SCORERS["math500"], stock=None)
 needs_math = pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="needs math-verify")
 
 
@@ -19,6 +22,11 @@ def rows(name):
     if not path.is_file():
         pytest.skip(f"needs {name}")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def is_right(gold: str, text: str) -> bool:
+    """As a run judges an answer to MATH."""
+    return benchmarks.judge(MATH, {"gold": gold}, text)["right"]
 
 
 def test_mmlu_pro_chain_on_recorded_outputs():
@@ -124,7 +132,7 @@ def test_math_verdicts_equal_the_recorded():
     equal = total = 0
     for row in rows("math_cot100x8_graded.jsonl"):
         for text, verdict in zip(row["responses"], row["score"], strict=True):
-            equal += math_scoring.is_right(row["answer"], text) == bool(verdict)
+            equal += is_right(row["answer"], text) == bool(verdict)
             total += 1
     assert (total, equal >= 799) == (800, True), equal
 
@@ -133,7 +141,7 @@ def test_math_verdicts_equal_the_recorded():
 def test_math500_gold_equals_itself():
     golds = [row["answer"] for row in rows("math500.jsonl")]
     assert len(golds) == 500
-    assert [gold for gold in golds if not math_scoring.is_right(gold, f"So it is $\\boxed{{{gold}}}$.")] == []
+    assert [gold for gold in golds if not is_right(gold, f"So it is $\\boxed{{{gold}}}$.")] == []
 
 
 @needs_math
@@ -150,7 +158,7 @@ def test_math500_gold_equals_itself():
     ],
 )
 def test_math_verdict(gold, text, want):
-    assert math_scoring.is_right(gold, text) is want
+    assert is_right(gold, text) is want
 
 
 def scanned(text):

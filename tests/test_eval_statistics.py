@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from modeling_deepseek_moe.eval import statistics
 from modeling_deepseek_moe.eval.results import Output, Question
 

@@ -4,16 +4,15 @@ import json
 
 import pytest
 import torch
-from modeling_deepseek_moe.conversion import _job, _table
-from modeling_deepseek_moe.conversion._conversion import Options
 from releases import SHAPES, same_bits, write_release
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe import CheckpointError, formats
+from modeling_deepseek_moe import CheckpointError, formats, inspect_checkpoint
+from modeling_deepseek_moe.conversion import _job, _table
+from modeling_deepseek_moe.conversion._conversion import Options
 from modeling_deepseek_moe.formats import FP8, WeightFormat
-from modeling_deepseek_moe.inspection import inspect_checkpoint
 from modeling_deepseek_moe.ops.block_fp8 import reference
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
@@ -142,8 +141,8 @@ def test_plans_and_inspects(folder):
 
     found = inspect_checkpoint(folder)
     assert not [finding for finding in found.findings if finding.fatal]
-    assert found.anatomy.weight_format.name == "toy_int8"
-    assert found.anatomy.stored_bytes(found.anatomy.weight_format) == found.total.nbytes
+    assert found.breakdown.weight_format.name == "toy_int8"
+    assert found.breakdown.stored_bytes(found.breakdown.weight_format) == found.total.nbytes
     assert "TOY INT8 in blocks of 1×64" in found.architecture["weights"]
 
 

@@ -1,4 +1,4 @@
-"""Who may import whom, how long a file may be, and that each says what it is.
+"""Who may import whom, how long files and functions may be, and that each file says what it is.
 
 Files are parsed, never imported: an import inside a function or under ``TYPE_CHECKING`` counts like any other.
 """
@@ -18,7 +18,8 @@ COMMANDS = {
     ("cli.predict", "eval"),
     ("cli.report", "eval"),
 }  # and the folder of each
-MAX_LINES = 450
+MAX_LINES = 400  # a file's
+MAX_BODY = 60  # a function's: a command's options are its signature, which therefore does not count
 NATIVE = (
     "absorbed_attention",
     "block_fp8",
@@ -70,7 +71,7 @@ LAYERS = (
     "moe.router",
     "moe.experts",
     "moe.balance",
-    "moe.observed",
+    "moe.training_state",
     "moe.layer",
     "moe",
     "block",
@@ -104,6 +105,7 @@ LAYERS = (
     "streaming.memory",
     "streaming.reader",
     "streaming.threads",
+    "streaming.slots",
     "streaming.cache",
     "streaming.ahead",
     "streaming.resident",
@@ -212,6 +214,7 @@ IN_PACKAGE = [name for name in MODULES if not in_folders(name)]
 SOURCES = [
     path for folder in (PACKAGE, *FOLDERS, "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
+C_SOURCES = [path for folder in (ROOT / PACKAGE, ROOT / "tests") for path in sorted(folder.rglob("*.[ch]"))]
 
 
 @pytest.mark.parametrize("module", IN_PACKAGE)
@@ -250,11 +253,48 @@ def test_no_import_of_a_bare_folder(path):
     assert not wrong, f"{path}: import {wrong} as {PACKAGE}.<name>: a bare import loads a second module object"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_short_and_documented(module):
-    source = MODULES[module].read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(source)), f"{MODULES[module]} has no docstring"
-    assert len(source.splitlines()) <= MAX_LINES, f"{MODULES[module]} is over {MAX_LINES} lines"
+def python_bodies(source: str) -> dict[str, int]:
+    """Lines of each function from the first below its signature to its last, by name and line."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return {f"{node.name}:{node.lineno}": node.end_lineno - node.body[0].lineno + 1 for node in functions}
+
+
+def c_bodies(source: str) -> dict[str, int]:
+    """Lines between the braces that follow a ``)`` outside all others, by line: functions, those of macros too."""
+    found, depth, start = {}, 0, 0
+    for number, line in enumerate(source.splitlines(), 1):
+        text = line.rstrip("\\ \t")
+        if depth == 0 and text.endswith(") {"):
+            start = number
+        depth += text.count("{") - text.count("}")
+        if depth == 0 and start:
+            found[f"line {start}"] = number - start - 1
+            start = 0
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_short_and_documented(path):
+    source = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source)), f"{path} has no docstring"
+    assert len(source.splitlines()) <= MAX_LINES, f"{path} is over {MAX_LINES} lines"
+    long = {name: lines for name, lines in python_bodies(source).items() if lines > MAX_BODY}
+    assert not long, f"{path}: over {MAX_BODY} lines: {long}"
+
+
+@pytest.mark.parametrize("path", C_SOURCES, ids=lambda path: path.name)
+def test_c_is_short(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_LINES, f"{path} is over {MAX_LINES} lines"
+    long = {name: lines for name, lines in c_bodies(source).items() if lines > MAX_BODY}
+    assert not long, f"{path}: over {MAX_BODY} lines: {long}"
+
+
+def test_finds_functions_and_their_lengths():
+    python = "def f(\n    a,\n    b,\n):\n    x = 1\n    return x\n\nclass A:\n    def g(self): return 1\n"
+    assert python_bodies(python) == {"f:1": 2, "g:9": 1}
+    c = "struct a {\n    int b;\n};\nstatic int f(int a,\n             int b) {\n    if (a) {\n    }\n    return b;\n}\nint g(void) {\n}\n"
+    assert c_bodies(c) == {"line 5": 3, "line 10": 0}
 
 
 @pytest.mark.parametrize(
@@ -275,7 +315,7 @@ def test_short_and_documented(module):
         ("cli.demo", "from . import chat\nfrom .. import modeling", 0),
     ],
 )
-def test_the_check_sees(module, source, wrong):
+def test_detects_forbidden_imports(module, source, wrong):
     names = (
         "block",
         "attention",

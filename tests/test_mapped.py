@@ -13,10 +13,9 @@ from releases import SHAPES, same_bits, write_release
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe import CheckpointError, CheckpointReader
 from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
 from modeling_deepseek_moe.checkpoint.headers import read_header
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 NORM = "model.norm.weight"
@@ -219,7 +218,7 @@ def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, preadv, layout
 
 
 def interleaved(tensors) -> bytes:
-    """A file in which every tensor has its scale beside it, and none lies aligned."""
+    """A file in which every tensor has its scale next to it, and none lies aligned."""
     header, data = {}, b""
     names = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
     for name, tensor in tensors.items():

@@ -115,7 +115,7 @@ def test_gradients(tmp_path, kind, experts, mla_path):
     ours, plain = load_pair(tmp_path, kind, torch.float32)
     ours.set_experts_implementation(experts)
     ids, mask = left_padded(batch())
-    # a padded position sees nothing, and what it predicts for the first token is nobody's contract
+    # a padded position sees nothing, and what it predicts for the first token is no one's contract
     labels = ids.masked_fill(mask.cumsum(-1) <= 1, -100)
     found = ours(ids, attention_mask=mask, labels=labels, mla_path=mla_path)
     wanted = plain(ids, attention_mask=mask, labels=labels)

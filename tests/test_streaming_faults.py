@@ -16,8 +16,7 @@ from releases import SHAPES, same_bits, write_release
 from test_streaming import PROMPT, SLOT, generate, layer, load, logits, threads
 from transformers.utils import logging
 
-from modeling_deepseek_moe import CheckpointError
-from modeling_deepseek_moe.machine import Machine
+from modeling_deepseek_moe import CheckpointError, Machine
 from modeling_deepseek_moe.streaming import ahead, cache, memory
 from modeling_deepseek_moe.streaming import model as streaming_model
 from modeling_deepseek_moe.streaming import threads as reading
@@ -102,7 +101,7 @@ def test_two_threads_of_a_forked_process_share_one_cache(folder, monkeypatch):
 
 
 def test_a_read_left_behind_that_fails_when_it_is_wanted(folder, monkeypatch):
-    """It fills memory that another expert waits for; nobody orders it a second time, so its error is told."""
+    """It fills memory that another expert waits for; no one orders it a second time, so its error is told."""
     model = load(folder, 2 * SLOT)
     experts = layer(model).stream.cache
     go, read = threading.Event(), Reader.read
@@ -235,7 +234,7 @@ def test_other_weights_are_tried_again_after_an_error(folder, mapped, monkeypatc
 def test_every_expert_wanted_is_a_hit_or_a_miss(folder, mapped, monkeypatch, slots):
     """With memory so small that what was read ahead must make room again, and guesses without bounds."""
     monkeypatch.setattr(ahead, "LEAST_GUESSES", 0)
-    monkeypatch.setattr(ahead, "CONFIDENT", -1.0)
+    monkeypatch.setattr(ahead, "MIN_PRECISION", -1.0)
     monkeypatch.setattr(cache, "WASTE", 1.0)
     model, wanted = load(folder, slots * SLOT), []
     serve = layer(model).stream.cache.serve
@@ -255,10 +254,10 @@ def test_every_expert_wanted_is_a_hit_or_a_miss(folder, mapped, monkeypatch, slo
 
 def test_a_router_whose_weights_are_not_at_hand(folder):
     model = load(folder, 5 * SLOT)
-    foresight, hidden = layer(model).stream._foresight, torch.randn(1, 64)
-    assert len(foresight.rank(hidden)) == 4
-    foresight.gate.to("meta")
-    assert foresight.rank(hidden) == []
+    predictor, hidden = layer(model).stream._predictor, torch.randn(1, 64)
+    assert len(predictor.rank(hidden)) == 4
+    predictor.gate.to("meta")
+    assert predictor.rank(hidden) == []
 
 
 def test_compiles_with_a_break(folder, mapped):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.moe.balance import expert_load, load_entropy, max_violation, updated_bias
-from modeling_deepseek_moe.moe.observed import TrainingState
+from modeling_deepseek_moe.moe.training_state import TrainingState
 
 
 def loads(found):
@@ -99,7 +99,7 @@ def test_every_token_is_counted_but_padding(one):
     rows = [int(row["attention_mask"].sum()) for row in Padded().rows]
     total = sum(rows) * config.num_experts_per_tok  # six steps of eight rows: all 48 once
     per_layer = {layer: sum(sum(load[layer]) for load in loads(one[1])) for layer in loads(one[1])[0]}
-    # the MTP layer sees the tokens that have another behind them
+    # the MTP layer sees the tokens that have another after them
     mtp = total - len(rows) * config.num_experts_per_tok
     assert per_layer == {"1": total, "2": total, "3": mtp}
 

@@ -1,4 +1,4 @@
-"""Experts as they train on a CPU, one at a time, beside the definition in plain torch and its own gradients."""
+"""Experts as they train on a CPU, one at a time, next to the definition in plain torch and its own gradients."""
 
 import copy
 
@@ -103,7 +103,7 @@ def test_one_gradient_alone(trained):
 
 
 def test_weights_are_not_cast_to_narrower_hidden_states():
-    """Without autocast nobody asked for that: the products are those of fp32 weights, as in transformers, rounded once."""
+    """Without autocast no one asked for that: the products are those of fp32 weights, as in transformers, rounded once."""
     hidden, indices, weights = make_inputs(tokens=400)
     module, hidden = make_experts("deepseek_moe").float(), hidden.bfloat16()
     exact = module(hidden.float(), indices, weights)

@@ -9,7 +9,7 @@ from training_harness import Padded, Record, arguments
 from transformers import AutoModelForCausalLM, Trainer
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.moe.observed import TrainingState
+from modeling_deepseek_moe.moe.training_state import TrainingState
 from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.training.fp8 import Fp8TrainedExperts, Fp8TrainedLinear, Fp8TrainedMLP
 from modeling_deepseek_moe.training.fp8_functions import Fp8LinearFunction, Fp8SwiGluFunction, Fp8Weight, Kept, wgrad
@@ -110,7 +110,7 @@ def test_linear_error_against_fp64(m, n, k, fp8_wgrad):
 
 
 def test_wgrad_is_of_the_kept_codes():
-    """What is kept is FP8, cut anew: not the activation itself."""
+    """What is kept is FP8, cut again: not the activation itself."""
     x, dy = outliers(200, 256), torch.randn(200, 128)
     kept = Kept.of(x, True)
     assert kept.saved()[2] is None

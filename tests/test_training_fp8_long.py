@@ -1,4 +1,4 @@
-"""A thousand steps in FP8 beside bf16 and fp32: the same weights, data and order (`pytest -m long`, an hour or two on two cores).
+"""A thousand steps in FP8 compared with bf16 and fp32: the same weights, data and order (`pytest -m long`, an hour or two on two cores).
 
 Two designs of one model of width 128. On subwords, at DeepSeek-V2-Lite's learning rate, FP8 stays on average over
 initialisations within the 0.25 % of bf16, and of fp32, that the V3 report found on models of 16 and 230 billion parameters. On
@@ -28,9 +28,9 @@ def hold(folder, design, tokens, seeds, bound):
         gaps = [mean_of_last(losses[seed, recipe]) / mean_of_last(losses[seed, other]) - 1 for seed in range(seeds)]
         means[recipe, other] = sum(gaps) / seeds
         listed = ", ".join(f"{gap:+.2%}" for gap in gaps)
-        print(f"{recipe} beside {other}: {means[recipe, other]:+.2%} ({listed})", flush=True)
+        print(f"{recipe} compared with {other}: {means[recipe, other]:+.2%} ({listed})", flush=True)
     for (recipe, other), mean in means.items():
-        assert abs(mean) < (0.0025 if recipe == "bf16" else bound), f"{recipe} beside {other}: {mean:+.2%}"
+        assert abs(mean) < (0.0025 if recipe == "bf16" else bound), f"{recipe} compared with {other}: {mean:+.2%}"
 
 
 @pytest.mark.long

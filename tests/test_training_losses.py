@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.moe.balance import balance_loss
-from modeling_deepseek_moe.moe.observed import TrainingState, sequence_ids
+from modeling_deepseek_moe.moe.training_state import TrainingState, sequence_ids
 from modeling_deepseek_moe.mtp import share_mtp_weights
 from modeling_deepseek_moe.weights import release_tensors
 

@@ -53,7 +53,7 @@ def test_figures_are_of_the_loads(tmp_path):
     epoch = {}
     for step, (line, logs) in enumerate(zip(found["loads"], found["logs"], strict=True)):
         load = {layer: torch.tensor(counts).double() for layer, counts in line["load"].items()}
-        if step % 6 == 0:  # 48 rows, 8 a step
+        if step % 6 == 0:  # 48 rows, 8 per step
             epoch = {}
         epoch = {layer: epoch.get(layer, 0) + counts for layer, counts in load.items()}
         violations = [float(counts.max() / counts.mean() - 1) for counts in load.values()]

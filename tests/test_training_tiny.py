@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from modeling_deepseek_moe.eval import prompts
-from modeling_deepseek_moe.eval.data import SAMPLES
-from modeling_deepseek_moe.eval.extraction import boxed, mmlu_pro_letter, stock_mmlu_pro_letter
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Trainer
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.eval import prompts
+from modeling_deepseek_moe.eval.data import SAMPLES
+from modeling_deepseek_moe.eval.extraction import boxed, mmlu_pro_letter, stock_mmlu_pro_letter
 from modeling_deepseek_moe.tiny import recipe, rows
 from modeling_deepseek_moe.tiny.corpus import (
     CATEGORIES,
@@ -172,7 +172,7 @@ def test_its_experts_share_the_load(tiny):
         dsm.tiny_checkpoint(), quantization_config=FineGrainedFP8Config(dequantize=True), dtype="float32"
     )
     from modeling_deepseek_moe.moe.balance import max_violation
-    from modeling_deepseek_moe.moe.observed import TrainingState
+    from modeling_deepseek_moe.moe.training_state import TrainingState
 
     def violation():
         model.train().model.training_state = TrainingState()

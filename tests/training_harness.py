@@ -39,7 +39,7 @@ class Padded(Dataset):
 
 
 class Record(TrainerCallback):
-    """The biases behind every optimizer step, and every figure that is logged."""
+    """The biases after every optimizer step, and every figure that is logged."""
 
     def __init__(self):
         self.biases, self.logs = [], []

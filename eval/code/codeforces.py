@@ -10,9 +10,8 @@ import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from modeling_deepseek_moe.eval.code.problems import program
-
 from modeling_deepseek_moe.checkpoint.atomic import write_file
+from modeling_deepseek_moe.eval.code.problems import program
 
 SPREAD = 400  # rating points for odds of ten to one, as everywhere in Elo's scale
 RANGE = (-1000, 6000)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from modeling_deepseek_moe.checkpoint.atomic import write_file
+from modeling_deepseek_moe.checkpoint.journal import Journal, to_json
 from modeling_deepseek_moe.eval.code import codeforces, swebench
 from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, judge
 from modeling_deepseek_moe.eval.data import SAMPLE
@@ -24,9 +26,6 @@ from modeling_deepseek_moe.eval.results import (
     TaskRun,
     write_evaluation,
 )
-
-from modeling_deepseek_moe.checkpoint.atomic import write_file
-from modeling_deepseek_moe.checkpoint.journal import Journal, to_json
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"
 ASSUMED = {"status": "assumed", "source": "no wording is documented"}
@@ -77,6 +76,7 @@ def ask(
         options: of `DeepseekLM`.
     """
     from lm_eval.api.instance import Instance
+
     from modeling_deepseek_moe.eval.model import DeepseekLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -267,7 +267,7 @@ def filter_calls(machine: str) -> None:
     # Unix sockets fail quietly: libc tries one to look up a user's name. Any other asks for the network.
     program += [(EQUAL, 0, 4, SOCKET[machine]), (LOAD, 0, 0, 16), (EQUAL, 0, 1, AF_UNIX)]
     program += [(RETURN, 0, 0, refuse), (RETURN, 0, 0, END)]
-    for number in (KILL[machine], TGKILL[machine]):  # signals to oneself, as abort() sends, and to nobody else
+    for number in (KILL[machine], TGKILL[machine]):  # signals to oneself, as abort() sends, and to no other
         program += [(EQUAL, 0, 4, number), (LOAD, 0, 0, 16), (EQUAL, 0, 1, os.getpid())]
         program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, refuse)]
     program += [(EQUAL, 0, 4, PRLIMIT[machine]), (LOAD, 0, 0, 16), (EQUAL, 0, 1, 0)]  # its own limits only

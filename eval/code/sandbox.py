@@ -1,4 +1,4 @@
-"""Run a program that nobody has read, so that it can hurt nobody: see ``jail.py`` for the walls, this for the watch.
+"""Run a program that no one has read, so that it can do no harm: see ``jail.py`` for the walls, this for the watch.
 
 Linux 5.13 or later, x86-64 or aarch64; root is not needed. Anywhere else it refuses to run anything.
 """
@@ -82,7 +82,7 @@ def run(
 
 
 def run_python(source: str, stdin: bytes = b"", *, limits: Limits = Limits()) -> Result:
-    """Run a Python program, by this interpreter, without the packages that are installed beside it. See `run`."""
+    """Run a Python program, by this interpreter, without the packages that are installed next to it. See `run`."""
     command = [sys.executable, "-I", "-S", "-B", "program.py"]
     return run(command, stdin, limits=limits, files={"program.py": source.encode()})
 

@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from modeling_deepseek_moe.eval.code.problems import blocks
-
 from modeling_deepseek_moe.checkpoint.atomic import write_file
+from modeling_deepseek_moe.eval.code.problems import blocks
 
 VERIFIED = "SWE-bench/SWE-bench_Verified"
 FIELDS = ("instance_id", "model_name_or_path", "model_patch")  # of a prediction, swebench.harness.constants
@@ -27,24 +26,6 @@ def patch(text: str) -> str | None:
 
 def _is_diff(text: str) -> bool:
     return all(re.search(pattern, text, re.MULTILINE) for pattern in (r"^--- ", r"^\+\+\+ ", r"^@@ "))
-
-
-def read_instances(file: Path) -> list[str]:
-    """Ids from JSON lines with ``instance_id``.
-
-    Raises:
-        ValueError: a line has none, or one comes twice.
-    """
-    ids = []
-    with Path(file).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                ids.append(json.loads(line)["instance_id"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}:{number}: no instance: {error}; wanted instance_id") from None
-            if not isinstance(ids[-1], str) or ids[-1] in ids[:-1]:
-                raise ValueError(f"{file}:{number}: found instance_id {ids[-1]!r} twice or not as text")
-    return ids
 
 
 def write_predictions(file: Path, model: str, texts: Iterable[tuple[str, str]]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The bar charts of a report before they are drawn: which bars stand in which group, and how each looks.
 
-One figure a suite, with the published models and the measured ones beside them. Runs on rows of this project get a figure
-of their own: those rows are not the benchmark, so nothing published stands beside them.
+One figure per suite, with the published models and the measured ones next to them. Runs on rows of this project get a figure
+of their own: those rows are not the benchmark, so nothing published stands next to them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from modeling_deepseek_moe.eval.results import BENCHMARKS
 MEASURED_COLORS = ("#D9480F", "#0B8A6A", "#A63BB8", "#B7860B")
 SAMPLE_NOTE = (
     "These rows were written for this project in the benchmarks' formats. They are not the benchmarks: no published figure "
-    "stands beside them."
+    "stands next to them."
 )
 
 
@@ -62,7 +62,7 @@ class Figure:
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
-    """Those with something to show: a suite nobody published, of which only sample rows were run, has none of its own."""
+    """Those with something to show: an unpublished suite, of which only sample rows were run, has none of its own."""
     tasks = [task for run in runs for task in run.tasks]
     found = []
     for suite in dict.fromkeys(run.evaluation.suite for run in runs):
@@ -90,7 +90,7 @@ def _of_suite(suite: str, tasks: Sequence[Task], runs: Sequence[Run]) -> Figure:
         bars += _measured([task for task in tasks if task.facts.benchmark == benchmark], runs)
         metric = table.metrics.get(benchmark, "") if table else ""
         groups.append(Group(BENCHMARKS.get(benchmark, benchmark), metric, tuple(bars)))
-    title = f"{suite}: measured beside {table.title}" if table else f"{suite}: nothing was published to set beside it"
+    title = f"{suite}: compared with {table.title}" if table else f"{suite}: nothing was published to compare it with"
     shown = any(bar.measured for group in groups for bar in group.bars)
     note = "" if shown else "Nothing was measured on the benchmarks' own questions: published figures only."
     kept = tuple(group for group in groups if group.bars)

@@ -244,7 +244,7 @@ function choosePair(found) {
   const leave = make("button", "", "Show all questions");
   leave.type = "button";
   leave.addEventListener("click", () => { choosePair(null); apply(); });
-  at("pair").append(`Only where ${first} and ${second} differ; verdicts in the list are of ${first}. `, leave);
+  at("pair").append(`Only where ${first} and ${second} differ; verdicts are those of ${first}. `, leave);
 }
 
 function turn(step) {

@@ -9,14 +9,13 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from modeling_deepseek_moe import __version__
+from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.eval.published import published
 from modeling_deepseek_moe.eval.report import chart, explorer, svg, tables
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import SEED, Pair, Run, gather, pairs
 from modeling_deepseek_moe.eval.statistics import LEVEL, RESAMPLES
-
-from modeling_deepseek_moe import __version__
-from modeling_deepseek_moe.checkpoint.atomic import write_file
 
 FOLDER = Path(__file__).parent
 PAGE, CHART, NUMBERS = "report.html", "chart.png", "report.json"

@@ -140,7 +140,7 @@ def _protocol(run: Run) -> str:
     count = sum(entry.get("status") == "documented" for entry in fields.values())
     table = _table(("Field", "Value", "Status", "Source or reason"), rows, kind="words")
     return (
-        f"<h3>{escape(run.label)}: protocol {name}</h3><p>{about}</p><h4>What departs from it</h4>{departs}"
+        f"<h3>{escape(run.label)}: protocol {name}</h3><p>{about}</p><h4>Deviations from the protocol</h4>{departs}"
         f"<details><summary>{len(fields)} fields: {count} documented, {len(fields) - count} assumed</summary>{table}"
         f"</details><details><summary>To run it again</summary>{_facts(run)}</details>"
     )

@@ -18,7 +18,7 @@ LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(?:tmp|old)")
 
 
 def temporary_path(path: Path, kind: str = "tmp") -> Path:
-    """A hidden name next to ``path`` that nobody else has; ``old`` is for what makes room for a new file."""
+    """A hidden name next to ``path`` that no one else has; ``old`` is for what makes room for a new file."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{kind}")
 
 
@@ -49,7 +49,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def copy_flushed(source: Path, path: Path) -> None:
-    """A copy under a name that nobody looks for yet, on the disk when this returns."""
+    """A copy under a name that no one looks for yet, on the disk when this returns."""
     with source.open("rb") as data, flushed(path, path.name, source.stat().st_size) as stream:
         shutil.copyfileobj(data, stream)
 

@@ -6,6 +6,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from modeling_deepseek_moe.checkpoint.lock import try_lock
 
@@ -38,7 +39,7 @@ class Journal:
         file: Path,
         run: dict,
         pieces: str = "answers",
-        way_out: str = "give another --out, or remove the folder to begin anew",
+        way_out: str = "give another --out, or remove the folder to begin again",
     ):
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ class Journal:
         if not complete:
             self._write([{"run": run}])
 
-    def add(self, answers: dict[str, object]) -> None:
+    def add(self, answers: dict[str, Any]) -> None:
         """Keep pieces by key; on the disk when this returns."""
         self._write([{"key": key, "answer": answer} for key, answer in answers.items()])
         self.answers |= answers
@@ -69,9 +70,10 @@ class Journal:
         self._out.close()
 
 
-def read_journal(file: Path, run: dict, pieces: str, way_out: str) -> tuple[dict[str, object], int]:
+def read_journal(file: Path, run: dict, pieces: str, way_out: str) -> tuple[dict[str, Any], int]:
     """The pieces in a file by key, and the bytes of its whole lines. Errors as `Journal`'s."""
-    answers, complete = {}, 0
+    answers: dict[str, Any] = {}
+    complete = 0
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
@@ -82,7 +84,7 @@ def read_journal(file: Path, run: dict, pieces: str, way_out: str) -> tuple[dict
             else:
                 answers[entry["key"]] = entry["answer"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}:{number}: damaged ({error}); remove it to begin anew") from None
+            raise ValueError(f"{file}:{number}: damaged ({error}); remove it to begin again") from None
         complete += len(line)
     return answers, complete
 

@@ -1,7 +1,7 @@
 """One writer at a time: a lock on a folder or a file, which the system takes back when its holder ends, however it ends.
 
 The folder itself is locked (``flock``): there is no lock file to go stale or to be tidied up. Where the system or the
-file system has no such locks, nobody is kept out, and unique temporary names are what is left of the protection.
+file system has no such locks, no one is kept out, and unique temporary names are what is left of the protection.
 """
 
 import contextlib

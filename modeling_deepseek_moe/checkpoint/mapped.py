@@ -35,7 +35,7 @@ class _Identity(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def is_like(self, other: "_Identity") -> bool:
-        """Whether size and time agree. Devices and inodes do not last where a folder is mounted elsewhere or anew."""
+        """Whether size and time agree. Devices and inodes do not last where a folder is mounted elsewhere or again."""
         return self[2:] == other[2:]
 
     def __str__(self):
@@ -126,7 +126,7 @@ class MappedFiles:
         return stream
 
     def check_unchanged(self, seconds: float = 0.0) -> None:
-        """Look whether a mapped file was written to since it was mapped; at most once in so many ``seconds``.
+        """Look whether a mapped file was written to since it was mapped; at most once in ``seconds``.
 
         About 2 µs a file, and 0.1 µs when it is too early to look again. Code that `torch.compile` makes does not look.
 
@@ -157,7 +157,7 @@ class MappedFiles:
         return {"wanted": self._wanted}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__()
+        MappedFiles.__init__(self)
         for file, wanted in state["wanted"].items():
             self.expect(file)
             if not self._wanted[file].is_like(wanted):

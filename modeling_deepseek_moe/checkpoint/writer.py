@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +130,8 @@ def write_checkpoint(
 
 def write_shard(path: Path, name: str, plans: list[TensorPlan], bar: tqdm) -> None:
     """Write one safetensors file, flushed to the disk. Errors call it ``name``; ``bar`` is told of bytes written."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     # Widest dtype first, as the safetensors library does: every tensor then lies aligned for its own dtype.
     for plan in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
         header[plan.name] = {
@@ -177,7 +178,8 @@ class _Flusher:
     """Keeps the disk busy while a file is still being made, so that its last flush has little left to do."""
 
     def __init__(self, descriptor: int):
-        self._descriptor, self._waiting, self._flush = descriptor, 0, None
+        self._descriptor, self._waiting = descriptor, 0
+        self._flush: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def written(self, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line ``deepseek-moe``: one file a command, put together in `app`."""
+"""The command line ``deepseek-moe``: one file per command, put together in `app`."""
 
 from modeling_deepseek_moe.cli.app import app, main
 

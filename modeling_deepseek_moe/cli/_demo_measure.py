@@ -75,7 +75,7 @@ def resident_bytes(model: PreTrainedModel) -> ResidentBytes:
 
 
 class _Decoder:
-    """Greedy decoding of one model behind a context that it has already read."""
+    """Greedy decoding of one model after a context that it has already read."""
 
     def __init__(self, model: PreTrainedModel, context_ids: torch.Tensor):
         self.model, self.cache = model, DynamicCache(config=model.config)
@@ -93,7 +93,7 @@ class _Decoder:
 
 @torch.inference_mode()
 def decode_speeds(models: dict[str, PreTrainedModel], context_ids: torch.Tensor, tokens: int) -> dict[str, float]:
-    """Tokens a second of greedy decoding behind ``context_ids [1, S]``, the median of ``tokens`` single steps each.
+    """Tokens per second of greedy decoding after ``context_ids [1, S]``, the median of ``tokens`` single steps each.
 
     The models take turns token by token, so that whatever else the machine does meets all of them alike.
     """

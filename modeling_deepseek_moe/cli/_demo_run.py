@@ -1,7 +1,7 @@
 """The stages of ``deepseek-moe demo``, each of which prints what it found.
 
 The tiny checkpoint is taught a new kind of problem with `Trainer`, written as bf16 and as a release-format FP8 checkpoint,
-read back with `AutoModelForCausalLM.from_pretrained`, and measured beside plain transformers on the same weights.
+read back with `AutoModelForCausalLM.from_pretrained`, and compared with plain transformers on the same weights.
 """
 
 import itertools
@@ -85,7 +85,7 @@ def open_tiny(console: Console) -> tuple[PreTrainedTokenizerFast, PreTrainedMode
     config = model.config
     console.print(
         f"Model: the tiny checkpoint, {config.model_type}, {config.num_hidden_layers} layers, {config.n_routed_experts} "
-        f"experts of which {config.num_experts_per_tok} a token, an MTP layer, {count(model.num_parameters())} parameters"
+        f"experts of which {config.num_experts_per_tok} per token, an MTP layer, {count(model.num_parameters())} parameters"
     )
     return AutoTokenizer.from_pretrained(path), model.eval()
 
@@ -184,8 +184,8 @@ def compare(
 
 
 def time_decoding(models: dict[str, PreTrainedModel], stream: torch.Tensor, console: Console) -> dict:
-    """Tokens a second at a short and a long context, as a table, and in words who is faster."""
-    table = Table("tokens a second, greedy")
+    """Tokens per second at a short and a long context, as a table, and in words who is faster."""
+    table = Table("tokens per second, greedy")
     speeds = {}
     for context in (SHORT, LONG):
         table.add_column(f"context {context:,}", justify="right")

@@ -63,7 +63,7 @@ TopPOption = Annotated[
     float | None, typer.Option(min=0, max=1, help="Only the likeliest tokens of this mass.", rich_help_panel=SAMPLING)
 ]
 TopKOption = Annotated[
-    int | None, typer.Option(min=0, help="Only so many of the likeliest tokens.", rich_help_panel=SAMPLING)
+    int | None, typer.Option(min=0, help="Sample from the N likeliest tokens only.", rich_help_panel=SAMPLING)
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=SAMPLING)]
 AttentionOption = Annotated[
@@ -81,7 +81,9 @@ ExpertMemoryOption = Annotated[
 ]
 StatsOption = Annotated[
     bool,
-    typer.Option("--stats", help="Tell hit rate, bytes read and waiting for experts.", rich_help_panel=RUNNING),
+    typer.Option(
+        "--stats", help="Print hit rate of the expert cache, bytes read and stall time.", rich_help_panel=RUNNING
+    ),
 ]
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: GPUs if there are any.", rich_help_panel=RUNNING)
@@ -145,7 +147,7 @@ def expert_summary(model: PreTrainedModel, meter: "Meter | None" = None) -> str:
         ("missed", f"{size(stats.bytes_missed)}, {size(stats.bytes_missed / tokens)} a token"),
         ("read", f"{size(stats.bytes_read)} at {size(stats.read_bandwidth or 0)}/s, {how}"),
         ("read ahead", "nothing"),
-        ("waited", f"{stats.stall_seconds:.1f} s for the disk, {stats.stall_seconds / tokens * 1e3:.0f} ms a token"),
+        ("waited", f"{stats.stall_seconds:.1f} s for the disk, {stats.stall_seconds / tokens * 1e3:.0f} ms per token"),
     ]
     if stats.prefetch_accuracy is not None:
         rows[4] = ("read ahead", f"{size(stats.bytes_prefetched)}, {stats.prefetch_accuracy:.0%} of it wanted")
@@ -163,7 +165,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     _check_folder(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
-            f"{folder}: found no tokenizer ({', '.join(TOKENIZER_FILES[:2])}), wanted one beside the weights"
+            f"{folder}: found no tokenizer ({', '.join(TOKENIZER_FILES[:2])}), wanted one next to the weights"
         )
     if not trust_remote_code and tokenizer_is_code(folder):
         raise ValueError(
@@ -261,7 +263,7 @@ class Meter(BaseStreamer):
 
     @property
     def speed(self) -> float | None:
-        """New tokens a second, behind the first, which takes the prompt's time."""
+        """New tokens per second, after the first, which takes the prompt's time."""
         return (self.new_tokens - 1) / max(self.times[-1] - self.times[1], 1e-9) if self.new_tokens > 1 else None
 
     def summary(self, cache: DynamicCache) -> str:
@@ -276,7 +278,7 @@ class Meter(BaseStreamer):
         held = cache.get_seq_length()
         if held:
             nbytes = cache_bytes(cache)
-            parts.append(f"cache {size(nbytes)}, {nbytes // held:,} bytes a token")
+            parts.append(f"cache {size(nbytes)}, {nbytes // held:,} bytes per token")
         return "; ".join(parts)
 
 

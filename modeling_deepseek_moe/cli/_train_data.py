@@ -41,7 +41,7 @@ def load_documents(file: str, tokenizer: PreTrainedTokenizerBase, max_length: in
             documents.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     if not any(label != IGNORE for document in documents for label in document["labels"][1:]):
         said = (
-            "what the assistant says lies behind max_length, or there is none" if column == "messages" else "too short"
+            "what the assistant says lies past max_length, or there is none" if column == "messages" else "too short"
         )
         raise ValueError(f"{file}: found {len(documents)} documents and no token to learn: {said}")
     return documents

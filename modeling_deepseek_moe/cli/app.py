@@ -1,5 +1,6 @@
 """The application: which commands there are, and the options that come before a command."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -18,8 +19,10 @@ from modeling_deepseek_moe.cli.predict import predict
 from modeling_deepseek_moe.cli.report import report
 from modeling_deepseek_moe.cli.train import train
 
-COMMANDS = (plan, inspect, bench, generate, chat, convert, train, eval, predict, report, demo)
-FREE_OPTIONS = {train: {"allow_extra_args": True, "ignore_unknown_options": True}}  # read by the command itself
+COMMANDS: tuple[Callable, ...] = (plan, inspect, bench, generate, chat, convert, train, eval, predict, report, demo)
+FREE_OPTIONS: dict[Callable, dict] = {
+    train: {"allow_extra_args": True, "ignore_unknown_options": True}
+}  # read by the command itself
 
 app = typer.Typer(
     name="deepseek-moe",

@@ -1,4 +1,4 @@
-"""``deepseek-moe bench``: how fast a model runs on this machine, measured, beside what ``plan`` expects."""
+"""``deepseek-moe bench``: how fast a model runs on this machine, measured, next to what ``plan`` expects."""
 
 import contextlib
 import copy
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from modeling_deepseek_moe.anatomy import Anatomy, dissect, read_config
+from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown, read_config
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import count, plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.machine import measure_read_bandwidth
@@ -36,7 +36,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode in each of the repeats.")] = 8,
     repeat: Annotated[int, typer.Option(min=1, help="Times to measure everything.")] = 3,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Of random weights: only so many layers.", show_default="all")
+        int | None, typer.Option(min=1, help="Number of layers, of random weights.", show_default="all")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to use.", show_default="as torch does")] = None,
     expert_memory: _model.ExpertMemoryOption = None,
@@ -44,7 +44,7 @@ def bench(
 ) -> None:
     """Measure loading, reading a prompt, and decoding on this machine's CPU.
 
-    Decoding reads every active weight and the cache once a token: the memory bandwidth, measured in between, bounds
+    Decoding reads every active weight and the cache once per token: the memory bandwidth, measured in between, bounds
     it, and the share of that bound is shown. A config.json alone will do: random weights in its shapes are as fast
     as trained ones. They are written to a temporary folder as an FP8 checkpoint; --layers makes them small.
 
@@ -82,7 +82,7 @@ def _write_random(path: Path, layers: int | None, folder: Path) -> None:
     for name in ("quantization_config", "layer_types"):
         if hasattr(config, name):
             delattr(config, name)
-    needed, available = 2 * dissect(config).parameters, psutil.virtual_memory().available
+    needed, available = 2 * parameter_breakdown(config).parameters, psutil.virtual_memory().available
     if needed > available:
         raise ValueError(
             f"{path}: random weights of {config.num_hidden_layers} layers take {size(needed)} while they are made, found "
@@ -98,13 +98,15 @@ def _write_random(path: Path, layers: int | None, folder: Path) -> None:
 
 
 def _load(folder: Path, expert_memory: str | None) -> PreTrainedModel:
-    options = {"dtype": _model.Dtype.AUTO, "attention": None, "device": "cpu", "dequantize": False}
-    return _model.load_model(folder, **options, expert_memory=expert_memory)
+    auto = _model.Dtype.AUTO
+    return _model.load_model(
+        folder, dtype=auto, attention=None, device="cpu", dequantize=False, expert_memory=expert_memory
+    )
 
 
 @torch.inference_mode()
 def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, tokens: int, repeat: int) -> dict:
-    config, anatomy = model.config, dissect(model.config)
+    config, breakdown = model.config, parameter_breakdown(model.config)
     most = config.max_position_embeddings
     if max(*contexts, 0) + tokens * (repeat + 1) > most or prefill > most:
         raise ValueError(f"found contexts {contexts} and a prompt of {prefill}, wanted at most {most} tokens in all")
@@ -121,19 +123,19 @@ def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, to
             prompts.append(seconds)
     bandwidth = statistics.median(bandwidths[1:])
     return {
-        "parameters": anatomy.parameters,
-        "active_parameters": anatomy.active_parameters,
+        "parameters": breakdown.parameters,
+        "active_parameters": breakdown.active_parameters,
         "threads": torch.get_num_threads(),
         "bandwidth": bandwidth,
         "resident_bytes": psutil.Process().memory_info().rss,
         "prefill": {"tokens": prefill, "tokens_per_second": prefill / statistics.median(prompts[1:])},
-        "decode": [_decoded(anatomy, length, steps[length][1:], bandwidth) for length in contexts],
+        "decode": [_decoded(breakdown, length, steps[length][1:], bandwidth) for length in contexts],
         "experts": _model.expert_summary(model) if model.expert_stats() else None,
     }
 
 
-def _decoded(anatomy: Anatomy, context: int, seconds: list[float], bandwidth: float) -> dict:
-    read = anatomy.active_bytes(anatomy.weight_format) + anatomy.cache_bytes(context)
+def _decoded(breakdown: ParameterBreakdown, context: int, seconds: list[float], bandwidth: float) -> dict:
+    read = breakdown.active_bytes(breakdown.weight_format) + breakdown.cache_bytes(context)
     taken = statistics.median(seconds)
     return {
         "context": context,
@@ -170,13 +172,13 @@ def _seconds(run) -> float:
 
 def _show(fields: dict, console: Console) -> None:
     console.print(
-        f"{count(fields['parameters'])} parameters, {count(fields['active_parameters'])} active a token; loaded in "
+        f"{count(fields['parameters'])} parameters, {count(fields['active_parameters'])} active per token; loaded in "
         f"{fields['load_seconds']:.1f} s; {size(fields['resident_bytes'])} resident"
     )
     console.print(f"memory gives {size(fields['bandwidth'])}/s to {plural(fields['threads'], 'thread')}")
     console.print()
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for header in ("", "tokens/s", "best", "plan", "read a token", "of bandwidth"):
+    for header in ("", "tokens/s", "best", "plan", "read per token", "of bandwidth"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     prompt = fields["prefill"]
     table.add_row(f"prompt of {prompt['tokens']:,}", rate(prompt["tokens_per_second"]))

@@ -31,13 +31,13 @@ class Conversation:
         self._forget()
 
     def _forget(self) -> None:
-        self.seen: list[int] = []  # the tokens behind the cache, and the last one made, which is not in it yet
+        self.seen: list[int] = []  # the tokens that the cache holds, and the last one made, which is not in it yet
         self.cache = DynamicCache(config=self.model.config)
 
     def answer(self, text: str) -> _model.Meter:
         """Stream the answer to ``text`` to stdout and keep both.
 
-        The template renders the whole conversation anew each time; what it has in common with the tokens seen
+        The template renders the whole conversation each time; what it has in common with the tokens seen
         stays in the cache, the rest of the cache is cut off.
 
         Raises:

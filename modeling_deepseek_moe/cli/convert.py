@@ -38,7 +38,7 @@ def convert(
         ),
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Shards written at a time.")] = 2,
-    max_shard_size: Annotated[str, typer.Option(help="Bytes of a shard, such as 5GB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum shard size, such as 5GB.")] = "5GB",
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default=False)] = None,
     scales_from: Annotated[
         Path | None, typer.Option(help="bf16-to-fp8: the release whose scales are kept.", show_default=False)
@@ -127,7 +127,7 @@ def _files(number: int) -> str:
 
 @contextlib.contextmanager
 def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, bytes a second and the time left."""
+    """A bar with bytes, bytes per second and the time left."""
     console = stderr()
     columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

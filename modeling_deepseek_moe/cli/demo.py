@@ -1,4 +1,4 @@
-"""``deepseek-moe demo``: the package's main job from training to tokens a second, offline, in two minutes."""
+"""``deepseek-moe demo``: the package's main job from training to tokens per second, offline, in two minutes."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ WAIT_POLICY = "OMP_WAIT_POLICY"
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoints and the figures.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 1,024 tokens.")] = 100,
-    minutes: Annotated[float, typer.Option(min=0.05, help="Stop training after so long at the latest.")] = 2.0,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Maximum training time in minutes.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and sampling.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="what is fastest", metavar="N")
@@ -25,7 +25,7 @@ def demo(
 ) -> None:
     """Fine-tune, write as FP8, load, generate and measure the tiny DeepSeek-V3 that ships: offline, in two minutes.
 
-    Teaches it a kind of problem that it does not know and leaves two checkpoints behind, OUT/fp8 and OUT/bf16, in the
+    Teaches it a kind of problem that it does not know and leaves two checkpoints, OUT/fp8 and OUT/bf16, in the
     release's format.
 
     \b

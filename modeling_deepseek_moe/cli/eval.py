@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +55,7 @@ def eval(  # noqa: A001  the command's name
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="The first so many questions of each task.", rich_help_panel=WHAT)
+        int | None, typer.Option(min=1, help="Evaluate only the first N questions of each task.", rich_help_panel=WHAT)
     ] = None,
     out: Annotated[
         Path | None,
@@ -74,13 +75,15 @@ def eval(  # noqa: A001  the command's name
     cache: Annotated[
         CacheKind, typer.Option(help="Kind of key-value cache.", rich_help_panel=HOW)
     ] = CacheKind.DYNAMIC,
-    seed: Annotated[int, typer.Option(help="Of sampling.", rich_help_panel=HOW)] = 1234,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", rich_help_panel=HOW)] = 1234,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel=CHANGES)] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.", rich_help_panel=CHANGES)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens per answer.", rich_help_panel=CHANGES)
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Answers to each question.", rich_help_panel=CHANGES)] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy.", rich_help_panel=CHANGES)] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.001, max=1, help="Of sampling.", rich_help_panel=CHANGES)
+        float | None, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.", rich_help_panel=CHANGES)
     ] = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
@@ -90,7 +93,7 @@ def eval(  # noqa: A001  the command's name
     expert_memory: _model.ExpertMemoryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
-    """Score a model on MMLU-Pro, MATH-500 and others under DeepSeek's own protocol, and report it beside the published figures.
+    """Score a model on MMLU-Pro, MATH-500 and others under DeepSeek's own protocol, and report it next to the published figures.
 
     With no options it shows the whole path in minutes: the small model that ships, on rows written for this project in the
     benchmarks' formats. Such scores are no benchmark's. Results go to a folder: every prompt, output and verdict, and a report
@@ -107,20 +110,18 @@ def eval(  # noqa: A001  the command's name
     _check_installed()
     from modeling_deepseek_moe.eval.data import load_rows
     from modeling_deepseek_moe.eval.protocols import protocol
-    from modeling_deepseek_moe.eval.results import read_questions
     from modeling_deepseek_moe.eval.run import Changes, check_benchmarks, evaluate
-    from modeling_deepseek_moe.eval.statistics import summarise
 
     benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
     check_benchmarks(protocol(suite.value), benchmarks)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size: found {batch_size!r}, wanted a number of at least 1, or auto")
-    changes = {"shots": shots, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "k": k}
+    changes = Changes(shots=shots, max_tokens=max_tokens, temperature=temperature, top_p=top_p, k=k)
     if model is None:
         from modeling_deepseek_moe.tiny import tiny_checkpoint
 
         model, label, data = Path(tiny_checkpoint()), label or "tiny checkpoint", data or "sample"
-        changes |= {name: value for name, value in SMALL.items() if changes[name] is None}
+        changes = replace(changes, **{name: part for name, part in SMALL.items() if getattr(changes, name) is None})
         stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
     label = label or model.resolve().name
     out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
@@ -140,26 +141,32 @@ def eval(  # noqa: A001  the command's name
         label=label,
         data=data or "hub",
         limit=limit,
-        changes=Changes(**changes),
+        changes=changes,
         batch_size=batch_size,
         cache=cache.value,
         seed=seed,
         command=shlex.join(["deepseek-moe", *sys.argv[1:]]),
     )
+    _show(done, out, label, as_json)
+
+
+def _show(done, out: Path, label: str, as_json: bool) -> None:
+    """The scores of an ``eval.results.Evaluation`` that was written to ``out``."""
+    from modeling_deepseek_moe.eval.results import read_questions
+    from modeling_deepseek_moe.eval.statistics import summarise
+
     scores = [(task, summarise(read_questions(out, task.task))) for task in done.tasks]
     if as_json:
         tasks = {task.benchmark: vars(one) | {"rows": task.rows, "data": task.data["source"]} for task, one in scores}
         print_json({"folder": str(out), "seconds": done.seconds, "tasks": tasks})
-    else:
-        stdout().print(_table(label, suite.value, scores))
-        for task in done.tasks:
-            if task.changed:
-                stdout().print(
-                    f"{task.benchmark} departs from {suite.value}: {'; '.join(task.changed)}", soft_wrap=True
-                )
-        stdout().print(
-            f"{out} in {duration(done.seconds)}; page: deepseek-moe report {shlex.quote(str(out))}", soft_wrap=True
-        )
+        return
+    stdout().print(_table(label, done.suite, scores))
+    for task in done.tasks:
+        if task.changed:
+            stdout().print(f"{task.benchmark} departs from {done.suite}: {'; '.join(task.changed)}", soft_wrap=True)
+    stdout().print(
+        f"{out} in {duration(done.seconds)}; page: deepseek-moe report {shlex.quote(str(out))}", soft_wrap=True
+    )
 
 
 def _check_installed() -> None:

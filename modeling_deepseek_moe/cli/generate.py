@@ -22,7 +22,7 @@ def generate(
     token_ids: Annotated[
         str | None, typer.Option(help="Token ids instead of a text, e.g. 0,9707,11: needs no tokenizer.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="At most so many.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum new tokens.")] = 256,
     temperature: _model.TemperatureOption = None,
     top_p: _model.TopPOption = None,
     top_k: _model.TopKOption = None,
@@ -37,7 +37,7 @@ def generate(
 ) -> None:
     """Continue a text with a model, word by word as it is made.
 
-    The text goes to stdout, figures (tokens, tokens a second, cache) to stderr. For a conversation see "chat".
+    The text goes to stdout, figures (tokens, tokens per second, cache) to stderr. For a conversation see "chat".
     On a CPU, the FP8 experts of a model larger than memory are read from the disk as they are needed.
 
     Examples:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from modeling_deepseek_moe.anatomy import Anatomy
+from modeling_deepseek_moe.anatomy import ParameterBreakdown
 from modeling_deepseek_moe.cli._console import count, print_json, size, stderr, stdout
 from modeling_deepseek_moe.engine.report import EngineReport
 from modeling_deepseek_moe.inspection import Inspection, inspect_checkpoint
@@ -30,7 +30,7 @@ TITLES = {
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many lines of each kind of problem.")] = 10,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum lines for each kind of problem.")] = 10,
     engine: Annotated[
         bool, typer.Option("--engine", help="Load the model too, and show what the CPU engine runs of it.")
     ] = False,
@@ -66,38 +66,38 @@ def inspect(
         raise typer.Exit(1)
 
 
-def parameters_dict(anatomy: Anatomy) -> dict:
+def parameters_dict(breakdown: ParameterBreakdown) -> dict:
     """Parameter counts under the names that ``--json`` uses."""
     return {
-        "total": anatomy.parameters,
-        "active": anatomy.active_parameters,
-        "mtp": anatomy.mtp_parameters,
-        "mtp_copies": anatomy.mtp_copies,
-        "by_part": {part: entry.parameters for part, entry in anatomy.stored.items()},
-        "active_by_part": {part: entry.parameters for part, entry in anatomy.active.items()},
+        "total": breakdown.parameters,
+        "active": breakdown.active_parameters,
+        "mtp": breakdown.mtp_parameters,
+        "mtp_copies": breakdown.mtp_copies,
+        "by_part": {part: entry.parameters for part, entry in breakdown.stored.items()},
+        "active_by_part": {part: entry.parameters for part, entry in breakdown.active.items()},
     }
 
 
-def parameters_lines(anatomy: Anatomy) -> list[str]:
+def parameters_lines(breakdown: ParameterBreakdown) -> list[str]:
     """Parameter counts in words."""
-    lines = [f"{count(anatomy.parameters)} parameters, {count(anatomy.active_parameters)} active a token"]
-    if anatomy.mtp_parameters:
-        total = anatomy.parameters + anatomy.mtp_parameters
+    lines = [f"{count(breakdown.parameters)} parameters, {count(breakdown.active_parameters)} active per token"]
+    if breakdown.mtp_parameters:
+        total = breakdown.parameters + breakdown.mtp_parameters
         lines.append(
-            f"+ {count(anatomy.mtp_parameters)} MTP ({count(anatomy.mtp_copies)} copies of embedding and head): "
+            f"+ {count(breakdown.mtp_parameters)} MTP ({count(breakdown.mtp_copies)} copies of embedding and head): "
             f"{count(total)} in all"
         )
     return lines
 
 
-def show_architecture(architecture: dict[str, str], anatomy: Anatomy, console: Console) -> None:
+def show_architecture(architecture: dict[str, str], breakdown: ParameterBreakdown, console: Console) -> None:
     """The config's essentials and the parameter counts, one line each."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column()
     for name, text in architecture.items():
         grid.add_row(name, text)
-    for index, line in enumerate(parameters_lines(anatomy)):
+    for index, line in enumerate(parameters_lines(breakdown)):
         grid.add_row("" if index else "parameters", line)
     console.print(grid)
     console.print("[dim]active: chosen experts only, embedding as one row, head in full, without MTP[/]")
@@ -133,7 +133,7 @@ def _as_dict(found: Inspection) -> dict:
         "folder": found.folder,
         "loadable": found.is_loadable,
         "architecture": found.architecture,
-        "parameters": parameters_dict(found.anatomy),
+        "parameters": parameters_dict(found.breakdown),
         "shards": found.shards,
         "tensors": found.total.tensors,
         "bytes": found.total.nbytes,
@@ -152,13 +152,13 @@ def _show(found: Inspection, limit: int, console: Console) -> None:
         f"{found.shards} file{'s' if found.shards > 1 else ''}"
     )
     console.print()
-    show_architecture(found.architecture, found.anatomy, console)
+    show_architecture(found.architecture, found.breakdown, console)
     console.print()
     table = Table("part", box=None, header_style="dim", pad_edge=False)
     for header in ("tensors", "parameters", "active", "bytes", "share"):
         table.add_column(header, justify="right", no_wrap=True)
     for part, tally in found.parts.items():
-        active = found.anatomy.active.get(part)
+        active = found.breakdown.active.get(part)
         table.add_row(
             part,
             f"{tally.tensors:,}",

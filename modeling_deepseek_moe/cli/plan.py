@@ -9,15 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from modeling_deepseek_moe.anatomy import Anatomy, describe, dissect, read_config
+from modeling_deepseek_moe.anatomy import ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
 from modeling_deepseek_moe.machine import Bandwidth, measure_disk, probe_machine
 from modeling_deepseek_moe.planning import (
     DISK_EFFICIENCY,
-    FITS,
     FROM_DISK,
+    IN_MEMORY,
     MEMORY_EFFICIENCY,
     TOO_LARGE,
     Plan,
@@ -25,7 +25,7 @@ from modeling_deepseek_moe.planning import (
 )
 
 DEFAULT_CONTEXT = 8192
-STYLES = {FITS: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
+STYLES = {IN_MEMORY: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
 
 
 def plan(
@@ -46,7 +46,7 @@ def plan(
     """Say whether a model will run on this machine, and how fast.
 
     Needs nothing but the config, so ask before the download. Memory bandwidth is measured (about a second);
-    divided by the bytes that a token reads it bounds the tokens a second of a single conversation, and most of that
+    divided by the bytes that a token reads it bounds the tokens per second of a single conversation, and most of that
     is reached. Of a model that is larger than memory, experts are read from the disk: what to expect then depends
     on how many of them memory holds. "bench" measures what this predicts.
 
@@ -64,35 +64,35 @@ def plan(
         )
     given = None if disk_speed is None else parse_size(disk_speed)
     config = read_config(path)
-    anatomy = dissect(config)
+    breakdown = parameter_breakdown(config)
     with stderr().status("measuring memory bandwidth"):
         machine = probe_machine()
     measured = measure_disk(path) if given is None else None
     disk = measured.bytes_per_second if measured else given
-    made = make_plan(anatomy, machine, context or min(DEFAULT_CONTEXT, config.max_position_embeddings), disk)
+    made = make_plan(breakdown, machine, context or min(DEFAULT_CONTEXT, config.max_position_embeddings), disk)
     if as_json:
-        fields = {"architecture": describe(config), "parameters": parameters_dict(anatomy), "verdict": made.verdict}
+        fields = {"architecture": describe(config), "parameters": parameters_dict(breakdown), "verdict": made.verdict}
         print_json(fields | asdict(made))
         return
     console = stdout()
-    show_architecture(describe(config), anatomy, console)
+    show_architecture(describe(config), breakdown, console)
     console.print()
-    _show(made, anatomy, "measured now" if measured else "assumed" if given is None else "as given", console)
+    _show(made, breakdown, "measured now" if measured else "assumed" if given is None else "as given", console)
     if made.context > config.max_position_embeddings:
         console.print(
             f"[yellow]{made.context:,} tokens are more than the model's {config.max_position_embeddings:,}.[/]"
         )
 
 
-def _show(made: Plan, anatomy: Anatomy, disk: str, console: Console) -> None:
+def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console) -> None:
     machine = made.machine
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column()
     grid.add_row(
-        "download", f"{size(made.release_bytes)} of weights" + (", MTP included" if anatomy.mtp_parameters else "")
+        "download", f"{size(made.release_bytes)} of weights" + (", MTP included" if breakdown.mtp_parameters else "")
     )
-    cache = f"{made.cache_bytes_per_token:,} bytes a token, {size(made.cache_bytes)} at {made.context:,} tokens"
+    cache = f"{made.cache_bytes_per_token:,} bytes per token, {size(made.cache_bytes)} at {made.context:,} tokens"
     grid.add_row("cache", cache)
     grid.add_row("memory", f"{size(machine.ram_available)} available of {size(machine.ram_bytes)}")
     grid.add_row("bandwidth", f"{_speed(machine.bandwidth)}, {plural(machine.threads, 'thread')}")
@@ -144,8 +144,8 @@ def _show_budgets(made: Plan, disk: str, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"[dim]with a disk of {size(made.disk_bytes_per_second)}/s, {disk}, {DISK_EFFICIENCY:.0%} of it used; all experts "
-        "taken for equally likely[/]"
+        f"[dim]with a disk of {size(made.disk_bytes_per_second)}/s, {disk}, {DISK_EFFICIENCY:.0%} of it used; assuming "
+        "uniform routing[/]"
     )
     console.print()
 

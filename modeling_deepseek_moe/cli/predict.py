@@ -39,9 +39,9 @@ def predict(
         Path | None, typer.Option(help="CSV of rating, percentile: for codeforces' percentile.")
     ] = None,
     label: Annotated[str | None, typer.Option(help="The model's name.", show_default="the folder's")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 8192,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Of sampling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.")] = 1.0,
     batch_size: Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")] = "auto",
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
@@ -53,7 +53,7 @@ def predict(
     """Have a model write programs or patches, in the format of their judges, and read the verdicts back.
 
     Own problems are judged at once, in a sandbox without network, processes or files (Linux 5.13 or later). Codeforces and SWE-bench
-    are judged by nobody but their own tools: this writes what they take, says how to go on, and with --judged makes an evaluation
+    are judged by their own tools only: this writes what they take, says how to go on, and with --judged makes an evaluation
     for deepseek-moe report. No figure is made without a verdict.
 
     \b
@@ -64,28 +64,12 @@ def predict(
       [cyan]deepseek-moe predict codeforces --out runs/cf --judged judged.jsonl --ratings ratings.csv[/]
     """
     from modeling_deepseek_moe.eval.code import handover
-    from modeling_deepseek_moe.eval.code.problems import SAMPLES, read_problems
-    from modeling_deepseek_moe.eval.code.sandbox import check
 
     out = out or Path("runs") / kind.value
     if judged is not None:
-        if kind is Kind.PROGRAMS:
-            raise ValueError("found --judged, which programs have no use for: the sandbox judges them")
-        if kind is Kind.CODEFORCES:
-            _say(out, handover.judge_codeforces(out, judged, ratings))
-        else:
-            _say(out, handover.judge_swebench(out, judged))
+        _read_verdicts(kind, out, judged, ratings)
         return
-    if kind is Kind.PROGRAMS:
-        check()
-        problems = read_problems(data or SAMPLES)
-        prompts = {problem.id: problem.prompt for problem in problems}
-    elif data is None:
-        raise ValueError(f"found no --data, wanted the questions of {kind.value} (or --judged, their verdicts)")
-    elif kind is Kind.CODEFORCES:
-        prompts = handover.read_prompts(data, "problem", "statement", handover.program_prompt)
-    else:
-        prompts = handover.read_prompts(data, "instance_id", "text")
+    prompts, problems = _questions(kind, data)
     if model is None:
         from modeling_deepseek_moe.tiny import tiny_checkpoint
 
@@ -107,6 +91,43 @@ def predict(
         batch_size=batch_size,
     )
     texts = [(name, answer["text"]) for name, answer in answers.items()]
+    _hand_over(kind, out, label or model.resolve().name, texts, problems, data)
+
+
+def _read_verdicts(kind: Kind, out: Path, judged: Path, ratings: Path | None) -> None:
+    from modeling_deepseek_moe.eval.code import handover
+
+    if kind is Kind.PROGRAMS:
+        raise ValueError("found --judged, which programs have no use for: the sandbox judges them")
+    if kind is Kind.CODEFORCES:
+        _say(out, handover.judge_codeforces(out, judged, ratings))
+    else:
+        _say(out, handover.judge_swebench(out, judged))
+
+
+def _questions(kind: Kind, data: Path | None) -> tuple[dict, list]:
+    """Prompts by the questions' names, and, where they are judged here, the problems."""
+    from modeling_deepseek_moe.eval.code import handover
+    from modeling_deepseek_moe.eval.code.problems import SAMPLES, read_problems
+    from modeling_deepseek_moe.eval.code.sandbox import check
+
+    if kind is Kind.PROGRAMS:
+        check()
+        problems = read_problems(data or SAMPLES)
+        return {problem.id: problem.prompt for problem in problems}, problems
+    if data is None:
+        raise ValueError(f"found no --data, wanted the questions of {kind.value} (or --judged, their verdicts)")
+    if kind is Kind.CODEFORCES:
+        return handover.read_prompts(data, "problem", "statement", handover.program_prompt), []
+    return handover.read_prompts(data, "instance_id", "text"), []
+
+
+def _hand_over(
+    kind: Kind, out: Path, label: str, texts: list[tuple[str, str]], problems: list, data: Path | None
+) -> None:
+    """Judge programs, or write what the judge's own tool takes and say how it is called."""
+    from modeling_deepseek_moe.eval.code import handover
+
     if kind is Kind.PROGRAMS:
         _say(out, handover.judge_programs(out, problems, str(data) if data else "sample"))
     elif kind is Kind.CODEFORCES:
@@ -117,7 +138,7 @@ def predict(
         )
     else:
         file = out / "predictions.jsonl"
-        count, empty = handover.swebench.write_predictions(file, label or model.resolve().name, texts)
+        count, empty = handover.swebench.write_predictions(file, label, texts)
         stdout().print(f"{file}: {count} predictions, {empty} of them without a patch", soft_wrap=True)
         stdout().print("with Docker and swebench:", handover.swebench.command(file, out.name), soft_wrap=True)
         stdout().print(

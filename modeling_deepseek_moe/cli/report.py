@@ -23,7 +23,7 @@ def report(
     """Report a training or an evaluation: one HTML page that needs no network, PNG files, figures as JSON.
 
     Of a training, losses and expert loads, from trainer_state.json and expert_load.jsonl: heat maps show the load of each expert
-    as a multiple of the mean, by layer and over time. Of evaluations, scores with intervals beside the published ones, and
+    as a multiple of the mean, by layer and over time. Of evaluations, scores with intervals next to the published ones, and
     every question with its answers; of two or more, where they differ and whether that can be chance.
 
     \b

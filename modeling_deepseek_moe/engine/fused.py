@@ -18,6 +18,9 @@ from modeling_deepseek_moe.ops import experts, mla_project, moe
 from modeling_deepseek_moe.ops._operands import scale_of
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
+# `q_nope`, `q_pe`, `c_kv` and `k_pe`
+FusedProjections = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 def run_by_halves(layer: nn.Module, stages: Stages) -> Callable:
     """The call for a layer: `run_layer` if the engine runs a part of it, else the layer itself."""
@@ -51,7 +54,7 @@ def run_layer(
     return hidden_states + (fused_moe(layer.mlp, normed) if fuses_moe else layer.mlp(normed))
 
 
-def fused_projections(attention, x: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
+def fused_projections(attention, x: torch.Tensor, position_embeddings) -> FusedProjections:
     """``q_nope``, ``q_pe``, ``c_kv`` and ``k_pe`` as `DeepseekAttention.attend` takes them."""
     config = attention.config
     linears, norms = reasons.parts(attention)

@@ -1,4 +1,4 @@
-"""What the CPU engine runs of a decoder while it decodes: a table made once a prompt and looked over before every step.
+"""What the CPU engine runs of a decoder while it decodes: a table made once per prompt and looked over before every step.
 
 A layer is three stages: norm, projections and attention; the output projection; norm and experts. Those that the engine
 can run it runs by address, in runs as long as they come; between two runs whatever is foreign (an adapter, a hook, a
@@ -69,7 +69,7 @@ NO_ENGINE = Stages(*["is not there, or not asked for"] * len(Stages._fields))
 
 
 class Plan:
-    """The layers of a decoder for one new token a sequence. Copies and pickles of it are ``None``."""
+    """The layers of a decoder for one new token per sequence. Copies and pickles of it are ``None``."""
 
     def __init__(self, layers: list[nn.Module], config, dtype: torch.dtype):
         self.dtype, self.layers = dtype, layers
@@ -127,7 +127,7 @@ class Plan:
         return True
 
     def can_write(self, cache: Cache | None, hidden_states: torch.Tensor) -> bool:
-        """Whether ``hidden_states`` are one token a sequence, and the layers of a cache can take its rows."""
+        """Whether ``hidden_states`` are one token per sequence, and the layers of a cache can take its rows."""
         count, (batch, length, _) = len(self.layers), hidden_states.shape
         if length != 1 or cache is None or len(cache.layers) < count:
             return False

@@ -99,7 +99,7 @@ def router(module: nn.Module, dtype: torch.dtype) -> Reason:
 
 
 def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """Routed experts, in whichever home."""
+    """Routed experts, however their weights are stored."""
     reason = _is_own(module, DeepseekExperts, StackedQuantizedExperts, MappedExperts)
     if reason is not None:
         return reason

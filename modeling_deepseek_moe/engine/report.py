@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.engine.plan import Stages, segments
 from modeling_deepseek_moe.ops import _native
@@ -57,7 +58,7 @@ class EngineReport:
         )
 
 
-class EngineReportMixin:
+class EngineReportMixin(ModelMixin):
     """`engine_report`. Mixed into the models before `PreTrainedModel`."""
 
     @torch.no_grad()

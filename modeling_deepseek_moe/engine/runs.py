@@ -39,7 +39,7 @@ def runs(
     tokens = hidden_states.shape[0] * hidden_states.shape[1]
     if tokens > FEW_TOKENS or hidden_states.device.type != "cpu" or not one_for_all_heads:
         if not compiling:
-            model.__dict__[SLOT] = None  # a prompt: what comes after it is looked over anew
+            model.__dict__[SLOT] = None  # a prompt: what comes after it is looked over again
         return layers
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or context["output_attentions"]:
         return layers

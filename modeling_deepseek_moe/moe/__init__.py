@@ -1,1 +1,1 @@
-"""Mixture of experts: router, routed experts in their two homes, and the layer that joins them."""
+"""Mixture of experts: router, routed experts, and the layer that joins them."""

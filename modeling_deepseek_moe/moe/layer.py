@@ -5,8 +5,8 @@ from torch import nn
 
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
-from modeling_deepseek_moe.moe.observed import TrainingPass
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.moe.training_state import TrainingPass
 
 
 class DeepseekMoE(nn.Module):
@@ -24,7 +24,7 @@ class DeepseekMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor, training_pass: TrainingPass | None = None) -> torch.Tensor:
         logits, topk_weights, topk_indices = self.gate(hidden_states)
         if training_pass is not None:
-            router = getattr(self.gate, "base_layer", self.gate)  # within an adapter of its weight
+            router = self.gate.base_layer if hasattr(self.gate, "base_layer") else self.gate  # in an adapter
             topk_weights = training_pass.observe(self.layer_idx, router, logits, topk_indices, topk_weights)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routed = self.experts(hidden_TD, topk_indices, topk_weights).view(hidden_states.shape)

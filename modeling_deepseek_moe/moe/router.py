@@ -3,8 +3,6 @@
 Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import nn
 
@@ -19,7 +17,7 @@ class DeepseekTopkRouter(KeepsDtype):
     ``e_score_correction_bias`` (noaux_tc only) picks experts but does not weigh them; it is fp32 through any cast.
     """
 
-    dtype_kept: ClassVar[tuple[str, ...]] = ("e_score_correction_bias",)
+    dtype_kept: tuple[str, ...] = ("e_score_correction_bias",)
 
     def __init__(self, config):
         super().__init__()

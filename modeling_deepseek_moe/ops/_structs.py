@@ -148,7 +148,7 @@ def layout() -> dict[str, tuple[int, int]]:
     places = {}
     for struct in SHARED:
         places[struct.__name__] = 0, ctypes.sizeof(struct)
-        for name, _ in struct._fields_:
+        for name, *_ in struct._fields_:
             field = getattr(struct, name)
             places[f"{struct.__name__}.{name}"] = field.offset, field.size
     return places

@@ -1,4 +1,4 @@
-"""Routed experts that stay in a checkpoint's format: what their homes share, and the home where they are stacked.
+"""Routed experts that stay in a checkpoint's format: what both ways of storing them share, and the stacked one.
 
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width, R rows routed to one expert.
 """
@@ -23,7 +23,7 @@ class QuantizedMatrix(NamedTuple):
 
 
 class QuantizedExperts(KeepsDtype):
-    """What the homes share: three matrices an expert in one `WeightFormat`, and the layer's result from them."""
+    """What both ways of storing them share: three matrices per expert in one `WeightFormat`, and the layer's result from them."""
 
     def __init__(self, config, weight_format: WeightFormat):
         super().__init__()

@@ -13,14 +13,14 @@ from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 
 FEW_TOKENS = 8  # more tokens want most experts of a layer, and reading takes far longer than what lies between layers
-RANKS = 4  # experts foreseen at most: more would not be read in the time between two layers
-CONFIDENT = 0.8  # of the guesses of a rank came true
+RANKS = 4  # experts predicted at most: more would not be read in the time between two layers
+MIN_PRECISION = 0.8  # of the guesses of a rank came true
 LEAST_GUESSES = 8
-MEMORY = 0.95  # what a guess counts for at the next one
+DECAY = 0.95  # what a guess counts for at the next one
 
 
-class Foresight:
-    """What `gate`, the router of layer ``layer`` behind ``norm``, will choose, seen from behind ``norm_here``."""
+class NextLayerPredictor:
+    """What `gate`, the router of layer ``layer`` after ``norm``, will choose, seen from after ``norm_here``."""
 
     def __init__(self, layer: int, gate: DeepseekTopkRouter, norm: DeepseekRMSNorm, norm_here: DeepseekRMSNorm):
         self.layer, self.gate = layer, gate
@@ -43,12 +43,12 @@ class Foresight:
         total = torch.zeros(self.gate.num_experts).index_add_(0, indices.flatten(), weights.flatten())
         return total.topk(min(indices.numel(), self.gate.num_experts)).indices.tolist()
 
-    def guess(self, missing: Sequence[int]) -> list[int]:
-        """Those of ``missing``, the likeliest first, that will be wanted with confidence. `judge` comes next."""
+    def predict(self, missing: Sequence[int]) -> list[int]:
+        """Those of ``missing``, the likeliest first, that will be wanted with confidence. `update` comes next."""
         self._guesses = list(missing[:RANKS])
         confident = []
         for rank, expert in enumerate(self._guesses):
-            if self._made[rank] < LEAST_GUESSES * MEMORY**LEAST_GUESSES or self.precision(rank) < CONFIDENT:
+            if self._made[rank] < LEAST_GUESSES * DECAY**LEAST_GUESSES or self.precision(rank) < MIN_PRECISION:
                 break
             confident.append(expert)
         return confident
@@ -56,9 +56,9 @@ class Foresight:
     def precision(self, rank: int) -> float:
         return self._right[rank] / self._made[rank] if self._made[rank] else 0.0
 
-    def judge(self, wanted: Sequence[int]) -> None:
+    def update(self, wanted: Sequence[int]) -> None:
         """Compare the last guess with what the layer wants."""
         for rank, expert in enumerate(self._guesses):
-            self._made[rank] = self._made[rank] * MEMORY + 1
-            self._right[rank] = self._right[rank] * MEMORY + (expert in wanted)
+            self._made[rank] = self._made[rank] * DECAY + 1
+            self._right[rank] = self._right[rank] * DECAY + (expert in wanted)
         self._guesses = []

@@ -1,4 +1,4 @@
-"""Which experts of all layers are in memory, which are being read, and which make room.
+"""Experts of all layers in memory: the resident set, reads in flight, and eviction.
 
 Memory is cut into slots of one expert each, used again and again. An expert is worth what the LRFU policy (Lee et al.,
 2001) says: every use counts, and counts half as much after `HALF_LIFE` further passes through its layer; the least
@@ -14,115 +14,22 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.streaming.memory import Memory
-from modeling_deepseek_moe.streaming.reader import Reader, Run, most_bytes, plan_runs
+from modeling_deepseek_moe.streaming.reader import Reader
+from modeling_deepseek_moe.streaming.slots import ExpertStats, Key, Layer, Slot
 from modeling_deepseek_moe.streaming.threads import Read, ReadQueue
 
 HALF_LIFE = 8
 _starting = threading.Lock()  # of caches in a process that was forked
 LEAST_SLOTS = 2  # one expert that is computed, one that is read
 WASTE = 0.05  # of the bytes read may have been read ahead for nothing
-
-Key = tuple[int, int]  # number of the layer among those in the cache, expert
-
-
-@dataclass
-class ExpertStats:
-    """What an expert cache did since it was made, or since `reset`.
-
-    An expert that a layer wanted is a hit if it was in memory since an earlier use, else a miss: read on demand or,
-    having been foreseen, ahead of it. ``bytes_read`` counts experts' bytes; those read ahead are in it
-    (``bytes_prefetched``), and of these ``bytes_wasted`` were not wanted after all.
-    """
-
-    budget_bytes: int = 0
-    held_bytes: int = 0
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    bytes_missed: int = 0
-    bytes_prefetched: int = 0
-    bytes_wasted: int = 0
-    stall_seconds: float = 0.0  # that computing waited for the disk
-    read_seconds: float = 0.0  # that the disk was being read
-    tokens: int = 0
-    direct_io: bool | None = None  # None: nothing was read yet
-
-    @property
-    def hit_rate(self) -> float | None:
-        return self.hits / (self.hits + self.misses) if self.hits or self.misses else None
-
-    @property
-    def prefetch_accuracy(self) -> float | None:
-        """The share of the bytes read ahead that were wanted; of those not judged yet it is taken for granted."""
-        return 1 - self.bytes_wasted / self.bytes_prefetched if self.bytes_prefetched else None
-
-    @property
-    def bytes_read_per_token(self) -> float | None:
-        return self.bytes_read / self.tokens if self.tokens else None
-
-    @property
-    def read_bandwidth(self) -> float | None:
-        """Bytes a second while the disk was being read."""
-        return self.bytes_read / self.read_seconds if self.read_seconds else None
-
-
-class Plan(NamedTuple):
-    """How one expert is read into a slot, and where its three matrices are then, from the slot's start."""
-
-    runs: list[Run]
-    places: tuple[int, ...]
-
-
-@dataclass
-class Slot:
-    """Memory of one expert, and what is in it. ``read`` is the read that fills it, until that is seen to be over."""
-
-    number: int
-    key: Key
-    plan: Plan
-    read: Read | None = None
-    wanted: bool = False  # by the layer being computed, and not computed yet
-    hit: bool = False  # counted as one for the layer being computed
-    ahead: bool = False  # read ahead, and its layer has not come up yet
-    wasted: bool = False  # read ahead, and its layer did not want it
-
-    @property
-    def is_ready(self) -> bool:
-        return self.read is None or self.read.done
-
-    @property
-    def is_pinned(self) -> bool:
-        return self.wanted or self.ahead or self.read is not None
-
-
-class Layer:
-    """Where the experts of a layer are in the files: ``infos`` is `MappedExperts.infos`, held weakly."""
-
-    def __init__(self, infos: Callable[[int], dict[str, TensorInfo]], num_experts: int):
-        tensors = infos(0).values()  # a layer's experts are all of one shape
-        self.infos, self.num_experts = weakref.WeakMethod(infos), num_experts
-        self.nbytes, self.slot_bytes = sum(info.nbytes for info in tensors), most_bytes(tensors)
-        self.plans: dict[int, Plan] = {}
-        self.passes = 0
-        self.missed = 0  # in the last pass
-
-    def plan(self, expert: int) -> Plan:
-        if expert not in self.plans:
-            infos = self.infos()(expert).values()
-            runs = plan_runs(infos)
-            places = {info: run.place_of(info) for run in runs for info in run.infos}
-            self.plans[expert] = Plan(runs, tuple(places[info] for info in infos))
-        return self.plans[expert]
 
 
 class ExpertCache:
@@ -217,7 +124,7 @@ class ExpertCache:
         tokens: int = 1,
         most: int | None = None,
         ahead: Callable[[], Sequence[Key]] | None = None,
-    ) -> Iterator[list[Slot]]:
+    ) -> Generator[list[Slot], None, None]:
         """The ``wanted`` experts of a layer in ascending order, in groups, each as soon as it is in memory.
 
         A slot is good until the next group is asked for.
@@ -267,11 +174,11 @@ class ExpertCache:
             self._forget(read.slot)
         for slot in [slot for slot in self._reading.values() if slot.is_ready]:
             self._settle(slot)
-        foreseen, wanted_keys = set(), {(layer, expert) for expert in wanted}
+        predicted, wanted_keys = set(), {(layer, expert) for expert in wanted}
         for slot in self._ahead:
             slot.ahead, slot.wasted = False, slot.key not in wanted_keys
             if not slot.wasted:
-                foreseen.add(slot.key)
+                predicted.add(slot.key)
             elif slot.read is None:
                 stats.bytes_wasted += self._nbytes(slot)
             self._pin(slot)
@@ -284,11 +191,11 @@ class ExpertCache:
                 continue
             if slot.wasted:  # not in vain after all
                 slot.wasted = False
-                foreseen.add(slot.key)
+                predicted.add(slot.key)
                 stats.bytes_wasted -= nbytes if slot.read is None else 0
-            slot.wanted, slot.hit = True, slot.key not in foreseen
+            slot.wanted, slot.hit = True, slot.key not in predicted
             self._pin(slot)
-        missed = len(missing) + len(foreseen)
+        missed = len(missing) + len(predicted)
         stats.hits += len(wanted) - missed
         stats.misses += missed
         stats.bytes_missed += missed * nbytes
@@ -421,7 +328,7 @@ class ExpertCache:
         if slot is None:
             for other in [other for other in self._reading.values() if other.is_ready]:
                 error = self._settle(other)
-                if error is not None and other.wanted:  # nobody orders it a second time
+                if error is not None and other.wanted:  # no one orders it a second time
                     raise error
 
     def _nbytes(self, slot: Slot) -> int:

@@ -10,9 +10,10 @@ import torch
 from modeling_deepseek_moe.ops import experts
 from modeling_deepseek_moe.quantized.experts import QuantizedMatrix
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
-from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, Foresight
-from modeling_deepseek_moe.streaming.cache import ExpertCache, Key
+from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, NextLayerPredictor
+from modeling_deepseek_moe.streaming.cache import ExpertCache
 from modeling_deepseek_moe.streaming.resident import ResidentWeights
+from modeling_deepseek_moe.streaming.slots import Key
 
 
 class LayerStream:
@@ -20,8 +21,8 @@ class LayerStream:
 
     Args:
         resident: the model's other weights, read in before the first expert is.
-        foresight: of the next layer, ``None`` for the last.
-        here: what the layer before foresees of this one.
+        predictor: of the next layer, ``None`` for the last.
+        here: what the layer before predicts of this one.
     """
 
     def __init__(
@@ -29,11 +30,11 @@ class LayerStream:
         cache: ExpertCache,
         number: int,
         resident: ResidentWeights,
-        foresight: Foresight | None = None,
-        here: Foresight | None = None,
+        predictor: NextLayerPredictor | None = None,
+        here: NextLayerPredictor | None = None,
     ):
         self.cache, self.number = cache, number
-        self._resident, self._foresight, self._here = resident, foresight, here
+        self._resident, self._predictor, self._here = resident, predictor, here
         self._table: torch.Tensor | None = None
 
     @torch.compiler.disable
@@ -49,10 +50,10 @@ class LayerStream:
         self._resident.read()
         wanted = _experts_hit(topk_indices, module.num_experts)
         if self._here is not None:
-            self._here.judge(wanted)
+            self._here.update(wanted)
         ahead = None
-        if self._foresight is not None and len(hidden_TD) <= FEW_TOKENS:
-            ahead = lambda: self._foresee(hidden_TD)  # noqa: E731 - asked for later, or never
+        if self._predictor is not None and len(hidden_TD) <= FEW_TOKENS:
+            ahead = lambda: self._predict(hidden_TD)  # noqa: E731 - asked for later, or never
         groups = self.cache.serve(self.number, wanted, len(hidden_TD), None if on_engine else 1, ahead)
         with closing(groups):
             if not on_engine:
@@ -83,12 +84,12 @@ class LayerStream:
 
         return experts.run_experts(hidden_TD, topk_indices, topk_weights, expert, module.num_experts)
 
-    def _foresee(self, hidden_TD: torch.Tensor) -> list[Key]:
-        following = self._foresight.layer
+    def _predict(self, hidden_TD: torch.Tensor) -> list[Key]:
+        following = self._predictor.layer
         if not self.cache.layers[following].missed:
             return []
-        missing = [expert for expert in self._foresight.rank(hidden_TD) if not self.cache.holds((following, expert))]
-        return [(following, expert) for expert in self._foresight.guess(missing)]
+        missing = [expert for expert in self._predictor.rank(hidden_TD) if not self.cache.holds((following, expert))]
+        return [(following, expert) for expert in self._predictor.predict(missing)]
 
     def __reduce__(self):
         return type(None), ()

@@ -5,26 +5,28 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint.writer import parse_size
+from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.machine import probe_machine
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.planning import WORKSPACE_BYTES
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
-from modeling_deepseek_moe.streaming.ahead import Foresight
-from modeling_deepseek_moe.streaming.cache import ExpertCache, ExpertStats
+from modeling_deepseek_moe.streaming.ahead import NextLayerPredictor
+from modeling_deepseek_moe.streaming.cache import ExpertCache
 from modeling_deepseek_moe.streaming.layer import LayerStream
 from modeling_deepseek_moe.streaming.resident import ResidentWeights
+from modeling_deepseek_moe.streaming.slots import ExpertStats
 
 logger = logging.get_logger(__name__)
 
 
-class StreamingMixin:
+class StreamingMixin(ModelMixin):
     """Experts larger than memory. Mixed into the models before `PreTrainedModel`."""
 
     def set_expert_memory(self, budget: float | str | None) -> None:
         """Hold routed experts in so much memory of their own, and read the others from the files as they are needed.
 
         For experts that are mapped from their files: on the CPU. Results are the same to the last bit. What was
-        held before is dropped, and figures begin anew. A copy of the model is mapped until it is given a budget.
+        held before is dropped, and figures begin at zero. A copy of the model is mapped until it is given a budget.
 
         Args:
             budget: bytes, or text such as ``"8GB"``; ``None``: no memory of their own, the mapped files are read.
@@ -53,8 +55,8 @@ class StreamingMixin:
         return None if stream is None else stream.cache.stats(reset)
 
 
-def fit_experts(model: PreTrainedModel) -> None:
-    """Turn streaming on where the mapped experts do not fit the memory that is available beside all else."""
+def enable_streaming_if_needed(model: PreTrainedModel) -> None:
+    """Turn streaming on where the mapped experts do not fit the memory that is available besides all else."""
     layers = _mapped_layers(model)
     if not layers:
         return
@@ -109,12 +111,12 @@ def _attach(model: PreTrainedModel, layers: list[nn.Module], budget: int) -> Non
         if number + 1 < len(layers) and layers[number + 1].self_attn.layer_idx < model.config.num_hidden_layers:
             after = layers[number + 1]
             norms = (after.post_attention_layernorm, layer.post_attention_layernorm)
-            following = Foresight(number + 1, after.mlp.gate, *norms)
+            following = NextLayerPredictor(number + 1, after.mlp.gate, *norms)
         layer.mlp.experts.stream = LayerStream(cache, number, resident, following, here)
         here = following
 
 
 def _resident(model: PreTrainedModel, files) -> ResidentWeights:
-    """All that a token reads beside the routed experts: MTP layers are left out."""
+    """All that a token reads besides the routed experts: MTP layers are left out."""
     mtp = {module for layer in getattr(model.base_model, "mtp_layers", ()) for module in layer.modules()}
     return ResidentWeights([module for module in model.modules() if module not in mtp], files)

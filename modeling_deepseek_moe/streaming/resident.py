@@ -64,7 +64,7 @@ class ResidentWeights:
             available = probe_machine(measure=False).ram_available
             if nbytes + WORKSPACE_BYTES // 2 > available:
                 logger.warning(
-                    f"{nbytes / 1e9:.1f} GB of weights beside the experts stay in the mapped files: found "
+                    f"{nbytes / 1e9:.1f} GB of weights besides the experts stay in the mapped files: found "
                     f"{available / 1e9:.1f} GB of memory available"
                 )
                 self._is_read = True

@@ -86,7 +86,7 @@ class ReadQueue:
     def close(self) -> None:
         """End the threads, after the reads that they have begun; the last one closes the files.
 
-        It waits for nobody: whoever collects the owner, in whichever thread, may be the one to call it.
+        It waits for no one: whoever collects the owner, in whichever thread, may be the one to call it.
         """
         with self._changed:
             self._closed = True

@@ -12,7 +12,7 @@ from typing import NamedTuple
 NAMES = ("Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kim", "Leo")
 GOODS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 LETTERS = "ABCDEFGHIJ"
-HELD_OUT_PART = 10  # one question in so many
+HELD_OUT_PART = 10  # one question in this number
 LARGEST = 99  # no number is larger
 
 # As evaluation asks: MATH's request for a boxed answer, MMLU-Pro's zero-shot prompt.

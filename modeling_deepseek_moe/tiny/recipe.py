@@ -196,8 +196,8 @@ def train(folder: Path, *, steps: int, seed: int, gamma: float) -> None:
 def write(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """``folder/fp8`` and ``folder/bf16``: one model, cast to bf16 in place, in the two formats of the releases."""
     model.to(torch.bfloat16)
-    for name, settings in (("fp8", {"quantize": "fp8"}), ("bf16", {})):
-        model.save_pretrained(folder / name, **settings)
+    for name, quantize in (("fp8", "fp8"), ("bf16", None)):
+        model.save_pretrained(folder / name, quantize=quantize)
         tokenizer.save_pretrained(folder / name)
 
 

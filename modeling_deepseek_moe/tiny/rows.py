@@ -65,11 +65,9 @@ def math500_rows(per_family: int, *, seed: int) -> list[dict]:
 
 def write(folder: Path) -> list[Path]:
     """The three files, the same bytes each time; an existing one is replaced."""
-    questions = {"seed": SEED, "per_category": QUESTIONS, "first_id": 0, "solved": False}
-    shots = {"seed": SEED + 1, "per_category": SHOTS, "first_id": 1000, "solved": True}
     parts = {
-        "mmlu_pro_test": mmlu_pro_rows(**questions),
-        "mmlu_pro_validation": mmlu_pro_rows(**shots),
+        "mmlu_pro_test": mmlu_pro_rows(seed=SEED, per_category=QUESTIONS, first_id=0, solved=False),
+        "mmlu_pro_validation": mmlu_pro_rows(seed=SEED + 1, per_category=SHOTS, first_id=1000, solved=True),
         "math500": math500_rows(PROBLEMS, seed=SEED),
     }
     folder.mkdir(parents=True, exist_ok=True)

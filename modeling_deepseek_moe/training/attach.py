@@ -7,8 +7,8 @@ from torch import nn
 
 from modeling_deepseek_moe.modeling import DeepseekMoeForCausalLM, DeepseekMoeModel
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
-from modeling_deepseek_moe.moe.observed import TrainingState
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.moe.training_state import TrainingState
 
 
 def find_model(model: nn.Module, kind: type[nn.Module] = DeepseekMoeModel) -> nn.Module:

@@ -144,7 +144,7 @@ def prepare_fp8_training(model: nn.Module, config: Fp8TrainingConfig | None = No
     for module in list(base.layers.modules()):
         swaps = {}
         if isinstance(module, (DeepseekAttention, DeepseekMLP)):
-            # an adapter keeps the layer that it wraps as ``base_layer``, beside small ones of its own
+            # an adapter keeps the layer that it wraps as ``base_layer``, next to small ones of its own
             swaps = {getattr(child, "base_layer", child): Fp8TrainedLinear for child in module.children()}
             if type(module) is DeepseekMLP:
                 swaps[module] = Fp8TrainedMLP

@@ -36,7 +36,7 @@ class Fp8Weight(NamedTuple):
 class Kept(NamedTuple):
     """An activation ``[R, K]``: in FP8 for Fprop, and what is kept of it for Wgrad.
 
-    ``exact`` is the activation itself where Wgrad is in bf16. Where it is in FP8 the tiles are cut anew across the rows, and
+    ``exact`` is the activation itself where Wgrad is in bf16. Where it is in FP8 the tiles are cut again across the rows, and
     scales are powers of two.
     """
 
@@ -117,7 +117,7 @@ class Fp8SwiGluFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         saved = ctx.saved_tensors
-        kept, inner, gate_up, down = Kept(*saved[:3]), Kept(*saved[3:6]), *saved[6:]
+        kept, inner, (gate_up, down) = Kept(*saved[:3]), Kept(*saved[3:6]), saved[6:]
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
         dx = torch.empty(dy.shape, dtype=ctx.dtype, device=dy.device) if needs_x else None
         d_gate_up = torch.zeros_like(gate_up) if needs_gate_up else None

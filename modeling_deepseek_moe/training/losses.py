@@ -1,4 +1,4 @@
-"""The losses beside the next token's as callbacks of `Trainer`: sequence-wise balance, multi-token prediction."""
+"""The losses besides the next token's as callbacks of `Trainer`: sequence-wise balance, multi-token prediction."""
 
 from transformers import TrainerCallback
 from transformers.utils import logging

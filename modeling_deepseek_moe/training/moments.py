@@ -1,4 +1,4 @@
-"""AdamW with bf16 moments beside fp32 weights (DeepSeek-V3 report, 3.3.3), from heavyball, an optional library."""
+"""AdamW with bf16 moments with fp32 weights (DeepSeek-V3 report, 3.3.3), from heavyball, an optional library."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the experts do, in the logs of `Trainer`: MaxVio, entropy, dead experts, bias range, each loss, tokens a second."""
+"""What the experts do, in the logs of `Trainer`: MaxVio, entropy, dead experts, bias range, each loss, tokens per second."""
 
 import inspect
 import json
@@ -173,7 +173,7 @@ def _lists(loads: dict[int, torch.Tensor]) -> dict[str, list[int]]:
 
 
 def _forget_after(file: Path, step: int) -> None:
-    """Drop what a training that is started again, from ``step``, had recorded behind it."""
+    """Drop what a training that is started again, from ``step``, had recorded after it."""
     if not file.exists():
         return
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]

@@ -1,4 +1,4 @@
-"""gpqa_diamond for lm-eval: see README.md beside this file."""
+"""gpqa_diamond for lm-eval: see README.md next to this file."""
 
 from modeling_deepseek_moe.eval import benchmarks
 from modeling_deepseek_moe.eval.harness import dataset, keep_all, verdicts

@@ -1,4 +1,4 @@
-"""MMLU-Pro for lm-eval: see README.md beside this file."""
+"""MMLU-Pro for lm-eval: see README.md next to this file."""
 
 from modeling_deepseek_moe.eval import benchmarks, prompts
 from modeling_deepseek_moe.eval.data import LETTERS

@@ -22,7 +22,7 @@ def absorbed_attention(
     Args:
         q_nope, q_pe: ``[B, H, q, n]`` and, rotated, ``[B, H, q, p]``.
         c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``.
-        mask: see `masked`.
+        mask: see `apply_mask`.
         w_uk, w_uv: ``[H, n, r]`` and ``[H, v, r]``.
         dropout: probability of dropping a weight.
 
@@ -42,7 +42,7 @@ def absorbed_attention(
         scores = _rows_by_keys(q_latent.flatten(1, 2), c_kv)
         scores = scores + _rows_by_keys(q_pe[:, :, rows].flatten(1, 2), k_pe)
         scores = scores.view(batch, heads, -1, kv_length).to(wide) * scaling
-        scores = masked(scores, mask, rows, slice(0, kv_length), length, kv_length)
+        scores = apply_mask(scores, mask, rows, slice(0, kv_length), length, kv_length)
         weights = F.dropout(F.softmax(scores, dim=-1).to(q_nope.dtype), p=dropout)
         o_latent = _rows_by_values(weights.flatten(1, 2), c_kv).view(q_latent.shape)
         parts.append(_per_head(o_latent, w_uv.transpose(1, 2)))
@@ -50,7 +50,7 @@ def absorbed_attention(
     return output.transpose(1, 2), weights if output_attentions else None
 
 
-def masked(scores, mask, rows: slice, keys: slice, query_length: int, kv_length: int) -> torch.Tensor:
+def apply_mask(scores, mask, rows: slice, keys: slice, query_length: int, kv_length: int) -> torch.Tensor:
     """Apply a dense mask (boolean: True attends; float: added; None: causal) to ``scores [B, H, rows, keys]``."""
     if mask is None:
         if query_length == 1:

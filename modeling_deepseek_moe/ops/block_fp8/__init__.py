@@ -85,7 +85,7 @@ def quantize_tiles(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.T
     scale = amax(tile) / 448, 1 for a tile of zeros. NaN and Inf make their tile NaN.
 
     Args:
-        power_of_two: round scales up to powers of two, so that tiles can be cut anew (1 × 128 to 128 × 1) with next to
+        power_of_two: round scales up to powers of two, so that tiles can be cut again (1 × 128 to 128 × 1) with next to
             no further error.
     """
     _check_float(x)

@@ -14,7 +14,7 @@ static void pair_values(const Matrix *v, int64_t first, int64_t count, int64_t c
     }
 }
 
-/* As `mix`: a tile is 16 tokens beside 32 keys, or 16 pairs of keys beside 16 columns. */
+/* As `mix`: a tile is 16 tokens × 32 keys, or 16 pairs of keys × 16 columns. */
 static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
                       const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
     uint16_t *weights = scratch;

@@ -87,7 +87,7 @@ void dsm_bf16_absorb(const float *q, const Matrix *w, int64_t first, int64_t cou
 static const uint16_t PAIRS_OF_ROWS[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
-/* weights of up to 128 keys, rounded to pairs of bf16 beside the values' panel */
+/* weights of up to 128 keys, rounded to pairs of bf16 next to the values' panel */
 static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
                 const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
     uint32_t *values = scratch;

@@ -78,7 +78,7 @@ static void absorb(const float *q, const Matrix *w, int64_t first, int64_t count
             }
 }
 
-/* scores become weights in place, and zeros behind them up to `room` */
+/* scores become weights in place, and zeros after them up to `room` */
 float SHARED(weigh)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,
                     float *norm) {
     const float old = *peak;
@@ -112,7 +112,7 @@ float SHARED(weigh)(float *scores, int64_t n, int64_t room, float scaling, const
     return decay;
 }
 
-/* a panel's columns of `count` rows, from column c on, as fp32; zeros behind the last */
+/* a panel's columns of `count` rows, from column c on, as fp32; zeros after the last */
 DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t k, int64_t c, float *to) {
     const int64_t at = (first + k) * v->cols + c;
     if (v->cols - c >= PANEL)

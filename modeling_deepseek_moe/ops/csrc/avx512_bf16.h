@@ -108,7 +108,7 @@ void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *
 void dsm_bf16_decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
 float dsm_bf16_amax(const void *x, int dtype, int64_t n, int *finite);
 void dsm_bf16_absorb(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums);
-/* bf16 rows beside one token, fetched as Intel's processors like it */
+/* bf16 rows for one token, fetched as Intel's processors like it */
 void dsm_bf16_rows_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                         int64_t ldo, const void *next);
 

@@ -33,7 +33,7 @@ DSM_INLINE int nan_seen(I found) {
     return any != 0;
 }
 
-/* 4 * WIDTH bytes of a row that has `rest` left, zeros behind its end */
+/* 4 * WIDTH bytes of a row that has `rest` left, zeros after its end */
 DSM_INLINE I load_bytes(const void *p, int64_t rest) {
     if (rest >= 4 * WIDTH) return *(const LooseI *)p;
     uint8_t padded[WIDTH * 4] __attribute__((aligned(64))) = {0};

@@ -50,14 +50,14 @@ typedef struct {
     /* one row of activations of any dtype -> packed */
     void (*pack)(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
     /* columns [first, first + n) of `tokens` rows for `panel`, from the `lane`th place of a group on; zeros up to a whole
-       group of 64 behind them; first: whole groups of 64 */
+       group of 64 after them; first: whole groups of 64 */
     void (*place)(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
                   int64_t lane, int64_t first);
     /* out[t * ldo + r] = x_t . w[first + r], r < count: streams each weight row once. next: the rows that this thread is
        likely to read then, if they lie in the same way, or NULL */
     void (*rows)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next);
-    /* the same for count <= panels * panel_columns: decodes panels beside the product; out is [tokens, count in whole
+    /* the same for count <= panels * panel_columns: decodes panels next to the product; out is [tokens, count in whole
        panels] */
     void (*panel)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                   float *out, void *scratch, Ahead *ahead);
@@ -75,11 +75,11 @@ typedef struct {
     void (*encode)(const void *x, int dtype, int64_t n, float scale, uint8_t *out);
     /* out[c] = sum over i < count of q[i] * w[first + i][c]; workspace: w->cols floats in whole blocks */
     void (*absorb)(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *workspace);
-    /* one step of a running softmax: n scores become e^(scores * scaling + mask - peak), zeros up to `room` behind them;
+    /* one step of a running softmax: n scores become e^(scores * scaling + mask - peak), zeros up to `room` after them;
        returns by what the sums so far are to be multiplied, since the peak may have moved */
     float (*weigh)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak, float *norm);
     /* out[t * ldo + c] = decay[t] * out + sum over i < count of p[t * ldp + i] * v[first + i][c]; up to DSM_MIX_TOKENS
-       tokens and DSM_BLOCK rows of v, bf16 or fp32; out's rows are whole panels, p's zero behind their end */
+       tokens and DSM_BLOCK rows of v, bf16 or fp32; out's rows are whole panels, p's zero after their end */
     void (*mix)(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
                 const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead);
 } Kernels;
@@ -88,7 +88,7 @@ typedef struct {
    dtype: fp32 activations are never rounded to bf16. */
 const Kernels *dsm_kernels(int isa, int activation_dtype);
 
-/* How many threads to use: `wanted`, fewer for little work, one in a forked process (OpenMP's threads stay behind). */
+/* How many threads to use: `wanted`, fewer for little work, one in a forked process (OpenMP's threads stay with the parent). */
 int dsm_threads(int wanted, int64_t weight_bytes);
 
 void *dsm_alloc(size_t bytes); /* 64-byte aligned, free() releases it; NULL when there is no memory */

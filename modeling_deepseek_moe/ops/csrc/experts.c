@@ -200,7 +200,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     threads = dsm_threads(threads, weights * (many ? 1 + most / 16 : 1));
     const int64_t columns = columns_of_down(layer, many, threads);
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;
-    /* gate and up of a chunk, and a panel beside them where one is multiplied */
+    /* gate and up of a chunk, and a panel next to them where one is multiplied */
     const int64_t room = dsm_packed_tokens(k, dsm_min(most, MANY_TOKENS)), half = room * layer->chunk;
     const int64_t floats = dsm_max((many ? 3 : 2) * half, room * columns);
     Lane *lanes = dsm_lanes(threads, tasks), *down_lanes = dsm_lanes(threads, down_tasks);
@@ -293,7 +293,7 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
     }
     if (layer.active >= 0 && y) memset(layer.out, 0, sizeof(float) * tokens * hidden);
     if (layer.x && layer.h) {
-        /* a ragged width's last block has no values to pack behind them */
+        /* a ragged width's last block has no values to pack after them */
         if (width % CHUNK || width / CHUNK % 2) memset(layer.h, 0, packed_rows(&layer) * layer.h_stride);
         result = run(&layer, x, dtype, threads);
     }

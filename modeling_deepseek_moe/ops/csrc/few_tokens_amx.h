@@ -1,4 +1,4 @@
-/* FP8 beside one token group, or one token, and bf16 beside one (which needs no tiles); part of `kernels_amx.c`.
+/* FP8 for one token group or one token, bf16 for one token (which needs no tiles); part of `kernels_amx.c`.
 
    A block of columns of 16 weight rows is decoded while the one before it is multiplied, so that what is decoded stays in
    the first cache. The processor fetches ahead of many readers at once, if each has a page of its own: so up to 64 rows are
@@ -21,7 +21,7 @@ typedef struct {
     const uint8_t *next;                        /* of the first row of the panel that follows */
 } Block;
 
-/* What a reader wants READ_AHEAD bytes behind a block of columns: behind its row comes its row of the next turn. */
+/* What a reader wants READ_AHEAD bytes after a block of columns: after its row comes its row of the next turn. */
 DSM_INLINE const char *wanted(const Block *block, int64_t row, int64_t i, const uint8_t *from) {
     const uint8_t *ahead = from + READ_AHEAD;
     if (block->columns > READ_AHEAD) return (const char *)ahead;
@@ -74,7 +74,7 @@ DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int
 /* sums[slot][tokens] of rows [first, first + count) of one panel, whose scales are those of the first; tokens: 1 or 16.
    A product is added to the sums a block later: what a tile has stored cannot be read at once. */
 DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
-                             const uint8_t *behind, const int tokens) {
+                             const uint8_t *after, const int tokens) {
     const Normal n = normal();
     const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols);
     const uint8_t *data = (const uint8_t *)w->data + first * w->cols;
@@ -82,7 +82,7 @@ DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, cons
     float products[2][TILE_FLOATS] __attribute__((aligned(64)));
     float *to = NULL, scale = 0;
     int begun = 0, half = 0;
-    Block next = {data, scratch, 0, turns, count, w->cols, w->cols, behind};
+    Block next = {data, scratch, 0, turns, count, w->cols, w->cols, after};
     decode_some(n, &next, 0, TILE);
     for (int64_t turn = 0; turn < turns; turn++)
         for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, half = !half) {
@@ -101,12 +101,12 @@ DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, cons
     if (to) add_products(to, products[!half], size, scale, begun);
 }
 static __attribute__((noinline)) void multiply_one(const Matrix *w, int64_t first, int64_t count, const char *x,
-                                                   float *sums, char *scratch, const void *behind) {
-    multiply_few(w, first, count, x, sums, scratch, behind, 1);
+                                                   float *sums, char *scratch, const void *after) {
+    multiply_few(w, first, count, x, sums, scratch, after, 1);
 }
 static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t first, int64_t count, const char *x,
-                                                     float *sums, char *scratch, const void *behind) {
-    multiply_few(w, first, count, x, sums, scratch, behind, TILE);
+                                                     float *sums, char *scratch, const void *after) {
+    multiply_few(w, first, count, x, sums, scratch, after, TILE);
 }
 
 static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,

@@ -1,11 +1,11 @@
 /* Few tokens; part of `kernels_avx512_bf16.c`.
 
-   Beside one token or two, several weight rows are read at once, in turns that lie apart: memory gives a tenth to a third
+   For one token or two, several weight rows are read at once, in turns that lie apart: memory gives a tenth to a third
    more to eight readers than to one. Each is fetched into the second cache ahead of its use (the first is x's), at the end
-   of the last turn what `next` says comes behind these rows. */
+   of the last turn what `next` says comes after these rows. */
 #define FAR_AHEAD 2048 /* bytes of one reader */
 #define AHEAD 512      /* of rows that are decoded by slabs */
-#define SLAB 256       /* columns of four weight rows that are decoded at a time beside three and more tokens */
+#define SLAB 256       /* columns of four weight rows that are decoded at a time for three and more tokens */
 #define SLAB_TOKENS 32
 
 /* out[i] = the sum over v[i]'s lanes: those 8 apart are added first, neighbours last */
@@ -91,7 +91,7 @@ DSM_INLINE void turn_bf16(const char *x, size_t stride, const Matrix *w, int64_t
     UNROLL for (int i = 0; i < readers * tokens; i++) total[i] = _mm512_add_ps(part[2 * i], part[2 * i + 1]);
 }
 
-/* Weight rows row, row + apart .. of one block of rows, one for each reader; `jump` leads from the row behind the first of
+/* Weight rows row, row + apart .. of one block of rows, one for each reader; `jump` leads from the row after the first of
    them to what is read after it. */
 DSM_INLINE void read_rows(const void *x, size_t stride, const Matrix *w, int64_t row, int64_t apart, int64_t jump,
                           float *out, int64_t ldo, const int readers, const int tokens, const int near) {
@@ -117,7 +117,7 @@ READ(read_1_2, 1, 2, 0)
 READ(read_8_1_near, 8, 1, 1)
 typedef void (*Read)(const void *, size_t, const Matrix *, int64_t, int64_t, int64_t, float *, int64_t);
 
-/* count rows of one block of rows beside one token or two, `readers` of them at a time */
+/* count rows of one block of rows for one token or two, `readers` of them at a time */
 static void rows_in_turns(Read several, Read one, int64_t readers, const void *x, size_t stride, const Matrix *w,
                           int64_t first, int64_t count, float *out, int64_t ldo, const void *next) {
     const int64_t turns = count / readers;
@@ -132,7 +132,7 @@ void dsm_bf16_rows_near(const void *x, size_t stride, const Matrix *w, int64_t f
     rows_in_turns(read_8_1_near, read_1_1, 8, x, stride, w, first, count, out, ldo, next);
 }
 
-/* Four weight rows of one block beside up to four tokens. The sums stay apart by lane until the row's end. */
+/* Four weight rows of one block for up to four tokens. The sums stay apart by lane until the row's end. */
 DSM_INLINE void multiply_slab(const char *x, size_t stride, const uint16_t *slab, const float *scale, float *sums,
                               const int tokens) {
     __m512 acc[16];
@@ -205,7 +205,7 @@ static void rows_slab(const char *x, size_t stride, int64_t tokens, const Matrix
             const char *xk = x + (k0 + k) * sizeof(uint16_t);
             const uint16_t *from = slab + k * 4;
             int64_t m = 0;
-            if (cols - k0 - k <= 64) /* half a block: what an earlier block left behind it must not count */
+            if (cols - k0 - k <= 64) /* half a block: what an earlier block left after it must not count */
                 for (int r = 0; r < 4; r++) memset((uint16_t *)from + r * DSM_BLOCK + 64, 0, 128);
             if (fp8)
                 for (int64_t r = 0; r < count; r++)

@@ -1,4 +1,4 @@
-/* One dot product a weight row, beside few tokens; part of `kernels_vector.h`. */
+/* One dot product per weight row, for few tokens; part of `kernels_vector.h`. */
 
 DSM_INLINE F joined(const F *part, const int parts) {
     return parts == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : parts == 2 ? part[0] + part[1] : part[0];
@@ -89,7 +89,7 @@ DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, 
         }
 }
 
-/* Up to ROWS weight rows. One token's rows are one stream. Beside several, long rows go a segment at a time, so that the
+/* Up to ROWS weight rows. One token's rows are one stream. For several, long rows go a segment at a time, so that the
    segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
 DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                           int64_t ldo, const int tokens) {

@@ -1,4 +1,4 @@
-/* All tokens beside one panel, 6, 4 and 1 at a time: what a file makes of its micro-kernel `fma_tile`, whose last argument,
+/* All tokens for one panel, 6, 4 and 1 at a time: what a file makes of its micro-kernel `fma_tile`, whose last argument,
    the tokens, is constant. PANEL_OF is what a panel consists of. */
 
 /* not inlined, so that each one's accumulators stay in registers */

@@ -28,7 +28,7 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f
 #define PANELS 4 /* that a run of all tokens meets */
 #define BLOCK_BYTES (BLOCK_TILES * TILE_BYTES)
 #define READ_AHEAD 512 /* bytes of one of several readers */
-#define NEAR_GROUPS 2  /* token groups whose sums, beside a block of weights, stay in the first cache */
+#define NEAR_GROUPS 2  /* token groups whose sums, next to a block of weights, stay in the first cache */
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -121,7 +121,7 @@ DSM_INLINE void decode_block(Normal n, const uint8_t *from, char *to) {
     decode64_normal(n, b, codes + 2, codes + 3);
     UNROLL for (int i = 0; i < 4; i++) _mm512_store_si512(to + i * TILE_BYTES, (__m512i)codes[i]);
 }
-/* the same of fewer columns; behind them is any number, beside zeros of the activations */
+/* the same of fewer columns; after them is any number, next to zeros of the activations */
 DSM_INLINE void decode_rest(Normal n, const uint8_t *from, int64_t columns, char *to) {
     for (int64_t i = 0; i < columns; i += 64, to += 2 * TILE_BYTES) {
         const __m512i a = load_codes(from + i, columns - i);
@@ -148,7 +148,7 @@ DSM_INLINE void decode_row(Normal n, const uint8_t *from, int64_t columns, int64
 }
 
 /* Runs of rows [first, first + count), columns [k, k + RUN), become tiles [row group][RUN / 32]. A row's next run is
-   fetched, or behind the last the first of the row a panel further down. */
+   fetched, or after the last the first of the row a panel further down. */
 static void decode_run(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles) {
     const Normal n = normal();
     const uint8_t *from = (const uint8_t *)w->data + first * w->cols + k;
@@ -220,7 +220,7 @@ static void settle_last(Pending *p) {
     settle(p, !p->half);
 }
 
-/* Two row groups beside two token groups; `deep` tiles are summed. */
+/* Two row groups for two token groups; `deep` tiles are summed. */
 DSM_INLINE void product_22(Tiles a, const char *b0, const char *b1, int64_t deep) {
     _tile_zero(0);
     _tile_zero(1);
@@ -237,7 +237,7 @@ DSM_INLINE void product_22(Tiles a, const char *b0, const char *b1, int64_t deep
         _tile_dpbf16ps(3, 5, 7);
     }
 }
-/* four row groups beside one token group */
+/* four row groups for one token group */
 DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep, Ahead *ahead) {
     _tile_zero(0);
     _tile_zero(1);
@@ -257,7 +257,7 @@ DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep, Ahead *ahead) {
     }
 }
 
-/* One block of columns of 64 weight rows beside a few token groups. The sums of a group lie `pitch` floats behind those of
+/* One block of columns of 64 weight rows for a few token groups. The sums of a group lie `pitch` floats after those of
    the one before it, tiles of four row groups. */
 static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups, int64_t deep, float scale,
                            float *sums, int64_t pitch, int begun, Pending *p, Ahead *ahead) {
@@ -278,7 +278,7 @@ static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups
     }
 }
 
-/* A run of columns of up to 64 weight rows beside all tokens. */
+/* A run of columns of up to 64 weight rows for all tokens. */
 static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t k, const char *x, size_t stride,
                          int64_t groups, float *sums, int64_t pitch, void *scratch, Pending *p, Ahead *ahead) {
     const int fp8 = w->dtype == DSM_FP8;

@@ -1,6 +1,6 @@
 /* Tasks of a parallel region. Each thread takes a run of neighbouring tasks, one by one, and when it has none left, those
    of the others: neighbours lie next to each other in memory, which is read a seventh faster in runs than in turns, and
-   a thread that is held up delays nobody. */
+   a thread that is held up delays no other. */
 #ifndef DSM_LANES_H
 #define DSM_LANES_H
 

@@ -84,7 +84,7 @@ def routed_swiglu(
         device_type == "cpu"
         and not torch.compiler.is_compiling()  # how many rows an expert gets is no constant of a graph
         and cpu.is_silu(module.act_fn)
-        # else nobody asked for weights to be cast to what the hidden states are
+        # else no one asked for weights to be cast to what the hidden states are
         and (autocast or hidden_TD.dtype == gate_up.dtype)
         and all(type(tensor) in PLAIN for tensor in (hidden_TD, gate_up, down))
     ):

@@ -165,7 +165,7 @@ def addresses_of(gate_up, down, gate_up_scale, down_scale) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _offsets(experts: int, gate_up: int, gate_up_scale: int, down: int, down_scale: int) -> np.ndarray:
-    """Where each matrix begins in stacks of so many bytes: ``[E, 3, 2]``, of codes and scales of gate, up and down."""
+    """Where each matrix begins in stacks of these sizes in bytes: ``[E, 3, 2]``, of codes and scales of gate, up and down."""
     index = np.arange(experts)[:, None]
     sizes = np.array((gate_up, gate_up_scale)) // max(experts, 1)
     gate = index * sizes

@@ -52,7 +52,7 @@ class _Table:
 
 
 def operands(module: nn.Module) -> Operands:
-    """Of a layer of experts, whatever its home. Parametrised stacks are made here, once a call."""
+    """Of a layer of experts, however its weights are stored. Parametrised stacks are made here, once per call."""
     if hasattr(type(module), "addresses"):
         return Operands((), module.addresses(), module.matrix_shapes[0][0], module.weight_format.code_dtype)
     own = module._parameters  # a module's own look-ups take longer than the rest of a small layer

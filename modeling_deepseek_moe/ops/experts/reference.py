@@ -14,7 +14,7 @@ class Slots(NamedTuple):
     """Which token and which expert meet, in the experts' order.
 
     ``order [S]``: slots ``t · K + k``, stable. ``places [T, K]``: where each slot went. ``counts``: slots of each expert;
-    what is left over behind them is served by another expert-parallel rank.
+    what is left over after them is served by another expert-parallel rank.
     """
 
     order: torch.Tensor

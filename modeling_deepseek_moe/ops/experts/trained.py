@@ -1,7 +1,7 @@
 """Routed SwiGLU experts with their gradients, in products of one expert at a time: how they train on a CPU.
 
-Nothing is made for all experts at once but what the products write: a weight is cast beside its product, rows are gathered
-beside theirs, and of the activations only the products of gate and up are kept for the backward pass.
+Nothing is made for all experts at once but what the products write: a weight is cast next to its product, rows are gathered
+next to theirs, and of the activations only the products of gate and up are kept for the backward pass.
 
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width, S = T·K slots in the experts' order,
 R rows routed to one expert.

@@ -33,7 +33,7 @@ def _project(
         norms, eps: of ``q_a_layernorm``, where there is one, and ``kv_a_layernorm``.
 
     Returns:
-        ``q [B, q, H·(n+p)]`` with p rotated features behind each head's n, ``c_kv [B, q, r]``, ``k_pe [B, q, p]``.
+        ``q [B, q, H·(n+p)]`` with p rotated features after each head's n, ``c_kv [B, q, r]``, ``k_pe [B, q, p]``.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other.

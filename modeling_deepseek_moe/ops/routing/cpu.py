@@ -70,7 +70,7 @@ def _route(
 
 
 def chooses(experts: int, n_group: int, topk_group: int, top_k: int, group_score_top2: bool) -> bool:
-    """Whether so many experts can be chosen in this way."""
+    """Whether a router can choose this way among this number of experts."""
     if n_group < 1 or experts % n_group or not 1 <= topk_group <= n_group:
         return False
     of_group = experts // n_group

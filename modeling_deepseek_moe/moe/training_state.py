@@ -1,4 +1,4 @@
-"""What routers in training report, and how a balance loss reaches them: one object a model, one a forward pass.
+"""Statistics of routers in training, one object per model and one per forward pass, and how a balance loss joins the graph.
 
 A layer that gradient checkpointing runs twice is counted once. Balance losses are not carried through the layers: each is
 tied to the router weights of its own layer, and gets, in the backward pass, the gradient that the model's loss got. So
@@ -8,6 +8,7 @@ Legend: T tokens, E experts, K experts per token, S sequences.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +57,7 @@ class TrainingState:
 
 
 def sequence_ids(
-    shape: tuple[int, int],
+    shape: Sequence[int],
     device: torch.device,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
@@ -139,15 +140,17 @@ class TrainingPass:
         if is_first:
             value, root = loss.detach(), self.root
             root.balance_loss = value if root.balance_loss is None else root.balance_loss + value
-        return _TieLoss.apply(topk_weights, loss, self.root) if loss.requires_grad else topk_weights
+        return _InjectAuxLoss.apply(topk_weights, loss, self.root) if loss.requires_grad else topk_weights
 
     def close(self, loss: torch.Tensor) -> torch.Tensor:
         """``loss``, whose gradient the balance losses of this pass will share."""
-        return _Tap.apply(loss, self) if self.sequence_weights is not None and loss.requires_grad else loss
+        return (
+            _RecordUpstreamGrad.apply(loss, self) if self.sequence_weights is not None and loss.requires_grad else loss
+        )
 
 
-class _Tap(torch.autograd.Function):
-    """Identity at the model's loss: its gradient is noted for `_TieLoss`, which the backward pass reaches later."""
+class _RecordUpstreamGrad(torch.autograd.Function):
+    """Identity at the model's loss: its gradient is noted for `_InjectAuxLoss`, which the backward pass reaches later."""
 
     @staticmethod
     def forward(ctx, loss, training_pass):
@@ -160,7 +163,7 @@ class _Tap(torch.autograd.Function):
         return gradient, None
 
 
-class _TieLoss(torch.autograd.Function):
+class _InjectAuxLoss(torch.autograd.Function):
     """Identity on a tensor on the way to the model's loss; ``loss`` gets the gradient that the model's loss got."""
 
     @staticmethod
