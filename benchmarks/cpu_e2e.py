@@ -112,8 +112,8 @@ def decode(ours, plain, breakdown, context: int, options: argparse.Namespace, re
     contestants = {OURS: lambda: tokens_of(ours, caches[0]), PLAIN: lambda: tokens_of(plain, caches[1])}
     times, bandwidth = race(contestants, options.rounds, readers)
     found = list(readers.rows(case, times)) if context == CONTEXTS[0] else []
-    for name, fp8 in ((OURS, True), (PLAIN, False)):
-        nbytes = (breakdown.active_bytes(fp8) + breakdown.cache_bytes(context)) * TOKENS
+    for name, weight_format in ((OURS, breakdown.weight_format), (PLAIN, None)):
+        nbytes = (breakdown.active_bytes(weight_format) + breakdown.cache_bytes(context)) * TOKENS
         fields = row(case, name, times[name], nbytes, bandwidth)
         fields |= {"tokens_s": TOKENS / times[name].median, "ratio": times[PLAIN].median / times[name].median}
         found.append(fields)

@@ -46,6 +46,7 @@ LAYERS = (
     "ops._library",
     "ops._operands",
     "ops.*.reference",
+    "ops.linear.cpu",
     "ops.experts.cpu",
     "ops.routing.cpu",
     "ops.*.cpu",

@@ -191,21 +191,11 @@ def call(function: str, *arguments) -> None:
         raise AssertionError(f"{function} returned {result}")
 
 
-def check_linear(
-    operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> None:
-    """What the operators check of ``x · weightᵀ + bias`` before C reads it by address.
-
-    Raises:
-        ValueError: they do not fit each other.
-    """
-    if weight.ndim != 2 or weight.dtype != dtype:
-        raise ValueError(f"{operation}: found a weight {describe(weight)}, wanted a matrix in {dtype}")
-    if x.dtype not in ACTIVATIONS or not x.ndim or x.shape[-1] != weight.shape[1]:
-        wanted = f"[..., {weight.shape[1]}] in {', '.join(map(str, ACTIVATIONS))}"
-        raise ValueError(f"{operation}: found activations {describe(x)}, wanted {wanted}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{operation}: found a bias {describe(bias)}, wanted [{weight.shape[0]}]")
+def check_scale(operation: str, weight: torch.Tensor, scale_inv: torch.Tensor) -> None:
+    """Refuse scales that are not one for each block of a matrix."""
+    wanted = [-(-size // 128) for size in weight.shape]
+    if list(scale_inv.shape) != wanted:
+        raise ValueError(f"{operation}: found scales {list(scale_inv.shape)}, wanted {wanted}")
 
 
 def describe(tensor: torch.Tensor) -> str:

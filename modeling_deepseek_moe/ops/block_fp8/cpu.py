@@ -1,12 +1,10 @@
 """Block-scaled FP8 on the CPU engine: blocks of 128 × 128, bytes used as they lie in the file."""
 
-from ctypes import byref
-
 import torch
 
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
-from modeling_deepseek_moe.ops._structs import Matrix
+from modeling_deepseek_moe.ops.linear.cpu import multiply
 
 OUTPUTS = _native.ACTIVATIONS
 unsupported_activations = _native.unsupported_activations
@@ -39,25 +37,8 @@ def unsupported_values(weight: torch.Tensor, block: tuple[int, int]) -> str | No
     return reason
 
 
-def _check_scale(operation: str, weight: torch.Tensor, scale_inv: torch.Tensor) -> None:
-    wanted = (-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
-    if scale_inv.shape != wanted:
-        raise ValueError(f"{operation}: found scales {list(scale_inv.shape)}, wanted {list(wanted)}")
-
-
 def _linear(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    _native.check_linear("FP8 linear", x, weight, bias, FP8_DTYPE)
-    _check_scale("FP8 linear", weight, scale_inv)
-    n = weight.shape[0]
-    x, weight, scale_inv = x.contiguous(), weight.contiguous(), _native.fp32(scale_inv)
-    bias = None if bias is None else _native.fp32(bias)
-    y = x.new_empty((*x.shape[:-1], n))
-    _native.call(
-        "dsm_linear",
-        *(_native.DTYPES[x.dtype], x.data_ptr(), y.numel() // max(n, 1)),
-        *(byref(Matrix.of(weight, scale_inv)), _native.pointer(bias), y.data_ptr()),
-    )
-    return y
+    return multiply("FP8 linear", x, weight, scale_inv, bias, FP8_DTYPE)
 
 
 linear = define(
@@ -72,7 +53,7 @@ def _dequantize(weight: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtyp
         raise ValueError(f"FP8 dequantize: found a weight {_native.describe(weight)}, wanted a matrix in {FP8_DTYPE}")
     if dtype not in OUTPUTS:
         raise ValueError(f"FP8 dequantize: found {dtype}, wanted one of {', '.join(map(str, OUTPUTS))}")
-    _check_scale("FP8 dequantize", weight, scale_inv)
+    _native.check_scale("FP8 dequantize", weight, scale_inv)
     out = torch.empty(weight.shape, dtype=dtype)
     weight, scale_inv = weight.contiguous(), _native.fp32(scale_inv)
     _native.call(

@@ -19,29 +19,19 @@ WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
 WORKSPACE_BYTES = 256 << 20
 
 
-def unsupported_reason(x: torch.Tensor, act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
-    """Why the engine cannot run SwiGLU layers with these activations and weights; ``None`` if it can."""
-    return unsupported_call(x, *weights) or unsupported_layer(act_fn, *weights)
-
-
-def unsupported_call(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
-    """What of `refuses` depends on the activations, or whether gradients are wanted."""
-    reason = _native.unsupported_activations(x)
-    if reason is None and torch.is_grad_enabled():
-        for tensor in (x, *weights):
-            if tensor.requires_grad:
-                return "computes no gradients"
-    return reason
-
-
 def is_silu(act_fn: torch.nn.Module) -> bool:
     """Whether calling it is SiLU and nothing else: hooks there are how the activations of neurons are looked at."""
     silu = isinstance(act_fn, torch.nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
     return silu and not is_hooked(act_fn) and not every_module_is_hooked()
 
 
-def unsupported_layer(act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
-    """The rest of `refuses`."""
+def unsupported_reason(x: torch.Tensor, act_fn: torch.nn.Module, *weights: torch.Tensor) -> str | None:
+    """Why the engine cannot run SwiGLU layers with these activations and weights; ``None`` if it can."""
+    reason = _native.unsupported_activations(x)
+    if reason is not None:
+        return reason
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+        return "computes no gradients"
     if not is_silu(act_fn):
         hooked = " with a hook" if is_hooked(act_fn) else ""
         return f"has silu for its activation function, found {type(act_fn).__name__}{hooked}"

@@ -32,18 +32,42 @@ def unsupported_reason(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return _native.unavailable_reason()
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    _native.check_linear("bf16 linear", x, weight, bias, torch.bfloat16)
-    n = weight.shape[0]
-    x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else _native.fp32(bias)
+def multiply(
+    operation: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``x · Wᵀ + bias`` of a weight in ``dtype`` and its scales, checked before C reads them by address.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if weight.ndim != 2 or weight.dtype != dtype:
+        raise ValueError(f"{operation}: found a weight {_native.describe(weight)}, wanted a matrix in {dtype}")
+    n, k = weight.shape
+    if x.dtype not in _native.ACTIVATIONS or not x.ndim or x.shape[-1] != k:
+        wanted = f"[..., {k}] in {', '.join(map(str, _native.ACTIVATIONS))}"
+        raise ValueError(f"{operation}: found activations {_native.describe(x)}, wanted {wanted}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{operation}: found a bias {_native.describe(bias)}, wanted [{n}]")
+    if scale_inv is not None:
+        _native.check_scale(operation, weight, scale_inv)
+        scale_inv = _native.fp32(scale_inv)
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else _native.fp32(bias)
     y = x.new_empty((*x.shape[:-1], n))
     _native.call(
         "dsm_linear",
         *(_native.DTYPES[x.dtype], x.data_ptr(), y.numel() // max(n, 1)),
-        *(byref(Matrix.of(weight)), _native.pointer(bias), y.data_ptr()),
+        *(byref(Matrix.of(weight, scale_inv)), _native.pointer(bias), y.data_ptr()),
     )
     return y
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return multiply("bf16 linear", x, weight, None, bias, torch.bfloat16)
 
 
 linear = define(

@@ -67,19 +67,15 @@ def _project(
     cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
     weights, norms = [w.contiguous() for w in weights], [n.contiguous() for n in norms]
     scales = [_native.fp32(s) for s in scales] or [None] * len(weights)
-    matrices, norm_structs = [], []
-    for weight, scale in zip(weights, scales, strict=True):
-        matrices.append(Matrix.of(weight, scale))
-    for norm, epsilon in zip(norms, eps, strict=True):
-        norm_structs.append(Norm(norm.data_ptr(), epsilon))
+    matrices = [Matrix.of(*pair) for pair in zip(weights, scales, strict=True)]
+    made_norms = [Norm(norm.data_ptr(), epsilon) for norm, epsilon in zip(norms, eps, strict=True)]
     if not first:
-        matrices.insert(0, Matrix())
-        norm_structs.insert(0, Norm())
+        matrices, made_norms = [Matrix(), *matrices], [Norm(), *made_norms]
     shape = MlaShape(heads, last.shape[0] // heads - rope, rope, rank, 0, interleave)
     _native.call(
         "dsm_mla_project",
         *(_native.DTYPES[x.dtype], x.data_ptr(), batch * length, byref(shape)),
-        *(byref(MlaProjections(*matrices, *norm_structs)), cos.data_ptr(), sin.data_ptr()),
+        *(byref(MlaProjections(*matrices, *made_norms)), cos.data_ptr(), sin.data_ptr()),
         *(q.data_ptr(), c_kv.data_ptr(), k_pe.data_ptr()),
     )
     return q, c_kv, k_pe
