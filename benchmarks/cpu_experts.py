@@ -33,15 +33,15 @@ def layers(hidden: int, width: int, count: int) -> list[SimpleNamespace]:
         for index in range(EXPERTS):
             for matrix in ours.matrices(index).values():
                 # normal weights, as in a release: few subnormal codes, over which some CPUs stumble
-                codes, scale = random_fp8(tuple(matrix.weight.shape))
-                matrix.weight.copy_(codes)
-                matrix.scale_inv.copy_(scale)
+                codes, scale = random_fp8(tuple(matrix.codes.shape))
+                matrix.codes.copy_(codes)
+                matrix.scales.copy_(scale)
         with torch.device("meta"):
             theirs = DeepseekV3Experts(transformers.DeepseekV3Config(**fields))
         gate_up, down = torch.empty(EXPERTS, 2 * width, hidden, dtype=torch.bfloat16), []
         for index in range(EXPERTS):
             gate, up, last = (
-                block_fp8.dequantize(m.weight, m.scale_inv, torch.bfloat16) for m in ours.matrices(index).values()
+                block_fp8.dequantize(*matrix, torch.bfloat16) for matrix in ours.matrices(index).values()
             )
             gate_up[index, :width], gate_up[index, width:] = gate, up
             down.append(last)

@@ -36,8 +36,8 @@ from modeling_deepseek_moe import write_checkpoint
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, plan_shards
+from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.saving import fp8_quantization_config
 from modeling_deepseek_moe.weights import release_tensors
 
 CONFIG = {
@@ -125,7 +125,7 @@ def write_random_release(folder: Path, config, embedding: float = 0.02, max_shar
     fields = json.loads(config.to_json_string()) | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "torch_dtype": "bfloat16",
-        "quantization_config": fp8_quantization_config(),
+        "quantization_config": FP8.quantization_config(),
     }
     write_checkpoint(folder, plans, max_shard_size=max_shard_size, texts={"config.json": json.dumps(fields)})
     return sum(plan.nbytes for plan in plans)
@@ -144,7 +144,7 @@ def write_sparse_v3(folder: Path, *, scattered: bool) -> int:
     fields = json.loads(config.to_json_string()) | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "torch_dtype": "bfloat16",
-        "quantization_config": fp8_quantization_config(),
+        "quantization_config": FP8.quantization_config(),
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields))

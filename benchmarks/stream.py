@@ -39,8 +39,7 @@ from rich.table import Table
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import CheckpointReader, write_checkpoint
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.ops import block_fp8
-from modeling_deepseek_moe.weights import SCALE_SUFFIX
+from modeling_deepseek_moe.formats import FP8
 
 CONFIG = {
     "vocab_size": 16384,
@@ -133,14 +132,13 @@ def write_bf16(source: Path, target: Path) -> None:
 
     def produce(name: str) -> torch.Tensor:
         found = reader.tensor(name)
-        if name + SCALE_SUFFIX not in reader:
-            return found
-        return block_fp8.dequantize(found, reader.tensor(name + SCALE_SUFFIX), torch.bfloat16)
+        scale = name + FP8.scale_suffix
+        return FP8.dequantize(found, reader.tensor(scale), torch.bfloat16) if scale in reader else found
 
     plans = []
     for name, info in reader.items():
-        if not name.endswith(SCALE_SUFFIX):
-            dtype = torch.bfloat16 if info.dtype == block_fp8.FP8_DTYPE else info.dtype
+        if not name.endswith(FP8.scale_suffix):
+            dtype = torch.bfloat16 if info.dtype == FP8.code_dtype else info.dtype
             plans.append(TensorPlan(name, dtype, info.shape, lambda name=name: produce(name)))
     fields = json.loads((source / "config.json").read_text())
     del fields["quantization_config"]

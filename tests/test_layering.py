@@ -4,6 +4,8 @@ Files are parsed, never imported: an import inside a function or under ``TYPE_CH
 """
 
 import ast
+import importlib
+import importlib.util
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -335,3 +337,15 @@ def test_detects_forbidden_imports(module, source, wrong):
     modules = {PACKAGE, *(f"{PACKAGE}.{name}" for name in names)}
     module = f"{PACKAGE}.{module}"
     assert len(faults(module, find_imports(source, module), modules)) == wrong
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.name)
+def test_benchmarks_import_what_there_is(file):
+    """They run for minutes and in no other test: at least the names that they take from the package are there."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    alias.name
+                )
