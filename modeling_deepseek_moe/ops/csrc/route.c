@@ -1,4 +1,4 @@
-/* Which experts each token goes to, and with which weight: see `moe/router.py`, which is the definition. */
+/* Which experts each token goes to, and with which weight: see `ops/routing/reference.py`, which is the definition. */
 #include "engine.h"
 
 #include <math.h>
