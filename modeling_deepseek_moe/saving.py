@@ -21,6 +21,8 @@ from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.hub import auto_map, shim_files
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.offloaded import with_offloaded
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
 from modeling_deepseek_moe.weights import release_tensors, unstack
@@ -66,7 +68,8 @@ class ReleaseSavingMixin(ModelMixin):
 
         Raises:
             OSError: disk full. Nothing that was in the folder is touched.
-            ValueError: ``quantize`` is unknown, a weight to quantise holds NaN or Inf, or weights were quantised in place.
+            ValueError: ``quantize`` is unknown, or another format than that of codes that the model holds; a weight to
+                quantise holds NaN or Inf; or weights were quantised in place.
         """
         try:
             form = None if quantize is None else formats.by_name(quantize)
@@ -90,6 +93,8 @@ class ReleaseSavingMixin(ModelMixin):
         release = None if like is None else Release(CheckpointReader.open(like), read_config(like))
         if form and release and release.weight_format and release.weight_format.method == form.method:
             form = release.weight_format
+        if form is not None:
+            form = self._format_held(form)
         write_checkpoint(
             save_directory,
             _plans(self, tensors, form, release),
@@ -146,6 +151,22 @@ class ReleaseSavingMixin(ModelMixin):
             or (quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD)
             or any(not _is_plain(tensor) for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
         )
+
+    def _format_held(self, wanted: WeightFormat) -> WeightFormat:
+        """The format of the codes that the model holds, in their blocks, if it holds any: others join them.
+
+        Raises:
+            ValueError: it is another than ``wanted``; codes are not turned into those of another format.
+        """
+        held = next(
+            (m.weight_format for m in self.modules() if isinstance(m, QuantizedLinear | QuantizedExperts)), None
+        )
+        if held is not None and held.name != wanted.name:
+            raise ValueError(
+                f"quantize={wanted.name!r}: found weights in {held.name!r}, wanted floating-point ones: load the model with "
+                "FineGrainedFP8Config(dequantize=True)"
+            )
+        return held or wanted
 
     def _texts(self, form: WeightFormat | None, remote_code: bool, for_trainer: object = None) -> dict[str, str]:
         config = copy.deepcopy(self.config)

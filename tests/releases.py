@@ -1,6 +1,7 @@
 """Small configs in the shapes of the releases, and checkpoint folders written without this package's own writer."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -147,3 +148,17 @@ def write_tiny_fp32(folder: Path) -> Path:
     AutoModelForCausalLM.from_pretrained(tiny_checkpoint(), **settings).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_checkpoint()).save_pretrained(folder)
     return folder
+
+
+def two_layer_releases(tmp_path_factory):
+    """Folders by ``(kind, fp8)`` of a release's shape with one dense layer and one of experts, each written once."""
+
+    @cache
+    def of(kind: str, fp8: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        config = SHAPES[kind]()
+        config.num_hidden_layers = 2
+        write_release(folder, config, fp8=fp8)
+        return folder
+
+    return of

@@ -10,7 +10,7 @@ import io
 
 import pytest
 import torch
-from releases import SHAPES, write_release
+from releases import two_layer_releases
 from test_doors_generation import PLAIN, load, prompts
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM, export_with_dynamic_cache
@@ -20,18 +20,7 @@ from modeling_deepseek_moe.compat import CACHE_NAME
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a release's shape, written once."""
-    written = {}
-
-    def of(kind: str, fp8: bool = False):
-        if (kind, fp8) not in written:
-            written[kind, fp8] = tmp_path_factory.mktemp(kind)
-            config = SHAPES[kind]()
-            config.num_hidden_layers = 2  # one dense, one of experts
-            write_release(written[kind, fp8], config, fp8=fp8)
-        return written[kind, fp8]
-
-    return of
+    return two_layer_releases(tmp_path_factory)
 
 
 class _Logits(torch.nn.Module):

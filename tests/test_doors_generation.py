@@ -12,7 +12,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from releases import COMMON, SHAPES, V3, write_release
+from releases import COMMON, V3, two_layer_releases
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, FineGrainedFP8Config, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation import ContinuousBatchingConfig
@@ -30,18 +30,7 @@ STATIC_CROPS = Version(transformers.__version__) >= Version("5.24")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a release's shape, written once."""
-    written = {}
-
-    def of(kind: str, fp8: bool = False):
-        if (kind, fp8) not in written:
-            written[kind, fp8] = tmp_path_factory.mktemp(kind)
-            config = SHAPES[kind]()
-            config.num_hidden_layers = 2  # one dense, one of experts
-            write_release(written[kind, fp8], config, fp8=fp8)
-        return written[kind, fp8]
-
-    return of
+    return two_layer_releases(tmp_path_factory)
 
 
 def load(folder, dtype=torch.float32, cls=AutoModelForCausalLM, **settings):

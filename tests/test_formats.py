@@ -262,3 +262,18 @@ def test_ue8m0_is_kept(wide, tmp_path):
             if again == "back":
                 pairs = [(form.dequantize(*pair, torch.float32),) for pair in pairs]
             assert all(same_bits(*parts) for parts in zip(*pairs, strict=True)), (again, name)
+
+
+def test_codes_are_not_turned_into_those_of_another_format(wide, folder, tmp_path):
+    """Nor left as they are without a word; in their own format, by its name, they are written as they are."""
+    wide.save_pretrained(tmp_path / "fp8", quantize="fp8")
+    held = dsm.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "fp8")
+    for other in ("fp8_ue8m0", "toy_int8"):
+        with pytest.raises(
+            ValueError, match=f"quantize='{other}': found weights in 'fp8', wanted floating-point ones"
+        ):
+            held.save_pretrained(tmp_path / other, quantize=other)
+        assert not (tmp_path / other).exists()
+    held.save_pretrained(tmp_path / "again", quantize="fp8")
+    stored, again = tensors_of(tmp_path / "fp8"), tensors_of(tmp_path / "again")
+    assert stored.keys() == again.keys() and all(same_bits(stored[name], again[name]) for name in stored)

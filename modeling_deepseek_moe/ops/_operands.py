@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as every_module_is_hooked  # torch has no public name for it
 
+from modeling_deepseek_moe.four_bit import is_packed
 from modeling_deepseek_moe.ops._library import PLAIN
 
 BLOCK = (128, 128)  # of FP8 weights: the engine's, and the release's
@@ -57,8 +58,7 @@ def is_four_bit(layer: nn.Module) -> bool:
     state = getattr(layer._parameters.get("weight"), "quant_state", None)
     kind = type(layer)
     is_bnb = kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
-    packed = getattr(state, "packing_format_for_cpu", False)
-    return is_bnb and state is not None and not packed and not is_hooked(layer) and layer.bias is None
+    return is_bnb and state is not None and not is_packed(layer) and not is_hooked(layer) and layer.bias is None
 
 
 def _dequantized(weight: nn.Parameter) -> torch.Tensor:
