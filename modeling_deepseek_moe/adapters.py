@@ -18,8 +18,8 @@ from torch import nn
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
+from modeling_deepseek_moe.bitsandbytes_packing import is_packed, keep_readable
 from modeling_deepseek_moe.compat import ModelMixin
-from modeling_deepseek_moe.four_bit import is_packed, keep_readable
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts

@@ -2,6 +2,7 @@
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.utils import is_torchdynamo_compiling
 
 GROWTH = 1.125
 SLACK = 256  # tokens
@@ -45,7 +46,10 @@ class LatentLayer(DynamicLayer):
         """Buffers ``[B, H, capacity, ·]`` with what is cached, and room for such states after it."""
         used = self.get_seq_length()
         length = used + key_states.shape[2]
-        if self._may_write() and self._buffers[0].shape[2] >= length:
+        # the buffers hold what is cached, and no one may hold more of them than that
+        is_theirs = self._views is not None and self.keys is self._views[0] and self.values is self._views[1]
+        may_write = is_theirs and (torch.is_inference_mode_enabled() or not self._buffers[0].is_inference())
+        if may_write and self._buffers[0].shape[2] >= length:
             return self._buffers
         capacity = int(length * GROWTH) + SLACK
         self._buffers = (
@@ -60,12 +64,6 @@ class LatentLayer(DynamicLayer):
         self._views = keys[:, :, :length], values[:, :, :length]
         self.keys, self.values = self._views
 
-    def _may_write(self) -> bool:
-        """Whether the buffers hold what is cached, and no one may hold more of them than that."""
-        if self._views is None or self.keys is not self._views[0] or self.values is not self._views[1]:
-            return False
-        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
-
     def reset(self) -> None:
         self._buffers = self._views = None
         super().reset()
@@ -79,33 +77,34 @@ def _grown(cached: torch.Tensor | None, new: torch.Tensor, used: int, capacity: 
     return buffer
 
 
-def use_preallocated_layers(cache: Cache) -> bool:
-    """Give a plain `DynamicCache` layers with spare capacity, in place; whether all of its layers have it now."""
-    if type(cache) is not DynamicCache or cache.offloading:
-        return False
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = LatentLayer
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = LatentLayer.of(layer)
-    return all(type(layer) is LatentLayer for layer in cache.layers)
+def prepare_cache(cache: Cache | None, config, device: torch.device) -> int | None:
+    """Look over what a model was passed, and give a plain `DynamicCache` on a CPU layers with spare capacity, in place.
 
-
-def check_layout(cache: Cache, config) -> None:
-    """Refuse a cache that was laid out for expanded keys and values before a model saw it.
+    Returns:
+        The tokens that it holds; ``None`` if that is a tensor whose value a graph being compiled cannot know.
 
     Raises:
-        ValueError: its first layer holds, or has room for, something else than latents.
+        ValueError: it was laid out for expanded keys and values before a model saw it: its first layer holds, or has
+            room for, something else than latents.
     """
-    layers = getattr(cache, "layers", None)
+    if cache is None:
+        return 0
+    layers, compiling = getattr(cache, "layers", None), is_torchdynamo_compiling()
     keys = getattr(layers[0], "keys", None) if layers else None
-    if keys is None or keys.ndim != 4:
-        return
-    found = keys.shape[1], keys.shape[3], layers[0].values.shape[3]
-    wanted = 1, config.kv_lora_rank, config.qk_rope_head_dim
-    if found != wanted:
-        raise ValueError(
-            f"cache: layer 0: found {found[0]} heads with keys of {found[1]} and values of {found[2]} numbers, wanted "
-            f"{wanted[0]} head of {wanted[1]} and {wanted[2]}: only latents are cached. Pass a cache that no other code "
-            "has laid out or filled; it takes its shapes from the first call of the model"
-        )
+    if keys is not None and keys.ndim == 4:
+        found = keys.shape[1], keys.shape[3], layers[0].values.shape[3]
+        wanted = 1, config.kv_lora_rank, config.qk_rope_head_dim
+        if found != wanted:
+            raise ValueError(
+                f"cache: layer 0: found {found[0]} heads with keys of {found[1]} and values of {found[2]} numbers, wanted "
+                f"{wanted[0]} head of {wanted[1]} and {wanted[2]}: only latents are cached. Pass a cache that no other "
+                "code has laid out or filled; it takes its shapes from the first call of the model"
+            )
+    if device.type == "cpu" and not compiling and type(cache) is DynamicCache and not cache.offloading:
+        if cache.layer_class_to_replicate is DynamicLayer:
+            cache.layer_class_to_replicate = LatentLayer
+        cache.layers[:] = [LatentLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor):
+        return None if compiling else int(length)
+    return length

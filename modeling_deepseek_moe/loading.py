@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.bitsandbytes_packing import keep_readable
 from modeling_deepseek_moe.checkpoint.index import has_weights
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.formats import split_scale
-from modeling_deepseek_moe.four_bit import keep_readable
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
@@ -43,29 +43,27 @@ class Loading:
     wants_info: bool = False
     release: Release | None = None
 
-    def open(self, model: PreTrainedModel, files: Sequence[str | os.PathLike], ignored: Collection[str] = ()) -> None:
-        """Make the release of the files that transformers found, checked against the model about to be filled."""
-        reader = self.reader
-        if reader is None or set(reader.files) != {Path(file).absolute() for file in files}:
-            reader = CheckpointReader(files)
-        self.release = Release(reader, model.config)
-        fit_model(model, self.release)
-        needs_head = hasattr(model, "lm_head") and not model.config.tie_word_embeddings
-        self.release.check(needs_head, ignored)
-
 
 # The one thing that `from_pretrained` hands on past transformers, which passes nothing of its caller's through.
 _current: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 
-def release_for(model: PreTrainedModel, files: Sequence[str | os.PathLike]) -> Release:
-    """The release in the files, for a quantizer, which sees them first: made once, and checked in full."""
-    loading = _current.get()
-    if loading is None:
-        loading = Loading(None)
-    if loading.release is None:
-        loading.open(model, files)
-    return loading.release
+def release_for(model: PreTrainedModel, files: Sequence[str | os.PathLike], ignored: Collection[str] = ()) -> Release:
+    """The release in the files that transformers found, made once and checked in full against the model to be filled.
+
+    A quantizer asks first, where there is one; ``ignored`` are kinds of problems that the caller lives with.
+    """
+    loading = _current.get() or Loading(None)
+    if loading.release is not None:
+        return loading.release
+    reader = loading.reader
+    if reader is None or set(reader.files) != {Path(file).absolute() for file in files}:
+        reader = CheckpointReader(files)
+    loading.release = release = Release(reader, model.config)
+    fit_model(model, release)
+    needs_head = hasattr(model, "lm_head") and not model.config.tie_word_embeddings
+    release.check(needs_head, ignored)
+    return release
 
 
 def fit_model(model: PreTrainedModel, release: Release) -> None:
@@ -181,12 +179,11 @@ class ReleaseLoadingMixin(ModelMixin):
         )
         if state_dict is None and checkpoint_files and not is_foreign:
             loading = _current.get() or Loading(None)
-            if loading.release is None:
-                ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
-                loading.open(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
-            state_dict = lazy_state_dict(model, loading.release)
-            _remember_bias_dtypes(model, loading.release)
-            loading.release = None  # the headers of all tensors: no one needs them now
+            ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
+            release = release_for(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
+            state_dict = lazy_state_dict(model, release)
+            _remember_bias_dtypes(model, release)
+            loading.release = release = None  # the headers of all tensors: no one needs them now
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
         model._weight_conversions = None
@@ -211,7 +208,8 @@ class ReleaseLoadingMixin(ModelMixin):
         with _collector_paused():
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
-                reader = _open_folder(path, subfolder)
+                folder = Path(path) / subfolder
+                reader = CheckpointReader.open(folder) if has_weights(folder) else None
             token = _current.set(Loading(reader, bool(kwargs.get("output_loading_info"))))
             try:
                 return super().from_pretrained(path, *args, **kwargs)
@@ -266,11 +264,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _open_folder(path, subfolder: str) -> CheckpointReader | None:
-    folder = Path(path) / subfolder
-    return CheckpointReader.open(folder) if has_weights(folder) else None
 
 
 def _remember_bias_dtypes(model: PreTrainedModel, release: Release) -> None:

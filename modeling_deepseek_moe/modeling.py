@@ -16,20 +16,20 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modeling_deepseek_moe.adapters import AdapterMixin
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
+from modeling_deepseek_moe.bitsandbytes_packing import FourBitMixin
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.cache import check_layout, use_preallocated_layers
+from modeling_deepseek_moe.cache import prepare_cache
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
 from modeling_deepseek_moe.engine.report import EngineReportMixin
 from modeling_deepseek_moe.engine.runs import recomputable, runs
-from modeling_deepseek_moe.four_bit import FourBitMixin
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
 from modeling_deepseek_moe.masks import build_mask
@@ -179,25 +179,23 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if cache is not None:
-            check_layout(cache, self.config)
-        if cache is not None and inputs_embeds.device.type == "cpu" and not is_torchdynamo_compiling():
-            use_preallocated_layers(cache)
+        past_length = prepare_cache(cache, self.config, inputs_embeds.device)
         if self.training_state is not None and self.training and "training_pass" not in kwargs:
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             sequences = sequence_ids(shape, device, attention_mask, position_ids)
             kwargs["training_pass"] = TrainingPass(self.training_state, sequences)
-        context = self._layer_context(inputs_embeds, attention_mask, position_ids, cache, mla_path, **kwargs)
+        context = self._layer_context(
+            inputs_embeds, attention_mask, position_ids, cache, past_length, mla_path, **kwargs
+        )
         hidden_states = inputs_embeds
         layers = list(self.layers)[: self.config.num_hidden_layers]
         for run in runs(self, layers, hidden_states, cache, context):
             hidden_states = run(hidden_states, use_cache=use_cache, **{CACHE_NAME: cache}, **context)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _layer_context(self, inputs_embeds, attention_mask, position_ids, cache, mla_path, **kwargs):
+    def _layer_context(self, inputs_embeds, attention_mask, position_ids, cache, past_length, mla_path, **kwargs):
         """What every layer of one forward pass shares: rotary tables, mask, attention path."""
         length = inputs_embeds.shape[1]
-        past_length = _cached_length(cache)
         maybe_packed = position_ids is not None
         if position_ids is None:
             start = past_length if past_length is not None else cache.get_seq_length()
@@ -244,7 +242,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         """
         if not 0 <= depth < len(self.mtp_layers):
             raise ValueError(f"MTP depth {depth} asked for, the model has {len(self.mtp_layers)} MTP layers")
-        context = self._layer_context(hidden_states, attention_mask, position_ids, None, None, **kwargs)
+        context = self._layer_context(hidden_states, attention_mask, position_ids, None, 0, None, **kwargs)
         layer = self.mtp_layers[depth]
         if context.get("training_pass") is not None:
             layer = partial(recomputable, layer)
@@ -321,16 +319,6 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, ContinuousLatentMixin, 
         """Logits ``[B, S, vocab_size]`` of MTP layer ``depth``, and its hidden states, which the next depth takes."""
         hidden_states = self.model.mtp(depth, input_ids, hidden_states, **kwargs)
         return project(self.model.mtp_layers[depth].shared_head.head, hidden_states), hidden_states
-
-
-def _cached_length(cache: Cache | None) -> int | None:
-    """Tokens in the cache; ``None`` if that is a tensor whose value a graph being compiled cannot know."""
-    if cache is None:
-        return 0
-    seen = cache.get_seq_length()
-    if isinstance(seen, torch.Tensor):
-        return None if is_torchdynamo_compiling() else int(seen)
-    return seen
 
 
 # The names of the releases. `architectures` on disk is written from them.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from modeling_deepseek_moe import formats
-from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.loading import release_for
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
@@ -66,8 +66,10 @@ class DeepseekQuantizer(HfQuantizer):
                         module.in_features, module.out_features, module.bias is not None, release.weight_format
                     )
                 model.set_submodule(name, new)
-            elif isinstance(module, DeepseekExperts) and (codes := _quantized_experts(release, prefix + name)):
-                model.set_submodule(name, _experts(release, prefix + name, codes, on_cpu))
+            elif isinstance(module, DeepseekExperts) and (
+                experts := _quantized_experts(release, prefix + name, on_cpu)
+            ):
+                model.set_submodule(name, experts)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
@@ -90,30 +92,28 @@ class DeepseekQuantizer(HfQuantizer):
         return False
 
 
-def _quantized_experts(release: Release, name: str) -> list[TensorInfo]:
+def _quantized_experts(release: Release, name: str, on_cpu: bool) -> nn.Module | None:
     """A layer's routed experts, if they are codes: all of them or none, since they are stored in one way."""
-    infos = release.infos
+    infos, weight_format = release.infos, release.weight_format
     experts = range(release.config.n_routed_experts)
     # a gap was refused already
-    weights = [infos[f"{name}.{expert}.{projection}.weight"] for expert in experts for projection in PROJECTIONS]
-    plain = [info for info in weights if info.dtype != release.weight_format.code_dtype]
-    if plain and len(plain) < len(weights):
+    codes = [infos[f"{name}.{expert}.{projection}.weight"] for expert in experts for projection in PROJECTIONS]
+    plain = [info for info in codes if info.dtype != weight_format.code_dtype]
+    if plain and len(plain) < len(codes):
         info = plain[0]
         raise CheckpointError(
-            f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {release.weight_format.code_dtype} "
-            "like the layer's other experts"
+            f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {weight_format.code_dtype} like the "
+            "layer's other experts"
         )
-    return [] if plain else weights
-
-
-def _experts(release: Release, name: str, codes: list[TensorInfo], on_cpu: bool) -> nn.Module:
-    if on_cpu:
-        scales = release.scales.of_experts_beside(release.scale_name(f"{name}.0.gate_proj.weight"))
-        experts = MappedExperts(release.config, release.weight_format, codes, scales, release.reader.mapped)
-        experts.addresses()  # kept from here on: how they are found is nothing that torch.compile can trace
-        return experts
-    with torch.device("meta"):
-        return StackedQuantizedExperts(release.config, release.weight_format)
+    if plain:
+        return None
+    if not on_cpu:
+        with torch.device("meta"):
+            return StackedQuantizedExperts(release.config, weight_format)
+    scales = release.scales.of_experts(release.scale_name(f"{name}.0.gate_proj.weight"))
+    mapped = MappedExperts(release.config, weight_format, codes, scales, release.reader.mapped)
+    mapped.addresses()  # kept from here on: how they are found is nothing that torch.compile can trace
+    return mapped
 
 
 def _stays_on_cpu(device_map) -> bool:

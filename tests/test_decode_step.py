@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modeling_deepseek_moe import modeling, use_backend
-from modeling_deepseek_moe.cache import LatentLayer, use_preallocated_layers
+from modeling_deepseek_moe.cache import LatentLayer, prepare_cache
 from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
 
@@ -296,18 +296,20 @@ def test_tensors_of_inference_mode_are_copied():
 
 
 def test_only_plain_caches_are_changed(one_model):
-    cache = DynamicCache(config=one_model.config)
-    cache.update(*states(4), 0)
+    config, cpu = one_model.config, torch.device("cpu")
+    latents = torch.randn(1, 1, 4, config.kv_lora_rank), torch.randn(1, 1, 4, config.qk_rope_head_dim)
+    cache = DynamicCache(config=config)
+    cache.update(*latents, 0)
     before = cache.layers[0].keys.clone()
-    assert use_preallocated_layers(cache) and type(cache.layers[0]) is LatentLayer
+    assert prepare_cache(cache, config, cpu) == 4 and type(cache.layers[0]) is LatentLayer
     assert torch.equal(cache.layers[0].keys, before)
     empty = DynamicCache()
-    assert use_preallocated_layers(empty)
-    empty.update(*states(2), 0)
+    assert prepare_cache(empty, config, cpu) == 0
+    empty.update(*latents, 0)
     assert type(empty.layers[0]) is LatentLayer
 
     class Mine(DynamicCache):
         pass
 
-    mine = Mine(config=one_model.config)
-    assert not use_preallocated_layers(mine) and type(mine.layers[0]) is DynamicLayer
+    mine = Mine(config=config)
+    assert prepare_cache(mine, config, cpu) == 0 and type(mine.layers[0]) is DynamicLayer

@@ -11,7 +11,7 @@ from releases import COMMON, V3, write_release
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Trainer, TrainingArguments
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.four_bit import is_packed
+from modeling_deepseek_moe.bitsandbytes_packing import is_packed
 from modeling_deepseek_moe.ops._operands import weight_of
 
 peft = pytest.importorskip("peft")

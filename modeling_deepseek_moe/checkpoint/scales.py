@@ -62,7 +62,7 @@ class Scales:
         start = self._starts[info.name]
         return self._groups[_group(info.name)][start : start + math.prod(info.shape)].view(info.shape)
 
-    def of_experts_beside(self, name: str) -> torch.Tensor:
+    def of_experts(self, name: str) -> torch.Tensor:
         """All scales of the routed experts of a layer, one after the other; ``name`` is one of them."""
         return self._groups[_group(self._infos[name].name)]
 

@@ -155,26 +155,11 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(library.dsm_isa_name(level).decode() for level in range(library.dsm_isa_best() + 1))
 
 
-def level() -> int:
-    """The index of the instruction set to use: the best, unless `use_backend` names one.
-
-    Raises:
-        BackendError: the one that was asked for is not among those of this CPU.
-    """
-    isa = requested().isa
-    if isa is None:
-        return -1
-    if isa not in instruction_sets():
-        found = ", ".join(instruction_sets())
-        raise BackendError(f"backend '{CPU}:{isa}' needs a CPU with {isa}; this one has {found}")
-    return instruction_sets().index(isa)
-
-
 def call(function: str, *arguments) -> None:
     """Call ``function`` on the requested instruction set and as many threads as torch uses; one in a forked process.
 
     Raises:
-        BackendError: there is no engine.
+        BackendError: there is no engine, or this CPU has not the instruction set that `use_backend` names.
         MemoryError: no memory for its workspace.
         FloatingPointError: values that are not finite, where finite ones are wanted.
     """
@@ -182,7 +167,13 @@ def call(function: str, *arguments) -> None:
     library, reason = _load()
     if reason is not None:
         raise BackendError(f"backend {CPU!r}: the CPU engine {reason}")
-    result = getattr(library, function)(level(), threads, *arguments)
+    isa, level = requested().isa, -1  # the best
+    if isa is not None and isa not in instruction_sets():
+        found = ", ".join(instruction_sets())
+        raise BackendError(f"backend '{CPU}:{isa}' needs a CPU with {isa}; this one has {found}")
+    if isa is not None:
+        level = instruction_sets().index(isa)
+    result = getattr(library, function)(level, threads, *arguments)
     if result == _NO_MEMORY:
         raise MemoryError(f"{function}: no memory for the workspace")
     if result == _NOT_FINITE:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as every_module_is_hooked  # torch has no public name for it
 
-from modeling_deepseek_moe.four_bit import is_packed
+from modeling_deepseek_moe.bitsandbytes_packing import is_packed
 from modeling_deepseek_moe.ops._library import PLAIN
 
 BLOCK = (128, 128)  # of FP8 weights: the engine's, and the release's
