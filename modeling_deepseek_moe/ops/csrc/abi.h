@@ -13,7 +13,7 @@ typedef struct {
     const void *data;
     const float *scale; /* NULL for bf16 */
     int64_t rows, cols;
-    int dtype; /* DSM_FP8 or DSM_BF16; for `panel` and `mix` also DSM_F32, where activations are that */
+    int dtype; /* DSM_FP8 or DSM_BF16; for `gemm` and `accumulate_pv` also DSM_F32, where activations are that */
 } Matrix;
 
 /* RMSNorm */

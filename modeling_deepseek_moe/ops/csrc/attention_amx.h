@@ -14,11 +14,12 @@ static void pair_values(const Matrix *v, int64_t first, int64_t count, int64_t c
     }
 }
 
-/* As `mix`: a tile is 16 tokens × 32 keys, or 16 pairs of keys × 16 columns. */
-static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
-                      const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
+/* As `accumulate_pv`: a tile is 16 tokens × 32 keys, or 16 pairs of keys × 16 columns. */
+static void accumulate_pv_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first,
+                                int64_t count, const float *decay, float *out, int64_t ldo, void *scratch,
+                                PrefetchStream *ahead) {
     uint16_t *weights = scratch;
-    char *values = (char *)(weights + DSM_MIX_TOKENS * DSM_BLOCK);
+    char *values = (char *)(weights + DSM_PV_TOKENS * DSM_BLOCK);
     const int64_t deep = (count + TILE_COLUMNS - 1) / TILE_COLUMNS, room = (count + 15) / 16 * 16;
     const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                   high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
@@ -51,7 +52,7 @@ static void mix_tiles(const float *p, int64_t ldp, int64_t tokens, const Matrix 
                              b = _mm512_load_ps(c + TILE_FLOATS + (t - t0) * 16);
                 const __m512 factor = _mm512_set1_ps(decay[t]);
                 float *to = out + t * ldo + column;
-                fetch_some(ahead, 4);
+                prefetch_lines(ahead, 4);
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(factor, _mm512_loadu_ps(to),
                                                      (__m512)_mm512_permutex2var_epi64((__m512i)a, low, (__m512i)b)));
                 _mm512_storeu_ps(to + 16,

@@ -5,7 +5,7 @@
 /* Two weight rows times a pair of factors are added to the sums of 64 columns: lane 4g + i of the j-th vector holds
    column 16g + 4j + i. `even` and `odd` are
    the rows' columns in bf16, in the order of `decode64`. */
-DSM_INLINE void absorb_pair(const __m512i *even, const __m512i *odd, int32_t pair, __m512 *acc) {
+DSM_INLINE void transposed_pair(const __m512i *even, const __m512i *odd, int32_t pair, __m512 *acc) {
     const __m512bh factors = (__m512bh)_mm512_set1_epi32(pair);
     UNROLL for (int j = 0; j < 2; j++) {
         acc[2 * j] = _mm512_dpbf16_ps(acc[2 * j], (__m512bh)_mm512_unpacklo_epi16(even[j], odd[j]), factors);
@@ -27,16 +27,16 @@ DSM_INLINE void load_words(Tables t, const char *p, int64_t rest, __m512i *words
         words[1] = _mm512_shuffle_i64x2(a, b, 0xdd);
     }
 }
-/* `rows` rows, a constant, of 64 columns, of which `rest` exist */
-DSM_INLINE void absorb_strip(Tables t, const char *p, size_t pitch, int64_t rest, const int32_t *pair, float *sums,
-                             const int rows, const int fp8) {
+/* `gemv` rows, a constant, of 64 columns, of which `rest` exist */
+DSM_INLINE void transposed_strip(Tables t, const char *p, size_t pitch, int64_t rest, const int32_t *pair, float *sums,
+                                 const int rows, const int fp8) {
     __m512 acc[4];
     UNROLL for (int j = 0; j < 4; j++) acc[j] = _mm512_load_ps(sums + 16 * j);
     UNROLL for (int i = 0; i < rows; i += 2) {
         __m512i even[2], odd[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         load_words(t, p + i * pitch, rest, even, fp8);
         if (i + 1 < rows) load_words(t, p + (i + 1) * pitch, rest, odd, fp8);
-        absorb_pair(even, odd, pair[i / 2], acc);
+        transposed_pair(even, odd, pair[i / 2], acc);
     }
     UNROLL for (int j = 0; j < 4; j++) _mm512_store_ps(sums + 16 * j, acc[j]);
 }
@@ -47,15 +47,15 @@ DSM_INLINE void absorb_strip(Tables t, const char *p, size_t pitch, int64_t rest
         const char *p = (const char *)w->data + r * pitch;                                                            \
         int64_t k = 0;                                                                                                \
         for (; k + 64 <= w->cols; k += 64, p += FP8 ? 64 : 128)                                                       \
-            absorb_strip(t, p, pitch, 64, pair, sums + k, ROWS, FP8);                                                 \
-        if (k < w->cols) absorb_strip(t, p, pitch, w->cols - k, pair, sums + k, ROWS, FP8);                           \
+            transposed_strip(t, p, pitch, 64, pair, sums + k, ROWS, FP8);                                             \
+        if (k < w->cols) transposed_strip(t, p, pitch, w->cols - k, pair, sums + k, ROWS, FP8);                       \
     }
 ABSORB(absorb_8_fp8, 8, 1)
 ABSORB(absorb_1_fp8, 1, 1)
 ABSORB(absorb_8_bf16, 8, 0)
 ABSORB(absorb_1_bf16, 1, 0)
 
-void dsm_bf16_absorb(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
+void dsm_bf16_gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
     const int64_t room = dsm_blocks(w->cols) * DSM_BLOCK;
     const int fp8 = w->dtype == DSM_FP8;
     for (int64_t c = 0; c < w->cols; c++) out[c] = 0.0f;
@@ -88,8 +88,8 @@ static const uint16_t PAIRS_OF_ROWS[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36,
                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 /* weights of up to 128 keys, rounded to pairs of bf16 next to the values' panel */
-static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
-                const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
+static void accumulate_pv(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
+                          const float *decay, float *out, int64_t ldo, void *scratch, PrefetchStream *ahead) {
     uint32_t *values = scratch;
     uint16_t *weights = (uint16_t *)(values + DSM_BLOCK / 2 * PANEL);
     const int64_t pairs = (count + 1) / 2, room = (count + 15) / 16 * 16;

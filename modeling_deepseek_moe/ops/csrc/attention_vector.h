@@ -1,13 +1,13 @@
 /* The kernels of latent attention on vectors of WIDTH fp32 lanes; part of `kernels_vector.h`.
 
-   Scores are products of `panel`, with the heads' queries for tokens and the cached latents for weights. */
+   Scores are products of `gemm`, with the heads' queries for tokens and the cached latents for weights. */
 
 #define ABSORBED_ROWS 4
 
-/* `rows` (constant) weight rows times their factors are added to the sums of a strip of 4 * WIDTH bytes of each row; the
+/* `gemv` (constant) weight rows times their factors are added to the sums of a strip of 4 * WIDTH bytes of each row; the
    j-th vector holds columns per_lane * l + j. */
-DSM_INLINE void absorb_strip(const char *row, int64_t pitch, int64_t rest, const F *factor, float *sums, I *found,
-                             const int per_lane, const int rows) {
+DSM_INLINE void transposed_strip(const char *row, int64_t pitch, int64_t rest, const F *factor, float *sums, I *found,
+                                 const int per_lane, const int rows) {
     F acc[4];
     UNROLL for (int j = 0; j < per_lane; j++) acc[j] = *(const F *)(sums + j * WIDTH);
     UNROLL for (int r = 0; r < rows; r++) {
@@ -24,9 +24,9 @@ DSM_INLINE void absorb_strip(const char *row, int64_t pitch, int64_t rest, const
     UNROLL for (int j = 0; j < per_lane; j++) * (F *)(sums + j * WIDTH) = acc[j];
 }
 
-/* `rows` whole rows, which lie in one row of blocks; sums: as many floats as a packed row has */
-DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *sums, I *found, const int per_lane,
-                            const int rows) {
+/* `gemv` whole rows, which lie in one row of blocks; sums: as many floats as a packed row has */
+DSM_INLINE void transposed_rows(const float *q, const Matrix *w, int64_t r, float *sums, I *found, const int per_lane,
+                                const int rows) {
     const int itemsize = 4 / per_lane;
     const int64_t pitch = w->cols * itemsize;
     const char *row = (const char *)w->data + r * pitch;
@@ -34,13 +34,13 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
     for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, scale++) {
         const int64_t end = dsm_min(DSM_BLOCK, w->cols - k) * itemsize;
         F factor[ABSORBED_ROWS];
-        UNROLL for (int i = 0; i < rows; i++) factor[i] = spread(per_lane == 4 ? q[i] * *scale * GAIN : q[i]);
+        UNROLL for (int i = 0; i < rows; i++) factor[i] = spread(per_lane == 4 ? q[i] * *scale * PACKED_GAIN : q[i]);
         for (int64_t i = 0; i < end; i += 4 * WIDTH) {
             const char *at = row + k * itemsize + i;
             if (i % 64 == 0) UNROLL for (int j = 0; j < rows; j++) __builtin_prefetch(at + j * pitch + AHEAD, 0, 2);
             if (end - i >= 4 * WIDTH)
-                absorb_strip(at, pitch, 4 * WIDTH, factor, sums + k + i / itemsize, found, per_lane, rows);
-            else absorb_strip(at, pitch, end - i, factor, sums + k + i / itemsize, found, per_lane, rows);
+                transposed_strip(at, pitch, 4 * WIDTH, factor, sums + k + i / itemsize, found, per_lane, rows);
+            else transposed_strip(at, pitch, end - i, factor, sums + k + i / itemsize, found, per_lane, rows);
         }
     }
 }
@@ -52,10 +52,10 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
         while (i < count) {                                                                                           \
             const int64_t r = first + i;                                                                              \
             if (r % ABSORBED_ROWS == 0 && i + ABSORBED_ROWS <= count) {                                               \
-                absorb_rows(q + i, w, r, sums, &found, PER_LANE, ABSORBED_ROWS);                                      \
+                transposed_rows(q + i, w, r, sums, &found, PER_LANE, ABSORBED_ROWS);                                  \
                 i += ABSORBED_ROWS;                                                                                   \
             } else {                                                                                                  \
-                absorb_rows(q + i, w, r, sums, &found, PER_LANE, 1);                                                  \
+                transposed_rows(q + i, w, r, sums, &found, PER_LANE, 1);                                              \
                 i++;                                                                                                  \
             }                                                                                                         \
         }                                                                                                             \
@@ -64,7 +64,7 @@ DSM_INLINE void absorb_rows(const float *q, const Matrix *w, int64_t r, float *s
 ABSORB(absorb_fp8, 4)
 ABSORB(absorb_bf16, 2)
 
-static void absorb(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
+static void gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
     const int per_lane = w->dtype == DSM_FP8 ? 4 : 2, group = per_lane * WIDTH;
     int nan;
     memset(sums, 0, sizeof(float) * dsm_blocks(w->cols) * DSM_BLOCK);
@@ -74,13 +74,13 @@ static void absorb(const float *q, const Matrix *w, int64_t first, int64_t count
             for (int j = 0; j < per_lane; j++) {
                 const int64_t c = k + l * per_lane + j;
                 const float sum = sums[k + j * WIDTH + l];
-                if (c < w->cols) out[c] = nan && per_lane == 4 ? NAN : per_lane == 4 ? GAIN * sum : sum;
+                if (c < w->cols) out[c] = nan && per_lane == 4 ? NAN : per_lane == 4 ? PACKED_GAIN * sum : sum;
             }
 }
 
 /* scores become weights in place, and zeros after them up to `room` */
-float SHARED(weigh)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,
-                    float *norm) {
+float SHARED(online_softmax)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,
+                             float *norm) {
     const float old = *peak;
     F most = spread(old), total = zeros();
     int64_t i = 0;
@@ -120,12 +120,12 @@ DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t k, int64_t c, floa
     else
         for (int j = 0; j < PANEL; j++) to[j] = c + j < v->cols ? dsm_load(v->data, v->dtype, at + j) : 0.0f;
 }
-static void mix(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
-                const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead) {
+static void accumulate_pv(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
+                          const float *decay, float *out, int64_t ldo, void *scratch, PrefetchStream *ahead) {
     const size_t stride = sizeof(float) * ldp;
-    for (int64_t c = 0; c < v->cols; c += MIXED * PANEL) {
+    for (int64_t c = 0; c < v->cols; c += PV_PANELS * PANEL) {
         float *values = scratch;
-        const int64_t end = dsm_min(c + MIXED * PANEL, v->cols);
+        const int64_t end = dsm_min(c + PV_PANELS * PANEL, v->cols);
         for (int64_t k = 0; k < count; k++)
             for (int64_t j = c, i = k; j < end; j += PANEL, i += DSM_BLOCK) widen(v, first, k, j, values + i * PANEL);
         for (int64_t j = c; j < end; j += PANEL, values += DSM_BLOCK * PANEL)

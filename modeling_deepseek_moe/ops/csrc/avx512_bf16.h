@@ -102,14 +102,14 @@ void dsm_kernels_avx512_norm(const void *x, const void *w, int64_t n, float eps,
 void dsm_kernels_avx512_decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
 float dsm_kernels_avx512_amax(const void *x, int dtype, int64_t n, int *finite);
 void dsm_kernels_avx512_encode(const void *x, int dtype, int64_t n, float scale, uint8_t *out);
-float dsm_kernels_avx512_weigh(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,
-                               float *norm);
+float dsm_kernels_avx512_online_softmax(float *scores, int64_t n, int64_t room, float scaling, const float *mask,
+                                        float *peak, float *norm);
 void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
 void dsm_bf16_decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
 float dsm_bf16_amax(const void *x, int dtype, int64_t n, int *finite);
-void dsm_bf16_absorb(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums);
+void dsm_bf16_gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums);
 /* bf16 rows for one token, fetched as Intel's processors like it */
-void dsm_bf16_rows_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
+void dsm_bf16_gemv_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                         int64_t ldo, const void *next);
 
 #endif

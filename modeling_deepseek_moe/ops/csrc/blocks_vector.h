@@ -6,12 +6,12 @@ void SHARED(decode)(const uint8_t *codes, const float *scale, int64_t n, void *o
         for (; i + WIDTH <= end; i += WIDTH) {
             I code = __builtin_convertvector(*(const LooseBytes *)(codes + i), I);
             /* exact: 2^120 is a power of two, and a code times it is no subnormal any more */
-            F value = (F)(((code << 24) >> 4) & KEPT) * 0x1p120f * *scale;
+            F value = (F)(((code << 24) >> 4) & CODE_MASK) * 0x1p120f * *scale;
             value = (F)choose((code & 0x7f) == 0x7f, (I)spread(NAN), (I)value);
             store_any(out, dtype, i, value);
         }
         for (; i < end; i++) {
-            int32_t bits = (int32_t)((uint32_t)codes[i] << 24) >> 4 & KEPT;
+            int32_t bits = (int32_t)((uint32_t)codes[i] << 24) >> 4 & CODE_MASK;
             float value;
             memcpy(&value, &bits, 4);
             value = (codes[i] & 0x7f) == 0x7f ? NAN : value * 0x1p120f * *scale;

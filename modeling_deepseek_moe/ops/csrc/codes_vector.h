@@ -14,7 +14,7 @@ DSM_INLINE Codes split(I raw) {
 }
 DSM_INLINE F code(Codes c, int j) {
     const I pair = j & 1 ? c.odd : c.even;
-    return (F)((j & 2 ? pair : pair << 16) & KEPT);
+    return (F)((j & 2 ? pair : pair << 16) & CODE_MASK);
 }
 /* Looks for NaN among the codes: a byte's lower bits are all ones. */
 DSM_INLINE I look(I found, I raw) {

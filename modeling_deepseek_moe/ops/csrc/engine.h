@@ -15,10 +15,10 @@
 
 #define DSM_VERSION 6 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
-#define DSM_MIX_TOKENS 64
+#define DSM_PV_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
-#define DSM_FEW_ROWS 16     /* least and most of `Kernels.few_rows` */
-#define DSM_MOST_FEW_ROWS 64
+#define DSM_GEMV_ROWS 16    /* least and most of `Kernels.gemv_rows` */
+#define DSM_MOST_GEMV_ROWS 64
 #define DSM_STEP_TOKENS 16 /* most tokens of the operations that are for few */
 #define DSM_INLINE static inline __attribute__((always_inline))
 #define DSM_API __attribute__((visibility("default")))
@@ -33,34 +33,34 @@
    prefetches would be dropped in part. */
 typedef struct {
     const char *at, *end;
-} Ahead;
+} PrefetchStream;
 
 /* One instruction set's kernels. `tokens` rows of packed activations lie `stride` bytes apart. */
 typedef struct {
     const char *name;
     int packed_bytes;  /* bytes of one packed activation: 4 (fp32) or 2 (bf16) */
     int panel_columns; /* weight rows of a panel */
-    int panels;        /* most panels of one call of `panel` */
-    int panel_tokens; /* tokens that are packed together for `panel`, and that it writes results for: 1, or `place` packs */
-    int64_t few_tokens; /* up to here `rows` is the faster of the two */
+    int panels;        /* most panels of one call of `gemm` */
+    int panel_tokens; /* tokens that are packed together for `gemm`, and that it writes results for: 1, or `pack_interleaved` packs */
+    int64_t few_tokens; /* up to here `gemv` is the faster of the two */
     int64_t
-        few_rows; /* weight rows of a call of `rows` that make it fast: DSM_FEW_ROWS, or a multiple by powers of two */
-    size_t scratch_bytes; /* for `panel` and `mix` */
+        gemv_rows; /* weight rows of a call of `gemv` that make it fast: DSM_GEMV_ROWS, or a multiple by powers of two */
+    size_t scratch_bytes; /* for `gemm` and `accumulate_pv` */
 
     /* one row of activations of any dtype -> packed */
     void (*pack)(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
-    /* columns [first, first + n) of `tokens` rows for `panel`, from the `lane`th place of a group on; zeros up to a whole
+    /* columns [first, first + n) of `tokens` rows for `gemm`, from the `lane`th place of a group on; zeros up to a whole
        group of 64 after them; first: whole groups of 64 */
-    void (*place)(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
-                  int64_t lane, int64_t first);
+    void (*pack_interleaved)(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
+                             int64_t lane, int64_t first);
     /* out[t * ldo + r] = x_t . w[first + r], r < count: streams each weight row once. next: the rows that this thread is
        likely to read then, if they lie in the same way, or NULL */
-    void (*rows)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+    void (*gemv)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next);
     /* the same for count <= panels * panel_columns: decodes panels next to the product; out is [tokens, count in whole
        panels] */
-    void (*panel)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                  float *out, void *scratch, Ahead *ahead);
+    void (*gemm)(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                 float *out, void *scratch, PrefetchStream *ahead);
     /* out = silu(gate) * up */
     void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
     /* one row: out = w * x / sqrt(mean(x^2) + eps), all of `dtype`, rounded before and after the product with w */
@@ -74,14 +74,16 @@ typedef struct {
     /* E4M3(x / scale), round to nearest even */
     void (*encode)(const void *x, int dtype, int64_t n, float scale, uint8_t *out);
     /* out[c] = sum over i < count of q[i] * w[first + i][c]; workspace: w->cols floats in whole blocks */
-    void (*absorb)(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *workspace);
+    void (*gemv_transposed)(const float *q, const Matrix *w, int64_t first, int64_t count, float *out,
+                            float *workspace);
     /* one step of a running softmax: n scores become e^(scores * scaling + mask - peak), zeros up to `room` after them;
        returns by what the sums so far are to be multiplied, since the peak may have moved */
-    float (*weigh)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak, float *norm);
-    /* out[t * ldo + c] = decay[t] * out + sum over i < count of p[t * ldp + i] * v[first + i][c]; up to DSM_MIX_TOKENS
+    float (*online_softmax)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,
+                            float *norm);
+    /* out[t * ldo + c] = decay[t] * out + sum over i < count of p[t * ldp + i] * v[first + i][c]; up to DSM_PV_TOKENS
        tokens and DSM_BLOCK rows of v, bf16 or fp32; out's rows are whole panels, p's zero after their end */
-    void (*mix)(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
-                const float *decay, float *out, int64_t ldo, void *scratch, Ahead *ahead);
+    void (*accumulate_pv)(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
+                          const float *decay, float *out, int64_t ldo, void *scratch, PrefetchStream *ahead);
 } Kernels;
 
 /* The kernels of an instruction set (an index of `dsm_isa_name`; clipped to what this CPU has) for activations of a
@@ -103,11 +105,12 @@ DSM_INLINE size_t dsm_packed_stride(const Kernels *k, int64_t n) {
 DSM_INLINE int64_t dsm_packed_tokens(const Kernels *k, int64_t tokens) {
     return (tokens + k->panel_tokens - 1) / k->panel_tokens * k->panel_tokens;
 }
-/* packs whole rows of activations, tokens t .. of one group, for `panel` or for `rows` */
+/* packs whole rows of activations, tokens t .. of one group, for `gemm` or for `gemv` */
 DSM_INLINE void dsm_pack(const Kernels *k, int panel, const void *const *x, int64_t tokens, int dtype, int64_t n,
                          int weight_dtype, char *packed, size_t stride, int64_t t) {
     const int64_t lane = t % k->panel_tokens;
-    if (panel && k->place) k->place(x, tokens, dtype, n, weight_dtype, packed + (t - lane) * stride, lane, 0);
+    if (panel && k->pack_interleaved)
+        k->pack_interleaved(x, tokens, dtype, n, weight_dtype, packed + (t - lane) * stride, lane, 0);
     else
         for (int64_t i = 0; i < tokens; i++) k->pack(x[i], dtype, n, weight_dtype, packed + (t + i) * stride);
 }
@@ -115,16 +118,16 @@ DSM_INLINE void dsm_pack(const Kernels *k, int panel, const void *const *x, int6
 DSM_INLINE int64_t dsm_panels(const Kernels *k, int64_t rows) {
     return (rows + k->panel_columns - 1) / k->panel_columns * k->panel_columns;
 }
-/* rows of one call of `panel`: as many as it takes, if every thread still has some calls */
+/* rows of one call of `gemm`: as many as it takes, if every thread still has some calls */
 DSM_INLINE int64_t dsm_panel_rows(const Kernels *k, int64_t rows, int threads) {
     int64_t panels = k->panels;
     while (panels > 1 && rows < 4 * threads * panels * k->panel_columns) panels /= 2;
     return panels * k->panel_columns;
 }
-/* rows of a task that calls `rows`: as many as it likes, if every thread still has some tasks */
-DSM_INLINE int64_t dsm_few_rows(const Kernels *k, int64_t rows, int threads) {
-    int64_t few = k->few_rows;
-    while (few > DSM_FEW_ROWS && rows < 4 * threads * few) few /= 2;
+/* rows of a task that calls `gemv`: as many as it likes, if every thread still has some tasks */
+DSM_INLINE int64_t dsm_gemv_rows(const Kernels *k, int64_t rows, int threads) {
+    int64_t few = k->gemv_rows;
+    while (few > DSM_GEMV_ROWS && rows < 4 * threads * few) few /= 2;
     return few;
 }
 DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
@@ -136,7 +139,7 @@ DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOC
 DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 DSM_INLINE int64_t dsm_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-DSM_INLINE void dsm_fetch(Ahead *ahead) {
+DSM_INLINE void dsm_prefetch_line(PrefetchStream *ahead) {
     if (ahead->at < ahead->end) {
         __builtin_prefetch(ahead->at, 0, 2);
         ahead->at += 64;

@@ -3,7 +3,7 @@
    Experts are given by address, so stacked, mapped and streamed ones are the same to it. One whose address is zero is
    left out: a caller that brings experts in bit by bit calls again with the next ones, in ascending order, and gets
    the bits that one call with all of them gives, since each output is summed over ascending experts in fp32. */
-#include "lanes.h"
+#include "work_queue.h"
 
 #define CHUNK 64 /* rows of gate and up of a task, or a multiple: whole groups of every packing */
 #define MANY_TOKENS 512
@@ -74,16 +74,16 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
 static int64_t multiply_chunk(const Kernels *k, int many, const char *x, size_t stride, int64_t tokens,
                               const Matrix *w, int64_t r0, int64_t rows, const void *next, float *out, float *panel,
                               void *scratch) {
-    Ahead none = {0};
+    PrefetchStream none = {0};
     if (!many) {
-        k->rows(x, stride, tokens, w, r0, rows, out, rows, next);
+        k->gemv(x, stride, tokens, w, r0, rows, out, rows, next);
     } else if (rows <= k->panels * k->panel_columns) {
-        k->panel(x, stride, tokens, w, r0, rows, out, scratch, &none);
+        k->gemm(x, stride, tokens, w, r0, rows, out, scratch, &none);
         return dsm_panels(k, rows);
     } else {
         for (int64_t c = 0; c < rows; c += k->panel_columns) {
             const int64_t n = dsm_min(k->panel_columns, rows - c);
-            k->panel(x, stride, tokens, w, r0 + c, n, panel, scratch, &none);
+            k->gemm(x, stride, tokens, w, r0 + c, n, panel, scratch, &none);
             for (int64_t t = 0; t < tokens; t++)
                 memcpy(out + t * rows + c, panel + t * k->panel_columns, sizeof(float) * n);
         }
@@ -110,8 +110,8 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
             values[i] = gate + (t + i) * ld;
             k->swiglu(gate + (t + i) * ld, up + (t + i) * ld, gate + (t + i) * ld, rows);
         }
-        if (many && k->place) {
-            k->place(values, n, DSM_F32, rows, dtype, h + t * layer->h_stride, 0, r0);
+        if (many && k->pack_interleaved) {
+            k->pack_interleaved(values, n, DSM_F32, rows, dtype, h + t * layer->h_stride, 0, r0);
         } else { /* a group of 64 at a time: whole blocks are packed, and the next is another task's */
             for (int64_t i = 0; i < n; i++)
                 for (int64_t r = 0; r < rows; r += CHUNK) {
@@ -127,7 +127,7 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
 /* out columns [c0, c0 + columns) of every expert's tokens */
 static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, void *scratch) {
     const Kernels *k = layer->kernels;
-    Ahead none = {0};
+    PrefetchStream none = {0};
     for (int64_t i = 0; i < layer->active; i++) {
         const Share *e = layer->experts + i;
         const int few = !is_many(layer, e);
@@ -140,8 +140,8 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
                 const int64_t ld = few ? n : dsm_panels(k, n);
                 const void *next =
                     i + 1 < layer->active ? dsm_row(&e[1].down, c) : dsm_row(&layer->experts->down, c + n);
-                if (few) k->rows(h, layer->h_stride, tokens, &e->down, c, n, part, ld, next);
-                else k->panel(h, layer->h_stride, tokens, &e->down, c, n, part, scratch, &none);
+                if (few) k->gemv(h, layer->h_stride, tokens, &e->down, c, n, part, ld, next);
+                else k->gemm(h, layer->h_stride, tokens, &e->down, c, n, part, scratch, &none);
                 for (int64_t t = 0; t < tokens; t++) {
                     const int64_t slot = layer->order[e->first + t0 + t];
                     float *to = layer->out + slot / layer->top_k * layer->hidden + c;
@@ -181,7 +181,7 @@ static void gate_and_up_task(const Layer *layer, int64_t task, float *buffer, in
 
 /* Columns of a task of `down`: a few panels keep an expert's h in the cache, but every thread needs some tasks. */
 static int64_t columns_of_down(const Layer *layer, int many, int threads) {
-    int64_t columns = many ? layer->kernels->panel_columns : dsm_few_rows(layer->kernels, layer->hidden, threads);
+    int64_t columns = many ? layer->kernels->panel_columns : dsm_gemv_rows(layer->kernels, layer->hidden, threads);
     while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
     return columns;
 }
@@ -203,10 +203,10 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     /* gate and up of a chunk, and a panel next to them where one is multiplied */
     const int64_t room = dsm_packed_tokens(k, dsm_min(most, MANY_TOKENS)), half = room * layer->chunk;
     const int64_t floats = dsm_max((many ? 3 : 2) * half, room * columns);
-    Lane *lanes = dsm_lanes(threads, tasks), *down_lanes = dsm_lanes(threads, down_tasks);
-    if (!lanes || !down_lanes) {
-        free(lanes);
-        free(down_lanes);
+    WorkQueue *queues = dsm_work_queues(threads, tasks), *down_queues = dsm_work_queues(threads, down_tasks);
+    if (!queues || !down_queues) {
+        free(queues);
+        free(down_queues);
         return DSM_NO_MEMORY;
     }
     const uint64_t caller = dsm_exact_mode();
@@ -230,10 +230,10 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
             }
 #pragma omp barrier
         }
-        for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;)
+        for (int64_t task; (task = dsm_next_task(queues, threads, dsm_thread_id())) >= 0;)
             if (!failed) gate_and_up_task(layer, task, buffer, half, scratch);
 #pragma omp barrier
-        for (int64_t task; (task = dsm_take(down_lanes, threads, dsm_me())) >= 0;)
+        for (int64_t task; (task = dsm_next_task(down_queues, threads, dsm_thread_id())) >= 0;)
             if (!failed)
                 down(layer, task * columns, dsm_min(columns, layer->hidden - task * columns), buffer, scratch);
         free(buffer);
@@ -241,8 +241,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
         dsm_restore_mode(mode);
     }
     dsm_restore_mode(caller);
-    free(lanes);
-    free(down_lanes);
+    free(queues);
+    free(down_queues);
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 

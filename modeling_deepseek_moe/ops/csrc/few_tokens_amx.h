@@ -109,7 +109,7 @@ static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t fi
     multiply_few(w, first, count, x, sums, scratch, after, TILE);
 }
 
-static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+static void gemv_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                        float *out, int64_t ldo, const void *next) {
     char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
     float sums[PANEL] __attribute__((aligned(64)));
@@ -125,7 +125,7 @@ static void rows_tiles(const void *x, size_t stride, int64_t tokens, const Matri
             else if (fp8) {
                 multiply_one(w, first + r, n, own, sums, scratch, then);
                 for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
-            } else dsm_bf16_rows_near(own, stride, w, first + r, n, to, ldo, then);
+            } else dsm_bf16_gemv_near(own, stride, w, first + r, n, to, ldo, then);
         }
     }
     if (fp8) _tile_release();

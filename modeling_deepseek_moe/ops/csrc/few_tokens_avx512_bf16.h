@@ -118,7 +118,7 @@ READ(read_8_1_near, 8, 1, 1)
 typedef void (*Read)(const void *, size_t, const Matrix *, int64_t, int64_t, int64_t, float *, int64_t);
 
 /* count rows of one block of rows for one token or two, `readers` of them at a time */
-static void rows_in_turns(Read several, Read one, int64_t readers, const void *x, size_t stride, const Matrix *w,
+static void gemv_in_turns(Read several, Read one, int64_t readers, const void *x, size_t stride, const Matrix *w,
                           int64_t first, int64_t count, float *out, int64_t ldo, const void *next) {
     const int64_t turns = count / readers;
     const int64_t jump = next ? (const char *)next - dsm_row(w, first + turns) : 0;
@@ -127,9 +127,9 @@ static void rows_in_turns(Read several, Read one, int64_t readers, const void *x
     for (int64_t i = turns * readers; i < count; i++) one(x, stride, w, first + i, 1, 0, out + i, ldo);
 }
 
-void dsm_bf16_rows_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
+void dsm_bf16_gemv_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                         int64_t ldo, const void *next) {
-    rows_in_turns(read_8_1_near, read_1_1, 8, x, stride, w, first, count, out, ldo, next);
+    gemv_in_turns(read_8_1_near, read_1_1, 8, x, stride, w, first, count, out, ldo, next);
 }
 
 /* Four weight rows of one block for up to four tokens. The sums stay apart by lane until the row's end. */
@@ -171,7 +171,7 @@ DSM_INLINE __m128 sum4(const float *s) {
 }
 
 /* up to four weight rows, up to SLAB_TOKENS tokens: a slab is decoded into the first cache, then used by all tokens */
-static void rows_slab(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                       float *out, int64_t ldo) {
     const Tables t = tables();
     float sums[SLAB_TOKENS * 64] __attribute__((aligned(64)));
@@ -221,20 +221,20 @@ static void rows_slab(const char *x, size_t stride, int64_t tokens, const Matrix
     }
 }
 
-static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next) {
     if (tokens <= 2) {
         for (int64_t r = 0, n; r < count; r += n) {
             n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
             const void *then = dsm_row(w, first + r + n);
             if (r + n == count) then = next;
-            if (tokens == 1) rows_in_turns(read_8_1, read_1_1, 8, x, stride, w, first + r, n, out + r, ldo, then);
-            else rows_in_turns(read_4_2, read_1_2, 4, x, stride, w, first + r, n, out + r, ldo, then);
+            if (tokens == 1) gemv_in_turns(read_8_1, read_1_1, 8, x, stride, w, first + r, n, out + r, ldo, then);
+            else gemv_in_turns(read_4_2, read_1_2, 4, x, stride, w, first + r, n, out + r, ldo, then);
         }
     } else {
         for (int64_t m = 0; m < tokens; m += SLAB_TOKENS)
             for (int64_t r = 0; r < count; r += 4)
-                rows_slab((const char *)x + m * stride, stride, dsm_min(SLAB_TOKENS, tokens - m), w, first + r,
+                gemv_slab((const char *)x + m * stride, stride, dsm_min(SLAB_TOKENS, tokens - m), w, first + r,
                           dsm_min(4, count - r), out + m * ldo + r, ldo);
     }
 }

@@ -4,12 +4,12 @@ DSM_INLINE F joined(const F *part, const int parts) {
     return parts == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : parts == 2 ? part[0] + part[1] : part[0];
 }
 
-/* One block of `rows` weight rows, `pitch` bytes apart, of which `rest` columns exist: a constant but at a row's end. There
+/* One block of `gemv` weight rows, `pitch` bytes apart, of which `rest` columns exist: a constant but at a row's end. There
    are as many sums as registers allow: a sum waits four cycles for its last product. */
 DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t rest, float scale,
                           const char *ahead, F *total, I *found, const int rows, const int tokens) {
-    const int dots = rows * tokens, parts = PARTS(tokens);
-    F part[SUMS];
+    const int dots = rows * tokens, parts = PARTIAL_SUMS(tokens);
+    F part[ACCUMULATORS];
     UNROLL for (int i = 0; i < dots * parts; i++) part[i] = zeros();
     for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
         Codes codes[ROWS_AT_ONCE];
@@ -33,7 +33,7 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
 }
 DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale,
                         int64_t cols, const char *ahead, F *sums, I *found, const int rows, const int tokens) {
-    F total[SUMS];
+    F total[ACCUMULATORS];
     I seen[ROWS_AT_ONCE];
     int64_t k = 0;
     UNROLL for (int i = 0; i < rows * tokens; i++) total[i] = sums[i];
@@ -63,8 +63,8 @@ DSM_INLINE void add_pairs(const float *x, size_t stride, const uint16_t *w, int6
 }
 DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, const char *ahead, F *sums,
                          const int tokens) {
-    const int parts = SUMS / tokens > 4 ? 4 : SUMS / tokens;
-    F total[SUMS];
+    const int parts = ACCUMULATORS / tokens > 4 ? 4 : ACCUMULATORS / tokens;
+    F total[ACCUMULATORS];
     int64_t k = 0;
     UNROLL for (int i = 0; i < parts * tokens; i++) total[i] = zeros();
     for (; k + 64 <= cols; k += 64) add_pairs(x + k, stride, w + k, 64, ahead + 2 * k, total, parts, tokens);
@@ -91,13 +91,13 @@ DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, 
 
 /* Up to ROWS weight rows. One token's rows are one stream. For several, long rows go a segment at a time, so that the
    segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
-DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
-                          int64_t ldo, const int tokens) {
+DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
+                               int64_t ldo, const int tokens) {
     F sums[ROWS * TOKENS_AT_ONCE];
     I found[ROWS], any = {0};
     const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
     /* one short row after the other is read a fifth faster; a long row of x leaves the first cache and is better shared */
-    const int shared = w->dtype == DSM_FP8 && (tokens > 1 || cols > SHORT);
+    const int shared = w->dtype == DSM_FP8 && (tokens > 1 || cols > SHORT_ROW);
     const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
     for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
     for (int64_t r = 0; r < count; r++) found[r] = (I){0};
@@ -124,19 +124,19 @@ DSM_INLINE void some_rows(const char *x, size_t stride, const Matrix *w, int64_t
     for (int64_t r = 0; r < count; r++) any |= found[r];
     for (int64_t r = 0; r < count && nan_seen(any); r++)
         for (int t = 0; t < tokens && nan_seen(found[r]); t++) sums[r * tokens + t] = spread(NAN);
-    add_lanes(sums, count, w->dtype == DSM_FP8 ? GAIN : 1.0f, out, ldo, tokens);
+    add_lanes(sums, count, w->dtype == DSM_FP8 ? PACKED_GAIN : 1.0f, out, ldo, tokens);
 }
 /* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
 #define SOME_ROWS(N)                                                                                                  \
     static __attribute__((noinline)) void rows_##N(const char *x, size_t stride, const Matrix *w, int64_t first,      \
                                                    int64_t count, float *out, int64_t ldo) {                          \
-        some_rows(x, stride, w, first, count, out, ldo, N);                                                           \
+        gemv_some_rows(x, stride, w, first, count, out, ldo, N);                                                      \
     }
 SOME_ROWS(1)
 SOME_ROWS(2)
 SOME_ROWS(4)
 
-static void rows(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next) {
     (void)next; /* rows are read in order, and fetched ahead in order */
     for (int64_t r = 0; r < count; r += ROWS) {

@@ -5,7 +5,7 @@
 #define FMA_TILE(N)                                                                                                   \
     static __attribute__((noinline)) void fma_tile_##N(const char *x, size_t stride, const PANEL_OF *panel,           \
                                                        int64_t deep, float scale, const float *decay, float *out,     \
-                                                       int64_t ldo, Ahead *ahead) {                                   \
+                                                       int64_t ldo, PrefetchStream *ahead) {                          \
         fma_tile(x, stride, panel, deep, scale, decay, out, ldo, ahead, N);                                           \
     }
 FMA_TILE(6)
@@ -13,7 +13,7 @@ FMA_TILE(4)
 FMA_TILE(1)
 
 static void fma_tokens(const void *x, size_t stride, int64_t tokens, const PANEL_OF *panel, int64_t deep, float scale,
-                       const float *decay, float *out, int64_t ldo, Ahead *ahead) {
+                       const float *decay, float *out, int64_t ldo, PrefetchStream *ahead) {
     int64_t t = 0;
 #define TOKENS(N)                                                                                                     \
     for (; t + N <= tokens; t += N)                                                                                   \

@@ -2,7 +2,7 @@
    tiles are those of AVX-512 BF16.
 
    A tile holds 16 rows of up to 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8
-   decoded into scratch. Activations are packed for `panel` in groups of 16 tokens: 64 bytes hold one pair of columns of all
+   decoded into scratch. Activations are packed for `gemm` in groups of 16 tokens: 64 bytes hold one pair of columns of all
    16, a tile 16 such pairs; the pairs of a single token lie as they are:
 
        weight tile [16 rows]      activation tile [16 pairs]        product tile [16 rows]
@@ -58,8 +58,8 @@ typedef struct {
     size_t group, step, pitch;
 } Tiles;
 
-static void place(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
-                  int64_t lane, int64_t first) {
+static void pack_interleaved(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
+                             int64_t lane, int64_t first) {
     uint32_t *to = (uint32_t *)group + first / 2 * TILE;
     const size_t size = dsm_itemsize(dtype);
     for (int64_t k = 0; k < n; k += 64, to += 32 * TILE) {
@@ -175,8 +175,8 @@ DSM_INLINE int64_t tiles_of(int64_t columns, int fp8) {
     return fp8 ? (columns + 63) / 64 * 2 : (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
 }
 
-DSM_INLINE void fetch_some(Ahead *ahead, int lines) {
-    for (int i = 0; i < lines && ahead->at < ahead->end; i++) dsm_fetch(ahead);
+DSM_INLINE void prefetch_lines(PrefetchStream *ahead, int lines) {
+    for (int i = 0; i < lines && ahead->at < ahead->end; i++) dsm_prefetch_line(ahead);
 }
 
 /* Where four product tiles belong. They are added to the sums while the next four are computed: what a tile has stored
@@ -238,7 +238,7 @@ DSM_INLINE void product_22(Tiles a, const char *b0, const char *b1, int64_t deep
     }
 }
 /* four row groups for one token group */
-DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep, Ahead *ahead) {
+DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep, PrefetchStream *ahead) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -253,21 +253,21 @@ DSM_INLINE void product_41(Tiles a, const char *b, int64_t deep, Ahead *ahead) {
         _tile_dpbf16ps(2, 7, 6);
         _tile_loadd(4, a.data + 3 * a.group, a.pitch);
         _tile_dpbf16ps(3, 4, 6);
-        fetch_some(ahead, 32);
+        prefetch_lines(ahead, 32);
     }
 }
 
 /* One block of columns of 64 weight rows for a few token groups. The sums of a group lie `pitch` floats after those of
    the one before it, tiles of four row groups. */
 static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups, int64_t deep, float scale,
-                           float *sums, int64_t pitch, int begun, Pending *p, Ahead *ahead) {
+                           float *sums, int64_t pitch, int begun, Pending *p, PrefetchStream *ahead) {
     for (; groups >= 2; groups -= 2, x += 2 * TILE * stride, sums += 2 * pitch)
         for (int row = 0; row < 4; row += 2) {
             Tiles own = a;
             float *to = sums + row * TILE_FLOATS;
             own.data += row * a.group;
             product_22(own, x, x + TILE * stride, deep);
-            fetch_some(ahead, 64);
+            prefetch_lines(ahead, 64);
             store_products(p);
             for (int i = 0; i < 4; i++) expect(p, i, to + i / 2 * TILE_FLOATS + i % 2 * pitch, scale, begun);
         }
@@ -280,7 +280,8 @@ static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups
 
 /* A run of columns of up to 64 weight rows for all tokens. */
 static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t k, const char *x, size_t stride,
-                         int64_t groups, float *sums, int64_t pitch, void *scratch, Pending *p, Ahead *ahead) {
+                         int64_t groups, float *sums, int64_t pitch, void *scratch, Pending *p,
+                         PrefetchStream *ahead) {
     const int fp8 = w->dtype == DSM_FP8;
     const int64_t block = fp8 ? DSM_BLOCK : RUN, columns = dsm_min(RUN, w->cols - k);
     const size_t row = w->cols * sizeof(uint16_t);
@@ -319,8 +320,8 @@ static void untile(float *sums, int64_t columns, int64_t count, int in_turns) {
 }
 
 /* Runs of columns are the outer loop: a run of all tokens stays in the second cache while several panels meet it. */
-static void panel_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                        float *out, void *scratch, Ahead *ahead) {
+static void gemm_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                       float *out, void *scratch, PrefetchStream *ahead) {
     const int64_t groups = (tokens + TILE - 1) / TILE, columns = (count + PANEL - 1) / PANEL * PANEL;
     Pending pending = {.to = {NULL}};
     if (!w->cols) memset(out, 0, sizeof(float) * groups * TILE * columns);
@@ -349,21 +350,21 @@ const Kernels dsm_kernels_amx = {
     .panels = PANELS,
     .panel_tokens = TILE,
     .few_tokens = 1,
-    .few_rows = PANEL,
+    .gemv_rows = PANEL,
     .scratch_bytes = (size_t)PANEL * RUN * sizeof(uint16_t),
     .pack = dsm_bf16_pack,
-    .place = place,
-    .rows = rows_tiles,
-    .panel = panel_tiles,
+    .pack_interleaved = pack_interleaved,
+    .gemv = gemv_tiles,
+    .gemm = gemm_tiles,
     .swiglu = dsm_kernels_avx512_swiglu,
     .norm = dsm_kernels_avx512_norm,
     .write = dsm_kernels_avx512_write,
     .decode = dsm_bf16_decode,
     .amax = dsm_bf16_amax,
     .encode = dsm_kernels_avx512_encode,
-    .absorb = dsm_bf16_absorb,
-    .weigh = dsm_kernels_avx512_weigh,
-    .mix = mix_tiles,
+    .gemv_transposed = dsm_bf16_gemv_transposed,
+    .online_softmax = dsm_kernels_avx512_online_softmax,
+    .accumulate_pv = accumulate_pv_tiles,
 };
 
 DSM_TARGET_END

@@ -76,13 +76,13 @@ static void fill_panel_bf16(const Matrix *w, int64_t first, int64_t count, int64
        t  pair = x[t][p], spread -> | acc[t][0] .. acc[t][3] |    then as `fma_tile` of kernels_vector.h ends
 */
 DSM_INLINE void fma_tile(const char *x, size_t stride, const uint32_t *panel, int64_t pairs, float scale,
-                         const float *decay, float *out, int64_t ldo, Ahead *ahead, const int tokens) {
+                         const float *decay, float *out, int64_t ldo, PrefetchStream *ahead, const int tokens) {
     __m512 acc[24];
-    Ahead next = *ahead;
+    PrefetchStream next = *ahead;
     UNROLL for (int i = 0; i < tokens * 4; i++) acc[i] = _mm512_setzero_ps();
     for (int64_t p = 0; p < pairs; p++) {
         __m512bh b[4];
-        dsm_fetch(&next);
+        dsm_prefetch_line(&next);
         if (p < 4 * tokens) _mm_prefetch(x + (tokens + p / 4) * stride + p % 4 * 64, _MM_HINT_T0);
         UNROLL for (int v = 0; v < 4; v++) b[v] = (__m512bh)_mm512_load_si512(panel + p * PANEL + v * 16);
         UNROLL for (int t = 0; t < tokens; t++) {
@@ -103,8 +103,8 @@ DSM_INLINE void fma_tile(const char *x, size_t stride, const uint32_t *panel, in
 #define PANEL_OF uint32_t
 #include "fma_tokens.h"
 
-static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                  float *out, void *scratch, Ahead *ahead) {
+static void gemm(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                 float *out, void *scratch, PrefetchStream *ahead) {
     memset(out, 0, sizeof(float) * tokens * PANEL);
     for (int64_t k = 0; k < w->cols; k += DSM_BLOCK) {
         const char *xk = (const char *)x + k * sizeof(uint16_t);
@@ -137,21 +137,21 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .panels = 1,
     .panel_tokens = 1,
     .few_tokens = 11,
-    .few_rows = DSM_MOST_FEW_ROWS,
-    .scratch_bytes = sizeof(uint32_t) * DSM_BLOCK / 2 * PANEL /* a panel, and `mix`'s weights */
-                     + sizeof(uint16_t) * DSM_BLOCK * DSM_MIX_TOKENS,
+    .gemv_rows = DSM_MOST_GEMV_ROWS,
+    .scratch_bytes = sizeof(uint32_t) * DSM_BLOCK / 2 * PANEL /* a panel, and `accumulate_pv`'s weights */
+                     + sizeof(uint16_t) * DSM_BLOCK * DSM_PV_TOKENS,
     .pack = dsm_bf16_pack,
-    .rows = rows,
-    .panel = panel,
+    .gemv = gemv,
+    .gemm = gemm,
     .swiglu = dsm_kernels_avx512_swiglu,
     .norm = dsm_kernels_avx512_norm,
     .write = dsm_kernels_avx512_write,
     .decode = dsm_bf16_decode,
     .amax = dsm_bf16_amax,
     .encode = dsm_kernels_avx512_encode,
-    .absorb = dsm_bf16_absorb,
-    .weigh = dsm_kernels_avx512_weigh,
-    .mix = mix,
+    .gemv_transposed = dsm_bf16_gemv_transposed,
+    .online_softmax = dsm_kernels_avx512_online_softmax,
+    .accumulate_pv = accumulate_pv,
 };
 
 DSM_TARGET_END

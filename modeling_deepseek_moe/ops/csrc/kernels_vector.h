@@ -3,7 +3,7 @@
 
    Decoding E4M3: four codes share a 32-bit lane. A code moved to the lane's top byte and shifted down by four,
    arithmetically, and masked, is an fp32 with the code's sign, exponent and mantissa, too small by 2^-120. Half of that
-   is made good in the activations when they are packed (GAIN), half in the scale. The packing puts activation 4l + j of
+   is made good in the activations when they are packed (PACKED_GAIN), half in the scale. The packing puts activation 4l + j of
    a group of 4 * WIDTH at j * WIDTH + l, where lane l of the j-th decoded vector finds it (WIDTH 4 here):
 
        codes in memory     0  1  2  3 | 4  5  6  7 | 8  9 10 11 |12 13 14 15    a lane: four neighbours
@@ -30,21 +30,21 @@ typedef uint8_t LooseBytes __attribute__((vector_size(WIDTH), aligned(1), may_al
 typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
 typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
 
-#define GAIN 0x1p60f
-#define KEPT ((int32_t)0x87f00000)
-#define AHEAD 2048   /* bytes: how far a stream of codes is fetched before it is used */
-#define SEGMENT 1024 /* columns */
-#define SHORT 4096   /* columns */
+#define PACKED_GAIN 0x1p60f
+#define CODE_MASK ((int32_t)0x87f00000)
+#define AHEAD 2048     /* bytes: how far a stream of codes is fetched before it is used */
+#define SEGMENT 1024   /* columns */
+#define SHORT_ROW 4096 /* columns */
 #define ROWS 16
 #define ROWS_AT_ONCE 2 /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
-#define SUMS (ROWS_AT_ONCE * TOKENS_AT_ONCE)
-#define PARTS(tokens)                                                                                                 \
+#define ACCUMULATORS (ROWS_AT_ONCE * TOKENS_AT_ONCE)
+#define PARTIAL_SUMS(tokens)                                                                                          \
     ((tokens) == 1 ? 4 : TOKENS_AT_ONCE / (tokens)) /* of a dot product, however many rows there are */
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
 #define PANELS (64 / PANEL)
-#define MIXED (PANEL < 32 ? 32 / PANEL : 1) /* panels of latents at a time: lines of the cache are read whole */
+#define PV_PANELS (PANEL < 32 ? 32 / PANEL : 1) /* panels of latents at a time: lines of the cache are read whole */
 #define UNROLL _Pragma("GCC unroll 32")
 /* functions that tables of other instruction sets have too: dsm_kernels_avx512_swiglu */
 #define JOINED(table, name) table##_##name
@@ -152,13 +152,13 @@ FILL_PANEL(fill_panel_f32, 1)
                                                                 out = out + scale * acc    (no decay)
 */
 DSM_INLINE void fma_tile(const char *x, size_t stride, const float *panel, int64_t deep, float scale,
-                         const float *decay, float *out, int64_t ldo, Ahead *ahead, const int tokens) {
+                         const float *decay, float *out, int64_t ldo, PrefetchStream *ahead, const int tokens) {
     F acc[TILE_TOKENS * PANEL_VECTORS];
-    Ahead next = *ahead;
+    PrefetchStream next = *ahead;
     UNROLL for (int i = 0; i < tokens * PANEL_VECTORS; i++) acc[i] = zeros();
     for (int64_t k = 0; k < deep; k++) {
         F b[PANEL_VECTORS];
-        dsm_fetch(&next);
+        dsm_prefetch_line(&next);
         UNROLL for (int v = 0; v < PANEL_VECTORS; v++) b[v] = *(const F *)(panel + k * PANEL + v * WIDTH);
         UNROLL for (int t = 0; t < tokens; t++) {
             float a = ((const float *)(x + t * stride))[k];
@@ -176,8 +176,8 @@ DSM_INLINE void fma_tile(const char *x, size_t stride, const float *panel, int64
 #include "fma_tokens.h"
 
 /* Block by block, so that a block's columns of x, which all panels meet, stay in the second cache. */
-static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                  float *out, void *scratch, Ahead *ahead) {
+static void gemm(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                 float *out, void *scratch, PrefetchStream *ahead) {
     const int64_t ldo = (count + PANEL - 1) / PANEL * PANEL;
     memset(out, 0, sizeof(float) * tokens * ldo);
     for (int64_t k = 0; k < w->cols; k += DSM_BLOCK) {
@@ -186,7 +186,7 @@ static void panel(const void *x, size_t stride, int64_t tokens, const Matrix *w,
         for (int64_t r = 0; r < count; r += PANEL) {
             float scale = 1.0f, *to = out + r;
             if (w->dtype == DSM_FP8) {
-                scale = GAIN * w->scale[(first + r) / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
+                scale = PACKED_GAIN * w->scale[(first + r) / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
                 fill_panel_fp8(w, first + r, count - r, k, scratch);
             } else if (w->dtype == DSM_BF16) {
                 fill_panel_bf16(w, first + r, count - r, k, scratch);
@@ -216,7 +216,7 @@ DSM_INLINE F load_any(const void *x, int dtype, int64_t i) {
 static void pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
     const int per_lane = weight_dtype == DSM_FP8 ? 4 : weight_dtype == DSM_BF16 ? 2 : 1;
     const int group = per_lane * WIDTH;
-    const float gain = weight_dtype == DSM_FP8 ? GAIN : 1.0f;
+    const float gain = weight_dtype == DSM_FP8 ? PACKED_GAIN : 1.0f;
     float *to = out;
     for (int64_t k = 0; k < n; k += group) {
         float natural[4 * WIDTH] __attribute__((aligned(64)));
@@ -309,18 +309,18 @@ const Kernels KERNELS = {
     .panels = PANELS,
     .panel_tokens = 1,
     .few_tokens = 15,
-    .few_rows = DSM_FEW_ROWS,
-    .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL * MIXED, /* panels */
+    .gemv_rows = DSM_GEMV_ROWS,
+    .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL * PV_PANELS, /* panels */
     .pack = pack,
-    .rows = rows,
-    .panel = panel,
+    .gemv = gemv,
+    .gemm = gemm,
     .swiglu = SHARED(swiglu),
     .norm = SHARED(norm),
     .write = SHARED(write),
     .decode = SHARED(decode),
     .amax = SHARED(amax),
     .encode = SHARED(encode),
-    .absorb = absorb,
-    .weigh = SHARED(weigh),
-    .mix = mix,
+    .gemv_transposed = gemv_transposed,
+    .online_softmax = SHARED(online_softmax),
+    .accumulate_pv = accumulate_pv,
 };

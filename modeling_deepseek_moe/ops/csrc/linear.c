@@ -1,5 +1,5 @@
 /* y = x W^T + bias for an FP8 or bf16 weight; and RMSNorm. */
-#include "lanes.h"
+#include "work_queue.h"
 
 #define TOKENS 512 /* tokens of a task while they are many: their packed block columns stay in the second cache */
 
@@ -35,18 +35,18 @@ static void write(const Job *job, const float *from, int64_t ldf, int64_t t0, in
 }
 
 static void few_tokens(const Job *job, int64_t task) {
-    float out[16 * DSM_MOST_FEW_ROWS]; /* no set of kernels calls more than 16 tokens few */
+    float out[16 * DSM_MOST_GEMV_ROWS]; /* no set of kernels calls more than 16 tokens few */
     int64_t r0 = task * job->columns, rows = dsm_min(job->columns, job->w->rows - r0);
-    job->kernels->rows(job->packed, job->stride, job->tokens, job->w, r0, rows, out, rows, dsm_row(job->w, r0 + rows));
+    job->kernels->gemv(job->packed, job->stride, job->tokens, job->w, r0, rows, out, rows, dsm_row(job->w, r0 + rows));
     write(job, out, rows, 0, job->tokens, r0, rows);
 }
 
 static void many_tokens(const Job *job, int64_t task, float *out, void *scratch) {
-    Ahead none = {0};
+    PrefetchStream none = {0};
     const int64_t columns = job->columns, parts = (job->w->rows + columns - 1) / columns;
     int64_t t0 = task / parts * TOKENS, tokens = dsm_min(TOKENS, job->tokens - t0);
     int64_t r0 = task % parts * columns, rows = dsm_min(columns, job->w->rows - r0);
-    job->kernels->panel(job->packed + t0 * job->stride, job->stride, tokens, job->w, r0, rows, out, scratch, &none);
+    job->kernels->gemm(job->packed + t0 * job->stride, job->stride, tokens, job->w, r0, rows, out, scratch, &none);
     write(job, out, dsm_panels(job->kernels, rows), t0, tokens, r0, rows);
 }
 
@@ -57,7 +57,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const size_t stride = dsm_packed_stride(kernels, cols);
     const int few = tokens <= kernels->few_tokens;
-    const int64_t columns = few ? dsm_few_rows(kernels, rows, threads) : dsm_panel_rows(kernels, rows, threads);
+    const int64_t columns = few ? dsm_gemv_rows(kernels, rows, threads) : dsm_panel_rows(kernels, rows, threads);
     int failed = 0;
     if (tokens < 0 || rows < 0 || cols < 0) return DSM_BAD_ARGUMENT;
     if (tokens == 0 || rows == 0) return DSM_OK;
@@ -65,10 +65,10 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     const Job job = {kernels, w, bias, packed, stride, tokens, columns, y, dtype};
     const int64_t tasks = (rows + columns - 1) / columns * (few ? 1 : (tokens + TOKENS - 1) / TOKENS);
     threads = dsm_threads(threads, dsm_bytes(w) * (few ? 1 : 1 + tokens / 16));
-    Lane *lanes = dsm_lanes(threads, tasks);
-    if (!packed || !lanes) {
+    WorkQueue *queues = dsm_work_queues(threads, tasks);
+    if (!packed || !queues) {
         dsm_give_back(packed);
-        free(lanes);
+        free(queues);
         return DSM_NO_MEMORY;
     }
     const uint64_t caller = dsm_exact_mode();
@@ -91,7 +91,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t += kernels->panel_tokens) pack(&job, x, t);
         }
-        for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
+        for (int64_t task; (task = dsm_next_task(queues, threads, dsm_thread_id())) >= 0;) {
             if (few) few_tokens(&job, task);
             else if (!failed) many_tokens(&job, task, out, scratch);
         }
@@ -101,7 +101,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     }
     dsm_restore_mode(caller);
     dsm_give_back(packed);
-    free(lanes);
+    free(queues);
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 

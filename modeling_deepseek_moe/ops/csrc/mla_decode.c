@@ -11,7 +11,7 @@
 
 #define STEP DSM_BLOCK /* keys whose scores are held at a time */
 #define CHUNKS 32      /* most pieces of a cache */
-#define GROUP DSM_MIX_TOKENS
+#define GROUP DSM_PV_TOKENS
 
 typedef struct {
     const Kernels *kernels;
@@ -49,7 +49,7 @@ static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
         char *latents = a->latents + b * a->packed_heads * a->latent_stride;
         char *ropes = a->ropes + b * a->packed_heads * a->rope_stride;
         for (int64_t i = 0; i < a->nope; i++) query[i] = dsm_load(nope, a->dtype, i);
-        a->kernels->absorb(query, a->kv_b, h * (a->nope + a->value), a->nope, row, buffers->workspace);
+        a->kernels->gemv_transposed(query, a->kv_b, h * (a->nope + a->value), a->nope, row, buffers->workspace);
         const void *const one[] = {row, rope};
         dsm_pack(a->kernels, 1, one, 1, DSM_F32, a->rank, a->dtype, latents, a->latent_stride, h);
         dsm_pack(a->kernels, 1, one + 1, 1, a->dtype, a->rope, a->dtype, ropes, a->rope_stride, h);
@@ -57,23 +57,23 @@ static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
 }
 
 /* the keys after those of a step */
-static Ahead after(const Attention *a, const Matrix *keys, int64_t key) {
+static PrefetchStream after(const Attention *a, const Matrix *keys, int64_t key) {
     const int64_t pitch = keys->cols * (int64_t)dsm_itemsize(a->dtype);
     const char *data = keys->data;
-    return (Ahead){data + dsm_min(key, a->length) * pitch, data + dsm_min(key + STEP, a->length) * pitch};
+    return (PrefetchStream){data + dsm_min(key, a->length) * pitch, data + dsm_min(key + STEP, a->length) * pitch};
 }
 
 /* the scores of up to STEP keys, first .., of `heads` heads whose first packed query is the `query`th */
 static void score(const Attention *a, const Matrix *c_kv, const Matrix *k_pe, int64_t query, int64_t heads,
-                  int64_t first, int64_t count, Buffers *buffers, Ahead *ahead) {
+                  int64_t first, int64_t count, Buffers *buffers, PrefetchStream *ahead) {
     const int64_t columns = a->kernels->panel_columns;
     float *latent = buffers->panels, *rope = latent + GROUP * columns;
     for (int64_t k = 0; k < count; k += columns) {
         const int64_t n = dsm_min(columns, count - k);
-        a->kernels->panel(a->latents + query * a->latent_stride, a->latent_stride, heads, c_kv, first + k, n, latent,
-                          buffers->scratch, ahead);
-        a->kernels->panel(a->ropes + query * a->rope_stride, a->rope_stride, heads, k_pe, first + k, n, rope,
-                          buffers->scratch, ahead + 1);
+        a->kernels->gemm(a->latents + query * a->latent_stride, a->latent_stride, heads, c_kv, first + k, n, latent,
+                         buffers->scratch, ahead);
+        a->kernels->gemm(a->ropes + query * a->rope_stride, a->rope_stride, heads, k_pe, first + k, n, rope,
+                         buffers->scratch, ahead + 1);
         for (int64_t h = 0; h < heads; h++)
             for (int64_t i = 0; i < n; i++)
                 buffers->scores[h * STEP + k + i] = latent[h * columns + i] + rope[h * columns + i];
@@ -95,13 +95,13 @@ static void attend(const Attention *a, int64_t task, Buffers *buffers) {
     for (int64_t k = part * a->chunk; k < end; k += STEP) {
         const int64_t count = dsm_min(STEP, end - k);
         const float *mask = a->mask->values ? a->mask->values + b * a->mask->batch + k : NULL;
-        Ahead ahead[2] = {after(a, &c_kv, k + STEP), after(a, &k_pe, k + STEP)};
+        PrefetchStream ahead[2] = {after(a, &c_kv, k + STEP), after(a, &k_pe, k + STEP)};
         score(a, &c_kv, &k_pe, b * a->packed_heads + h0, heads, k, count, buffers, ahead);
         for (int64_t h = 0; h < heads; h++)
-            buffers->decay[h] =
-                a->kernels->weigh(buffers->scores + h * STEP, count, STEP, a->scaling, mask, peaks + h, norms + h);
-        a->kernels->mix(buffers->scores, STEP, heads, &c_kv, k, count, buffers->decay, out, a->room, buffers->scratch,
-                        ahead);
+            buffers->decay[h] = a->kernels->online_softmax(buffers->scores + h * STEP, count, STEP, a->scaling, mask,
+                                                           peaks + h, norms + h);
+        a->kernels->accumulate_pv(buffers->scores, STEP, heads, &c_kv, k, count, buffers->decay, out, a->room,
+                                  buffers->scratch, ahead);
     }
 }
 
@@ -125,7 +125,7 @@ static void merge(const Attention *a, int64_t h, Buffers *buffers) {
         for (int64_t i = 0; i < a->rank; i++) row[i] /= norm;
         a->kernels->pack(row, DSM_F32, a->rank, a->kv_b->dtype, buffers->packed + b * stride);
     }
-    a->kernels->rows(buffers->packed, stride, a->batch, a->kv_b, h * (a->nope + a->value) + a->nope, a->value, row,
+    a->kernels->gemv(buffers->packed, stride, a->batch, a->kv_b, h * (a->nope + a->value) + a->nope, a->value, row,
                      a->value, NULL);
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t i = 0; i < a->value; i++)

@@ -1,9 +1,9 @@
 /* What latent attention needs of a few new tokens, in one call (DeepSeek-V2 report, section 2.1): queries, rotated, and
    the latents and rotated keys that the cache keeps. Each step rounds to the activations' dtype where the layers that it
    stands for do, so the bits are theirs. */
-#include "lanes.h"
+#include "work_queue.h"
 
-#define MOST_ROWS 64 /* of a task: a panel's, or DSM_MOST_FEW_ROWS */
+#define MOST_ROWS 64 /* of a task: a panel's, or DSM_MOST_GEMV_ROWS */
 #define TOKENS DSM_STEP_TOKENS
 
 typedef struct {
@@ -20,7 +20,7 @@ typedef struct {
 } Projection;
 
 static int64_t rows_of_task(const Projection *p, const Matrix *w) {
-    return p->many ? p->kernels->panel_columns : dsm_few_rows(p->kernels, w->rows, p->threads);
+    return p->many ? p->kernels->panel_columns : dsm_gemv_rows(p->kernels, w->rows, p->threads);
 }
 static int64_t tasks_of(const Projection *p, const Matrix *w) {
     return (w->rows + rows_of_task(p, w) - 1) / rows_of_task(p, w);
@@ -29,10 +29,10 @@ static int64_t tasks_of(const Projection *p, const Matrix *w) {
 static void multiply(const Projection *p, const char *x, size_t stride, const Matrix *w, int64_t task, char *y,
                      void *scratch) {
     float out[TOKENS * MOST_ROWS] __attribute__((aligned(64)));
-    Ahead none = {0};
+    PrefetchStream none = {0};
     const int64_t step = rows_of_task(p, w), first = task * step, rows = dsm_min(step, w->rows - first);
-    if (p->many) p->kernels->panel(x, stride, p->tokens, w, first, rows, out, scratch, &none);
-    else p->kernels->rows(x, stride, p->tokens, w, first, rows, out, step, dsm_row(w, first + rows));
+    if (p->many) p->kernels->gemm(x, stride, p->tokens, w, first, rows, out, scratch, &none);
+    else p->kernels->gemv(x, stride, p->tokens, w, first, rows, out, step, dsm_row(w, first + rows));
     for (int64_t t = 0; t < p->tokens; t++)
         p->kernels->write(out + t * step, NULL, rows, y + (t * w->rows + first) * dsm_itemsize(p->dtype), p->dtype);
 }
@@ -67,10 +67,11 @@ static int run(const Projection *p) {
     const int64_t heads = p->shape->num_heads, nope = p->shape->qk_nope_head_dim, head = nope + p->rope;
     int failed = 0;
     char *first = q_a->rows ? p->q_latent : p->q;
-    Lane *lanes = dsm_lanes(threads, query_tasks + latent_tasks), *up_lanes = dsm_lanes(threads, up_tasks);
-    if (!lanes || !up_lanes) {
-        free(lanes);
-        free(up_lanes);
+    WorkQueue *queues = dsm_work_queues(threads, query_tasks + latent_tasks),
+              *up_queues = dsm_work_queues(threads, up_tasks);
+    if (!queues || !up_queues) {
+        free(queues);
+        free(up_queues);
         return DSM_NO_MEMORY;
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -81,7 +82,7 @@ static int run(const Projection *p) {
 #pragma omp atomic write
             failed = 1;
         }
-        for (int64_t task; (task = dsm_take(lanes, threads, dsm_me())) >= 0;) {
+        for (int64_t task; (task = dsm_next_task(queues, threads, dsm_thread_id())) >= 0;) {
             if (p->many && !scratch) continue; /* other threads' work is lost too: the call fails */
             if (task < query_tasks) multiply(p, p->x, p->x_stride, query, task, first, scratch);
             else multiply(p, p->x, p->x_stride, kv_a, task - query_tasks, p->kv_latent, scratch);
@@ -94,7 +95,7 @@ static int run(const Projection *p) {
                 p->norms->norm(row, p->w->q_a_norm.weight, q_a->rows, p->w->q_a_norm.eps, row, p->dtype);
                 if (t + 1 == p->tokens) pack(p, p->q_latent, q_a->rows, q_b->dtype, p->query, p->query_stride);
             }
-            for (int64_t task; (task = dsm_take(up_lanes, threads, dsm_me())) >= 0;)
+            for (int64_t task; (task = dsm_next_task(up_queues, threads, dsm_thread_id())) >= 0;)
                 if (!p->many || scratch) multiply(p, p->query, p->query_stride, q_b, task, p->q, scratch);
 #pragma omp barrier
         }
@@ -114,8 +115,8 @@ static int run(const Projection *p) {
         free(scratch);
         dsm_restore_mode(mode);
     }
-    free(lanes);
-    free(up_lanes);
+    free(queues);
+    free(up_queues);
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 
