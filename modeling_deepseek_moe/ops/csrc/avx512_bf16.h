@@ -112,4 +112,11 @@ void dsm_bf16_gemv_transposed(const float *q, const Matrix *w, int64_t first, in
 void dsm_bf16_gemv_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                         int64_t ldo, const void *next);
 
+/* what AVX-512 BF16 and AMX have in common */
+#define DSM_BF16_KERNELS                                                                                              \
+    .packed_bytes = 2, .pack = dsm_bf16_pack, .swiglu = dsm_kernels_avx512_swiglu, .norm = dsm_kernels_avx512_norm,   \
+    .write = dsm_kernels_avx512_write, .decode = dsm_bf16_decode, .amax = dsm_bf16_amax,                              \
+    .encode = dsm_kernels_avx512_encode, .gemv_transposed = dsm_bf16_gemv_transposed,                                 \
+    .online_softmax = dsm_kernels_avx512_online_softmax
+
 #endif

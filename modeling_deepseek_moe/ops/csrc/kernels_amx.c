@@ -345,25 +345,16 @@ static void gemm_tiles(const void *x, size_t stride, int64_t tokens, const Matri
 
 const Kernels dsm_kernels_amx = {
     .name = "amx",
-    .packed_bytes = 2,
+    DSM_BF16_KERNELS,
     .panel_columns = PANEL,
     .panels = PANELS,
     .panel_tokens = TILE,
     .few_tokens = 1,
     .gemv_rows = PANEL,
     .scratch_bytes = (size_t)PANEL * RUN * sizeof(uint16_t),
-    .pack = dsm_bf16_pack,
     .pack_interleaved = pack_interleaved,
     .gemv = gemv_tiles,
     .gemm = gemm_tiles,
-    .swiglu = dsm_kernels_avx512_swiglu,
-    .norm = dsm_kernels_avx512_norm,
-    .write = dsm_kernels_avx512_write,
-    .decode = dsm_bf16_decode,
-    .amax = dsm_bf16_amax,
-    .encode = dsm_kernels_avx512_encode,
-    .gemv_transposed = dsm_bf16_gemv_transposed,
-    .online_softmax = dsm_kernels_avx512_online_softmax,
     .accumulate_pv = accumulate_pv_tiles,
 };
 

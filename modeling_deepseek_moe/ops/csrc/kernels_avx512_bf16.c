@@ -132,7 +132,7 @@ void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *
 
 const Kernels dsm_kernels_avx512_bf16 = {
     .name = "avx512_bf16",
-    .packed_bytes = 2,
+    DSM_BF16_KERNELS,
     .panel_columns = PANEL,
     .panels = 1,
     .panel_tokens = 1,
@@ -140,17 +140,8 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .gemv_rows = DSM_MOST_GEMV_ROWS,
     .scratch_bytes = sizeof(uint32_t) * DSM_BLOCK / 2 * PANEL /* a panel, and `accumulate_pv`'s weights */
                      + sizeof(uint16_t) * DSM_BLOCK * DSM_PV_TOKENS,
-    .pack = dsm_bf16_pack,
     .gemv = gemv,
     .gemm = gemm,
-    .swiglu = dsm_kernels_avx512_swiglu,
-    .norm = dsm_kernels_avx512_norm,
-    .write = dsm_kernels_avx512_write,
-    .decode = dsm_bf16_decode,
-    .amax = dsm_bf16_amax,
-    .encode = dsm_kernels_avx512_encode,
-    .gemv_transposed = dsm_bf16_gemv_transposed,
-    .online_softmax = dsm_kernels_avx512_online_softmax,
     .accumulate_pv = accumulate_pv,
 };
 
