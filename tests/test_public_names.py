@@ -53,3 +53,13 @@ def test_docs_call_most_of_it():
     """That the check above finds anything."""
     called = {name for page in PAGES for name in CALLED.findall(page.read_text(encoding="utf-8"))}
     assert {"inspect_checkpoint", "make_plan", "tiny_checkpoint", "use_backend"} <= called
+
+
+IMPORTED = re.compile(rf"^ *(?:from|import) ({dsm.__name__}[\w.]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_docs_import_public_modules_alone(page):
+    imported = set(IMPORTED.findall(page.read_text(encoding="utf-8")))
+    public = re.compile(rf"{dsm.__name__}(\.eval(\.\w+)*)?")
+    assert all(public.fullmatch(name) for name in imported), f"{page.name}: {sorted(imported)}"
