@@ -114,7 +114,9 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
         target = targets.get(name)
         if target is not None and release.is_quantized(name) and target.dtype != release.weight_format.code_dtype:
             state[name] = LazyTensor(
-                lambda name=name, dtype=target.dtype: release.dequantized(name, dtype), info.shape, target.dtype
+                lambda name=name, dtype=target.dtype: release.dequantized(name, dtype),
+                release.weight_format.value_shape(info.shape),
+                target.dtype,
             )
         else:
             state[name] = release.tensor(name)
@@ -127,12 +129,19 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
 
 
 def _stack(release: Release, sources: list[list[str]], target: torch.Tensor) -> LazyStack:
+    def is_decoded(source: str) -> bool:
+        return release.is_quantized(source) and target.dtype != release.weight_format.code_dtype
+
     def part(source: str):
-        if release.is_quantized(source) and target.dtype != release.weight_format.code_dtype:
+        if is_decoded(source):
             return lambda: release.dequantized(source, target.dtype)
         return lambda: release.tensor(source)
 
-    shapes = [release.infos[source].shape for source in sources[0]]
+    def shape_of(source: str) -> tuple[int, ...]:
+        stored = release.infos[source].shape
+        return release.weight_format.value_shape(stored) if is_decoded(source) else stored
+
+    shapes = list(map(shape_of, sources[0]))
     shape = (len(sources), sum(shape[0] for shape in shapes), *shapes[0][1:])
     return LazyStack([[part(source) for source in expert] for expert in sources], shape, target.dtype)
 

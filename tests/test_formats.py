@@ -1,6 +1,7 @@
 """A weight format is a row of a table: a row that no code knows loads, computes, streams, saves and converts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,9 +51,38 @@ INT8 = WeightFormat(
 )
 
 
-@pytest.fixture(autouse=True)
-def toy(monkeypatch):
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, INT8))
+def pack(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight codes of four bits in an element, offset by 8; scale = amax / 7 in bf16."""
+    n, k = weight.shape
+    groups = torch.nn.functional.pad(weight.float(), (0, -k % block[1])).view(n, -1, block[1])
+    scales = (groups.abs().amax(-1) / 7).to(torch.bfloat16)
+    scales = torch.where(scales > 0, scales, 1.0)
+    codes = (groups / scales.float().unsqueeze(-1)).round().to(torch.int32).flatten(1)[:, :k] + 8
+    return sum(codes[:, i::8] << (4 * i) for i in range(8)).to(torch.int32), scales
+
+
+def unpack(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> torch.Tensor:
+    codes = torch.stack([(packed >> (4 * i)) & 15 for i in range(8)], dim=-1).flatten(1) - 8
+    return (codes * scales.float().repeat_interleave(block[1], dim=1)[:, : codes.shape[1]]).to(dtype)
+
+
+INT4 = replace(
+    INT8,
+    name="toy_int4",
+    fields={"bits": 4},
+    code_dtype=torch.int32,
+    bits=4,
+    block=(1, 32),
+    scale_dtype=torch.bfloat16,
+    encode=pack,
+    decode=unpack,
+)
+
+
+@pytest.fixture(autouse=True, params=[INT8, INT4], ids=lambda row: row.name)
+def toy(request, monkeypatch) -> WeightFormat:
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, request.param))
+    return request.param
 
 
 @pytest.fixture
@@ -63,9 +93,9 @@ def wide(tmp_path) -> dsm.DeepseekV3ForCausalLM:
 
 
 @pytest.fixture
-def folder(wide, tmp_path):
-    wide.save_pretrained(tmp_path / "int8", quantize="toy_int8", max_shard_size="200kB")
-    return tmp_path / "int8"
+def folder(wide, toy, tmp_path):
+    wide.save_pretrained(tmp_path / "toy", quantize=toy.name, max_shard_size="200kB")
+    return tmp_path / "toy"
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
@@ -77,18 +107,18 @@ def logits_of(model) -> torch.Tensor:
         return model(torch.arange(3, 20)[None]).logits
 
 
-def test_saves(wide, folder):
+def test_saves(wide, folder, toy):
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization_config"] == {"bits": 8, "quant_method": "toy", "weight_block_size": [1, GROUP]}
+    assert config["quantization_config"] == {**toy.fields, "quant_method": "toy", "weight_block_size": list(toy.block)}
     stored, specs = tensors_of(folder), release_tensors(wide.config)
     wanted = set(specs) | {f"{name}_group_scale" for name, spec in specs.items() if spec.quantized}
     assert set(stored) == wanted
     for name in [name for name, spec in specs.items() if spec.quantized and ".experts." not in name]:
-        codes, scales = encode(wide.get_parameter(name).detach(), (1, GROUP))
+        codes, scales = toy.encode(wide.get_parameter(name).detach(), toy.block)
         assert same_bits(stored[name], codes) and same_bits(stored[f"{name}_group_scale"], scales), name
 
 
-def test_loads_and_computes_by_the_reference(folder, tmp_path):
+def test_loads_and_computes_by_the_reference(folder, tmp_path, toy):
     """The model on codes is the model on the values that they stand for; nothing runs natively but what has kernels."""
     model = dsm.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     kinds = [type(module) for module in model.modules()]
@@ -96,9 +126,9 @@ def test_loads_and_computes_by_the_reference(folder, tmp_path):
         [n for n, s in release_tensors(model.config).items() if s.quantized and ".experts." not in n]
     )
     assert MappedExperts in kinds and all(
-        m.weight_format.name == "toy_int8" for m in model.modules() if hasattr(m, "weight_format")
+        m.weight_format.name == toy.name for m in model.modules() if hasattr(m, "weight_format")
     )
-    assert "toy_int8" in str(model.engine_report())
+    assert toy.name in str(model.engine_report())
     values = dsm.DeepseekV3ForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
     )
@@ -106,7 +136,7 @@ def test_loads_and_computes_by_the_reference(folder, tmp_path):
     for name, parameter in values.named_parameters():
         if f"{name}_group_scale" in stored:
             assert same_bits(
-                parameter.detach(), decode(stored[name], stored[f"{name}_group_scale"], torch.float32, INT8.block)
+                parameter.detach(), toy.decode(stored[name], stored[f"{name}_group_scale"], torch.float32, toy.block)
             )
     torch.testing.assert_close(logits_of(model), logits_of(values), rtol=1e-4, atol=1e-4)
     prompt = torch.arange(3, 12)[None]
@@ -137,13 +167,13 @@ def test_saves_again_what_it_loaded(folder, tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["quant_method"] == "toy"
 
 
-def test_plans_and_inspects(folder):
+def test_plans_and_inspects(folder, toy):
 
     found = inspect_checkpoint(folder)
     assert not [finding for finding in found.findings if finding.fatal]
-    assert found.breakdown.weight_format.name == "toy_int8"
+    assert found.breakdown.weight_format.name == toy.name
     assert found.breakdown.stored_bytes(found.breakdown.weight_format) == found.total.nbytes
-    assert "TOY INT8 in blocks of 1×64" in found.architecture["weights"]
+    assert f"{toy.title} in blocks of 1×{toy.block[1]}" in found.architecture["weights"]
 
 
 @pytest.mark.parametrize("fault", ["shape", "dtype"])
@@ -188,7 +218,7 @@ def test_powers_of_two():
         ({"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "expert_dtype": "fp8"}, "fp8"),
         ({"quant_method": "fp8", "scale_fmt": None}, "fp8"),
         ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "fp8_ue8m0"),
-        ({"quant_method": "toy"}, "toy_int8"),
+        ({"quant_method": "toy"}, "toy"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' is not supported, only 'e4m3'"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported, only 'fp8'"),
         ({"quant_method": "fp8", "scale_fmt": "e5m2"}, "scale_fmt='e5m2' is not supported, only 'ue8m0'"),
@@ -198,16 +228,16 @@ def test_powers_of_two():
 )
 def test_what_a_config_announces(fields, found):
     try:
-        name = formats.of_config(fields).name
+        name = formats.of_config(fields).name.partition("_int")[0]
     except ValueError as error:
         assert found in str(error)
     else:
         assert name == found
 
 
-def test_an_unknown_format_is_named(wide, tmp_path):
+def test_an_unknown_format_is_named(wide, tmp_path, toy):
     with pytest.raises(
-        ValueError, match="quantize='int3' is not supported, wanted 'fp8' or 'fp8_ue8m0' or 'toy_int8'"
+        ValueError, match=f"quantize='int3' is not supported, wanted 'fp8' or 'fp8_ue8m0' or '{toy.name}'"
     ):
         wide.save_pretrained(tmp_path / "out", quantize="int3")
     assert not (tmp_path / "out").exists()
@@ -218,21 +248,21 @@ def convert(name: str, folder, out, **options):
     return tensors_of(out)
 
 
-def test_converts_there_and_back(wide, folder, tmp_path):
+def test_converts_there_and_back(wide, folder, tmp_path, toy):
     """The bytes of `save_pretrained`, and the values that they stand for; from fp32 the codes come back by themselves."""
     wide.save_pretrained(tmp_path / "bf16")
     stored = tensors_of(folder)
-    made = convert("bf16-to-fp8", tmp_path / "bf16", tmp_path / "made", format="toy_int8")
+    made = convert("bf16-to-fp8", tmp_path / "bf16", tmp_path / "made", format=toy.name)
     assert made.keys() == stored.keys() and all(same_bits(made[name], stored[name]) for name in stored)
     config = json.loads((tmp_path / "made" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "toy"
     values = convert("fp8-to-bf16", folder, tmp_path / "fp32", dtype="float32")
     for name in [name for name in stored if f"{name}_group_scale" in stored]:
-        wanted = decode(stored[name], stored[f"{name}_group_scale"], torch.float32, INT8.block)
+        wanted = toy.decode(stored[name], stored[f"{name}_group_scale"], torch.float32, toy.block)
         assert same_bits(values[name], wanted), name
     assert not [name for name in values if name.endswith("_group_scale")]
-    back = convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "back", format="toy_int8")
-    assert all(same_bits(back[name], stored[name]) for name in stored if stored[name].dtype == torch.int8)
+    back = convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "back", format=toy.name)
+    assert all(same_bits(back[name], stored[name]) for name in stored if stored[name].dtype == toy.code_dtype)
 
 
 def test_ue8m0_is_kept(wide, tmp_path):
@@ -264,11 +294,11 @@ def test_ue8m0_is_kept(wide, tmp_path):
             assert all(same_bits(*parts) for parts in zip(*pairs, strict=True)), (again, name)
 
 
-def test_codes_are_not_turned_into_those_of_another_format(wide, folder, tmp_path):
+def test_codes_are_not_turned_into_those_of_another_format(wide, folder, tmp_path, toy):
     """Nor left as they are without a word; in their own format, by its name, they are written as they are."""
     wide.save_pretrained(tmp_path / "fp8", quantize="fp8")
     held = dsm.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "fp8")
-    for other in ("fp8_ue8m0", "toy_int8"):
+    for other in ("fp8_ue8m0", toy.name):
         with pytest.raises(
             ValueError, match=f"quantize='{other}': found weights in 'fp8', wanted floating-point ones"
         ):
