@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from modeling_deepseek_moe import machine
 from modeling_deepseek_moe.checkpoint.atomic import (
     copy_flushed,
     flush_folder,
@@ -260,7 +261,7 @@ def _write_shards(
             temporary.unlink(missing_ok=True)
             raise
 
-    threads = torch.get_num_threads()
+    own, threads = torch.get_num_threads(), machine.threads()
     # the workers share the cores: each has threads of its own to compute with
     with ThreadPoolExecutor(
         workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
@@ -272,4 +273,4 @@ def _write_shards(
             stop.set()
             raise
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(own)

@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import dataclass
 
-import psutil
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -18,6 +17,7 @@ from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.checkpoint.journal import Journal
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.eval.sampling import RowSampler
+from modeling_deepseek_moe.machine import memory
 from modeling_deepseek_moe.tokens import released_choice
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations
@@ -192,7 +192,7 @@ class DeepseekLM(HFLM):
 
     def _rows_that_fit(self, tokens: int, logits: int = 0) -> int:
         """Rows of ``length`` tokens; ``logits``: bytes per position and word of the vocabulary."""
-        free = psutil.virtual_memory().available
+        _, free = memory()
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         config, itemsize = self.model.config, self.model.dtype.itemsize

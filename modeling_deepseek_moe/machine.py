@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from modeling_deepseek_moe import cgroups
+
 CACHES = Path("/sys/devices/system/cpu")
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP = cgroups.ROOT
 # Several times the last-level cache, so that every pass reads memory; bounded, so that probing disturbs no one.
 CACHE_MULTIPLE = 4
 SMALLEST_BUFFER, LARGEST_BUFFER = 256 << 20, 4 << 30
@@ -48,13 +50,27 @@ class Machine:
     gpu_bandwidth: Bandwidth | None = None
 
 
+def memory() -> tuple[int, int]:
+    """Main memory in bytes, and what of it a new process may take without swapping: of its control groups, if they limit it."""
+    found, allowed = psutil.virtual_memory(), cgroups.memory(CGROUP)
+    total = found.total if allowed.limit is None else min(found.total, allowed.limit)
+    return total, min(found.available, total if allowed.available is None else allowed.available)
+
+
+def threads() -> int:
+    """The threads to compute with: torch's, and no more than the control groups of this process have processors for."""
+    return cgroups.threads(torch.get_num_threads(), CGROUP)
+
+
+def keep_to_quota() -> None:
+    """Give torch no more threads than `threads`."""
+    if threads() < torch.get_num_threads():
+        torch.set_num_threads(threads())
+
+
 def probe_machine(measure: bool = True) -> Machine:
     """Look at this machine; with ``measure``, spend about a second on its read bandwidth (and one on a GPU's)."""
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    container = _container_memory(total)
-    if container is not None:
-        total, available = container[0], min(available, container[1])
+    total, available = memory()
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, size = torch.cuda.mem_get_info(index)
@@ -62,7 +78,7 @@ def probe_machine(measure: bool = True) -> Machine:
     return Machine(
         ram_bytes=total,
         ram_available=available,
-        threads=torch.get_num_threads(),
+        threads=threads(),
         bandwidth=measure_read_bandwidth(available // 4) if measure else None,
         gpus=tuple(gpus),
         gpu_bandwidth=measure_read_bandwidth(gpus[0].free_bytes // 4, "cuda:0") if measure and gpus else None,
@@ -123,19 +139,3 @@ def last_level_cache() -> int:
             continue
     last = max((level for level, _ in sizes), default=0)
     return sum(size for (level, _), size in sizes.items() if level == last)
-
-
-def _container_memory(physical: int) -> tuple[int, int] | None:
-    """Limit and remainder of a container's memory (cgroup v2, then v1); ``None`` without a limit."""
-    for folder, limit_name, usage_name in (
-        (CGROUP, "memory.max", "memory.current"),
-        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            limit, usage = int((folder / limit_name).read_text()), int((folder / usage_name).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        # cached file pages count as used, but go when memory is needed
-        return (limit, limit - usage + int(stat.get("inactive_file", 0))) if limit < physical else None
-    return None

@@ -41,6 +41,7 @@ ALLOWED_NATIVE = {"__init__": {"ops._dispatch"}, "planning": {"ops._native"}}
 LAYERS = (
     "_version",
     "compat",
+    "cgroups",
     "bitsandbytes_packing",
     "ops._dispatch",
     "ops._structs",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from modeling_deepseek_moe import cgroups
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 PREFILL_TOKENS = 1024  # a prompt is read in pieces of this size
@@ -34,7 +35,7 @@ def fastest_threads(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> in
     A container may grant far less time than it shows cores, and threads that wait for each other then only cost.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    best, best_seconds, threads = 1, math.inf, 1
+    best, best_seconds, threads, cores = 1, math.inf, 1, cgroups.threads(cores)
     while threads <= cores:
         torch.set_num_threads(threads)
         perplexity(model, rows)  # starts the threads

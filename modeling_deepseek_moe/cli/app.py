@@ -18,6 +18,7 @@ from modeling_deepseek_moe.cli.plan import plan
 from modeling_deepseek_moe.cli.predict import predict
 from modeling_deepseek_moe.cli.report import report
 from modeling_deepseek_moe.cli.train import train
+from modeling_deepseek_moe.machine import keep_to_quota
 
 COMMANDS: tuple[Callable, ...] = (plan, inspect, bench, generate, chat, convert, train, eval, predict, report, demo)
 FREE_OPTIONS: dict[Callable, dict] = {
@@ -58,6 +59,7 @@ def options(
     Errors are one line and exit code 2; [cyan]deepseek-moe --debug COMMAND ...[/] shows where they come from.
     """
     DEBUG.set(debug)
+    keep_to_quota()
 
 
 for command in COMMANDS:

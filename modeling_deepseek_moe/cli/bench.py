@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown, read_config
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import count, plural, print_json, rate, size, stderr, stdout
-from modeling_deepseek_moe.machine import measure_read_bandwidth
+from modeling_deepseek_moe.machine import measure_read_bandwidth, memory, threads
 from modeling_deepseek_moe.planning import MEMORY_EFFICIENCY
 
 CONTEXTS = (128, 2048)
@@ -82,7 +82,7 @@ def _write_random(path: Path, layers: int | None, folder: Path) -> None:
     for name in ("quantization_config", "layer_types"):
         if hasattr(config, name):
             delattr(config, name)
-    needed, available = 2 * parameter_breakdown(config).parameters, psutil.virtual_memory().available
+    needed, (_, available) = 2 * parameter_breakdown(config).parameters, memory()
     if needed > available:
         raise ValueError(
             f"{path}: random weights of {config.num_hidden_layers} layers take {size(needed)} while they are made, found "
@@ -125,7 +125,7 @@ def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, to
     return {
         "parameters": breakdown.parameters,
         "active_parameters": breakdown.active_parameters,
-        "threads": torch.get_num_threads(),
+        "threads": threads(),
         "bandwidth": bandwidth,
         "resident_bytes": psutil.Process().memory_info().rss,
         "prefill": {"tokens": prefill, "tokens_per_second": prefill / statistics.median(prompts[1:])},

@@ -9,12 +9,14 @@ import ctypes
 import importlib.util
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
 
+from modeling_deepseek_moe import cgroups
 from modeling_deepseek_moe.ops import _structs
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
@@ -155,6 +157,12 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(library.dsm_isa_name(level).decode() for level in range(library.dsm_isa_best() + 1))
 
 
+@cache
+def _most_threads() -> int:
+    """As many as this process has processors for, by the quota of its control groups as it first calls the engine."""
+    return cgroups.threads(sys.maxsize)
+
+
 def call(function: str, *arguments) -> None:
     """Call ``function`` on the requested instruction set and as many threads as torch uses; one in a forked process.
 
@@ -163,7 +171,7 @@ def call(function: str, *arguments) -> None:
         MemoryError: no memory for its workspace.
         FloatingPointError: values that are not finite, where finite ones are wanted.
     """
-    threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1
+    threads = min(torch.get_num_threads(), _most_threads()) if os.getpid() == _PROCESS else 1
     library, reason = _load()
     if reason is not None:
         raise BackendError(f"backend {CPU!r}: the CPU engine {reason}")
