@@ -201,7 +201,7 @@ def of_codes(dtype: torch.dtype) -> Iterator[WeightFormat]:
 
 def split_scale(name: str) -> tuple[str, str | None]:
     """``…weight_scale_inv`` → ``…weight`` and the suffix; a name that is no scale's as it is, with ``None``."""
-    for suffix in dict.fromkeys(row.scale_suffix for row in FORMATS):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix), suffix
+    for row in FORMATS:
+        if name.endswith(row.scale_suffix):
+            return name.removesuffix(row.scale_suffix), row.scale_suffix
     return name, None

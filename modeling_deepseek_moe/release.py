@@ -166,9 +166,10 @@ class Release:
                 if len(info.shape) != len(shape):
                     continue
             if has_codes or any(of_codes(info.dtype)):
-                problem = self._quantized_problem(info, self._scale_of(name), spec)
+                scale = self._scale_of(name)
+                problem = self._quantized_problem(info, scale, spec)
                 if problem is None:
-                    scales[self.scale_name(name)] = self._scale_of(name)
+                    scales[self.scale_name(name)] = scale
                 else:
                     yield problem
             elif info.dtype not in FLOATS:
@@ -207,6 +208,8 @@ class Release:
     def _surplus(self, expected: dict[str, TensorSpec]) -> Iterator[Problem]:
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         for name, info in self.infos.items():
+            if name in expected:
+                continue
             weight, suffix = split_scale(name)
             if (
                 suffix
@@ -215,8 +218,8 @@ class Release:
                 and any(of_codes(self.infos[weight].dtype))
             ):
                 continue  # the codes are what is named
-            if name in expected or (weight in expected and suffix):
-                if suffix and not (self.is_quantized(weight) and suffix == self.weight_format.scale_suffix):
+            if weight in expected and suffix:
+                if not (self.is_quantized(weight) and suffix == self.weight_format.scale_suffix):
                     found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
                     codes = "codes" if self.weight_format is None else f"{self.weight_format.title} codes"
                     yield Problem("scale", info.name, info, found, f"{codes} next to it")
