@@ -78,7 +78,7 @@ class Conversation:
 
 
 def chat(
-    model: _model.ModelOption,
+    model: _model.ModelOption = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="At most, an answer.")] = 1024,
     temperature: _model.TemperatureOption = None,
@@ -99,11 +99,13 @@ def chat(
     Ctrl-C stops an answer. From a pipe every line is one message. The cache is kept from turn to turn.
 
     Examples:
+      [cyan]deepseek-moe chat[/]
       [cyan]deepseek-moe chat --model DeepSeek-V2-Lite-Chat[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --system "Answer in French." --temperature 0.6[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --expert-memory 16GB --stats[/]
       [cyan]printf 'Hi!\\nAnd in German?\\n' | deepseek-moe chat -m DeepSeek-V3[/]
     """
+    model = _model.folder_or_tiny(model)
     tokenizer = _model.load_tokenizer(model, trust_remote_code)
     if tokenizer.chat_template is None:
         raise ValueError(
