@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.writer import parse_size
-from modeling_deepseek_moe.cli._console import rate, size, stderr
+from modeling_deepseek_moe.cli._console import plural, rate, size, stderr
 from modeling_deepseek_moe.tiny import tiny_checkpoint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
@@ -280,7 +280,7 @@ class Meter(BaseStreamer):
     def summary(self, cache: DynamicCache) -> str:
         """Tokens, speeds and cache of the run, in one line."""
         fed = self.prompt_tokens - self.cached
-        parts = [f"{self.prompt_tokens:,} prompt tokens" + (f" ({self.cached:,} cached)" if self.cached else "")]
+        parts = [plural(self.prompt_tokens, "prompt token") + (f" ({self.cached:,} cached)" if self.cached else "")]
         if self.new_tokens:
             parts[0] += f" at {_speed(fed, self.times[1] - self.times[0])}"
             parts.append(f"{self.new_tokens:,} new")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe.cli import _model
-from modeling_deepseek_moe.cli._console import stderr
+from modeling_deepseek_moe.cli._console import plural, stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 HELP = "/system TEXT sets the system prompt and starts over, /reset starts over, /exit ends."
@@ -47,7 +47,9 @@ class Conversation:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
-            raise ValueError(f"the conversation has {len(ids):,} tokens, the model's context {limit:,}: /reset")
+            raise ValueError(
+                f"the conversation has {plural(len(ids), 'token')}, the model's context {limit:,}: /reset"
+            )
         cached = self._keep_common(ids)
         input_ids = torch.tensor([ids], device=self.model.device)
         meter = _model.Meter(_model.text_streamer(self.tokenizer), cached)
