@@ -32,7 +32,7 @@ $(OLD_VENV)/.installed: setup.py constraints.txt $(wildcard modeling_deepseek_mo
 	$(OLD_VENV)/bin/python -m pip install -c $(OLD_VENV)/constraints.txt -e ".[dev,doors,eval,peft,bnb]"
 	touch $@
 
-demo: $(READY) ## Train, write as FP8, load and generate with a small model
+demo: $(READY) ## Train, write as FP8, load and generate with a small model (two minutes on two cores)
 	$(BIN)/deepseek-moe demo $(ARGS)
 
 .venv/.doors: $(STAMP)

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="3 rounds, and operations on --threads threads only")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part (may be given again)")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "cpu.json", help="the plot goes next to it")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "cpu.json", help="the result file")
     parser.add_argument(
         "--model-folder", type=Path, help="where the model of e2e is written, 2.7 GB, or found (default: temporary)"
     )
@@ -80,8 +80,6 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
     cpu_report.judge(result)
     print("written to", options.out)
-    plot = cpu_report.plot(result, options.out.with_suffix(".png"))
-    print(f"plotted to {plot}" if plot else "no plot: matplotlib is not installed")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The figures of `cpu.py` as tables in the terminal, and as a plot."""
-
-from pathlib import Path
+"""The figures of `cpu.py` as tables in the terminal, and held against what the engine is to reach; `figures.py` draws them."""
 
 from rich.console import Console
 from rich.table import Table
@@ -86,49 +84,3 @@ def judge(result: dict) -> None:
         console.print(
             f"[{'green]met    ' if met else 'red]not met'}[/] {case}, {contestant}: {field} {found:.3g} {sign} {abs(limit):.3g}"
         )
-
-
-def plot(result: dict, file: Path) -> Path | None:
-    """Bars for each part; ``None`` without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = []
-    for part, unit in (("ops", "gb_s"), ("experts", "ms"), ("mla", "ms"), ("e2e", "tokens_s")):
-        rows = result.get(part, {}).get("rows", [])
-        most = max((row["threads"] for row in rows), default=0)
-        for case in dict.fromkeys(row["case"] for row in rows if row["threads"] == most and unit in row):
-            panels.append((case, unit, [row for row in rows if row["case"] == case and row["threads"] == most]))
-    if not panels:
-        return None
-    across = 3
-    down = -(-len(panels) // across)
-    figure, axes = pyplot.subplots(down, across, figsize=(5.2 * across, 2.3 * down), squeeze=False)
-    for axis, (case, unit, rows) in zip(axes.flat, panels, strict=False):
-        rows = [row for row in rows if unit in row][::-1]
-        colours = [
-            "#4c78a8"
-            if "torch" in r["contestant"] or "transformers" in r["contestant"]
-            else "#bab0ac"
-            if r["contestant"].startswith("read")
-            else "#f58518"
-            for r in rows
-        ]
-        bars = axis.barh([row["contestant"] for row in rows], [row[unit] for row in rows], color=colours)
-        axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
-        axis.set_title(f"{case} ({COLUMNS[unit][0]})", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    machine = next(iter(result.values()))["machine"]
-    figure.suptitle(f"{machine['cpu']}, {most} threads, torch {machine['torch']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
-    return file

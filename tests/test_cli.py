@@ -206,7 +206,7 @@ class TestBench:
         ("options", "words"),
         [
             (["--layers", 1], "is for random"),
-            (["--context", 10**7], "wanted at most"),
+            (["--context", 10**7], "--context: found 10,000,000, wanted at most 2,528"),
             (["--expert-memory", "8"], "size"),
         ],
     )

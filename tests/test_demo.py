@@ -77,6 +77,21 @@ def test_both_checkpoints_load_and_speak(demo):
     assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(figures))
 
 
+def test_its_training_is_one_that_report_draws(demo, tmp_path):
+    result = CliRunner().invoke(app, ["report", str(demo[0]), "--out", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.stderr
+    last = json.loads(result.stdout)
+    assert last["step"] == STEPS and last["train_loss"] > 0
+    assert "max_vio" in (tmp_path / "report.html").read_text()
+
+
+def test_a_training_of_one_step_is_logged(tmp_path):
+    tokenizer, model = _demo_run.open_tiny(Console(quiet=True))
+    trainer = make_demo_trainer(model, tokenizer, tmp_path, budget=Budget(1, 1e3, Console(quiet=True)), seed=0)
+    trainer.train()
+    assert "loss" in trainer.state.log_history[0]
+
+
 def test_resident_bytes_are_the_file(demo):
     out, _ = demo
     held = resident_bytes(AutoModelForCausalLM.from_pretrained(out / "fp8"))

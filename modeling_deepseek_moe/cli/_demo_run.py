@@ -28,6 +28,7 @@ from modeling_deepseek_moe.tiny.corpus import Problem
 from modeling_deepseek_moe.tiny.recipe import write
 from modeling_deepseek_moe.tiny.score import accuracy, held_out, mtp_agreement
 
+DURATION = "About two minutes on two cores: training, then checkpoints, perplexity and decode speed."
 HELD_OUT = 100  # problems of each kind
 SHORT, LONG = 128, 4096  # context lengths of the speed table
 DECODE_TOKENS = 24
@@ -47,6 +48,7 @@ def run(out: Path, *, steps: int, seconds: float, seed: int, threads: int | None
         raise ValueError(f"{out}: found a file, wanted a folder to write the demo's checkpoints into")
     transformers.set_seed(seed)
 
+    console.print(f"[dim]{DURATION}[/]", soft_wrap=True)
     tokenizer, model = open_tiny(console)
     asked = {
         "sharing (new)": list(itertools.islice(sharing(seed + 1, held_out=True), HELD_OUT)),
@@ -71,7 +73,9 @@ def run(out: Path, *, steps: int, seconds: float, seed: int, threads: int | None
     figures["seconds"] = time.monotonic() - start
     write_file(out / "demo.json", json.dumps(figures, indent=2) + "\n")
     console.print(
-        f"\nDone in {figures['seconds']:.0f} s. Talk to it: [cyan]deepseek-moe chat --model {out / 'fp8'}[/]"
+        f"\nDone in {figures['seconds']:.0f} s. Talk to it: [cyan]deepseek-moe chat --model {escape(str(out / 'fp8'))}[/]\n"
+        f"Losses and expert loads of the training: [cyan]deepseek-moe report {escape(str(out))}[/]",
+        soft_wrap=True,
     )
     return figures
 
@@ -121,6 +125,7 @@ def train(
     budget = Budget(steps, seconds, stderr())
     trainer = make_demo_trainer(model, tokenizer, out, budget=budget, seed=seed)
     trainer.train()
+    trainer.save_state()  # with the expert loads it is what `deepseek-moe report` draws
     after = answers()
     done = trainer.state.global_step
     table = Table("held-out problems, right answers")

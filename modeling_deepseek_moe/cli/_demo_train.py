@@ -78,7 +78,8 @@ def make_demo_trainer(
 ) -> Trainer:
     """The recipe's `Trainer` over `lessons`."""
     rows = PackedProblems(tokenizer, BATCH_ROWS * budget.steps, lessons(seed))
-    settings = {"learning_rate": LEARNING_RATE, "warmup_steps": WARMUP_STEPS, "logging_steps": 10}
+    settings = {"learning_rate": LEARNING_RATE, "warmup_steps": WARMUP_STEPS}
+    settings |= {"logging_steps": min(10, budget.steps), "logging_first_step": True}  # a short one is reported too
     settings["bf16"] = not torch_is_slow()
     trainer = make_trainer(model, rows, folder, seed=seed, **settings)
     trainer.add_callback(budget)

@@ -1,4 +1,4 @@
-"""What ``generate`` and ``chat`` share: options, loading, streaming, and the figures of a run."""
+"""What the commands that run a model share: options, loading, streaming, and the figures of a run."""
 
 import copy
 import time
@@ -24,7 +24,8 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.writer import parse_size
-from modeling_deepseek_moe.cli._console import rate, size, stderr
+from modeling_deepseek_moe.cli._console import plural, rate, size, stderr
+from modeling_deepseek_moe.tiny import tiny_checkpoint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 MODEL, SAMPLING, RUNNING = "Model", "Sampling (default: the folder's generation_config.json)", "Running"
@@ -39,8 +40,10 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+SHIPPED = "the tiny one that ships"
 ModelOption = Annotated[
-    Path, typer.Option("--model", "-m", help="A checkpoint folder.", show_default=False, rich_help_panel=MODEL)
+    Path | None,
+    typer.Option("--model", "-m", help="A checkpoint folder.", show_default=SHIPPED, rich_help_panel=MODEL),
 ]
 DequantizeOption = Annotated[
     bool, typer.Option("--dequantize", help="Turn FP8 weights into --dtype while loading.", rich_help_panel=MODEL)
@@ -88,6 +91,14 @@ StatsOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: GPUs if there are any.", rich_help_panel=RUNNING)
 ]
+
+
+def folder_or_tiny(folder: Path | None) -> Path:
+    """The folder that was given; without one the tiny checkpoint that ships, which stderr then says."""
+    if folder is not None:
+        return folder
+    stderr().print("[dim]no folder given: the tiny checkpoint that ships[/]")
+    return Path(tiny_checkpoint())
 
 
 def load_model(
@@ -269,7 +280,7 @@ class Meter(BaseStreamer):
     def summary(self, cache: DynamicCache) -> str:
         """Tokens, speeds and cache of the run, in one line."""
         fed = self.prompt_tokens - self.cached
-        parts = [f"{self.prompt_tokens:,} prompt tokens" + (f" ({self.cached:,} cached)" if self.cached else "")]
+        parts = [plural(self.prompt_tokens, "prompt token") + (f" ({self.cached:,} cached)" if self.cached else "")]
         if self.new_tokens:
             parts[0] += f" at {_speed(fed, self.times[1] - self.times[0])}"
             parts.append(f"{self.new_tokens:,} new")

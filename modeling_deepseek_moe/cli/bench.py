@@ -23,16 +23,24 @@ from modeling_deepseek_moe.machine import measure_read_bandwidth, memory, thread
 from modeling_deepseek_moe.planning import MEMORY_EFFICIENCY
 
 CONTEXTS = (128, 2048)
+PREFILL = 512
 
 
 def bench(
     path: Annotated[
-        Path, typer.Argument(help="A checkpoint folder; or a config.json, for random weights.", show_default=False)
-    ],
-    context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens in the cache while decoding.", show_default="128 and 2048")
+        Path | None,
+        typer.Argument(help="A checkpoint folder; or a config.json, for random weights.", show_default=_model.SHIPPED),
     ] = None,
-    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that is read.")] = 512,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Tokens in the cache while decoding.", show_default="128 and 2048, or the model's most"
+        ),
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the prompt that is read.", show_default="512, or the model's most"),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode in each of the repeats.")] = 8,
     repeat: Annotated[int, typer.Option(min=1, help="Times to measure everything.")] = 3,
     layers: Annotated[
@@ -49,10 +57,13 @@ def bench(
     as trained ones. They are written to a temporary folder as an FP8 checkpoint; --layers makes them small.
 
     Examples:
+      [cyan]deepseek-moe bench[/]
       [cyan]deepseek-moe bench DeepSeek-V2-Lite[/]
       [cyan]deepseek-moe bench DeepSeek-V2-Lite --context 8192 --prefill 2048 --json[/]
       [cyan]deepseek-moe bench DeepSeek-V3/config.json --layers 4[/]
     """
+    path = _model.folder_or_tiny(path)
+    lengths = _lengths(read_config(path).max_position_embeddings, context, prefill, tokens * (repeat + 1))
     if threads is not None:
         torch.set_num_threads(threads)
     if layers is not None and path.is_dir() and any(path.glob("*.safetensors")):
@@ -67,11 +78,34 @@ def bench(
         start = time.perf_counter()
         model = _load(folder, expert_memory)
         load = time.perf_counter() - start
-        fields = _measure(model, tuple(context or CONTEXTS), prefill, tokens, repeat) | {"load_seconds": load}
+        fields = _measure(model, *lengths, tokens, repeat) | {"load_seconds": load}
     if as_json:
         print_json(fields)
     else:
         _show(fields, stdout())
+
+
+def _lengths(most: int, contexts: list[int] | None, prefill: int | None, decoded: int) -> tuple[tuple[int, ...], int]:
+    """The contexts and the prompt to measure: as asked for, or the defaults, cut to a model of ``most`` tokens.
+
+    ``decoded`` tokens are decoded after each context.
+
+    Raises:
+        ValueError: what was asked for does not fit into the model.
+    """
+    room = most - decoded
+    if room < 1:
+        raise ValueError(
+            f"--tokens and --repeat: found {decoded:,} tokens to decode, wanted fewer than {most:,}, the model's most"
+        )
+    if contexts and max(contexts) > room:
+        raise ValueError(
+            f"--context: found {max(contexts):,}, wanted at most {room:,}: the model's {most:,} less {decoded:,} to decode"
+        )
+    if prefill is not None and prefill > most:
+        raise ValueError(f"--prefill: found {prefill:,}, wanted at most {most:,}, the model's most")
+    contexts = contexts or [min(length, room) for length in CONTEXTS]
+    return tuple(dict.fromkeys(contexts)), prefill or min(PREFILL, most)
 
 
 def _write_random(path: Path, layers: int | None, folder: Path) -> None:
@@ -107,9 +141,6 @@ def _load(folder: Path, expert_memory: str | None) -> PreTrainedModel:
 @torch.inference_mode()
 def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, tokens: int, repeat: int) -> dict:
     config, breakdown = model.config, parameter_breakdown(model.config)
-    most = config.max_position_embeddings
-    if max(*contexts, 0) + tokens * (repeat + 1) > most or prefill > most:
-        raise ValueError(f"found contexts {contexts} and a prompt of {prefill}, wanted at most {most} tokens in all")
     caches = {length: _filled(model, length) for length in contexts}
     ids = torch.randint(0, config.vocab_size, (1, prefill))
     bandwidths, prompts, steps = [], [], {length: [] for length in contexts}

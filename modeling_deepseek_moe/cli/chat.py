@@ -11,7 +11,7 @@ from rich.markup import escape
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe.cli import _model
-from modeling_deepseek_moe.cli._console import stderr
+from modeling_deepseek_moe.cli._console import plural, stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 HELP = "/system TEXT sets the system prompt and starts over, /reset starts over, /exit ends."
@@ -47,7 +47,9 @@ class Conversation:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
-            raise ValueError(f"the conversation has {len(ids):,} tokens, the model's context {limit:,}: /reset")
+            raise ValueError(
+                f"the conversation has {plural(len(ids), 'token')}, the model's context {limit:,}: /reset"
+            )
         cached = self._keep_common(ids)
         input_ids = torch.tensor([ids], device=self.model.device)
         meter = _model.Meter(_model.text_streamer(self.tokenizer), cached)
@@ -78,7 +80,7 @@ class Conversation:
 
 
 def chat(
-    model: _model.ModelOption,
+    model: _model.ModelOption = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="At most, an answer.")] = 1024,
     temperature: _model.TemperatureOption = None,
@@ -99,11 +101,13 @@ def chat(
     Ctrl-C stops an answer. From a pipe every line is one message. The cache is kept from turn to turn.
 
     Examples:
+      [cyan]deepseek-moe chat[/]
       [cyan]deepseek-moe chat --model DeepSeek-V2-Lite-Chat[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --system "Answer in French." --temperature 0.6[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --expert-memory 16GB --stats[/]
       [cyan]printf 'Hi!\\nAnd in German?\\n' | deepseek-moe chat -m DeepSeek-V3[/]
     """
+    model = _model.folder_or_tiny(model)
     tokenizer = _model.load_tokenizer(model, trust_remote_code)
     if tokenizer.chat_template is None:
         raise ValueError(

@@ -167,4 +167,4 @@ def _diff(a: Path, b: Path) -> None:
     if found:
         stdout().print(f"{plural(found, 'tensor')} {'differs' if found == 1 else 'differ'}")
         raise typer.Exit(1)
-    stdout().print(f"identical: {len(one.reader):,} tensors, {size(one.reader.nbytes)}")
+    stdout().print(f"identical: {plural(len(one.reader), 'tensor')}, {size(one.reader.nbytes)}")

@@ -1,4 +1,4 @@
-"""``deepseek-moe demo``: the package's main job from training to tokens per second, offline, in two minutes."""
+"""``deepseek-moe demo``: the package's main job from training to tokens per second, offline."""
 
 import logging
 import os
@@ -23,16 +23,17 @@ def demo(
         int | None, typer.Option(min=1, help="CPU threads.", show_default="what is fastest", metavar="N")
     ] = None,
 ) -> None:
-    """Fine-tune, write as FP8, load, generate and measure the tiny DeepSeek-V3 that ships: offline, in two minutes.
+    """Fine-tune, write as FP8, load, generate and measure the tiny DeepSeek-V3 that ships: offline, in about two minutes on two cores.
 
     Teaches it a kind of problem that it does not know and leaves two checkpoints, OUT/fp8 and OUT/bf16, in the
-    release's format.
+    release's format, and in OUT a training that "report" draws.
 
     \b
     Examples:
       [cyan]deepseek-moe demo[/]
       [cyan]deepseek-moe demo --steps 200[/]
       [cyan]deepseek-moe chat --model runs/demo/fp8[/]   afterwards
+      [cyan]deepseek-moe report runs/demo[/]
     """
     if WAIT_POLICY not in os.environ:
         arguments = {"out": out, "steps": steps, "minutes": minutes, "seed": seed, "threads": threads}

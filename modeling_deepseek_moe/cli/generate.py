@@ -1,24 +1,30 @@
 """``deepseek-moe generate``: continue a text, streaming, and say how fast that went."""
 
+import io
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.tokens import encode_text
 
+QUESTION = "Ada has 3 pens and buys 4 more. How many pens does Ada have now?"  # the tiny checkpoint answers it too
+
 
 def generate(
-    model: _model.ModelOption,
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue.", show_default="from a pipe, if there is one")
+        str | None,
+        typer.Argument(help="The text to continue.", show_default="from a pipe; without one, a question to answer"),
     ] = None,
+    model: _model.ModelOption = None,
     token_ids: Annotated[
         str | None, typer.Option(help="Token ids instead of a text, e.g. 0,9707,11: needs no tokenizer.")
     ] = None,
@@ -40,12 +46,18 @@ def generate(
     The text goes to stdout, figures (tokens, tokens per second, cache) to stderr. For a conversation see "chat".
     On a CPU, the FP8 experts of a model larger than memory are read from the disk as they are needed.
 
+    Without a prompt it answers a small question; FOLDER in the prompt's place is --model FOLDER.
+
     Examples:
+      [cyan]deepseek-moe generate[/]
       [cyan]deepseek-moe generate --model DeepSeek-V2-Lite "Once upon a time" --temperature 0[/]
       [cyan]deepseek-moe generate -m DeepSeek-V3 -n 64 --seed 7 < prompt.txt > answer.txt[/]
       [cyan]deepseek-moe generate -m DeepSeek-V3 "Once" -n 16 --expert-memory 16GB --stats[/]
       [cyan]deepseek-moe generate -m no-tokenizer-here --token-ids 0,1,2[/]
     """
+    if model is None and prompt is not None and (Path(prompt) / "config.json").is_file():
+        model, prompt = Path(prompt), None
+    model = _model.folder_or_tiny(model)
     tokenizer, input_ids = _prompt(model, prompt, token_ids, trust_remote_code)
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
@@ -79,17 +91,43 @@ def _prompt(folder: Path, prompt: str | None, token_ids: str | None, trust_remot
         except ValueError:
             raise ValueError(f"--token-ids: found {token_ids!r}, wanted integers such as 0,9707,11") from None
     if prompt is None:
-        if sys.stdin.isatty():
-            raise ValueError('found no prompt, wanted one: deepseek-moe generate --model FOLDER "Once upon a time"')
-        prompt = sys.stdin.read()
+        prompt = _piped()
     try:
         tokenizer = _model.load_tokenizer(folder, trust_remote_code)
     except ValueError as error:
         raise ValueError(f"{error}; --token-ids does without") from None
-    input_ids = torch.tensor([encode_text(tokenizer, prompt)], dtype=torch.long)
-    if not input_ids.numel():
+    ids = _question(tokenizer) if prompt is None else encode_text(tokenizer, prompt)
+    if not ids:
         raise ValueError("found an empty prompt, wanted at least one token")
-    return tokenizer, input_ids
+    return tokenizer, torch.tensor([ids], dtype=torch.long)
+
+
+def _piped() -> str | None:
+    """The text from stdin; ``None`` where that is a terminal, /dev/null or closed, so that none was meant.
+
+    Raises:
+        ValueError: an empty pipe or file.
+    """
+    if sys.stdin is None:
+        return None
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except io.UnsupportedOperation:  # a Python program put a stream in its place
+        return sys.stdin.read() or None
+    if stat.S_ISCHR(mode):
+        return None
+    if text := sys.stdin.read():
+        return text
+    raise ValueError("stdin: found nothing, wanted a text; from a terminal, without one, a question is asked")
+
+
+def _question(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of `QUESTION`, as a chat where the tokenizer has a template; stderr shows it."""
+    stderr().print(f"[dim]no prompt given: {QUESTION}[/]", soft_wrap=True)
+    if tokenizer.chat_template is None:
+        return encode_text(tokenizer, f"Question: {QUESTION}\nAnswer:")
+    chat = [{"role": "user", "content": QUESTION}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
 def _check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from modeling_deepseek_moe.anatomy import ParameterBreakdown
-from modeling_deepseek_moe.cli._console import count, print_json, size, stderr, stdout
+from modeling_deepseek_moe.cli._console import count, plural, print_json, size, stderr, stdout
+from modeling_deepseek_moe.cli._model import SHIPPED, folder_or_tiny
 from modeling_deepseek_moe.engine.report import EngineReport
 from modeling_deepseek_moe.inspection import Inspection, inspect_checkpoint
 
@@ -28,7 +29,7 @@ TITLES = {
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder.", show_default=False)],
+    path: Annotated[Path | None, typer.Argument(help="A checkpoint folder.", show_default=SHIPPED)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Maximum lines for each kind of problem.")] = 10,
     engine: Annotated[
@@ -50,6 +51,7 @@ def inspect(
       [cyan]deepseek-moe inspect half-a-download && echo complete[/]
       [cyan]deepseek-moe inspect runs/demo/fp8 --engine[/]
     """
+    path = folder_or_tiny(path)
     columns = (TextColumn("reading headers"), BarColumn(), MofNCompleteColumn())
     console = stderr()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -125,7 +127,7 @@ def _show_engine(report: EngineReport, console: Console) -> None:
     for name, reason in report.lines():
         table.add_row(name, "[green]native[/]" if reason is None else Text(reason, style="yellow"))
     console.print(table)
-    console.print(f"{report.calls} call{'s' if report.calls != 1 else ''} of the engine for the layers of a token")
+    console.print(f"{plural(report.calls, 'call')} of the engine for the layers of a token")
 
 
 def _as_dict(found: Inspection) -> dict:
@@ -148,8 +150,8 @@ def _as_dict(found: Inspection) -> dict:
 
 def _show(found: Inspection, limit: int, console: Console) -> None:
     console.print(
-        f"[bold]{found.folder}[/]: {found.total.tensors:,} tensors, {size(found.total.nbytes)}, "
-        f"{found.shards} file{'s' if found.shards > 1 else ''}"
+        f"[bold]{found.folder}[/]: {plural(found.total.tensors, 'tensor')}, {size(found.total.nbytes)}, "
+        f"{plural(found.shards, 'file')}"
     )
     console.print()
     show_architecture(found.architecture, found.breakdown, console)
@@ -192,4 +194,4 @@ def _show_findings(found: Inspection, limit: int, console: Console) -> None:
         console.print("[green]Loadable[/]: names, shapes, dtypes and files agree with the config.")
     else:
         fatal = sum(finding.fatal for finding in found.findings)
-        console.print(f"[bold red]Not loadable[/] as it is: {fatal:,} problem{'s' if fatal > 1 else ''}.")
+        console.print(f"[bold red]Not loadable[/] as it is: {plural(fatal, 'problem')}.")

@@ -12,6 +12,7 @@ from rich.table import Table
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import plural, print_json, rate, size, stderr, stdout
+from modeling_deepseek_moe.cli._model import SHIPPED, folder_or_tiny
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
 from modeling_deepseek_moe.machine import Bandwidth, measure_disk, probe_machine
 from modeling_deepseek_moe.planning import (
@@ -29,7 +30,9 @@ STYLES = {IN_MEMORY: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
 
 
 def plan(
-    path: Annotated[Path, typer.Argument(help="A config.json, or a folder with one.", show_default=False)],
+    path: Annotated[
+        Path | None, typer.Argument(help="A config.json, or a folder with one.", show_default=SHIPPED)
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens in the cache: prompt and answer.", show_default="8192, or the model's most"),
@@ -57,6 +60,7 @@ def plan(
       [cyan]deepseek-moe plan DeepSeek-V3 --disk-speed 7GB[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --json | jq .verdict[/]
     """
+    path = folder_or_tiny(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(
             f"{path}: found no such file or folder. If it is a repository: "

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modeling_deepseek_moe.cli import _model
-from modeling_deepseek_moe.cli._console import stderr, stdout
+from modeling_deepseek_moe.cli._console import plural, stderr, stdout
 
 
 class Kind(StrEnum):
@@ -132,14 +132,17 @@ def _hand_over(
         _say(out, handover.judge_programs(out, problems, str(data) if data else "sample"))
     elif kind is Kind.CODEFORCES:
         count, missing = handover.codeforces.write_submissions(out / "submissions.jsonl", texts)
-        stdout().print(f"{out / 'submissions.jsonl'}: {count} programs; {missing} answers without one", soft_wrap=True)
+        stdout().print(
+            f"{out / 'submissions.jsonl'}: {plural(count, 'program')}; {plural(missing, 'answer')} without one",
+            soft_wrap=True,
+        )
         stdout().print(
             f"have them judged, then: deepseek-moe predict codeforces --out {shlex.quote(str(out))} --judged FILE"
         )
     else:
         file = out / "predictions.jsonl"
         count, empty = handover.swebench.write_predictions(file, label, texts)
-        stdout().print(f"{file}: {count} predictions, {empty} of them without a patch", soft_wrap=True)
+        stdout().print(f"{file}: {plural(count, 'prediction')}, {empty} of them without a patch", soft_wrap=True)
         stdout().print("with Docker and swebench:", handover.swebench.command(file, out.name), soft_wrap=True)
         stdout().print(
             f"then: deepseek-moe predict swebench --out {shlex.quote(str(out))} --judged REPORT.json", soft_wrap=True
