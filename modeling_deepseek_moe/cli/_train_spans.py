@@ -61,20 +61,20 @@ def find_spans(text: str, messages: list[Message], render: Render, cuts: Cuts) -
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             span = _span(text, messages, index, render, cuts)
-            if span[0] < span[1]:
+            if span is not None:
                 spans.append(span)
     _check(text, spans, messages, render)
-    return spans
+    return [span for span in spans if span[0] < span[1]]
 
 
-def _span(text: str, messages: list[Message], index: int, render: Render, cuts: Cuts) -> Span:
+def _span(text: str, messages: list[Message], index: int, render: Render, cuts: Cuts) -> Span | None:
     prompt = _attempt(render, messages[:index], True) if index else None
     turn = text if index + 1 == len(messages) else _attempt(render, messages[: index + 1], False)
     if prompt is not None and turn is not None and turn.startswith(prompt) and text.startswith(turn):
         return len(prompt), len(turn)
     others = list(_variants(text, messages, index, render))
     if not others:  # the template leaves the turn out
-        return 0, 0
+        return None
     nests = prompt is not None and text.startswith(prompt)
     start = len(prompt) if nests else min(_shared(text, other) for other in others)
     end = len(text) - _shared(text[::-1], others[0][::-1])
