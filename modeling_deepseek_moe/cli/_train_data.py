@@ -194,21 +194,28 @@ def pack(documents: list[dict], max_length: int) -> list[list[dict]]:
 
 
 class Rows(Dataset):
-    """Rows of one or several documents, whose positions begin again with each document."""
+    """Rows of one or several documents, whose positions begin again with each document.
+
+    ``row_weights``, a row's labels over the mean of all rows, make the ``eval_loss`` of `Trainer`, a mean over rows, one over labels.
+    """
 
     def __init__(self, rows: list[list[dict]]):
         self.rows = rows
+        labels = [sum(label != IGNORE for document in row for label in document["labels"][1:]) for row in rows]
+        mean = sum(labels) / max(len(labels), 1)
+        self.weights = [count / mean if mean else 1.0 for count in labels]
 
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
         return {
             "input_ids": [token for document in row for token in document["input_ids"]],
             # the first token of a document is nothing that the one before it could predict
             "labels": [label for document in row for label in (IGNORE, *document["labels"][1:])],
             "position_ids": [position for document in row for position in range(len(document["input_ids"]))],
+            "row_weights": self.weights[index],
         }
 
 
@@ -224,13 +231,16 @@ class Collator:
         if packed:
             self.fill["position_ids"] = None
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        batch = {name: [] for name in self.fill}
+        batch: dict[str, list[torch.Tensor]] = {name: [] for name in self.fill}
         for row in rows:
             size = len(row["input_ids"])
             row = row | {"attention_mask": [1] * size}
             for name, fill in self.fill.items():
                 padding = range(length - size) if fill is None else [fill] * (length - size)
                 batch[name].append(torch.tensor([*row[name], *padding]))
-        return {name: torch.stack(tensors) for name, tensors in batch.items()}
+        tensors = {name: torch.stack(parts) for name, parts in batch.items()}
+        if all("row_weights" in row for row in rows):
+            tensors["row_weights"] = torch.tensor([row["row_weights"] for row in rows])
+        return tensors
