@@ -84,8 +84,8 @@ def _span(text: str, messages: list[Message], index: int, render: Render, cuts: 
     after_turn, after = turn[len(turn) - _shared(turn[::-1], changed_turn[::-1]) :], text[end:]
     shared = _shared(after_turn, after)
     if shared < len(after_turn):  # what only looks alike, the "<" of two other tokens, is no part of the turn
-        inside, begin = cuts(text), len(turn) - len(after_turn)
-        both = (cut - end for cut in inside if cut - end + begin in cuts(turn))
+        begin = len(turn) - len(after_turn)
+        both = {cut - end for cut in cuts(text)} & {cut - begin for cut in cuts(turn)}
         shared = max((cut for cut in both if 0 <= cut <= shared), default=0)
     return start, max(start, end + shared)
 
