@@ -75,19 +75,42 @@ def _span(text: str, messages: list[Message], index: int, render: Render, cuts: 
     others = list(_variants(text, messages, index, render))
     if not others:  # the template leaves the turn out
         return None
-    nests = prompt is not None and text.startswith(prompt)
-    start = len(prompt) if nests else min(_shared(text, other) for other in others)
+    if prompt is not None and text.startswith(prompt):
+        start = len(prompt)
+    else:
+        differs = min(_shared(text, other) for other in others)
+        start = max((cut for cut in cuts(text) if cut <= differs), default=0)
+        start = _after_prompt(text, start, render, cuts)
     end = len(text) - _shared(text[::-1], others[0][::-1])
     changed_turn = _attempt(render, [*messages[:index], changed(messages[index])], False)
     if turn is None or changed_turn is None:
         return start, max(start, end)
-    after_turn, after = turn[len(turn) - _shared(turn[::-1], changed_turn[::-1]) :], text[end:]
-    shared = _shared(after_turn, after)
-    if shared < len(after_turn):  # what only looks alike, the "<" of two other tokens, is no part of the turn
-        begin = len(turn) - len(after_turn)
-        both = {cut - end for cut in cuts(text)} & {cut - begin for cut in cuts(turn)}
-        shared = max((cut for cut in both if 0 <= cut <= shared), default=0)
-    return start, max(start, end + shared)
+    begin = len(turn) - _shared(turn[::-1], changed_turn[::-1])
+    return start, max(start, end + _shared_tokens(text, end, turn, begin, cuts))
+
+
+def _after_prompt(text: str, start: int, render: Render, cuts: Cuts) -> int:
+    """Where a turn begins that the chat opens as the prompt does, at least in part."""
+    question = [{"role": "user", "content": mark(0)}]
+    asked, prompted = _attempt(render, question, False), _attempt(render, question, True)
+    if asked is None or prompted is None or not prompted.startswith(asked):
+        return start
+    before, prompt = text[:start].rstrip(), prompted[len(asked) :]
+    if prompt and before.endswith(prompt):
+        return len(before)  # a blank after the prompt is the turn's own, as in V2's template
+    return start + _shared_tokens(text, start, prompted, len(asked), cuts)
+
+
+def _shared_tokens(text: str, place: int, other: str, begin: int, cuts: Cuts) -> int:
+    """Characters alike from ``text[place:]`` and ``other[begin:]`` on, in whole tokens, or to the end of ``other``.
+
+    Two tokens may begin by the same "<".
+    """
+    shared = _shared(text[place:], other[begin:])
+    if shared == len(other) - begin:
+        return shared
+    both = {cut - place for cut in cuts(text)} & {cut - begin for cut in cuts(other)}
+    return max((cut for cut in both if 0 <= cut <= shared), default=0)
 
 
 def _variants(text: str, messages: list[Message], index: int, render: Render) -> Iterator[str]:
