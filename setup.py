@@ -24,7 +24,7 @@ extras = {
     "peft": ["peft"],
     "eval": ["lm-eval", "math-verify"],
     "gpu": ["triton; sys_platform == 'linux'"],
-    "train": ["datasets", "heavyball", "matplotlib"],
+    "train": ["heavyball", "matplotlib", "pyarrow"],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 # Tools that the tests plug the models into; transformers imports torchao wherever it finds it, half a second per start.

@@ -279,11 +279,14 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, ContinuousLatentMixin, 
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mla_path: str | None = None,
+        row_weights: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Next-token logits ``[B, S, vocab_size]`` and, with ``labels``, their shifted cross-entropy.
 
-        In training with a `TrainingState` the loss is that of `Objective`, and ``aux_loss`` its balance part.
+        In training with a `TrainingState` the loss is that of `Objective`, and ``aux_loss`` its balance part. Outside training the
+        loss is multiplied by the mean of ``row_weights`` ``[B]``: with the labels of each row over the mean of the data set,
+        `Trainer`'s mean over rows is the one over labels.
         """
         objective = None
         if labels is not None and self.training and self.model.training_state is not None:
@@ -305,6 +308,8 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, ContinuousLatentMixin, 
             loss, aux_loss = objective.loss(logits, outputs.last_hidden_state)
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if row_weights is not None and not self.training:
+                loss = loss * row_weights.to(loss.device).mean()
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

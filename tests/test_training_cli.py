@@ -33,7 +33,6 @@ def chat(count=24):
 
 
 def test_only_the_assistant_is_learned(tokenizer, tmp_path):
-    pytest.importorskip("datasets")
     documents = load_documents(write_lines(tmp_path / "chat.jsonl", chat()), tokenizer, 512, True)
     for document, row in zip(documents, chat(), strict=True):
         learned = [token for token in document["labels"] if token != -100]
@@ -44,7 +43,6 @@ def test_only_the_assistant_is_learned(tokenizer, tmp_path):
 
 
 def test_text_and_tokens(tokenizer, tmp_path):
-    pytest.importorskip("datasets")
     documents = load_documents(write_lines(tmp_path / "a.jsonl", [{"text": "Ada has 3 pens."}]), tokenizer, 512, True)
     assert tokenizer.decode(documents[0]["input_ids"]) == "Ada has 3 pens.<eos>"
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [9], "labels": [9]}]
@@ -74,20 +72,17 @@ def test_packed_rows():
     ],
 )
 def test_data_that_cannot_be_used(tokenizer, tmp_path, name, text, message):
-    pytest.importorskip("datasets")
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_documents(str(tmp_path / name), tokenizer, 64, True)
 
 
-def test_a_chat_template_without_marks_is_refused(tokenizer, tmp_path):
-    pytest.importorskip("datasets")
+def test_a_chat_template_without_marks_learns_the_same(tokenizer, tmp_path):
     plain = make_tokenizer(count=300)
     plain.chat_template = plain.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     file = write_lines(tmp_path / "chat.jsonl", chat(2))
-    with pytest.raises(ValueError, match="marks around what the assistant says"):
-        load_documents(file, plain, 512, True)
-    assert load_documents(file, plain, 512, False)
+    assert load_documents(file, plain, 512, True) == load_documents(file, tokenizer, 512, True)
+    assert load_documents(file, plain, 512, False) == load_documents(file, tokenizer, 512, False)
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -107,6 +102,15 @@ def test_flags_win_over_the_file(tmp_path):
         ("model: a\n", [], "found no train_file"),
         ("config: a\ntrain_file: b\n", [], "found a config without a tokenizer"),
         ("model: a\ntrain_file: b\ndtype: int8\n", [], "dtype='int8' is not supported"),
+        ("model: a\ntrain_file: b\nmax_length: 1\n", [], "max_length=1 is too short, wanted at least 2"),
+        (
+            "model: a\ntrain_file: b\nmax_length: 4.5\n",
+            [],
+            r"r.yaml: argument --max_length.*: invalid int value: '4.5'",
+        ),
+        ("model: a\ntrain_file: b\npacking: maybe\n", [], r"r.yaml: argument --packing: .*maybe"),
+        ("model: a\ntrain_file: b\n", ["--max_steps", "x"], r"r.yaml and flags: argument --max_steps.*: invalid int"),
+        ("model: [a\n", [], r"r.yaml: found no YAML \("),
     ],
 )
 def test_options_that_cannot_be_meant(tmp_path, yaml, flags, message):
@@ -115,10 +119,26 @@ def test_options_that_cannot_be_meant(tmp_path, yaml, flags, message):
         read_options(tmp_path / "r.yaml", flags)
 
 
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no\.yaml: found no such file, wanted a YAML file of options"):
+        read_options(tmp_path / "no.yaml", [])
+    with pytest.raises(ValueError, match="found a folder, wanted a YAML file of options"):
+        read_options(tmp_path, [])
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "no.yaml")])
+    assert result.exit_code == 2
+    assert "no.yaml: found no such file" in "".join(result.output.split("\n"))
+
+
+def test_null_in_a_recipe_is_the_default(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: a\ntrain_file: b\nmax_length:\neval_file:\nreport_to: [none]\n")
+    options, training = read_options(tmp_path / "r.yaml", [])
+    assert (options.max_length, options.eval_file, training.report_to) == (1024, None, [])
+    assert (training.logging_steps, training.logging_first_step) == (10, True)
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, tokenizer):
     """A router's tuning from an FP8 release: all other weights stay."""
-    pytest.importorskip("datasets")
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("cli")
     config = SHAPES["v3-mtp"]()

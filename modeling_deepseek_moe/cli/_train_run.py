@@ -1,25 +1,23 @@
 """What ``deepseek-moe train`` does: options to a model, rows, callbacks and the plain `Trainer`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     FineGrainedFP8Config,
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_deepseek_moe.cli._console import stdout
 from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import Collator, Rows, load_documents, pack
+from modeling_deepseek_moe.cli._train_options import RunOptions, checkpoint_to_resume, read_options
 from modeling_deepseek_moe.config import own_format
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.training import (
@@ -32,70 +30,13 @@ from modeling_deepseek_moe.training import (
     prepare_fp8_training,
 )
 
-DTYPES = ("float32", "bfloat16")
 
+class LogLastStep(TrainerCallback):
+    """Logs the last step too, whatever ``logging_steps`` is, so that a report ends where the training did."""
 
-@dataclass
-class RunOptions:
-    """Everything that is not one of transformers' `TrainingArguments`."""
-
-    model: str | None = None
-    config: str | None = None
-    tokenizer: str | None = None
-    trust_remote_code: bool = False
-    dtype: str = "float32"
-    bf16_moments: bool = False
-    train_file: str | None = None
-    eval_file: str | None = None
-    max_length: int = 1024
-    packing: bool = False
-    assistant_only_loss: bool = True
-    load_balance_gamma: float = 0.001
-    load_balance_until: float = 1.0
-    balance_alpha: float = 0.0001
-    mtp_weight: float = 0.3
-    mtp_later_weight: float = 0.1
-    mtp_switch_at: float = 10 / 14.8
-    fp8: bool = False
-    fp8_wgrad: bool = True
-
-    def __post_init__(self):
-        if (self.model is None) == (self.config is None):
-            found = "neither" if self.model is None else "both"
-            raise ValueError(
-                f"found {found} of model and config, wanted one: a folder to start from, or a config.json"
-            )
-        if self.config is not None and self.tokenizer is None:
-            raise ValueError("found a config without a tokenizer, wanted the folder of one")
-        if self.train_file is None:
-            raise ValueError("found no train_file, wanted JSON lines, Parquet or text")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not supported, wanted one of {', '.join(DTYPES)}")
-
-
-def read_options(recipe: Path | None, arguments: list[str]) -> tuple[RunOptions, TrainingArguments]:
-    """The options of a YAML file, and flags, which win.
-
-    Raises:
-        ValueError: an option that does not exist, or a file that holds none.
-    """
-    parser = HfArgumentParser((RunOptions, TrainingArguments), exit_on_error=False)
-    known = {action.dest for action in parser._actions}
-    if recipe is not None:
-        if not recipe.is_file():
-            raise ValueError(f"{recipe}: found no such file, wanted a YAML file of options")
-        fields = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"{recipe}: found {type(fields).__name__}, wanted options by name")
-        unknown = sorted(fields.keys() - known)
-        if unknown:
-            raise ValueError(f"{recipe}: found {', '.join(unknown)}, wanted options of train or of TrainingArguments")
-        # YAML reads 1e-4 as a text, which argparse converts like a flag's
-        parser.set_defaults(**fields)
-    options, training, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if rest:
-        raise ValueError(f"found {' '.join(rest)}, wanted options of train or of TrainingArguments")
-    return options, training
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 def load(options: RunOptions) -> tuple[PreTrainedModel, WeightFormat | None]:
@@ -120,7 +61,7 @@ def make_callbacks(options: RunOptions, model: PreTrainedModel) -> list[TrainerC
             callbacks.append(BalanceLossCallback(options.balance_alpha))
     if options.mtp_weight and config.num_nextn_predict_layers:
         callbacks.append(MtpLossCallback(options.mtp_weight, options.mtp_later_weight, options.mtp_switch_at))
-    return [*callbacks, MoeTelemetryCallback()]
+    return [*callbacks, MoeTelemetryCallback(), LogLastStep()]
 
 
 def run(recipe: Path | None, arguments: list[str]) -> None:
@@ -128,11 +69,13 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
     options, training = read_options(recipe, arguments)
     set_seed(training.seed)
     tokenizer = load_tokenizer(Path(options.tokenizer or options.model), options.trust_remote_code)
+    resume = checkpoint_to_resume(training)
+    vocab_size = AutoConfig.from_pretrained(options.model or options.config).get_text_config().vocab_size
     files = {"train": options.train_file, "eval": options.eval_file}
     rows = {}
     for part, file in files.items():
         if file is not None:
-            documents = load_documents(file, tokenizer, options.max_length, options.assistant_only_loss)
+            documents = load_documents(file, tokenizer, options.max_length, options.assistant_only_loss, vocab_size)
             rows[part] = Rows(pack(documents, options.max_length) if options.packing else [[d] for d in documents])
     model, form = load(options)
     if options.fp8:
@@ -147,7 +90,7 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
         callbacks=make_callbacks(options, model),
         optimizer_cls_and_kwargs=bf16_moments(training) if options.bf16_moments else None,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     if "eval" in rows:
         stdout().print(f"eval loss {trainer.evaluate()['eval_loss']:.4f}")  # every rank has its part
     trainer.save_state()

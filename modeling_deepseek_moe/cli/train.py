@@ -22,9 +22,9 @@ def train(
     \b
     model            [cyan]--model[/] FOLDER to start from, or [cyan]--config[/] config.json to start from scratch; [cyan]--tokenizer[/];
                      [cyan]--dtype[/] float32. An FP8 release is dequantised, and written as FP8 again.
-    data             [cyan]--train_file[/] and [cyan]--eval_file[/], JSON lines, Parquet or text, with a column "messages" (chat),
-                     "text" or "input_ids"; [cyan]--max_length[/] 1024; [cyan]--packing[/] whole documents to a row, kept apart;
-                     [cyan]--assistant_only_loss[/] true: by the chat template's generation marks.
+    data             [cyan]--train_file[/] and [cyan]--eval_file[/], JSON (lines), Parquet or text, rows with "messages" (and "tools"),
+                     "text" or "input_ids" (and masks); [cyan]--max_length[/] 1024; [cyan]--packing[/] whole documents to a row,
+                     kept apart; [cyan]--assistant_only_loss[/] true: of chats, what the assistant says.
     recipe           [cyan]--load_balance_gamma[/] 0.001 and [cyan]--load_balance_until[/] 1.0; [cyan]--balance_alpha[/] 0.0001;
                      [cyan]--mtp_weight[/] 0.3, [cyan]--mtp_later_weight[/] 0.1, [cyan]--mtp_switch_at[/] 0.676; 0 turns each off;
                      [cyan]--fp8[/] false and [cyan]--fp8_wgrad[/] true.

@@ -1,0 +1,155 @@
+"""The options of ``deepseek-moe train``: a YAML file and flags, and which checkpoint it goes on from."""
+
+import argparse
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
+
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+
+logger = logging.get_logger(__name__)
+DTYPES = ("float32", "bfloat16")
+# Other defaults than Trainer's, which logs every 500 steps: a short training is to have something to report.
+DEFAULTS = {"logging_steps": 10, "logging_first_step": True}
+
+
+@dataclass
+class RunOptions:
+    """Everything that is not one of transformers' `TrainingArguments`."""
+
+    model: str | None = None
+    config: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "float32"
+    bf16_moments: bool = False
+    train_file: str | None = None
+    eval_file: str | None = None
+    max_length: int = 1024
+    packing: bool = False
+    assistant_only_loss: bool = True
+    load_balance_gamma: float = 0.001
+    load_balance_until: float = 1.0
+    balance_alpha: float = 0.0001
+    mtp_weight: float = 0.3
+    mtp_later_weight: float = 0.1
+    mtp_switch_at: float = 10 / 14.8
+    fp8: bool = False
+    fp8_wgrad: bool = True
+
+    def __post_init__(self):
+        if (self.model is None) == (self.config is None):
+            found = "neither" if self.model is None else "both"
+            raise ValueError(
+                f"found {found} of model and config, wanted one: a folder to start from, or a config.json"
+            )
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("found a config without a tokenizer, wanted the folder of one")
+        if self.train_file is None:
+            raise ValueError("found no train_file, wanted JSON lines, Parquet or text")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not supported, wanted one of {', '.join(DTYPES)}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} is too short, wanted at least 2: a token and the next")
+
+
+def read_options(recipe: Path | None, arguments: list[str]) -> tuple[RunOptions, TrainingArguments]:
+    """The options of a YAML file, and flags, which win.
+
+    Raises:
+        ValueError: an option that does not exist, a value that it cannot have, or a file that holds none.
+    """
+    parser = HfArgumentParser((RunOptions, TrainingArguments), exit_on_error=False)
+    parser.set_defaults(**DEFAULTS)
+    if recipe is not None:
+        parser.set_defaults(**_read_recipe(recipe, {action.dest for action in parser._actions}))
+    source = f"{recipe} and flags" if recipe and arguments else recipe or "flags"
+    try:
+        options, training, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    if rest:
+        raise ValueError(f"found {' '.join(rest)}, wanted options of train or of TrainingArguments")
+    return options, training
+
+
+def _read_recipe(recipe: Path, known: set[str]) -> dict[str, Any]:
+    if not recipe.is_file():
+        found = "a folder" if recipe.is_dir() else "no such file"
+        raise ValueError(f"{recipe}: found {found}, wanted a YAML file of options")
+    try:
+        fields = yaml.safe_load(recipe.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe}: found no YAML ({error}), wanted options by name") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{recipe}: found {type(fields).__name__}, wanted options by name")
+    unknown = sorted(str(name) for name in fields.keys() - known)
+    if unknown:
+        raise ValueError(f"{recipe}: found {', '.join(unknown)}, wanted options of train or of TrainingArguments")
+    # as texts, which argparse converts and checks like a flag's: YAML reads 1e-4 as a text, and 4.5 for a count
+    scalars = (bool, int, float)
+    return {
+        name: str(value) if isinstance(value, scalars) else value
+        for name, value in fields.items()
+        if value is not None
+    }
+
+
+def checkpoint_to_resume(training: TrainingArguments) -> str | None:
+    """The folder that ``resume_from_checkpoint`` means, ``true`` being the newest of ``output_dir``; ``None`` for none.
+
+    Raises:
+        ValueError: there is none, or it is not whole; the newest that is whole is named.
+    """
+    wanted = str(training.resume_from_checkpoint or "false")
+    if wanted.lower() in ("false", "no", "none"):
+        return None
+    if wanted.lower() not in ("true", "yes"):
+        checkpoint, others = Path(wanted), []
+    else:
+        others = _checkpoints(Path(training.output_dir))
+        if not others:
+            raise ValueError(
+                f"{training.output_dir}: found no checkpoint-N, wanted one to resume from; without resume_from_checkpoint "
+                "training begins at step 0"
+            )
+        checkpoint = others.pop()
+    fault = _fault(checkpoint)
+    if fault is None:
+        return str(checkpoint)
+    whole = next((str(other) for other in reversed(others) if _fault(other) is None), None)
+    way_out = f"; --resume_from_checkpoint {whole} is whole" if whole else ""
+    raise ValueError(f"{checkpoint}: found {fault}, wanted a whole checkpoint to resume from{way_out}")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """By step."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint of `Trainer`, which writes trainer_state.json last."""
+    if not checkpoint.is_dir():
+        return "no such folder"
+    try:
+        if not isinstance(read_json(checkpoint / "trainer_state.json").get("global_step"), int):
+            return "a trainer_state.json without global_step"
+        CheckpointReader.open(checkpoint)
+    except (CheckpointError, OSError) as error:
+        return f"it damaged or cut short ({error})"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        file = checkpoint / name
+        if not file.exists():
+            logger.warning(f"{file}: found none: training goes on with a new {file.stem}")
+        elif not zipfile.is_zipfile(file):
+            return f"{name} damaged or cut short"
+    return None
