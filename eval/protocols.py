@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 FILE = Path(__file__).with_name("protocols.yaml")
-SHARED_FIELDS = ("chat_template", "system_prompt", "prefill", "thinking")
+SHARED_FIELDS = ("chat_template", "system_prompt", "template_args", "prefill", "thinking")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def predict(
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 8192,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.")] = 1.0,
+    template_args: _model.TemplateArgumentsOption = None,
     batch_size: Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")] = "auto",
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
@@ -76,6 +77,7 @@ def predict(
         model, label = Path(tiny_checkpoint()), label or "tiny checkpoint"
         stderr().print("[dim]no --model: the small one that ships, which writes no programs[/]")
     tokenizer = _model.load_tokenizer(model, trust_remote_code)
+    arguments = handover.template_arguments(tokenizer, _model.read_template_arguments(template_args) or {})
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
     )
@@ -87,10 +89,10 @@ def predict(
         kind=kind.value,
         folder=model,
         label=label or model.resolve().name,
-        settings={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p},
+        settings={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "template_args": arguments},
         batch_size=batch_size,
     )
-    texts = [(name, answer["text"]) for name, answer in answers.items()]
+    texts = [(name, handover.said(answer)) for name, answer in answers.items()]
     _hand_over(kind, out, label or model.resolve().name, texts, problems, data)
 
 
