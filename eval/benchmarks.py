@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from modeling_deepseek_moe.eval import extraction, math_scoring, prompts
+from modeling_deepseek_moe.eval import extraction, math_scoring, prompts, scoring_process
 from modeling_deepseek_moe.eval.data import HUB, load_rows
 from modeling_deepseek_moe.eval.rows import ABSENT
 
@@ -81,12 +81,12 @@ def _same(gold: str, answer: str) -> bool:
 
 SCORERS = {
     "mmlu_pro": Scorer(extraction.mmlu_pro_letter, _same, _stock_mmlu_pro),
-    "math500": Scorer(math_scoring.math_answer, math_scoring.is_equal, _stock_math),
-    "math": Scorer(extraction.minerva_answer, math_scoring.is_equal),
-    "aime24": Scorer(math_scoring.math_answer, math_scoring.is_equal, _stock_aime),
-    "aime25": Scorer(math_scoring.math_answer, math_scoring.is_equal, _stock_aime),
-    "aime26": Scorer(math_scoring.math_answer, math_scoring.is_equal),
-    "hmmt_feb25": Scorer(math_scoring.math_answer, math_scoring.is_equal),
+    "math500": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_math),
+    "math": Scorer(extraction.minerva_answer, scoring_process.is_equal),
+    "aime24": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_aime),
+    "aime25": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_aime),
+    "aime26": Scorer(scoring_process.math_answer, scoring_process.is_equal),
+    "hmmt_feb25": Scorer(scoring_process.math_answer, scoring_process.is_equal),
     "gpqa_diamond": Scorer(extraction.simple_evals_letter, _same, _stock_gpqa),
 }
 

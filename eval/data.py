@@ -44,7 +44,7 @@ MATH_SUBJECTS = (
     *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
     *("number_theory", "prealgebra", "precalculus"),
 )
-_CONTEST = {"problem": kinds.text, "answer": kinds.contest_answer, "id": kinds.name}
+_CONTEST: dict[str, Rule] = {"problem": kinds.text, "answer": kinds.contest_answer, "id": kinds.name}
 SOURCES = {
     "mmlu_pro": Source(
         "TIGER-Lab/MMLU-Pro",
@@ -151,7 +151,7 @@ def load_rows(benchmark: str, split: str = "test", data: str | Path = HUB) -> tu
     source = SOURCES[benchmark]
     if str(data) == HUB:
         where: object = f"{source.repository}@{source.revision[:8]}"
-        numbered = list(enumerate(_from_hub(source, split), 1))
+        numbered: list[tuple[int, object]] = list(enumerate(_from_hub(source, split), 1))
         facts = {"source": HUB, "path": source.repository, "revision": source.revision}
     else:
         sample = str(data) == SAMPLE

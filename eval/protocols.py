@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,7 +14,7 @@ SHARED_FIELDS = ("chat_template", "system_prompt", "template_args", "prefill", "
 class Field:
     """``status`` is ``"documented"`` or ``"assumed"``; ``source`` says where, or why."""
 
-    value: object
+    value: Any
     status: str
     source: str
 

@@ -5,12 +5,13 @@ A rule takes a value and returns what was wanted in its place, or None where it 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from modeling_deepseek_moe.eval import extraction
 
 LETTERS = "ABCDEFGHIJ"
 ABSENT = "N/A"  # MMLU-Pro's mark of an option that is none; it is left out, as the authors' script does
-Rule = Callable[[object], str | None]
+Rule = Callable[[Any], str | None]
 _MISSING = (
     "none",
     "null",
@@ -23,7 +24,7 @@ _MISSING = (
 )  # what programs write where there is no value
 
 
-def text(value: object) -> str | None:
+def text(value: Any) -> str | None:
     """Text with something in it that UTF-8 can hold."""
     if not isinstance(value, str) or not value.strip():
         return "text"
@@ -34,40 +35,39 @@ def text(value: object) -> str | None:
     return None
 
 
-def perhaps_text(value: object) -> str | None:
+def perhaps_text(value: Any) -> str | None:
     return None if value is None or value == "" else text(value)
 
 
-def name(value: object) -> str | None:
+def name(value: Any) -> str | None:
     """What an id may be."""
     return None if _is_number(value) or text(value) is None else "a name or a number"
 
 
-def answer(value: object) -> str | None:
+def answer(value: Any) -> str | None:
     """A number, or text other than the word for a missing value."""
     if _is_number(value) or (text(value) is None and value.strip().lower() not in _MISSING):
         return None
     return "the answer, as text or a number"
 
 
-def option(value: object) -> str | None:
+def option(value: Any) -> str | None:
     return None if _is_number(value) or text(value) is None else "text or a number"
 
 
-def contest_answer(value: object) -> str | None:
+def contest_answer(value: Any) -> str | None:
     """AIME's: a whole number of at most three digits; text may have a unit."""
     wanted = "a whole number from 0 to 999"
     if answer(value) is not None:
         return wanted
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None if any(letter.isdigit() for letter in value) else wanted
-    return None if float(value).is_integer() and 0 <= value <= 999 else wanted
+    try:
+        number = float(value)
+    except ValueError:
+        return None if any(letter.isdigit() for letter in str(value)) else wanted
+    return None if number.is_integer() and 0 <= number <= 999 else wanted
 
 
-def options(value: object) -> str | None:
+def options(value: Any) -> str | None:
     """Two to ten of them besides those that are `ABSENT`."""
     if not isinstance(value, list | tuple):  # a CSV file holds text
         return "a list: JSON lines or parquet hold one"
@@ -78,7 +78,7 @@ def options(value: object) -> str | None:
     return None if 2 <= count <= len(LETTERS) else f"2 to {len(LETTERS)} options"
 
 
-def boxed_solution(value: object) -> str | None:
+def boxed_solution(value: Any) -> str | None:
     return None if text(value) is None and extraction.boxed(value) else "a solution with its answer in \\boxed{}"
 
 
@@ -134,5 +134,5 @@ def unfit(where: object, number: int, column: str, value: object, wanted: str) -
     return ValueError(f"{where}: row {number}: {column}: found {found}, wanted {wanted}")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

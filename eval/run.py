@@ -154,7 +154,7 @@ def prepare(
         settings, changed = changes.apply(chosen.values(benchmark) | {"template_args": arguments})
         shots = {"shots": settings["shots"]} if "shots" in settings else {}
         questions, facts = QUESTIONS[benchmark](data=data, **shots)
-        described = {"benchmark": benchmark, "data": facts, "rows": len(questions)}
+        described: dict[str, Any] = {"benchmark": benchmark, "data": facts, "rows": len(questions)}
         runs.append(TaskRun(task=chosen.tasks[benchmark], **described, settings=settings, changed=changed))
     return runs
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -131,7 +131,8 @@ def eval(  # noqa: A001  the command's name
         from modeling_deepseek_moe.tiny import tiny_checkpoint
 
         model, label, data = Path(tiny_checkpoint()), label or "tiny checkpoint", data or "sample"
-        changes = replace(changes, **{name: part for name, part in SMALL.items() if getattr(changes, name) is None})
+        small: dict[str, Any] = {name: part for name, part in SMALL.items() if getattr(changes, name) is None}
+        changes = replace(changes, **small)
         stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
     label = label or model.resolve().name
     out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
