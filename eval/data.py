@@ -156,7 +156,7 @@ def load_rows(benchmark: str, split: str = "test", data: str | Path = HUB) -> tu
     else:
         sample = str(data) == SAMPLE
         file = _find(SAMPLES if sample else Path(data), benchmark, split, sample)
-        numbered, where = _read(file), file
+        numbered, where = read_file(file), file
         facts = {
             "source": SAMPLE if sample else "folder",
             "path": file.name if sample else str(file),
@@ -234,8 +234,12 @@ def _find(folder: Path, benchmark: str, split: str, sample: bool) -> Path:
     )
 
 
-def _read(file: Path) -> list[tuple[int, object]]:
-    """Rows with their numbers: of lines in JSON lines, else counted from 1."""
+def read_file(file: Path) -> list[tuple[int, object]]:
+    """Rows with their numbers: of lines in JSON lines, else counted from 1.
+
+    Raises:
+        ValueError: it cannot be read. FileNotFoundError: there is none.
+    """
     try:
         if file.suffix == ".parquet":
             import pyarrow.parquet

@@ -14,8 +14,9 @@ from pathlib import Path
 from modeling_deepseek_moe.chat_template import THINK, THINK_END, check_arguments, end_mark
 from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.checkpoint.journal import Journal, to_json
-from modeling_deepseek_moe.eval.code import codeforces, swebench
-from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, judge
+from modeling_deepseek_moe.eval.code import codeforces, livecodebench, swebench
+from modeling_deepseek_moe.eval.code.livecodebench import LiveProblem
+from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, Verdict, judge
 from modeling_deepseek_moe.eval.data import SAMPLE
 from modeling_deepseek_moe.eval.extraction import after_thinking
 from modeling_deepseek_moe.eval.harness import generation_kwargs
@@ -143,19 +144,26 @@ def read_answers(out: Path, kind: str) -> tuple[dict, dict[str, dict]]:
     return asked, {row.pop("id"): row for row in rows}
 
 
-def judge_programs(out: Path, problems: Iterable[Problem], source: str) -> Evaluation:
+def judge_programs(
+    out: Path, problems: Iterable[Problem | LiveProblem], source: str, kind: str = "programs"
+) -> Evaluation:
     """Run every program of the answers in ``out`` in the sandbox.
 
     Args:
+        kind: "programs", or "livecodebench" for its problems.
         source: "sample", or the file of the problems.
 
     Raises:
         OSError: this machine has no sandbox.
     """
-    asked, answers = read_answers(out, "programs")
-    verdicts = {problem.id: judge(problem, said(answers[problem.id])) for problem in problems}
+    asked, answers = read_answers(out, kind)
+    verdicts = {problem.id: _judged(problem, said(answers[problem.id])) for problem in problems}
     judged = {name: (verdict.verdict, verdict.accepted) for name, verdict in verdicts.items()}
     return _write(out, asked, answers, judged, len(judged), source, {})
+
+
+def _judged(problem: Problem | LiveProblem, text: str) -> Verdict:
+    return livecodebench.judge(problem, text) if isinstance(problem, LiveProblem) else judge(problem, text)
 
 
 def judge_codeforces(out: Path, judged: Path, table: Path | None) -> Evaluation:
