@@ -32,9 +32,19 @@ def check_arguments(tokenizer: PreTrainedTokenizerBase, given: dict) -> None:
 
 
 def prompt_end(tokenizer: PreTrainedTokenizerBase, arguments: dict) -> str:
-    """The thinking mark that a prompt ends with, ``<think>`` or ``</think>``; ``""`` without one."""
+    """The thinking mark that a prompt ends with, ``<think>`` or ``</think>``; ``""`` without one.
+
+    Raises:
+        ValueError: the template cannot be rendered with the arguments.
+    """
+    import jinja2
+
     turn = [{"role": "user", "content": "Hello"}]
-    return end_mark(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments))
+    try:
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
+    except (jinja2.TemplateError, TypeError) as error:  # what a template computes with an argument of another kind
+        raise ValueError(f"{tokenizer.name_or_path}: the chat template with {arguments}: {error}") from None
+    return end_mark(prompt)
 
 
 def end_mark(prompt: str) -> str:

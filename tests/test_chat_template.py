@@ -54,6 +54,11 @@ def test_how_a_prompt_ends():
     assert prompt_end(with_template("empty thoughts"), {}) == "</think>"
     assert prompt_end(with_template("always"), {}) == "<think>" == end_mark("x<think> \n")
     assert prompt_end(with_template("silent"), {}) == ""
+    made = with_template("silent")
+    made.chat_template += "{{ 1 + effort }}"
+    for arguments in ({}, {"effort": "high"}):
+        with pytest.raises(ValueError, match=r"the chat template with \{.*\}: "):
+            prompt_end(made, arguments)
 
 
 @pytest.mark.parametrize("suite", [name for name in read_protocols() if name != "v3-base"])

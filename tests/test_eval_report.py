@@ -80,7 +80,7 @@ def test_published_equals_the_recorded_facts():
 
 
 def test_published_names_benchmarks_that_exist():
-    for suite in ("v3-chat", "r1", "v3-base"):
+    for suite in ("v3-chat", "r1", "v3.2", "k2.5", "v3-base"):
         table = published.published(suite)
         assert table.source and table.url.startswith("https://")
         assert all(set(model.scores) <= set(table.metrics) <= set(BENCHMARKS) for model in table.models)

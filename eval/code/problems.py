@@ -74,7 +74,7 @@ def read_problems(file: Path = SAMPLES) -> list[Problem]:
                 raise ValueError(f"{file}:{number}: found no tests, wanted at least one")
             for field, (value, fits, wanted) in _fields(problem).items():
                 if not fits:
-                    raise ValueError(f"{file}:{number}: {field}: found {value!r}, wanted {wanted}")
+                    raise ValueError(f"{file}:{number}: {field}: found {value!r:.80}, wanted {wanted}")
             if problem.id in first:
                 raise ValueError(f"{file}:{number}: id: found {problem.id!r}, which line {first[problem.id]} has too")
             first[problem.id] = number
