@@ -22,7 +22,7 @@ for folder in MAPPED_FOLDERS:
 extras = {
     "bnb": ["bitsandbytes"],
     "peft": ["peft"],
-    "eval": ["lm-eval", "math-verify"],
+    "eval": ["lm-eval", "math-verify", "scipy"],
     "gpu": ["triton; sys_platform == 'linux'"],
     "train": ["heavyball", "matplotlib", "pyarrow"],
 }

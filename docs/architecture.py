@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = {
     "files": "checkpoint weights release loading saving quantizer resizing offloaded hub inspection anatomy planning",
     "mathematics": "layers rope masks cross_entropy attention_chunks attention moe block mtp objective modeling config "
-    "tokens training",
+    "tokens chat_template training",
     "machine": "ops formats quantized engine streaming cache paged machine cgroups",
     "around": "_version compat adapters bitsandbytes_packing registration tiny __init__ cli eval conversion",
 }

@@ -7,9 +7,11 @@ A question is a dict with ``id``, ``category``, ``question`` (the problem alone)
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from modeling_deepseek_moe.eval import extraction, math_scoring, prompts
-from modeling_deepseek_moe.eval.data import HUB, LETTERS, load_rows
+from modeling_deepseek_moe.eval import extraction, math_scoring, prompts, scoring_process
+from modeling_deepseek_moe.eval.data import HUB, load_rows
+from modeling_deepseek_moe.eval.rows import ABSENT
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,12 @@ def _same(gold: str, answer: str) -> bool:
 
 SCORERS = {
     "mmlu_pro": Scorer(extraction.mmlu_pro_letter, _same, _stock_mmlu_pro),
-    "math500": Scorer(math_scoring.math_answer, math_scoring.is_equal, _stock_math),
-    "math": Scorer(extraction.minerva_answer, math_scoring.is_equal),
-    "aime24": Scorer(math_scoring.math_answer, math_scoring.is_equal, _stock_aime),
+    "math500": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_math),
+    "math": Scorer(extraction.minerva_answer, scoring_process.is_equal),
+    "aime24": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_aime),
+    "aime25": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_aime),
+    "aime26": Scorer(scoring_process.math_answer, scoring_process.is_equal),
+    "hmmt_feb25": Scorer(scoring_process.math_answer, scoring_process.is_equal),
     "gpqa_diamond": Scorer(extraction.simple_evals_letter, _same, _stock_gpqa),
 }
 
@@ -92,12 +97,14 @@ def mmlu_pro(
     """Questions, and the facts of their data. The examples are the first ``shots`` validation rows of the category.
 
     Raises:
-        ValueError: a gold that is no option, or a category with too few examples.
+        ValueError: a category with too few examples, or one without its worked answer.
     """
     rows, facts = load_rows("mmlu_pro", "test", data)
     examples = load_rows("mmlu_pro", "validation", data)[0] if shots else []
     by_category: dict[str, list[dict]] = {}
-    for row in examples:
+    for number, row in enumerate(examples, 1):
+        if prompt is prompts.mmlu_pro and not row["cot_content"]:
+            raise ValueError(f"mmlu_pro: example {number}: cot_content: found none, wanted the worked answer")
         by_category.setdefault(row["category"], []).append(_options(row))
     questions = []
     for row in map(_options, rows):
@@ -111,28 +118,21 @@ def mmlu_pro(
 
 
 def _options(row: dict) -> dict:
-    if not isinstance(row["options"], list | tuple):  # as a CSV file has them
-        raise ValueError(
-            f"mmlu_pro: question {row['question_id']}: found options as {type(row['options']).__name__}, wanted a list: "
-            "JSON lines or parquet hold one"
-        )
-    options = [str(option) for option in row["options"] if option != "N/A"]  # as the authors' script
-    if row["answer"] not in tuple(LETTERS[: len(options)]):
-        raise ValueError(
-            f"mmlu_pro: question {row['question_id']}: found the answer {row['answer']!r}, wanted one of its "
-            f"{len(options)} options, {LETTERS[: len(options)]!r}"
-        )
-    return row | {"options": options}
+    return row | {"options": [str(option) for option in row["options"] if option != ABSENT]}
 
 
 def math500(data: str = HUB) -> tuple[list[dict], dict]:
     rows, facts = load_rows("math500", "test", data)
-    return [_boxed(row["unique_id"], row["subject"], row) for row in rows], facts
+    return [_boxed(row["unique_id"], row["subject"] or "", row) for row in rows], facts
 
 
-def aime24(data: str = HUB) -> tuple[list[dict], dict]:
-    rows, facts = load_rows("aime24", "test", data)
+def contest(benchmark: str, data: str = HUB) -> tuple[list[dict], dict]:
+    """AIME's or HMMT's problems."""
+    rows, facts = load_rows(benchmark, "test", data)
     return [_boxed(row["id"], "", row) for row in rows], facts
+
+
+aime24, aime25, aime26, hmmt_feb25 = (partial(contest, name) for name in ("aime24", "aime25", "aime26", "hmmt_feb25"))
 
 
 def _boxed(name: object, category: str, row: dict) -> dict:
@@ -141,19 +141,12 @@ def _boxed(name: object, category: str, row: dict) -> dict:
 
 
 def math(data: str = HUB) -> tuple[list[dict], dict]:
-    """The whole MATH test set, for base models; the gold is the box of the solution.
-
-    Raises:
-        ValueError: a solution without a box.
-    """
+    """The whole MATH test set, for base models; the gold is the box of the solution."""
     rows, facts = load_rows("math", "test", data)
     questions = []
     for number, row in enumerate(rows):
-        gold = extraction.boxed(row["solution"])
-        if gold is None:
-            raise ValueError(f"math: row {number}: found no \\boxed{{}} in the solution, wanted the answer there")
-        question = {"id": str(number), "category": row["subject"], "question": row["problem"], "gold": gold}
-        questions.append(question | {"prompt": prompts.minerva(row)})
+        question = {"id": str(number), "category": row["subject"] or "", "question": row["problem"]}
+        questions.append(question | {"gold": extraction.boxed(row["solution"]), "prompt": prompts.minerva(row)})
     return questions, facts
 
 
@@ -169,3 +162,15 @@ def gpqa_diamond(data: str = HUB) -> tuple[list[dict], dict]:
         question |= {"options": shown["options"], "gold": "ABCD"[order.index(0)], "prompt": prompts.gpqa(shown)}
         questions.append(question)
     return questions, facts
+
+
+QUESTIONS: dict[str, Callable[..., tuple[list[dict], dict]]] = {
+    "mmlu_pro": mmlu_pro,
+    "math500": math500,
+    "math": math,
+    "gpqa_diamond": gpqa_diamond,
+    "aime24": aime24,
+    "aime25": aime25,
+    "aime26": aime26,
+    "hmmt_feb25": hmmt_feb25,
+}

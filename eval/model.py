@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 
 import modeling_deepseek_moe  # noqa: F401  registers the family
 from modeling_deepseek_moe.anatomy import parameter_breakdown
+from modeling_deepseek_moe.chat_template import THINK, THINK_END, end_mark
 from modeling_deepseek_moe.checkpoint.journal import Journal
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.eval.sampling import RowSampler
@@ -119,12 +120,17 @@ class DeepseekLM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """
         Raises:
-            ValueError: the tokenizer has no chat template.
+            ValueError: the tokenizer has no chat template; it ends thinking where ``prefill`` begins it.
         """
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self.tokenizer.name_or_path}: found no chat template, wanted one: is it a base model?")
         prompt = super().apply_chat_template(chat_history, add_generation_prompt)
         begun = prompt.rstrip().endswith(self.prefill.strip())  # by the template, with or without the line's end
+        if self.prefill.strip() == THINK and end_mark(prompt) == THINK_END:
+            raise ValueError(
+                f"{self.tokenizer.name_or_path}: found a prompt that ends in {THINK_END}, wanted one that {THINK} can follow: "
+                'chat_template_args such as {"thinking": true}'
+            )
         return prompt if begun else prompt + self.prefill
 
     # -- generation

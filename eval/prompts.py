@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_deepseek_moe.eval.data import LETTERS
+from modeling_deepseek_moe.eval.rows import LETTERS
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 GPQA = (

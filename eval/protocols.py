@@ -2,18 +2,19 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 FILE = Path(__file__).with_name("protocols.yaml")
-SHARED_FIELDS = ("chat_template", "system_prompt", "prefill", "thinking")
+SHARED_FIELDS = ("chat_template", "system_prompt", "template_args", "prefill", "thinking")
 
 
 @dataclass(frozen=True)
 class Field:
     """``status`` is ``"documented"`` or ``"assumed"``; ``source`` says where, or why."""
 
-    value: object
+    value: Any
     status: str
     source: str
 

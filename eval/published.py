@@ -8,7 +8,9 @@ from pathlib import Path
 FILE = Path(__file__).with_name("published.json")
 
 # Questions in the whole benchmark; a local folder may hold fewer. Codeforces has no fixed set.
-SIZES = {"mmlu_pro": 12_032, "gpqa_diamond": 198, "math500": 500, "math": 5000, "aime24": 30, "swebench": 500}
+SIZES = {"mmlu_pro": 12_032, "gpqa_diamond": 198, "math500": 500, "math": 5000, "aime24": 30, "swebench": 500} | {
+    name: 30 for name in ("aime25", "aime26", "hmmt_feb25")
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,8 +109,12 @@ BENCHMARKS = {
     "math500": "MATH-500",
     "math": "MATH",
     "aime24": "AIME 2024",
+    "aime25": "AIME 2025",
+    "aime26": "AIME 2026",
+    "hmmt_feb25": "HMMT February 2025",
     "codeforces": "Codeforces",
     "swebench": "SWE-bench Verified",
+    "livecodebench": "LiveCodeBench",
     "programs": "Programs",
 }
 

@@ -14,9 +14,10 @@ from typing import Any
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
 
+from modeling_deepseek_moe.chat_template import THINK, THINK_END, check_arguments, prompt_end, taken_arguments
 from modeling_deepseek_moe.checkpoint.journal import Journal
-from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
-from modeling_deepseek_moe.eval.data import HUB, load_rows
+from modeling_deepseek_moe.eval.benchmarks import QUESTIONS, SCORERS, judge
+from modeling_deepseek_moe.eval.data import HUB
 from modeling_deepseek_moe.eval.harness import generation_kwargs
 from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
 from modeling_deepseek_moe.eval.model import DeepseekLM
@@ -29,18 +30,23 @@ SEED = 1234
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What departs from the protocol; None leaves a field as it is."""
+    """What departs from the protocol; None leaves a field as it is.
+
+    ``template_args``: arguments of the chat template's own, besides those that the suite gives it.
+    """
 
     shots: int | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     k: int | None = None
+    template_args: dict | None = None
 
     def apply(self, fields: dict) -> tuple[dict, tuple[str, ...]]:
         """The settings, and what changed, in words. A field that a task does not have stays out of it."""
         settings, changed = dict(fields), []
         for name, value in vars(self).items():
+            value = fields[name] | value if name == "template_args" and value is not None else value
             if value is not None and name in fields and value != fields[name]:
                 settings[name] = value
                 changed.append(f"{name} {value} instead of {fields[name]}")
@@ -78,11 +84,10 @@ def evaluate(
         ImportError: math-verify is missing, and a task needs it.
     """
     start, chosen = time.perf_counter(), protocol(suite)
-    check_benchmarks(chosen, benchmarks)
+    runs = prepare(tokenizer, suite=suite, benchmarks=benchmarks, data=data, changes=changes)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     shared: dict[str, Any] = {name: field.value for name, field in chosen.shared.items()}
-    settings = {benchmark: changes.apply(chosen.values(benchmark)) for benchmark in benchmarks}
-    runs = [_describe(chosen, benchmark, *settings[benchmark], data) for benchmark in benchmarks]
+    shared["template_args"] = runs[0].settings["template_args"]
     facts = model_facts(model, folder, label or (folder.name if folder else type(model).__name__))
     identity = {"model": facts | {"path": None, "label": None}, "prefill": shared["prefill"], "seed": seed}
     if folder is None:
@@ -90,6 +95,7 @@ def evaluate(
     loaded = _load_tasks(runs, data)
     with closing(Journal(out / JOURNAL_FILE, identity)) as journal:
         options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "journal": journal, "seed": seed}
+        options["chat_template_args"] = shared["template_args"]
         lm = DeepseekLM(model, tokenizer=tokenizer, prefill=shared["prefill"], **options)
         results = run_harness(
             lm,
@@ -101,10 +107,7 @@ def evaluate(
             apply_chat_template=shared["chat_template"],
         )
     samples = _questions(lm, runs, results["samples"], shared["thinking"])
-    runs = [
-        TaskRun(**vars(run) | {"harness": _plain(results["results"][run.task]), "rows": rows})
-        for run, rows in ((run, len(loaded["tasks"][run.task].eval_docs)) for run in runs)
-    ]
+    runs = [TaskRun(**vars(run) | {"harness": _plain(results["results"][run.task])}) for run in runs]
     evaluation = Evaluation(
         model=facts,
         suite=suite,
@@ -135,11 +138,53 @@ def check_benchmarks(chosen: Protocol, benchmarks: list[str]) -> None:
         raise ValueError(f"--tasks: found none, wanted some of {', '.join(chosen.tasks)} ({chosen.name})")
 
 
-def _describe(chosen: Protocol, benchmark: str, settings: dict, changed: tuple[str, ...], data: str) -> TaskRun:
-    facts = load_rows(benchmark, "test", data)[1]
-    return TaskRun(
-        task=chosen.tasks[benchmark], benchmark=benchmark, data=facts, rows=0, settings=settings, changed=changed
-    )
+def prepare(
+    tokenizer, *, suite: str, benchmarks: list[str], data: str = HUB, changes: Changes = Changes()
+) -> list[TaskRun]:
+    """What will be asked, as far as it is known without a model: call it before one is loaded, it finds all that is wrong.
+
+    Raises:
+        As `evaluate`.
+    """
+    chosen = protocol(suite)
+    check_benchmarks(chosen, benchmarks)
+    arguments = _template_arguments(tokenizer, chosen, changes.template_args or {})
+    runs = []
+    for benchmark in benchmarks:
+        settings, changed = changes.apply(chosen.values(benchmark) | {"template_args": arguments})
+        shots = {"shots": settings["shots"]} if "shots" in settings else {}
+        questions, facts = QUESTIONS[benchmark](data=data, **shots)
+        described: dict[str, Any] = {"benchmark": benchmark, "data": facts, "rows": len(questions)}
+        runs.append(TaskRun(task=chosen.tasks[benchmark], **described, settings=settings, changed=changed))
+    return runs
+
+
+def _template_arguments(tokenizer, chosen: Protocol, given: dict) -> dict:
+    """Those of the suite's that the chat template reads; checks that with the user's the prompt says what the suite says.
+
+    Raises:
+        ValueError: an argument that the template does not read; a prompt that ends thinking where the suite has it begin, or
+            the other way round.
+    """
+    if not chosen.shared["chat_template"].value:
+        if given:
+            raise ValueError(
+                f"template arguments: found {sorted(given)}, wanted none: {chosen.name} asks without a template"
+            )
+        return {}
+    if not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer.name_or_path}: found no chat template, wanted one: is it a base model?")
+    check_arguments(tokenizer, given)
+    own = taken_arguments(tokenizer, chosen.shared["template_args"].value)
+    end, thinking = prompt_end(tokenizer, own | given), chosen.shared["thinking"].value
+    if end == (THINK_END if thinking else THINK):
+        reads = f"what follows {THINK_END}" if thinking else "all of the text"
+        raise ValueError(
+            f"{tokenizer.name_or_path}: with the template arguments {own | given} the prompt ends in {end}, and {chosen.name} "
+            f"takes {reads} for the answer; wanted {'an open' if thinking else 'no open'} {THINK}: another suite, or "
+            'template arguments such as {"thinking": ' + str(bool(thinking)).lower() + "}"
+        )
+    return own
 
 
 def _load_tasks(runs: list[TaskRun], data: str) -> dict:

@@ -1,7 +1,7 @@
-"""Scores of a task with their intervals, and the comparison of two runs. Only numpy.
+"""Scores of a task with their intervals, and the comparison of two runs.
 
-All that is drawn at random is drawn over questions, not outputs: the k outputs to a question are not independent. Scores
-are shares, 0 to 1. A question's score is the mean verdict of its outputs, and a task's score the mean of its questions'.
+Questions are what was drawn, not outputs: the k outputs to a question are not independent. Scores are shares, 0 to 1. A
+question's score is the mean verdict of its outputs, and a task's score the mean of its questions'.
 """
 
 import math
@@ -13,8 +13,8 @@ import numpy as np
 
 from modeling_deepseek_moe.eval.results import Output, Question
 
-RESAMPLES = 10_000
 LEVEL = 0.95
+METHOD = "Wilson's for a score, Student's t for a paired difference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Comparison:
     only_second: int
 
 
-def summarise(questions: Sequence[Question], equal: Callable[[str, str], bool] = str.__eq__, seed: int = 0) -> Scores:
+def summarise(questions: Sequence[Question], equal: Callable[[str, str], bool] = str.__eq__) -> Scores:
     """
     Args:
         equal: whether two answers mean the same, for the majority.
@@ -84,7 +84,7 @@ def summarise(questions: Sequence[Question], equal: Callable[[str, str], bool] =
     outputs = [output for question in questions for output in question.outputs]
     k = min(len(question.outputs) for question in questions)
     scores = question_scores(questions)
-    low, high = interval(scores, seed=seed)
+    low, high = interval(scores)
     truncated = [output.truncated for output in outputs if output.truncated is not None]
     tokens = [output.tokens for output in outputs if output.tokens is not None]
     steps = useful_k(k)
@@ -100,7 +100,7 @@ def summarise(questions: Sequence[Question], equal: Callable[[str, str], bool] =
         stock=_stock(questions),
         pass_at={step: pass_at(questions, step) for step in steps},
         majority_at={step: majority_at(questions, step, equal) for step in steps if step > 2},
-        categories=_categories(questions, scores, seed),
+        categories=_categories(questions, scores),
     )
 
 
@@ -109,24 +109,47 @@ def question_scores(questions: Sequence[Question]) -> np.ndarray:
     return np.array([np.mean([output.right for output in question.outputs]) for question in questions])
 
 
-def interval(
-    scores: np.ndarray, bounds: tuple[float, float] = (0.0, 1.0), seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of `LEVEL` of the mean of ``scores``, ``[n]``, which lie within ``bounds``.
+def interval(scores: np.ndarray) -> tuple[float, float]:
+    """Wilson's interval of `LEVEL` of the mean of ``scores``, ``[n]``, which lie in 0 to 1.
 
-    Scores take few values, so a resample is drawn as how often each value occurs: the same law as drawing n questions, and
-    12,032 questions take milliseconds. Where all scores are the same, a bootstrap would claim certainty. There the exact
-    binomial bound on the share of unseen, different questions is used, these being as far off as they can.
+    Right and wrong alone make it the plain one. Scores in between vary less about their mean than verdicts do, and count as
+    the larger number of questions at which verdicts would vary as much; for what that variance was estimated from, Student's t
+    takes the place of the normal deviate. (A percentile bootstrap of 30 questions claims 95 % and holds 91 to 95 %.)
     """
-    values, counts = np.unique(scores, return_counts=True)
-    n = len(scores)
-    if len(values) == 1:
-        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / n)
-        value = float(values[0])
-        return value - unseen * (value - bounds[0]), value + unseen * (bounds[1] - value)
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    low, high = np.quantile(drawn @ values / n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    scores = np.round(scores, 12)  # 1/3 from three outputs and 2/6 from six are one value
+    n, mean = len(scores), float(np.mean(scores))
+    if len(np.unique(scores)) == 1:
+        return _of_one_value(mean, n, 0.0, 1.0)
+    verdicts = bool(np.isin(scores, (0.0, 1.0)).all())
+    variance = mean * (1 - mean)  # of a verdict
+    like = n if verdicts else n * variance / float(np.var(scores, ddof=1))
+    square = (_deviate() if verdicts else _deviate(n - 1)) ** 2 / like
+    half = math.sqrt(square * (variance + square / 4)) / (1 + square)
+    middle = (mean + square / 2) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def difference_interval(differences: np.ndarray) -> tuple[float, float]:
+    """Student's interval of `LEVEL` of the mean of ``differences``, ``[n]``, of two scores of each question: in -1 to 1."""
+    n, mean = len(differences), float(np.mean(differences))
+    if len(np.unique(differences)) == 1:
+        return _of_one_value(mean, n, -1.0, 1.0)
+    half = _deviate(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def _of_one_value(value: float, n: int, lowest: float, highest: float) -> tuple[float, float]:
+    """Where all questions are alike a variance would claim certainty: the exact binomial bound on the share of unseen, different
+    questions is used, these being as far off as they can."""
+    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / n)
+    return value - unseen * (value - lowest), value + unseen * (highest - value)
+
+
+def _deviate(freedom: float = math.inf) -> float:
+    from scipy.special import ndtri, stdtrit
+
+    tail = (1 + LEVEL) / 2
+    return float(ndtri(tail) if freedom == math.inf else stdtrit(freedom, tail))
 
 
 def useful_k(k: int) -> list[int]:
@@ -164,7 +187,7 @@ def majority_at(questions: Sequence[Question], k: int, equal: Callable[[str, str
     return _mean([_majority_is_right(_enough(question, k)[:k], same) for question in questions])
 
 
-def compare(first: Sequence[Question], second: Sequence[Question], seed: int = 0) -> Comparison:
+def compare(first: Sequence[Question], second: Sequence[Question]) -> Comparison:
     """
     Raises:
         ValueError: no question is in both, a question's gold differs, or an id occurs twice.
@@ -181,7 +204,7 @@ def compare(first: Sequence[Question], second: Sequence[Question], seed: int = 0
     before, after = (question_scores(side) for side in zip(*pairs, strict=True))
     # verdicts of different k may differ by rounding alone: 1/3 from three outputs and 2/6 from six
     differences = np.round(after - before, 12)
-    low, high = interval(differences, bounds=(-1.0, 1.0), seed=seed)
+    low, high = difference_interval(differences)
     better = tuple(name for name, value in zip(shared, differences, strict=True) if value > 0)
     worse = tuple(name for name, value in zip(shared, differences, strict=True) if value < 0)
     single = all(len(question.outputs) == 1 for pair in pairs for question in pair)
@@ -240,7 +263,7 @@ def _stock(questions: Sequence[Question]) -> float | None:
     return _mean([np.mean([output.stock_right for output in question.outputs]) for question in questions])
 
 
-def _categories(questions: Sequence[Question], scores: np.ndarray, seed: int) -> dict[str, dict]:
+def _categories(questions: Sequence[Question], scores: np.ndarray) -> dict[str, dict]:
     members: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
         members.setdefault(question.category, []).append(i)
@@ -249,7 +272,7 @@ def _categories(questions: Sequence[Question], scores: np.ndarray, seed: int) ->
     found = {}
     for name in sorted(members):
         chosen = scores[members[name]]
-        low, high = interval(chosen, seed=seed)
+        low, high = interval(chosen)
         found[name] = {"n": len(chosen), "score": float(chosen.mean()), "low": low, "high": high}
     return found
 

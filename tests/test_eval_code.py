@@ -103,6 +103,27 @@ def test_output_is_compared_word_by_word():
         ('{"id": "x", "statement": "y", "tests": []}', "found no tests, wanted at least one"),
         ('{"id": "x", "statement": "y", "tests": [{"input": ""}]}', "'output'"),
         ('{"id": "x", "statement": "y", "tests": [{"input": "", "output": ""}], "colour": 1}', "colour"),
+        (
+            '{"id": "a", "statement": "y", "tests": [{"input": "", "output": ""}]}',
+            "id: found 'a', which line 1 has too",
+        ),
+        ('{"id": 3, "statement": "y", "tests": [{"input": "", "output": ""}]}', "p.jsonl:2: id: found 3, wanted text"),
+        (
+            '{"id": "x", "statement": null, "tests": [{"input": "", "output": ""}]}',
+            "statement: found None, wanted text",
+        ),
+        (
+            '{"id": "x", "statement": "y", "tests": [{"input": "", "output": null}]}',
+            "tests: 1: found .*, wanted input and",
+        ),
+        (
+            '{"id": "x", "statement": "y", "seconds": 0, "tests": [{"input": "", "output": ""}]}',
+            "seconds: found 0, wanted a number above 0",
+        ),
+        (
+            '{"id": "x", "statement": "y", "tolerance": NaN, "tests": [{"input": "", "output": ""}]}',
+            "tolerance: found nan, wanted a number of at least 0",
+        ),
     ],
 )
 def test_bad_problems_are_named(tmp_path, line, message):

@@ -6,6 +6,7 @@ import string
 
 import pytest
 
+from modeling_deepseek_moe.cli.eval import Suite
 from modeling_deepseek_moe.eval import benchmarks, prompts
 from modeling_deepseek_moe.eval.data import SOURCES, load_rows
 from modeling_deepseek_moe.eval.protocols import protocol, read_protocols
@@ -55,7 +56,7 @@ def write(folder, name, rows):
 def test_every_file_kind_gives_the_same_rows(tmp_path, name):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
-    rows = [MATH | {"level": "1"}, MATH | {"level": "1", "problem": 'a "quoted", one'}]
+    rows = [MATH | {"level": "1"}, MATH | {"level": "1", "unique_id": "t/2", "problem": 'a "quoted", one'}]
     if name.endswith("jsonl"):
         write(file.parent, file.name, rows)
     elif name.endswith("json"):
@@ -125,18 +126,22 @@ def test_a_gated_data_set_says_how_to_get_in(monkeypatch):
 @pytest.mark.parametrize("answer", ["C", "K", "", None, "b"])
 def test_an_answer_that_is_no_option_is_refused(tmp_path, answer):
     folder = write(tmp_path, "mmlu_pro.jsonl", [MMLU | {"answer": answer}])
-    with pytest.raises(ValueError, match=r"question 7: found the answer .*, wanted one of its 2 options, 'AB'"):
+    with pytest.raises(
+        ValueError, match=r"mmlu_pro.jsonl: row 1: answer: found .*, wanted one of its 2 options, 'AB'"
+    ):
         benchmarks.mmlu_pro(folder, shots=0)
 
 
 def test_options_that_are_no_list_are_refused(tmp_path):
     folder = write(tmp_path, "mmlu_pro.jsonl", [MMLU | {"options": "['3', '4']"}])
-    with pytest.raises(ValueError, match=r"question 7: found options as str, wanted a list"):
+    with pytest.raises(ValueError, match=r"row 1: options: found .*, wanted a list"):
         benchmarks.mmlu_pro(folder, shots=0)
 
 
 def test_mmlu_pro_examples_are_of_the_category_and_in_order(tmp_path):
-    shots = [SHOT | {"question": f"shot {i}", "category": "math" if i % 2 else "law"} for i in range(8)]
+    shots = [
+        SHOT | {"question_id": i, "question": f"shot {i}", "category": "math" if i % 2 else "law"} for i in range(8)
+    ]
     write(tmp_path, "mmlu_pro_validation.jsonl", shots)
     folder = write(tmp_path, "mmlu_pro_test.jsonl", [MMLU])
     questions, _ = benchmarks.mmlu_pro(folder, shots=3)
@@ -159,7 +164,7 @@ def test_mmlu_pro_prompt_is_the_authors():
 
 
 def test_gpqa_options_are_permuted_the_same_way_each_time(tmp_path):
-    folder = write(tmp_path, "gpqa_diamond.jsonl", [GPQA] * 12)
+    folder = write(tmp_path, "gpqa_diamond.jsonl", [GPQA | {"Record ID": f"rec{i}"} for i in range(12)])
     questions, _ = benchmarks.gpqa_diamond(folder)
     assert questions == benchmarks.gpqa_diamond(folder)[0]
     assert len({tuple(question["options"]) for question in questions}) > 3
@@ -176,7 +181,9 @@ def test_math_takes_the_gold_from_the_solution(tmp_path):
     assert questions[0]["prompt"].count("Problem:\n") == 5 and questions[0]["prompt"].endswith(
         "Problem:\np\n\nSolution:"
     )
-    with pytest.raises(ValueError, match=r"math: row 0: found no .boxed"):
+    with pytest.raises(
+        ValueError, match=r"math.jsonl: row 1: solution: found 'half', wanted a solution with its answer in .boxed"
+    ):
         benchmarks.math(write(tmp_path, "math.jsonl", [rows[0] | {"solution": "half"}]))
 
 
@@ -200,9 +207,15 @@ def test_every_protocol_field_is_documented_or_assumed(tmp_path):
         assert suite.name == name and len(fields) > 8
         for field in fields:
             assert field.status in ("documented", "assumed") and len(field.source) > 2
-    with pytest.raises(ValueError, match=r"found 'v4', wanted one of v3-chat, r1, v3-base"):
+    with pytest.raises(ValueError, match=r"found 'v4', wanted one of v3-chat, r1, v3.2, k2.5, v3-base"):
         protocol("v4")
     bad = tmp_path / "p.yaml"
-    bad.write_text("x: {about: y, chat_template: {value: true}, system_prompt: 1, prefill: 1, thinking: 1, tasks: {}}")
+    bad.write_text(
+        "x: {about: y, chat_template: {value: true}, system_prompt: 1, template_args: 1, prefill: 1, thinking: 1, tasks: {}}"
+    )
     with pytest.raises(ValueError, match=r"x.chat_template: found .'value'., wanted 'value' and one of"):
         read_protocols(bad)
+
+
+def test_the_command_offers_every_suite():
+    assert [suite.value for suite in Suite] == list(read_protocols())

@@ -16,6 +16,7 @@ from modeling_deepseek_moe.eval.report import explorer, page
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import gather, pairs
 from modeling_deepseek_moe.eval.results import BENCHMARKS, Question
+from modeling_deepseek_moe.eval.statistics import METHOD
 
 pytest.importorskip("matplotlib")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -79,7 +80,7 @@ def test_published_equals_the_recorded_facts():
 
 
 def test_published_names_benchmarks_that_exist():
-    for suite in ("v3-chat", "r1", "v3-base"):
+    for suite in ("v3-chat", "r1", "v3.2", "k2.5", "v3-base"):
         table = published.published(suite)
         assert table.source and table.url.startswith("https://")
         assert all(set(model.scores) <= set(table.metrics) <= set(BENCHMARKS) for model in table.models)
@@ -99,7 +100,7 @@ def test_writes_three_files_and_every_number(tmp_path):
     evaluation = numbers["runs"][0]["evaluation"]
     assert evaluation["model"]["config_sha256"] == "ab" * 32
     assert evaluation["seeds"] == {"sampling": 1234}
-    assert numbers["interval"] == {"level": 0.95, "resamples": 10_000, "seed": 0, "over": "questions"}
+    assert numbers["interval"] == {"level": 0.95, "method": METHOD, "over": "questions"}
     assert numbers["published"]["v3-chat"]["models"][0]["scores"]["mmlu_pro"] == 75.9
     words = " ".join(markup.words)
     for shown in (

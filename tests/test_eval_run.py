@@ -119,7 +119,7 @@ def test_task_files_say_what_the_protocols_say():
                 assert f"{wanted}max_gen_toks: {fields['max_tokens']}}}" in text, task
                 assert f"repeats: {fields['k']}\n" in text, task
                 checked += 1
-    assert checked == 9
+    assert checked == 22
 
 
 def test_a_run_and_its_folder(tmp_path):
@@ -132,7 +132,7 @@ def test_a_run_and_its_folder(tmp_path):
     assert read_evaluation(tmp_path / "a") == first
     (task,) = first.tasks
     assert task.rows == 5 and task.task == "dsr1_math500" and task.data["source"] == "folder"
-    assert task.changed == ("max_tokens 12 instead of 32768", "k 3 instead of 4")
+    assert task.changed == ("max_tokens 12 instead of 32768", "k 3 instead of 64")
     assert first.protocol["fields"]["prefill"]["status"] == "documented"
     questions = read_questions(tmp_path / "a", "dsr1_math500")
     assert [question.id for question in questions] == [f"own/{i}" for i in range(4)]

@@ -127,6 +127,7 @@ LAYERS = (
     "quantizer",
     "adapters",
     "tokens",
+    "chat_template",
     "modeling",
     "training.attach",
     "training.load_balance",

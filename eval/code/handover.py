@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from modeling_deepseek_moe.chat_template import THINK, THINK_END, check_arguments, end_mark
 from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.checkpoint.journal import Journal, to_json
-from modeling_deepseek_moe.eval.code import codeforces, swebench
-from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, judge
+from modeling_deepseek_moe.eval.code import codeforces, livecodebench, swebench
+from modeling_deepseek_moe.eval.code.livecodebench import LiveProblem
+from modeling_deepseek_moe.eval.code.problems import PROMPT, Problem, Verdict, judge
 from modeling_deepseek_moe.eval.data import SAMPLE
+from modeling_deepseek_moe.eval.extraction import after_thinking
 from modeling_deepseek_moe.eval.harness import generation_kwargs
 from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
 from modeling_deepseek_moe.eval.results import (
@@ -57,6 +60,25 @@ def program_prompt(statement: str) -> str:
     return PROMPT + statement
 
 
+def template_arguments(tokenizer, given: dict) -> dict:
+    """``given``, which is for a chat template.
+
+    Raises:
+        ValueError: the template does not read them, or there is none.
+    """
+    if given and not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer.name_or_path}: found template arguments {sorted(given)} and no chat template")
+    if given:
+        check_arguments(tokenizer, given)
+    return given
+
+
+def said(answer: dict) -> str:
+    """The text of an answer after its thinking; empty where that never ended."""
+    text = answer["text"]
+    return after_thinking(text) if end_mark(answer["prompt"]) == THINK or THINK_END in text else text
+
+
 def ask(
     model,
     tokenizer,
@@ -72,7 +94,7 @@ def ask(
     """Id -> ``{"prompt", "text", "tokens", "truncated"}``; written to ``out`` too. Interrupted, the same call goes on.
 
     Args:
-        settings: ``max_tokens``, ``temperature``, ``top_p``.
+        settings: ``max_tokens``, ``temperature``, ``top_p``, and the chat template's ``template_args`` if there are some.
         options: of `DeepseekLM`.
     """
     from lm_eval.api.instance import Instance
@@ -82,6 +104,7 @@ def ask(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     start, facts = time.perf_counter(), model_facts(model, folder, label)
     journal = Journal(out / JOURNAL_FILE, {"model": facts | {"path": None, "label": None}, "kind": kind})
+    options["chat_template_args"] = settings.get("template_args", {})
     lm = DeepseekLM(model, tokenizer=tokenizer, journal=journal, **options)
     given = {**generation_kwargs(settings), "until": []}
     turns = {
@@ -121,19 +144,26 @@ def read_answers(out: Path, kind: str) -> tuple[dict, dict[str, dict]]:
     return asked, {row.pop("id"): row for row in rows}
 
 
-def judge_programs(out: Path, problems: Iterable[Problem], source: str) -> Evaluation:
+def judge_programs(
+    out: Path, problems: Iterable[Problem | LiveProblem], source: str, kind: str = "programs"
+) -> Evaluation:
     """Run every program of the answers in ``out`` in the sandbox.
 
     Args:
+        kind: "programs", or "livecodebench" for its problems.
         source: "sample", or the file of the problems.
 
     Raises:
         OSError: this machine has no sandbox.
     """
-    asked, answers = read_answers(out, "programs")
-    verdicts = {problem.id: judge(problem, answers[problem.id]["text"]) for problem in problems}
+    asked, answers = read_answers(out, kind)
+    verdicts = {problem.id: _judged(problem, said(answers[problem.id])) for problem in problems}
     judged = {name: (verdict.verdict, verdict.accepted) for name, verdict in verdicts.items()}
     return _write(out, asked, answers, judged, len(judged), source, {})
+
+
+def _judged(problem: Problem | LiveProblem, text: str) -> Verdict:
+    return livecodebench.judge(problem, text) if isinstance(problem, LiveProblem) else judge(problem, text)
 
 
 def judge_codeforces(out: Path, judged: Path, table: Path | None) -> Evaluation:

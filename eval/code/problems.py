@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modeling_deepseek_moe.eval.code.sandbox import Limits, run_python
 
@@ -56,7 +57,8 @@ def read_problems(file: Path = SAMPLES) -> list[Problem]:
     Raises:
         ValueError: a line is no problem; the message names it. FileNotFoundError: no such file.
     """
-    problems = []
+    problems: list[Problem] = []
+    first: dict[str, int] = {}
     with Path(file).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -70,8 +72,31 @@ def read_problems(file: Path = SAMPLES) -> list[Problem]:
                 ) from None
             if not tests:
                 raise ValueError(f"{file}:{number}: found no tests, wanted at least one")
+            for field, (value, fits, wanted) in _fields(problem).items():
+                if not fits:
+                    raise ValueError(f"{file}:{number}: {field}: found {value!r:.80}, wanted {wanted}")
+            if problem.id in first:
+                raise ValueError(f"{file}:{number}: id: found {problem.id!r}, which line {first[problem.id]} has too")
+            first[problem.id] = number
             problems.append(problem)
+    if not problems:
+        raise ValueError(f"{file}: found no lines, wanted at least one problem")
     return problems
+
+
+def _fields(problem: Problem) -> dict[str, tuple[Any, bool, str]]:
+    """Field -> its value, whether it may be that, and what was wanted."""
+    texts = {"id": problem.id, "statement": problem.statement}
+    found: dict[str, tuple[Any, bool, str]] = {
+        name: (value, isinstance(value, str) and bool(value.strip()), "text") for name, value in texts.items()
+    }
+    for number, test in enumerate(problem.tests, 1):
+        found[f"tests: {number}"] = test, all(isinstance(text, str) for text in test), "input and output as text"
+    for name, above in (("seconds", 0), ("memory", 0), ("tolerance", -1)):
+        value = getattr(problem, name)
+        number_fits = isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf
+        found[name] = value, number_fits, "a number of at least 0" if above else "a number above 0"
+    return found
 
 
 def program(text: str) -> str | None:

@@ -18,8 +18,6 @@ from modeling_deepseek_moe.eval.results import (
 )
 from modeling_deepseek_moe.eval.statistics import Comparison, Scores, compare, summarise
 
-SEED = 0
-
 
 @dataclass(frozen=True)
 class Task:
@@ -129,7 +127,7 @@ def pairs(runs: Sequence[Run]) -> list[Pair]:
 def _task(run: int, folder: Path, facts: TaskRun) -> Task:
     questions = read_questions(folder, facts.task)
     try:
-        scores = summarise(questions, equal=_equal(facts.benchmark), seed=SEED)
+        scores = summarise(questions, equal=_equal(facts.benchmark))
     except ValueError as error:
         raise ValueError(f"{folder}: {facts.task}: {error}") from None
     return Task(run, facts, questions, scores)
@@ -154,7 +152,7 @@ def _pair(runs: tuple[int, int], tasks: tuple[int, int], every: Sequence[Run]) -
     first, second = (every[run].tasks[task] for run, task in zip(runs, tasks, strict=True))
     found, refused = None, ""
     try:
-        found = compare(first.questions, second.questions, seed=SEED)
+        found = compare(first.questions, second.questions)
     except ValueError as error:
         refused = str(error)
     settings = first.facts.settings, second.facts.settings

@@ -14,8 +14,8 @@ from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.eval.published import published
 from modeling_deepseek_moe.eval.report import chart, explorer, svg, tables
 from modeling_deepseek_moe.eval.report.figure import figures
-from modeling_deepseek_moe.eval.report.gather import SEED, Pair, Run, gather, pairs
-from modeling_deepseek_moe.eval.statistics import LEVEL, RESAMPLES
+from modeling_deepseek_moe.eval.report.gather import Pair, Run, gather, pairs
+from modeling_deepseek_moe.eval.statistics import LEVEL, METHOD
 
 FOLDER = Path(__file__).parent
 PAGE, CHART, NUMBERS = "report.html", "chart.png", "report.json"
@@ -46,7 +46,7 @@ def numbers(runs: Sequence[Run], compared: Sequence[Pair]) -> dict:
     return {
         "format": 1,
         "version": __version__,
-        "interval": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED, "over": "questions"},
+        "interval": {"level": LEVEL, "method": METHOD, "over": "questions"},
         "runs": [_run_numbers(run) for run in runs],
         "comparisons": [
             {
@@ -76,7 +76,7 @@ def page(runs: Sequence[Run], compared: Sequence[Pair], charts: str) -> str:
         scores=tables.scores(runs),
         several=f"<h3>Several outputs to a question</h3>{several}" if several else "",
         categories=tables.categories(runs),
-        resamples=f"{RESAMPLES:,}",
+        intervals=METHOD,
         charts=charts,
         published=tables.beside_published(runs),
         comparison=f'<section id="comparison"><h2>Comparison</h2>{comparison}</section>' if comparison else "",

@@ -1,6 +1,7 @@
 """What the commands that run a model share: options, loading, streaming, and the figures of a run."""
 
 import copy
+import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -56,6 +57,15 @@ TrustRemoteCodeOption = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run the tokenizer's Python code that lies in the folder (Kimi, Moonlight).",
+        rich_help_panel=MODEL,
+    ),
+]
+TemplateArgumentsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template-args",
+        help="Arguments of the chat template's own, as JSON: '{\"thinking\": true}' for DeepSeek-V3.1.",
+        show_default=False,
         rich_help_panel=MODEL,
     ),
 ]
@@ -165,6 +175,23 @@ def expert_summary(model: PreTrainedModel, meter: "Meter | None" = None) -> str:
     if meter is not None and meter.speed is not None:
         rows.insert(0, ("speed", f"{rate(meter.speed)} tokens/s"))
     return "\n".join(["experts", *(f"  {name:<10}  {value}" for name, value in rows)])
+
+
+def read_template_arguments(text: str | None) -> dict | None:
+    """Of ``--template-args``.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(f'--template-args: found {text!r}, wanted a JSON object such as {{"thinking": true}}')
+    return given
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

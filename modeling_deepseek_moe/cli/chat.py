@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_deepseek_moe.chat_template import check_arguments
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import plural, stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
@@ -20,8 +21,15 @@ HELP = "/system TEXT sets the system prompt and starts over, /reset starts over,
 class Conversation:
     """Messages, and the cache of the tokens that the model has seen of them."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: GenerationConfig,
+        arguments: dict | None = None,
+    ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.arguments = arguments or {}  # the chat template's own
         self.system: str | None = None
         self.reset()
 
@@ -44,7 +52,9 @@ class Conversation:
             ValueError: the conversation is longer than the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **self.arguments
+        )
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise ValueError(
@@ -87,6 +97,7 @@ def chat(
     top_p: _model.TopPOption = None,
     top_k: _model.TopKOption = None,
     seed: _model.SeedOption = None,
+    template_args: _model.TemplateArgumentsOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
     trust_remote_code: _model.TrustRemoteCodeOption = False,
@@ -104,6 +115,7 @@ def chat(
       [cyan]deepseek-moe chat[/]
       [cyan]deepseek-moe chat --model DeepSeek-V2-Lite-Chat[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --system "Answer in French." --temperature 0.6[/]
+      [cyan]deepseek-moe chat -m DeepSeek-V3.1 --template-args '{"thinking": true}'[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --expert-memory 16GB --stats[/]
       [cyan]printf 'Hi!\\nAnd in German?\\n' | deepseek-moe chat -m DeepSeek-V3[/]
     """
@@ -114,13 +126,15 @@ def chat(
             f"{model}: found a tokenizer without chat template (chat_template in tokenizer_config.json, or "
             "chat_template.jinja); a base model continues text: deepseek-moe generate"
         )
+    arguments = _model.read_template_arguments(template_args) or {}
+    check_arguments(tokenizer, arguments)
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
     )
     settings = _model.generation_settings(loaded, max_new_tokens, temperature, top_p, top_k)
     if seed is not None:
         torch.manual_seed(seed)
-    conversation = Conversation(loaded, tokenizer, settings)
+    conversation = Conversation(loaded, tokenizer, settings, arguments)
     conversation.system = system
     conversation.reset()
     _converse(conversation, stats)

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,10 +20,12 @@ WHAT, HOW, CHANGES = "What", "How", "Departures from the suite's protocol (the r
 
 
 class Suite(StrEnum):
-    """Whose protocol."""
+    """Whose protocol: a test holds these against ``protocols.yaml``."""
 
     V3_CHAT = "v3-chat"
     R1 = "r1"
+    V3_2 = "v3.2"
+    K2_5 = "k2.5"
     V3_BASE = "v3-base"
 
 
@@ -40,11 +42,18 @@ def eval(  # noqa: A001  the command's name
         ),
     ] = None,
     suite: Annotated[
-        Suite, typer.Option(help="DeepSeek-V3 chat, R1, or V3-Base: prompts, limits, sampling.", rich_help_panel=WHAT)
+        Suite,
+        typer.Option(
+            help="Whose prompts, limits and sampling: DeepSeek-V3 chat, R1, V3.2, Kimi K2.5, or V3-Base.",
+            rich_help_panel=WHAT,
+        ),
     ] = Suite.V3_CHAT,
     tasks: Annotated[
         str,
-        typer.Option(help="mmlu_pro, math500, gpqa_diamond, aime24; v3-base: mmlu_pro, math.", rich_help_panel=WHAT),
+        typer.Option(
+            help="mmlu_pro, math500, gpqa_diamond, aime24; r1 and later: aime25, aime26, hmmt_feb25; v3-base: mmlu_pro, math.",
+            rich_help_panel=WHAT,
+        ),
     ] = DEFAULT_TASKS,
     data: Annotated[
         str | None,
@@ -85,6 +94,7 @@ def eval(  # noqa: A001  the command's name
     top_p: Annotated[
         float | None, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.", rich_help_panel=CHANGES)
     ] = None,
+    template_args: _model.TemplateArgumentsOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
     trust_remote_code: _model.TrustRemoteCodeOption = False,
@@ -108,26 +118,26 @@ def eval(  # noqa: A001  the command's name
       [cyan]deepseek-moe report runs/mine runs/other[/]   two models, question by question
     """
     _check_installed()
-    from modeling_deepseek_moe.eval.data import load_rows
     from modeling_deepseek_moe.eval.protocols import protocol
-    from modeling_deepseek_moe.eval.run import Changes, check_benchmarks, evaluate
+    from modeling_deepseek_moe.eval.run import Changes, check_benchmarks, evaluate, prepare
 
     benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
     check_benchmarks(protocol(suite.value), benchmarks)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size: found {batch_size!r}, wanted a number of at least 1, or auto")
     changes = Changes(shots=shots, max_tokens=max_tokens, temperature=temperature, top_p=top_p, k=k)
+    changes = replace(changes, template_args=_model.read_template_arguments(template_args))
     if model is None:
         from modeling_deepseek_moe.tiny import tiny_checkpoint
 
         model, label, data = Path(tiny_checkpoint()), label or "tiny checkpoint", data or "sample"
-        changes = replace(changes, **{name: part for name, part in SMALL.items() if getattr(changes, name) is None})
+        small: dict[str, Any] = {name: part for name, part in SMALL.items() if getattr(changes, name) is None}
+        changes = replace(changes, **small)
         stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
     label = label or model.resolve().name
     out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
-    for benchmark in benchmarks:  # before a large model is loaded
-        load_rows(benchmark, "test", data or "hub")
     tokenizer = _model.load_tokenizer(model, trust_remote_code)
+    prepare(tokenizer, suite=suite.value, benchmarks=benchmarks, data=data or "hub", changes=changes)
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
     )

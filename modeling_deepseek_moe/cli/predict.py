@@ -13,12 +13,15 @@ from modeling_deepseek_moe.cli._console import plural, stderr, stdout
 
 class Kind(StrEnum):
     PROGRAMS = "programs"
+    LIVECODEBENCH = "livecodebench"
     CODEFORCES = "codeforces"
     SWEBENCH = "swebench"
 
 
 def predict(
-    kind: Annotated[Kind, typer.Argument(help="What for: own problems, Codeforces, or SWE-bench Verified.")],
+    kind: Annotated[
+        Kind, typer.Argument(help="What for: own problems, LiveCodeBench, Codeforces, or SWE-bench Verified.")
+    ],
     model: Annotated[
         Path | None,
         typer.Option("--model", "-m", help="A checkpoint folder.", show_default="the small one that ships"),
@@ -26,7 +29,7 @@ def predict(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines: id, statement, tests; for codeforces problem, statement; for swebench instance_id, text.",
+            help="JSON lines: id, statement, tests; for livecodebench its rows; for codeforces problem, statement; for swebench instance_id, text.",
             show_default="for programs, problems written for this project",
         ),
     ] = None,
@@ -42,6 +45,7 @@ def predict(
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 8192,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.")] = 1.0,
+    template_args: _model.TemplateArgumentsOption = None,
     batch_size: Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")] = "auto",
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
@@ -52,13 +56,14 @@ def predict(
 ) -> None:
     """Have a model write programs or patches, in the format of their judges, and read the verdicts back.
 
-    Own problems are judged at once, in a sandbox without network, processes or files (Linux 5.13 or later). Codeforces and SWE-bench
+    Own problems and LiveCodeBench's are judged at once, in a sandbox without network, processes or files (Linux 5.13 or later). Codeforces and SWE-bench
     are judged by their own tools only: this writes what they take, says how to go on, and with --judged makes an evaluation
     for deepseek-moe report. No figure is made without a verdict.
 
     \b
     Examples:
       [cyan]deepseek-moe predict programs --max-tokens 200[/]
+      [cyan]deepseek-moe predict livecodebench -m DeepSeek-R1 --data test6.jsonl --max-tokens 32768 --temperature 0.6[/]
       [cyan]deepseek-moe predict swebench -m DeepSeek-V3 --data instances.jsonl --out runs/swe[/]
       [cyan]deepseek-moe predict swebench --out runs/swe --judged report.json[/]
       [cyan]deepseek-moe predict codeforces --out runs/cf --judged judged.jsonl --ratings ratings.csv[/]
@@ -76,6 +81,7 @@ def predict(
         model, label = Path(tiny_checkpoint()), label or "tiny checkpoint"
         stderr().print("[dim]no --model: the small one that ships, which writes no programs[/]")
     tokenizer = _model.load_tokenizer(model, trust_remote_code)
+    arguments = handover.template_arguments(tokenizer, _model.read_template_arguments(template_args) or {})
     loaded = _model.load_model(
         model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
     )
@@ -87,18 +93,18 @@ def predict(
         kind=kind.value,
         folder=model,
         label=label or model.resolve().name,
-        settings={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p},
+        settings={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "template_args": arguments},
         batch_size=batch_size,
     )
-    texts = [(name, answer["text"]) for name, answer in answers.items()]
+    texts = [(name, handover.said(answer)) for name, answer in answers.items()]
     _hand_over(kind, out, label or model.resolve().name, texts, problems, data)
 
 
 def _read_verdicts(kind: Kind, out: Path, judged: Path, ratings: Path | None) -> None:
     from modeling_deepseek_moe.eval.code import handover
 
-    if kind is Kind.PROGRAMS:
-        raise ValueError("found --judged, which programs have no use for: the sandbox judges them")
+    if kind in (Kind.PROGRAMS, Kind.LIVECODEBENCH):
+        raise ValueError(f"found --judged, which {kind.value} have no use for: the sandbox judges them")
     if kind is Kind.CODEFORCES:
         _say(out, handover.judge_codeforces(out, judged, ratings))
     else:
@@ -108,6 +114,7 @@ def _read_verdicts(kind: Kind, out: Path, judged: Path, ratings: Path | None) ->
 def _questions(kind: Kind, data: Path | None) -> tuple[dict, list]:
     """Prompts by the questions' names, and, where they are judged here, the problems."""
     from modeling_deepseek_moe.eval.code import handover
+    from modeling_deepseek_moe.eval.code.livecodebench import read_problems as read_live_problems
     from modeling_deepseek_moe.eval.code.problems import SAMPLES, read_problems
     from modeling_deepseek_moe.eval.code.sandbox import check
 
@@ -115,6 +122,10 @@ def _questions(kind: Kind, data: Path | None) -> tuple[dict, list]:
         check()
         problems = read_problems(data or SAMPLES)
         return {problem.id: problem.prompt for problem in problems}, problems
+    if kind is Kind.LIVECODEBENCH and data is not None:
+        check()
+        live = read_live_problems(data)
+        return {problem.id: problem.prompt for problem in live}, live
     if data is None:
         raise ValueError(f"found no --data, wanted the questions of {kind.value} (or --judged, their verdicts)")
     if kind is Kind.CODEFORCES:
@@ -128,8 +139,8 @@ def _hand_over(
     """Judge programs, or write what the judge's own tool takes and say how it is called."""
     from modeling_deepseek_moe.eval.code import handover
 
-    if kind is Kind.PROGRAMS:
-        _say(out, handover.judge_programs(out, problems, str(data) if data else "sample"))
+    if kind in (Kind.PROGRAMS, Kind.LIVECODEBENCH):
+        _say(out, handover.judge_programs(out, problems, str(data) if data else "sample", kind.value))
     elif kind is Kind.CODEFORCES:
         count, missing = handover.codeforces.write_submissions(out / "submissions.jsonl", texts)
         stdout().print(

@@ -1,8 +1,8 @@
 """MMLU-Pro for lm-eval: see README.md next to this file."""
 
 from modeling_deepseek_moe.eval import benchmarks, prompts
-from modeling_deepseek_moe.eval.data import LETTERS
 from modeling_deepseek_moe.eval.harness import dataset, keep_all, verdicts
+from modeling_deepseek_moe.eval.rows import LETTERS
 
 __all__ = ["base_questions", "keep_all", "letters", "r1_questions", "r1_verdicts", "v3_questions", "v3_verdicts"]
 

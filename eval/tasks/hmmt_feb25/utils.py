@@ -1,0 +1,9 @@
+"""hmmt_feb25 for lm-eval: see README.md next to this file."""
+
+from modeling_deepseek_moe.eval import benchmarks
+from modeling_deepseek_moe.eval.harness import dataset, keep_all, verdicts
+
+__all__ = ["all_questions", "keep_all", "thinking_verdicts"]
+
+all_questions = dataset(benchmarks.hmmt_feb25)
+thinking_verdicts = verdicts("hmmt_feb25", thinking=True)

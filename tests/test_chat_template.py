@@ -1,0 +1,135 @@
+"""The arguments of a chat template: what a suite gives it, what a user may, and prompts that contradict the suite."""
+
+import json
+
+import pytest
+from eval_harness import small_model, tokenizer, write_math
+from typer.testing import CliRunner
+
+from modeling_deepseek_moe.chat_template import check_arguments, end_mark, prompt_end, taken_arguments
+from modeling_deepseek_moe.cli.app import app
+from modeling_deepseek_moe.eval.code import handover
+from modeling_deepseek_moe.eval.protocols import read_protocols
+from modeling_deepseek_moe.eval.results import read_evaluation, read_questions
+from modeling_deepseek_moe.eval.run import Changes, evaluate, prepare
+
+TURNS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.get('depth', '') }}{% endfor %}"
+CHOICE = (  # as DeepSeek-V3.1's: a choice of its own, and no thinking without it
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    + TURNS
+    + "{% if add_generation_prompt %}[assistant]{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+TEMPLATES = {
+    "choice": CHOICE,
+    "other name": CHOICE.replace("thinking", "enable_thinking"),
+    "empty thoughts": CHOICE.replace("'</think>'", "'<think>\\n\\n</think>\\n\\n'"),
+    "always": TURNS + "[assistant]<think>\n",
+    "never": TURNS + "[assistant]</think>",
+    "silent": TURNS + "[assistant]",
+}
+
+
+def with_template(name):
+    made = tokenizer()
+    made.chat_template = TEMPLATES[name]
+    return made
+
+
+def test_what_a_template_reads():
+    made = with_template("choice")
+    offered = {"thinking": True, "enable_thinking": True, "depth": 1, "assistant": 1}
+    assert taken_arguments(made, offered) == {"thinking": True}
+    assert taken_arguments(with_template("silent"), offered) == {}
+    check_arguments(made, {"thinking": False})
+    with pytest.raises(ValueError, match=r"found 'depth', which the chat template of .* does not read"):
+        check_arguments(made, {"depth": 1})
+    for name in ("messages", "add_generation_prompt", "tokenize", "chat_template"):
+        with pytest.raises(ValueError, match=f"found '{name}', which is set here"):
+            check_arguments(made, {name: True})
+
+
+def test_how_a_prompt_ends():
+    assert prompt_end(with_template("choice"), {}) == "</think>"
+    assert prompt_end(with_template("choice"), {"thinking": True}) == "<think>"
+    assert prompt_end(with_template("empty thoughts"), {}) == "</think>"
+    assert prompt_end(with_template("always"), {}) == "<think>" == end_mark("x<think> \n")
+    assert prompt_end(with_template("silent"), {}) == ""
+    made = with_template("silent")
+    made.chat_template += "{{ 1 + effort }}"
+    for arguments in ({}, {"effort": "high"}):
+        with pytest.raises(ValueError, match=r"the chat template with \{.*\}: "):
+            prompt_end(made, arguments)
+
+
+@pytest.mark.parametrize("suite", [name for name in read_protocols() if name != "v3-base"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompt_says_what_the_suite_says_or_nothing_is_run(tmp_path, suite, template):
+    write_math(tmp_path, 1)
+    benchmark = "math500" if suite in ("v3-chat", "r1") else "aime25"
+    (tmp_path / "aime25.jsonl").write_text('{"id": 1, "problem": "p", "answer": 3}\n')
+    options = {"suite": suite, "benchmarks": [benchmark], "data": str(tmp_path)}
+    made, thinks = with_template(template), suite != "v3-chat"
+    if template == ("never" if thinks else "always"):
+        with pytest.raises(
+            ValueError, match=rf"the prompt ends in {'</think>' if thinks else '<think>'}, and {suite}"
+        ):
+            prepare(made, **options)
+        return
+    (run,) = prepare(made, **options)
+    name = {"choice": "thinking", "empty thoughts": "thinking", "other name": "enable_thinking"}.get(template)
+    assert run.settings["template_args"] == ({name: thinks} if name else {}) and not run.changed
+    if name:
+        with pytest.raises(ValueError, match="the prompt ends in"):
+            prepare(made, **options, changes=Changes(template_args={name: not thinks}))
+
+
+def test_template_arguments_are_recorded_and_used(tmp_path):
+    write_math(tmp_path, 1)
+    made = with_template("choice")
+    made.chat_template = made.chat_template.replace("[assistant]", "{{ effort | default('') }}[assistant]")
+    changes = Changes(max_tokens=4, k=1, template_args={"effort": "high"})
+    options = {"suite": "r1", "benchmarks": ["math500"], "data": str(tmp_path), "out": tmp_path / "out"}
+    evaluate(small_model(), made, changes=changes, **options)
+    (task,) = read_evaluation(tmp_path / "out").tasks
+    assert task.settings["template_args"] == {"thinking": True, "effort": "high"}
+    assert "template_args {'thinking': True, 'effort': 'high'} instead of {'thinking': True}" in task.changed
+    (question,) = read_questions(tmp_path / "out", "dsr1_math500")
+    assert question.prompt.endswith("high[assistant]<think>") and "</think>" not in question.prompt
+
+
+def test_arguments_without_a_template(tmp_path):
+    options = {"benchmarks": ["mmlu_pro"], "data": "sample", "changes": Changes(template_args={"thinking": True})}
+    with pytest.raises(ValueError, match="wanted none: v3-base asks without a template"):
+        prepare(with_template("choice"), suite="v3-base", **options)
+    bare = tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="found no chat template, wanted one: is it a base model"):
+        prepare(bare, suite="r1", **options)
+    with pytest.raises(ValueError, match=r"found template arguments \['thinking'\] and no chat template"):
+        handover.template_arguments(bare, {"thinking": True})
+
+
+@pytest.mark.parametrize("command", [["eval"], ["predict", "programs"], ["chat"]])
+@pytest.mark.parametrize("given, message", [("{", "wanted a JSON object"), ("[1]", "wanted a JSON object")])
+def test_arguments_that_are_no_object(tmp_path, command, given, message):
+    import modeling_deepseek_moe as dsm
+
+    model = ["-m", str(dsm.tiny_checkpoint())] if command == ["chat"] else ["--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*command, *model, "--template-args", given])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    unread = CliRunner().invoke(app, [*command, *model, "--template-args", json.dumps({"thinking": True})])
+    assert unread.exit_code == 2 and "found 'thinking', which the chat template" in " ".join(unread.output.split())
+
+
+@pytest.mark.parametrize(
+    "prompt, text, want",
+    [
+        ("x<think>", "thoughts </think>\n\nanswer", "answer"),
+        ("x<think>\n", "thoughts without end", ""),
+        ("x", "<think>thoughts</think>answer", "answer"),
+        ("x</think>", "answer", "answer"),
+        ("x", "answer", "answer"),
+    ],
+)
+def test_thoughts_are_no_program(prompt, text, want):
+    assert handover.said({"prompt": prompt, "text": text}) == want
