@@ -93,3 +93,22 @@ def test_a_missing_library_is_named(monkeypatch, scoring):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="found no math-verify, wanted it to score MATH"):
         scoring.call("is_equal", "1", "1")
+
+
+@pytest.mark.parametrize(
+    "benchmark, gold, answer",
+    [
+        ("aime25", r"336^\circ", "336"),
+        ("aime26", "033", "33"),
+        ("hmmt_feb25", "103", "103"),
+        ("hmmt_feb25", r"\frac{1}{576}", "1/576"),
+        ("hmmt_feb25", r"9\sqrt{23}/23", r"\frac{9}{\sqrt{23}}"),
+        ("hmmt_feb25", r"8\sqrt{10}", r"\sqrt{640}"),
+        ("hmmt_feb25", r"1-\frac{2}{\pi}", r"\frac{\pi-2}{\pi}"),
+        ("hmmt_feb25", r"2^{25} \cdot 26!", r"26! \cdot 2^{25}"),
+    ],
+)
+def test_answers_of_contests(benchmark, gold, answer):
+    scorer = benchmarks.SCORERS[benchmark]
+    assert benchmarks.judge(scorer, {"gold": gold}, f"so $\\boxed{{{answer}}}$.")["right"]
+    assert not benchmarks.judge(scorer, {"gold": gold}, r"so \boxed{7}.")["right"]
