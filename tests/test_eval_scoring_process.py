@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import signal
+import sys
 import threading
 
 import pytest
@@ -87,6 +89,14 @@ def test_a_benchmarks_verdict_in_a_thread(monkeypatch, scoring):
     for text, right in ((r"\boxed{5}", True), (r"\boxed{9^{9^{9^9}}}", False), (r"\boxed{\frac{10}{2}}", True)):
         (verdict,) = in_a_thread(benchmarks.judge, benchmarks.SCORERS["hmmt_feb25"], question, text)
         assert verdict["right"] is right
+
+
+def test_a_process_that_does_not_start_is_an_error(monkeypatch):
+    made = ScoringProcess()
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="the process that scores answers does not start"):
+        made.call("is_equal", "1", "1")
+    made.close()
 
 
 def test_a_missing_library_is_named(monkeypatch, scoring):
