@@ -65,7 +65,7 @@ class ScoringProcess:
         """What ``math_scoring.function`` returns, or None: it took too long, or the process died of it twice.
 
         Raises:
-            ImportError: math-verify is missing.
+            ImportError: math-verify is missing. RuntimeError: the process does not start.
         """
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError('found no math-verify, wanted it to score MATH: pip install "math-verify"')
@@ -89,9 +89,7 @@ class ScoringProcess:
                 if reply := self._running.stdout.readline():
                     return json.loads(reply)
                 self._end()
-            self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 300))
-            reason = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            _log.warning("scoring failed and counts as no match: %.200r: %s", arguments, *reason or ["killed"])
+            _log.warning("scoring failed and counts as no match: %.200r: %s", arguments, self._last_words())
             return None
 
     def close(self) -> None:
@@ -102,7 +100,9 @@ class ScoringProcess:
     def _start(self) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), str(Path(__file__).resolve().parent)]
         self._running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        self._running.stdout.readline()  # it has imported what it needs: that counts for no call
+        if not self._running.stdout.readline():  # it has imported what it needs: that counts for no call
+            self._end()
+            raise RuntimeError(f"the process that scores answers does not start: {self._last_words()}")
 
     def _answers(self) -> bool:
         """Wait for an answer, or the end of the process; False when the call has had its time."""
@@ -113,6 +113,11 @@ class ScoringProcess:
             if long or _computed(worker) - before > self.seconds:
                 return False
         return True
+
+    def _last_words(self) -> str:
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 300))
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "killed"
 
     def _end(self) -> None:
         if self._running is not None:
@@ -147,7 +152,9 @@ def _serve(folder: str) -> None:
     if importlib.util.find_spec("resource"):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        hardest = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hardest == resource.RLIM_INFINITY or hardest > MEMORY:  # else there is a closer limit
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hardest))
     scoring = importlib.import_module(f"{PACKAGE}.eval.math_scoring")
     scoring.is_equal("1", "1")  # imports math-verify
     print("ready", file=replies, flush=True)

@@ -237,6 +237,9 @@ def test_instances_and_the_official_report(tmp_path):
         '{"id": "c", "text": "C"}',
         "x",
         '{"instance_id": 3, "text": "C"}',
+        '{"instance_id": "c", "text": null}',
+        '{"instance_id": "c", "text": " "}',
+        '{"instance_id": "", "text": "C"}',
     ):
         file.write_text('{"instance_id": "a", "text": "A"}\n' + line)
         with pytest.raises(ValueError, match=r"i.jsonl:2: "):

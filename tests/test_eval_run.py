@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from modeling_deepseek_moe.cli.app import app
 from modeling_deepseek_moe.eval import extraction
 from modeling_deepseek_moe.eval.benchmarks import SCORERS, judge
-from modeling_deepseek_moe.eval.protocols import read_protocols
+from modeling_deepseek_moe.eval.protocols import protocol, read_protocols
 from modeling_deepseek_moe.eval.results import read_evaluation, read_questions
 from modeling_deepseek_moe.eval.run import TASKS, Changes, evaluate
 
@@ -75,6 +75,23 @@ def test_thinking_is_no_answer(tmp_path):
     assert [sample["exact_match"] for sample in samples] == [1, 0, 0]
     plain = through_lm_eval("dsv3_math500", texts, data=str(tmp_path))["samples"]["dsv3_math500"]
     assert [sample["exact_match"] for sample in plain] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("suite", ["r1", "v3.2", "k2.5"])
+@pytest.mark.parametrize("benchmark", ["aime25", "aime26", "hmmt_feb25"])
+def test_contests_through_lm_eval(tmp_path, suite, benchmark):
+    rows = [{"id": 1, "problem": "Sum?", "answer": 33}, {"problem_idx": 2, "problem": "Half?", "answer": "1/2"}]
+    if benchmark != "hmmt_feb25":
+        rows[1]["answer"] = "2"
+    for row in rows:
+        row |= {"id": row.get("id", 2), "problem_idx": row.get("problem_idx", 1)}
+    (tmp_path / f"{benchmark}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = {"Sum?": "\\boxed{2}</think>$\\boxed{33}$", "Half?": "\\boxed{2} is what I think"}
+    task = protocol(suite).tasks[benchmark]
+    samples = through_lm_eval(task, texts, data=str(tmp_path))["samples"][task]
+    assert [sample["exact_match"] for sample in samples] == [1, 0]
+    assert len(samples[0]["resps"][0]) == protocol(suite).values(benchmark)["k"]
+    assert ("stock" in samples[0]) == (benchmark == "aime25")
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,11 @@ def read_prompts(file: Path, key: str, text: str, prompt: Callable[[str], str] =
                 name, words = row[key], row[text]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}:{number}: {error}; wanted JSON with {key!r} and {text!r}") from None
-            if not isinstance(name, str) or not isinstance(words, str) or name in prompts:
-                raise ValueError(f"{file}:{number}: found {key} {name!r} twice, or not as text")
+            for field, value in ((key, name), (text, words)):
+                if not isinstance(value, str) or not value.strip():
+                    raise ValueError(f"{file}:{number}: {field}: found {value!r:.80}, wanted text")
+            if name in prompts:
+                raise ValueError(f"{file}:{number}: {key}: found {name!r} twice, wanted each once")
             prompts[name] = prompt(words)
     if not prompts:
         raise ValueError(f"{file}: found no lines, wanted at least one with {key!r} and {text!r}")
