@@ -51,7 +51,9 @@ class Source:
 
     def is_codes(self, info: TensorInfo) -> bool:
         """Whether a tensor is a weight's codes."""
-        return info.dtype == self.weight_format.code_dtype and len(info.shape) == 2
+        form = self.weight_format
+        is_scale = info.name.endswith(form.scale_suffix)
+        return info.dtype == form.code_dtype and len(info.shape) == 2 and not is_scale
 
     def scale_name(self, name: str) -> str:
         return name + self.weight_format.scale_suffix

@@ -18,17 +18,15 @@ from huggingface_hub.errors import StrictDataclassError
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.config import (
+    FAMILIES,
     DeepseekMoeConfig,
-    DeepseekV2Config,
-    DeepseekV3Config,
-    KimiK2Config,
     quantization_fields,
 )
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.weights import release_tensors
 
 CONFIG_NAME = "config.json"
-CONFIGS = {config.model_type: config for config in (DeepseekV2Config, DeepseekV3Config, KimiK2Config)}
+CONFIGS = {config.model_type: config for config in FAMILIES.values()}
 PARTS = (
     "embedding",
     "attention",

@@ -326,3 +326,11 @@ def own_format(config) -> formats.WeightFormat | None:
 def _one_of(name: str, value: Any, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not supported, wanted one of {', '.join(map(str, allowed))}")
+
+
+# Every model type, by what its classes' names begin with: registering, inspecting and planning go by this table.
+FAMILIES: dict[str, type[DeepseekMoeConfig]] = {
+    "DeepseekV2": DeepseekV2Config,
+    "DeepseekV3": DeepseekV3Config,
+    "KimiK2": KimiK2Config,
+}

@@ -32,9 +32,10 @@ class WeightFormat:
         implied: what it does not say, and a config may.
         code_dtype, bits: how codes lie on the disk and in memory, ``bits`` of a value's own.
         block: rows and columns that share a scale, ragged at the edges; ``weight_block_size`` of a config replaces it.
-        scale_dtype, scale_suffix: of the scales ``[⌈N/rows⌉, ⌈K/columns⌉]``, whose name is the weight's with the suffix.
+        scale_dtype, scale_suffix: one scale a block and no other tensor, and no dot in the suffix: of the scales ``[⌈N/rows⌉, ⌈K/columns⌉]``, whose name is the weight's with the suffix.
         encode: a floating-point weight and the block → codes and scales.
         decode: codes, scales, a dtype and the block → the weight, rounded once.
+        kernel: the name of the CPU engine's kernels for it, ``"block_fp8"``; ``None``: it has none.
         linear: ``x, codes, scales, bias, block → x · Wᵀ + bias`` for a format with kernels; ``None``: by `decode`.
         find_scales: the scales of `encode` alone, where they are had for less.
         encode_with: a weight, scales and the block → the nearest codes; ``None`` where scales are never given.
@@ -52,6 +53,7 @@ class WeightFormat:
     scale_suffix: str
     encode: Callable[[torch.Tensor, Block], tuple[torch.Tensor, torch.Tensor]]
     decode: Callable[..., torch.Tensor]  # and, as a keyword too, the block
+    kernel: str | None = None
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Block], torch.Tensor] | None = (
         None
     )
@@ -131,6 +133,7 @@ FP8 = WeightFormat(
     scale_suffix="_scale_inv",
     encode=block_fp8.quantize,
     decode=block_fp8.dequantize,
+    kernel="block_fp8",
     linear=block_fp8.linear,
     find_scales=block_fp8.scales,
     encode_with=block_fp8.quantize_with,

@@ -11,10 +11,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modeling_deepseek_moe import modeling, quantizer  # noqa: F401 (importing quantizer registers it)
-from modeling_deepseek_moe.config import DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.config import FAMILIES
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION, routed_swiglu
 
-FAMILIES = {"DeepseekV2": DeepseekV2Config, "DeepseekV3": DeepseekV3Config, "KimiK2": KimiK2Config}
 HEADS = {
     "Model": transformers.AutoModel,
     "ForCausalLM": transformers.AutoModelForCausalLM,

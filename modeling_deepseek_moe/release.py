@@ -71,6 +71,7 @@ class Release:
         return (
             self.weight_format is not None
             and name in self.infos
+            and not name.endswith(self.weight_format.scale_suffix)
             and self.infos[name].dtype == self.weight_format.code_dtype
         )
 

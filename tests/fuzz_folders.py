@@ -89,7 +89,7 @@ def text(folder: Path, pick: random.Random) -> str:
     elif how in ("null", "number"):
         data = b"null" if how == "null" else b"1" * 10_000
     else:
-        data += data
+        data = data * 2
     file.write_bytes(data)
     return f"text {file.name} {how}"
 
@@ -227,7 +227,9 @@ def use(folder: Path) -> None:
 DOORS: dict[str, Callable[[Path], object]] = {
     "load": use,
     "inspect": dsm.inspect_checkpoint,
-    "plan": lambda folder: dsm.make_plan(dsm.read_config(folder), dsm.probe_machine(measure=False)),
+    "plan": lambda folder: dsm.make_plan(
+        dsm.parameter_breakdown(dsm.read_config(folder)), dsm.probe_machine(measure=False), 64
+    ),
 }
 FIELD = re.compile(r"\b[a-z]+(_[a-z0-9]+)+\b")
 
@@ -267,10 +269,10 @@ def run(seeds: list[int], original: Path, scratch: Path, seconds: float = SECOND
         yield from _read(waiting, child, ours, seconds)
         os.close(ours)
         status = os.waitpid(child, 0)[1]
-        if waiting and not os.WIFEXITED(status):
+        if waiting:
             seed = waiting.pop(0)
-            how = f"signal {os.WTERMSIG(status)}"
-            how = f"hang of {seconds:.0f} s" if os.WTERMSIG(status) == signal.SIGKILL else how
+            how = f"exit {os.WEXITSTATUS(status)}" if os.WIFEXITED(status) else f"signal {os.WTERMSIG(status)}"
+            how = f"hang of {seconds:.0f} s" if how == f"signal {signal.SIGKILL:d}" else how
             folder = scratch / str(seed)
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(original, folder)

@@ -221,7 +221,8 @@ def test_description_names_the_essentials():
 )
 def test_a_config_that_cannot_be_used_is_named(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises((ValueError, CheckpointError), match=message) as caught:
+    is_text = message in ("not JSON", "found a list, wanted a JSON object")
+    with pytest.raises(CheckpointError if is_text else ValueError, match=message) as caught:
         read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
 

@@ -15,6 +15,7 @@ from modeling_deepseek_moe import modeling, use_backend
 from modeling_deepseek_moe.cache import LatentLayer, prepare_cache
 from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
+from modeling_deepseek_moe.ops import _native
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -313,3 +314,34 @@ def test_only_plain_caches_are_changed(one_model):
 
     mine = Mine(config=config)
     assert prepare_cache(mine, config, cpu) == 0 and type(mine.layers[0]) is DynamicLayer
+
+
+# ---- when the engine runs layers, and when it does not ----
+
+
+def test_layers_run_natively_for_few_tokens_without_gradients_alone(tmp_path, monkeypatch):
+    """What is called of C: the layers of a step as one, a few tokens layer by layer, and nothing where it may not."""
+    write_release(tmp_path / "v3", SHAPES["v3"](), fp8=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "v3", dtype=torch.bfloat16)
+    called, call = [], _native.call
+    monkeypatch.setattr(_native, "call", lambda name, *given: called.append(name) or call(name, *given))
+
+    def layers_run(tokens: int) -> bool:
+        called.clear()
+        model(torch.arange(3, 3 + tokens)[None])
+        return "dsm_moe" in called or "dsm_step" in called
+
+    gate = model.model.layers[-1].mlp.gate.weight
+    with torch.no_grad():
+        assert layers_run(1) and layers_run(8)
+        assert not layers_run(9)
+        with use_backend("reference"):
+            assert not layers_run(1) and not called
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not layers_run(1)
+        gate.requires_grad_()
+        assert layers_run(1)
+    try:
+        assert not layers_run(1)
+    finally:
+        gate.requires_grad_(False)

@@ -307,3 +307,70 @@ def test_codes_are_not_turned_into_those_of_another_format(wide, folder, tmp_pat
     held.save_pretrained(tmp_path / "again", quantize="fp8")
     stored, again = tensors_of(tmp_path / "fp8"), tensors_of(tmp_path / "again")
     assert stored.keys() == again.keys() and all(same_bits(stored[name], again[name]) for name in stored)
+
+
+# rows that differ from FP8 in one thing
+
+
+def divide(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> torch.Tensor:
+    return reference.dequantize(codes, 1 / scales, dtype, block)
+
+
+def encode_divided(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = reference.quantize(weight, block, False)
+    return codes, 1 / scales
+
+
+def exponents(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = reference.quantize(weight, block, True)
+    return codes, scales.to(torch.float8_e8m0fnu)
+
+
+def by_exponents(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]):
+    return reference.dequantize(codes, scales.float(), dtype, block)
+
+
+NEAR_FP8 = {
+    "another suffix": replace(FP8, name="near", method="near", scale_suffix="_scale"),
+    "scales that divide": replace(
+        FP8,
+        name="near",
+        method="near",
+        encode=encode_divided,
+        decode=divide,
+        linear=None,
+        find_scales=None,
+        encode_with=None,
+    ),
+    "exponents for scales": replace(
+        FP8,
+        name="near",
+        method="near",
+        scale_dtype=torch.float8_e8m0fnu,
+        encode=exponents,
+        decode=by_exponents,
+        linear=None,
+        find_scales=None,
+        encode_with=None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_FP8)
+@pytest.mark.parametrize("stacked", [False, True], ids=["mapped", "stacked"])
+def test_rows_near_fp8_are_what_they_say(name, stacked, wide, tmp_path, monkeypatch):
+    """The engine's FP8 kernels are for rows that name them; scales are found by the row's own suffix."""
+    row = NEAR_FP8[name]
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, row))
+    wide.save_pretrained(tmp_path / "near", quantize="near")
+    if stacked:
+        monkeypatch.setattr("modeling_deepseek_moe.quantizer._stays_on_cpu", lambda device_map: False)
+    model = dsm.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "near", dtype=torch.float32)
+    assert any(isinstance(module, MappedExperts) for module in model.modules()) is not stacked
+    values = dsm.DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path / "near", dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    torch.testing.assert_close(logits_of(model), logits_of(values), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        few = [one(torch.arange(3, 6)[None]).logits for one in (model, values)]
+    torch.testing.assert_close(*few, rtol=1e-3, atol=1e-3)

@@ -61,5 +61,5 @@ IMPORTED = re.compile(rf"^ *(?:from|import) ({dsm.__name__}[\w.]*)", re.MULTILIN
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_docs_import_public_modules_alone(page):
     imported = set(IMPORTED.findall(page.read_text(encoding="utf-8")))
-    public = re.compile(rf"{dsm.__name__}(\.eval(\.\w+)*)?")
+    public = re.compile(rf"{dsm.__name__}(\.(eval|tiny)(\.\w+)*)?")
     assert all(public.fullmatch(name) for name in imported), f"{page.name}: {sorted(imported)}"

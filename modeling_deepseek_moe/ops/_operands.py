@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook as every_module_is_hook
 from modeling_deepseek_moe.bitsandbytes_packing import is_packed
 from modeling_deepseek_moe.ops._library import PLAIN
 
+KERNEL = "block_fp8"  # a format's, see `formats.WeightFormat`
 BLOCK = (128, 128)  # of FP8 weights: the engine's, and the release's
 
 
@@ -42,11 +43,7 @@ def is_quantized(layer: nn.Module) -> bool:
 
 def unsupported_format(weight_format) -> str | None:
     """Why the CPU engine has no kernels for a `formats.WeightFormat`; ``None`` if it has."""
-    if (weight_format.code_dtype, weight_format.bits, weight_format.scale_dtype) != (
-        torch.float8_e4m3fn,
-        8,
-        torch.float32,
-    ):
+    if weight_format.kernel != KERNEL or weight_format.linear is None:
         return f"has kernels for FP8 and bf16 weights, found {weight_format.name}"
     if weight_format.block != BLOCK:
         return f"has blocks of {BLOCK[0]} × {BLOCK[1]} only, found {weight_format.block}"

@@ -144,7 +144,13 @@ def _check(name: str, weight: torch.Tensor, wanted: tuple[int, ...], scale: torc
 
 
 def addresses_of(gate_up, down, gate_up_scale, down_scale) -> torch.Tensor:
-    """``[E, 3, 2]``, as `accumulate` takes them, of stacks that are contiguous, with scales in fp32 or ``None``."""
+    """``[E, 3, 2]``, as `accumulate` takes them, of stacks that are contiguous, with scales in fp32 or ``None``.
+
+    Raises:
+        ValueError: FP8 codes without scales.
+    """
+    if down.dtype == torch.float8_e4m3fn and (gate_up_scale is None or down_scale is None):
+        raise ValueError("experts: found stacks of FP8 codes without scales, wanted scales of both")
     sizes, bases = [], []
     for stack in (gate_up, gate_up_scale, down, down_scale):
         sizes.append(0 if stack is None else stack.nbytes)

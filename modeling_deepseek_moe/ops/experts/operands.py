@@ -9,7 +9,8 @@ from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops._operands import unsupported_format
 from modeling_deepseek_moe.ops.experts import cpu
 
-STACKS = ("gate_up_proj", "down_proj", "gate_up_proj_scale_inv", "down_proj_scale_inv")
+STACKS = ("gate_up_proj", "down_proj")
+SCALE_SUFFIX = "_scale_inv"  # of stacks whose module names no format
 SLOT = "_expert_table"  # where a module carries the table that was made of its stacks
 
 
@@ -30,14 +31,14 @@ class Operands(NamedTuple):
 class _Table:
     """The addresses of a module's stacks, until one of them is another. Copies and pickles of it are ``None``."""
 
-    def __init__(self, stacks: tuple[torch.Tensor | None, ...]):
-        self.stacks = stacks
+    def __init__(self, names: tuple[str, ...], stacks: tuple[torch.Tensor | None, ...]):
+        self.names, self.stacks = names, stacks
         self.pointers = [(stack.data_ptr(), stack.shape) for stack in stacks if stack is not None]
         self.operands = Operands(stacks, cpu.addresses_of(*stacks), stacks[1].shape[-1], stacks[0].dtype)
 
     def is_of(self, own: dict) -> bool:
         place = 0
-        for name, stack in zip(STACKS, self.stacks, strict=True):
+        for name, stack in zip(self.names, self.stacks, strict=True):
             if own.get(name) is not stack:
                 return False
             if stack is not None:
@@ -56,18 +57,21 @@ def operands(module: nn.Module) -> Operands:
     if hasattr(type(module), "addresses"):
         return Operands((), module.addresses(), module.matrix_shapes[0][0], module.weight_format.code_dtype)
     own = module._parameters  # a module's own look-ups take longer than the rest of a small layer
+    weight_format = module.__dict__.get("weight_format")
+    suffix = weight_format.scale_suffix if weight_format is not None else SCALE_SUFFIX
+    names = (*STACKS, STACKS[0] + suffix, STACKS[1] + suffix)
     if STACKS[0] not in own or STACKS[1] not in own:
         stacks = module.gate_up_proj, module.down_proj, None, None
         return Operands(stacks, None, stacks[1].shape[-1], stacks[0].dtype)
     if torch.compiler.is_compiling():
-        stacks = tuple(own.get(name) for name in STACKS)
+        stacks = tuple(own.get(name) for name in names)
         return Operands(stacks, None, stacks[1].shape[-1], stacks[0].dtype)
     table = module.__dict__.get(SLOT)
     if table is None or not table.is_of(own):
-        stacks = tuple(map(own.get, STACKS))
+        stacks = tuple(map(own.get, names))
         if not all(stack is None or _is_readable(stack) for stack in stacks):
             return Operands(stacks, None, stacks[1].shape[-1], stacks[0].dtype)
-        table = module.__dict__[SLOT] = _Table(stacks)
+        table = module.__dict__[SLOT] = _Table(names, stacks)
     return table.operands
 
 
