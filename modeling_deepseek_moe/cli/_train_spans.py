@@ -99,8 +99,11 @@ def _start(text: str, others: list[str], render: Render, cuts: Cuts) -> int:
     before, prompt = text[:start].rstrip(), prompted[len(asked) :]
     if prompt and before.endswith(prompt):
         return len(before)  # a blank after the prompt is the turn's own, as in V2's template
-    opened = start + _shared_tokens(text, start, prompted, len(asked), cuts)
-    return min([opened, *(place for place in words if place >= start)])
+    # where the chats part may lie within the prompt, if what else stands there begins by the same characters
+    places = range(max(0, start - len(prompt)), start + 1)
+    across = [at for at in places if at + _shared(text[at : at + len(prompt)], prompt) > start]
+    opened = [at + _shared_tokens(text, at, prompted, len(asked), cuts) for at in across]
+    return min([max([start, *opened]), *(place for place in words if place >= start)])
 
 
 def _shared_tokens(text: str, place: int, other: str, begin: int, cuts: Cuts) -> int:
