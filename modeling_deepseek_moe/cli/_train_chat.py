@@ -1,5 +1,6 @@
 """One row of chat as tokens and labels: its messages checked, rendered by the tokenizer's template, what the assistant says marked."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -75,7 +76,7 @@ def encode_chat(
         ids, said = encoded["input_ids"], encoded["assistant_masks"]
     else:
         try:
-            spans = find_spans(text, messages, render, lambda text: _cuts(text, tokenizer))
+            spans = find_spans(text, messages, render, functools.cache(lambda text: _cuts(text, tokenizer)))
         except RenderError as error:
             raise ValueError(f"messages: the chat template has no generation marks, and {error}: {WAY_OUT}") from None
         ids, said = mask_spans(text, spans, tokenizer)
