@@ -91,6 +91,20 @@ def test_without_marks_as_with_them(tokenizer, name, chat):
 
 
 @pytest.mark.parametrize("name", MARKED)
+def test_without_marks_where_roles_are_no_tokens(name):
+    """Texts then share the first characters of a role's name with what else may stand there."""
+    tokenizer = make_tokenizer(count=300)
+    marked, arguments = MARKED[name]
+    chats = [CHATS[chat] for chat in ("two", "thoughts", "empty", "other-scripts")]
+    chats += [TOOL_CHATS[chat] for chat in ("call", "chain") if name in CALLING]
+    for messages in chats:
+        found = encode(tokenizer, plain(marked), messages, chat_template_kwargs=arguments)
+        wanted = encode(tokenizer, marked, messages, chat_template_kwargs=arguments)
+        assert learned(tokenizer, found) == learned(tokenizer, wanted)
+        assert found == wanted
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_marks_are_read_as_transformers_reads_them(tokenizer, name):
     marked, arguments = MARKED[name]
     messages = CHATS["two"]

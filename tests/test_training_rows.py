@@ -71,7 +71,7 @@ def test_rows_of_all_kinds_in_one_file(tokenizer, tmp_path):
 
 
 BAD = {
-    "messages-null": ({"messages": None}, "messages: found null, wanted a list"),
+    "messages-null": ({"messages": None}, "messages: found null, wanted a list of messages"),
     "messages-empty": ({"messages": []}, "messages: found an empty list"),
     "messages-number": ({"messages": 3}, "messages: found a number, wanted a list of objects"),
     "messages-text": ({"messages": "hello"}, "messages: found a text that is no JSON"),
@@ -213,6 +213,10 @@ def test_parquet_rows_have_no_fields_of_other_rows(tokenizer, tmp_path):
         (
             {"messages": [ASKED, SAID], "chat_template_kwargs": {"thinking": True}},
             "thinking: the chat template does not use it",
+        ),
+        (
+            {"messages": [ASKED, {**SAID, "weight": 0}]},
+            "weight: the chat template does not use it (2 times, first in line 1)",
         ),
         ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, "labels are other tokens than input_ids in their places"),
     ],

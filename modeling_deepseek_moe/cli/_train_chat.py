@@ -1,5 +1,6 @@
 """One row of chat as tokens and labels: its messages checked, rendered by the tokenizer's template, what the assistant says marked."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -23,6 +24,8 @@ from modeling_deepseek_moe.cli._train_spans import (
 from modeling_deepseek_moe.objective import IGNORE
 
 CHAT_COLUMNS = {"messages", "tools", "chat_template_kwargs"}
+# Those that are looked for in the chat itself, and names that only tie calls to results.
+MESSAGE_FIELDS = {"role", "content", "tool_calls", "tool_call_id", "id", *REASONING}
 # What a template, a sandbox for strangers' code, raises: jinja2's own errors are added where it is imported.
 TEMPLATE_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 WAY_OUT = "mark what the assistant says with {% generation %} ... {% endgeneration %}, or train on whole chats with --assistant_only_loss false"
@@ -44,7 +47,8 @@ def encode_chat(
     if tokenizer.chat_template is None:
         raise ValueError("messages: found no chat template in the tokenizer, wanted one")
     template = tokenizer.get_chat_template(settings.get("chat_template"), settings.get("tools"))
-    for name in settings.keys() - {"chat_template"}:
+    fields = {name for message in messages for name in message} - MESSAGE_FIELDS
+    for name in sorted((settings.keys() | fields) - {"chat_template"}):
         if not re.search(rf"\b{re.escape(name)}\b", template):
             note(f"{name}: the chat template does not use it")
     from jinja2 import TemplateError
@@ -72,7 +76,7 @@ def encode_chat(
         ids, said = encoded["input_ids"], encoded["assistant_masks"]
     else:
         try:
-            spans = find_spans(text, messages, render, lambda text: _cuts(text, tokenizer))
+            spans = find_spans(text, messages, render, functools.cache(lambda text: _cuts(text, tokenizer)))
         except RenderError as error:
             raise ValueError(f"messages: the chat template has no generation marks, and {error}: {WAY_OUT}") from None
         ids, said = mask_spans(text, spans, tokenizer)

@@ -18,6 +18,7 @@ logger = logging.get_logger(__name__)
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 # Of the kinds of row the first whose column a row has; what else it has is named as unused.
 COLUMNS = {"messages": CHAT_COLUMNS, "text": {"text"}, "input_ids": {"input_ids", "labels", *MASKS}}
+WANTED = {"messages": "a list of messages", "text": "text", "input_ids": "a list of whole numbers"}
 
 
 class Remarks:
@@ -88,7 +89,7 @@ def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, assistant_only: bool, 
     if column is None:
         empty = next((name for name in COLUMNS if name in row), None)
         if empty is not None:
-            raise ValueError(f"{empty}: found null, wanted {'text' if empty == 'text' else 'a list'}")
+            raise ValueError(f"{empty}: found null, wanted {WANTED[empty]}")
         raise ValueError(f"found columns {list(row)}, wanted one of {', '.join(COLUMNS)}")
     for name, value in row.items():
         if name not in COLUMNS[column] and value is not None:

@@ -78,9 +78,7 @@ def _span(text: str, messages: list[Message], index: int, render: Render, cuts: 
     if prompt is not None and text.startswith(prompt):
         start = len(prompt)
     else:
-        differs = min(_shared(text, other) for other in others)
-        start = max((cut for cut in cuts(text) if cut <= differs), default=0)
-        start = _after_prompt(text, start, render, cuts)
+        start = _start(text, others, render, cuts)
     end = len(text) - _shared(text[::-1], others[0][::-1])
     changed_turn = _attempt(render, [*messages[:index], changed(messages[index])], False)
     if turn is None or changed_turn is None:
@@ -89,8 +87,11 @@ def _span(text: str, messages: list[Message], index: int, render: Render, cuts: 
     return start, max(start, end + _shared_tokens(text, end, turn, begin, cuts))
 
 
-def _after_prompt(text: str, start: int, render: Render, cuts: Cuts) -> int:
-    """Where a turn begins that the chat opens as the prompt does, at least in part."""
+def _start(text: str, others: list[str], render: Render, cuts: Cuts) -> int:
+    """Where a turn begins whose prompt the chat does not begin with: at its first word, or where the chat would go on otherwise."""
+    differs = [(_shared(text, other), other) for other in others]
+    words = [place for place, other in differs if other[place:].startswith(MARK[0])]
+    start = min([*words, *(_shared_tokens(text, 0, other, 0, cuts) for place, other in differs if place not in words)])
     question = [{"role": "user", "content": mark(0)}]
     asked, prompted = _attempt(render, question, False), _attempt(render, question, True)
     if asked is None or prompted is None or not prompted.startswith(asked):
@@ -98,7 +99,11 @@ def _after_prompt(text: str, start: int, render: Render, cuts: Cuts) -> int:
     before, prompt = text[:start].rstrip(), prompted[len(asked) :]
     if prompt and before.endswith(prompt):
         return len(before)  # a blank after the prompt is the turn's own, as in V2's template
-    return start + _shared_tokens(text, start, prompted, len(asked), cuts)
+    # where the chats part may lie within the prompt, if what else stands there begins by the same characters
+    places = range(max(0, start - len(prompt)), start + 1)
+    across = [at for at in places if at + _shared(text[at : at + len(prompt)], prompt) > start]
+    opened = [at + _shared_tokens(text, at, prompted, len(asked), cuts) for at in across]
+    return min([max([start, *opened]), *(place for place in words if place >= start)])
 
 
 def _shared_tokens(text: str, place: int, other: str, begin: int, cuts: Cuts) -> int:
