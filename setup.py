@@ -24,7 +24,7 @@ extras = {
     "peft": ["peft"],
     "eval": ["lm-eval", "math-verify", "scipy"],
     "gpu": ["triton; sys_platform == 'linux'"],
-    "train": ["heavyball", "matplotlib", "pyarrow"],
+    "train": ["heavyball", "pyarrow"],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 # Tools that the tests plug the models into; transformers imports torchao wherever it finds it, half a second per start.
@@ -112,7 +112,7 @@ setup(
     package_data={
         "": [
             *("**/*.yaml", "**/*.txt", "**/*.jsonl", "py.typed"),
-            *("**/*.json", "**/*.html", "**/*.js", "**/*.css"),  # of the evaluation report
+            *("**/*.json", "**/*.html", "**/*.js", "**/*.css"),  # of the reports
         ],
         f"{NAME}.tiny": ["checkpoint/*"],
         f"{NAME}.eval": ["tasks/**/*"],  # read by lm-eval as files

@@ -4,10 +4,13 @@ The samples hold every prompt, output and verdict, one question a line; scores a
 stored next to them. ``evaluation.json`` holds what it takes to run the same again.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
+from urllib.parse import quote
 
 from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.checkpoint.journal import to_json
@@ -16,6 +19,29 @@ FORMAT = 1
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"
 JOURNAL_FILE = "journal.jsonl"
+LONGEST_NAME = 150  # of a task in a file's name
+EVALUATION_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "suite": str,
+    "protocol": dict,
+    "tasks": list,
+    "versions": dict,
+    "seeds": dict,
+    "date": str,
+}
+EVALUATION_TYPES |= {"seconds": (int, float), "command": str, "machine": str}
+QUESTION_TYPES: dict[str, type | tuple[type, ...]] = {"id": (str, int), "question": str, "prompt": str, "gold": str}
+QUESTION_TYPES |= {"outputs": list, "category": str}
+OUTPUT_TYPES: dict[str, type | tuple[type, ...]] = {"text": str, "answer": (str, NoneType), "right": bool}
+TASK_TYPES: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "benchmark": str,
+    "data": dict,
+    "rows": int,
+    "settings": dict,
+    "changed": tuple,
+    "harness": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +150,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation, samples: dict[str, It
     (folder / EVALUATION_FILE).unlink(missing_ok=True)
     for task, questions in samples.items():
         lines = (to_json(asdict(question)) + "\n" for question in questions)
-        write_file(folder / SAMPLES_FOLDER / f"{task}.jsonl", "".join(lines))
-    text = json.dumps(asdict(evaluation), indent=1, ensure_ascii=False, default=str)
+        write_file(_samples_file(folder, task), "".join(lines))
+    text = to_json(asdict(evaluation), indent=1, default=str)
     write_file(folder / EVALUATION_FILE, text + "\n")
 
 
@@ -133,7 +159,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     """
     Raises:
         FileNotFoundError: no finished evaluation in the folder.
-        ValueError: it is damaged, or of a later format.
+        ValueError: it is damaged, or of a later format; the message names the field.
     """
     file = Path(folder) / EVALUATION_FILE
     if not file.is_file():
@@ -145,8 +171,10 @@ def read_evaluation(folder: Path) -> Evaluation:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{file}: found format {found!r}, wanted {FORMAT}")
-    values = _checked(Evaluation, values, file)
-    tasks = tuple(TaskRun(**_checked(TaskRun, task, file)) for task in values["tasks"])
+    values = _typed(EVALUATION_TYPES, _checked(Evaluation, values, file), file)
+    entries = _typed({"fields": dict}, values["protocol"], f"{file}: protocol").get("fields", {})
+    _typed(dict.fromkeys(entries, dict), entries, f"{file}: protocol.fields")
+    tasks = tuple(TaskRun(**_typed(TASK_TYPES, _checked(TaskRun, task, file), file)) for task in values["tasks"])
     return Evaluation(**{**values, "tasks": tasks})
 
 
@@ -154,9 +182,9 @@ def read_questions(folder: Path, task: str) -> list[Question]:
     """
     Raises:
         FileNotFoundError: the task's samples are missing.
-        ValueError: a line is damaged; the message names it.
+        ValueError: a line is damaged, the message names it.
     """
-    file = Path(folder) / SAMPLES_FOLDER / f"{task}.jsonl"
+    file = _samples_file(Path(folder), task)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: found no samples, wanted those of the task {task!r}")
     questions = []
@@ -167,12 +195,33 @@ def read_questions(folder: Path, task: str) -> list[Question]:
                 values = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{where}: not JSON: {error}") from None
-            values = _checked(Question, values, where)
-            outputs = tuple(Output(**_checked(Output, output, where)) for output in values["outputs"])
+            values = _typed(QUESTION_TYPES, _checked(Question, values, where), where)
+            outputs = tuple(
+                Output(**_typed(OUTPUT_TYPES, _checked(Output, output, where), where)) for output in values["outputs"]
+            )
             if not outputs:
                 raise ValueError(f"{where}: found no outputs, wanted at least one")
             questions.append(Question(**{**values, "outputs": outputs}))
     return questions
+
+
+def _samples_file(folder: Path, task: str) -> Path:
+    """In the folder whatever the task is called: what may not stand in a file's name is written as in a web address."""
+    name = quote(task, safe="", errors="surrogatepass")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return folder / SAMPLES_FOLDER / f"{name}.jsonl"
+
+
+def _typed(kinds: Mapping[str, type | tuple[type, ...]], values: dict, where: object) -> dict:
+    for name, kind in kinds.items():
+        if name in values and not isinstance(values[name], kind):
+            raise ValueError(f"{where}: {name}: found {type(values[name]).__name__}, wanted {_kind_name(kind)}")
+    return values
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(one.__name__ for one in kind) if isinstance(kind, tuple) else kind.__name__
 
 
 def _checked(kind: type, values: object, where: object) -> dict:
@@ -184,4 +233,7 @@ def _checked(kind: type, values: object, where: object) -> dict:
         raise ValueError(f"{where}: found unknown field {unknown[0]!r} of {kind.__name__}")
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{where}: found no field {missing[0]!r} of {kind.__name__}")
-    return {name: tuple(value) if name == "changed" else value for name, value in values.items()}
+    return {
+        name: tuple(value) if name == "changed" and isinstance(value, list) else value
+        for name, value in values.items()
+    }

@@ -24,6 +24,7 @@ from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
+from modeling_deepseek_moe.terminal import shown
 
 logger = logging.get_logger(__name__)
 WAY_OUT = (
@@ -238,11 +239,11 @@ def _refuse_homeless(model: nn.Module, names: Iterable[str]) -> None:
     if homeless:
         raise ValueError(
             f"found {len(homeless)} tensors in the adapter that have no place in the model, wanted none: "
-            f"{', '.join(homeless[:3])}{', ...' if homeless[3:] else ''}"
+            f"{shown(', '.join(homeless[:3]), keep='')}{', ...' if homeless[3:] else ''}"
         )
     if left_out:
         logger.warning(
-            f"The model has {layers} layers: left out {len(left_out)} tensors of the adapter, {left_out[0]}"
+            f"The model has {layers} layers: left out {len(left_out)} tensors of the adapter, {shown(left_out[0], keep='')}"
         )
 
 

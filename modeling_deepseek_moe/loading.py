@@ -27,6 +27,7 @@ from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
+from modeling_deepseek_moe.terminal import shown
 from modeling_deepseek_moe.weights import EXPERT_KEY, LazyStack, LazyTensor, stack_sources
 
 logger = logging.get_logger(__name__)
@@ -125,7 +126,8 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
             sources = stack_sources(name, target.shape[0])
             if all(source in release.infos for source in chain.from_iterable(sources)):  # else missing as a whole
                 state[name] = _stack(release, sources, target)
-    return {name.removeprefix(prefix) if prefix else name: tensor for name, tensor in state.items()}
+    # what is no parameter's name is named by transformers, in a log: its control characters as text
+    return {shown(name.removeprefix(prefix), keep=""): tensor for name, tensor in state.items()}
 
 
 def _stack(release: Release, sources: list[list[str]], target: torch.Tensor) -> LazyStack:

@@ -9,7 +9,6 @@ from report_cases import make_questions, make_task, output, write_run
 from modeling_deepseek_moe.eval.report import write_report
 from modeling_deepseek_moe.eval.results import Question
 
-pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="needs Chromium and chromedriver")
 
 ATTACK = "<script>window.hit=1</script></script><img src=x onerror='window.hit=1'><svg onload='window.hit=1'>\"'&amp;"

@@ -14,11 +14,12 @@ from modeling_deepseek_moe.eval.code import sandbox
 from modeling_deepseek_moe.eval.code.sandbox import Limits, check, run, run_python
 
 try:
-    check()
+    READ_ONLY = check()
 except OSError as error:
     pytest.skip(f"no sandbox here: {error}", allow_module_level=True)
 
 QUICK = Limits(seconds=1.5)
+writes = pytest.mark.skipif(bool(READ_ONLY), reason=f"no folder to write in: {READ_ONLY}")
 
 
 def children():
@@ -107,9 +108,11 @@ for call in (lambda: os.memfd_create("x"), lambda: open("/dev/shm/x", "w")):
 print(libc.shmget(0, 1 << 30, 0o600))
 """
     result = run_python(source, limits=QUICK)
-    assert result.stdout.split() == [b"1", b"13", b"-1"], result.stderr
+    memfd, shm, segment = result.stdout.split()
+    assert memfd == b"1" and shm in (b"2", b"13") and segment == b"-1", result.stderr
 
 
+@writes
 def test_nothing_is_written_outside_the_folder(tmp_path):
     target, link = tmp_path / "target", tmp_path / "kept"
     link.write_text("kept")
@@ -150,7 +153,8 @@ def test_only_the_system_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     source = f"import os\nprint('HF_TOKEN' in os.environ)\nprint(open({str(secret)!r}).read())"
     result = run_python(source, limits=QUICK)
-    assert result.stdout == b"False\n" and b"PermissionError" in result.stderr
+    assert result.stdout == b"False\n"  # and it is not there, or, without a root of its own, may not be read
+    assert b"FileNotFoundError" in result.stderr or b"PermissionError" in result.stderr
     assert run_python(f"print(open('/proc/{os.getpid()}/environ').read())", limits=QUICK).verdict == "error"
 
 
@@ -183,6 +187,7 @@ print("done")
     assert result.verdict == "error" and b"done" not in result.stdout and b"rror" in result.stderr
 
 
+@writes
 def test_output_and_disk_are_limited():
     flood = "import sys\nwhile True: sys.stdout.write('x' * 1000000)"
     result = run_python(flood, limits=Limits(seconds=20, output=4 << 20))
@@ -195,6 +200,7 @@ def test_output_and_disk_are_limited():
     assert run_python(empty, limits=Limits(seconds=20, disk=1 << 20)).verdict == "disk"
 
 
+@writes
 def test_folders_that_are_hard_to_look_at_stop_nothing():
     deep = (
         "import os\nfor i in range(60):\n    os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('f' * 200, 'w').write('x')"

@@ -40,6 +40,7 @@ ALLOWED_NATIVE = {"__init__": {"ops._dispatch"}, "planning": {"ops._native"}}
 # other. "*" matches any text, dots too, and the first line that matches counts. A package's own name is its __init__.
 LAYERS = (
     "_version",
+    "terminal",
     "compat",
     "cgroups",
     "bitsandbytes_packing",
@@ -94,6 +95,10 @@ LAYERS = (
     "checkpoint.writer",
     "checkpoint.scales",
     "checkpoint",
+    "pages.texts",
+    "pages.document",
+    "pages.plots",
+    "pages",
     "weights",
     "anatomy",
     "planning",

@@ -128,7 +128,7 @@ def judge(problem: Problem, text: str) -> Verdict:
     slowest = 0.0
     limits = Limits(seconds=problem.seconds, memory=problem.memory)
     for number, (given, wanted) in enumerate(problem.tests, 1):
-        result = run_python(source, given.encode(), limits=limits)
+        result = run_python(source, given.encode(errors="surrogatepass"), limits=limits)
         slowest = max(slowest, result.seconds)
         got = result.stdout.decode(errors="replace")
         if result.verdict != "ok":

@@ -13,9 +13,11 @@ from dataclasses import asdict
 
 from modeling_deepseek_moe.eval.report.gather import Pair, Run, Task
 from modeling_deepseek_moe.eval.results import Output, Question
+from modeling_deepseek_moe.pages.texts import bounded
 
 PIECE = 64
 ANSWERS = 8  # distinct answers of a question that the index keeps
+ANSWER = 400  # characters of each: a list is searched by it, the whole is with the output
 NO_ANSWER, TRUNCATED = 1, 2  # flags of a row: at least one output is so
 
 
@@ -26,7 +28,7 @@ def script_json(value: object) -> str:
 
 def index(runs: Sequence[Run], pairs: Sequence[Pair]) -> dict:
     """The index. A row is ``[id, category number, question, gold, answers, right outputs, outputs, flags]``."""
-    tasks = [{"label": run.label, "tasks": [_task(task) for task in run.tasks]} for run in runs]
+    tasks = [{"label": bounded(run.label), "tasks": [_task(task) for task in run.tasks]} for run in runs]
     return {"piece": PIECE, "runs": tasks, "pairs": [_pair(pair, runs) for pair in pairs if pair.found]}
 
 
@@ -45,12 +47,17 @@ def _task(task: Task) -> dict:
     numbers = {name: number for number, name in enumerate(categories)}
     rows = [_row(question, numbers) for question in task.questions]
     suffix = " (sample rows)" if task.sample else ""
-    return {"task": task.facts.task, "name": task.name + suffix, "categories": categories, "rows": rows}
+    return {
+        "task": task.facts.task,
+        "name": task.name + suffix,
+        "categories": [bounded(name) for name in categories],
+        "rows": rows,
+    }
 
 
 def _row(question: Question, numbers: dict[str, int]) -> list:
     outputs = question.outputs
-    answers = list(dict.fromkeys(output.answer for output in outputs if output.answer is not None))[:ANSWERS]
+    answers = list(dict.fromkeys(output.answer[:ANSWER] for output in outputs if output.answer is not None))[:ANSWERS]
     flags = NO_ANSWER * any(output.answer is None for output in outputs)
     flags |= TRUNCATED * any(bool(output.truncated) for output in outputs)
     right = sum(output.right for output in outputs)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from modeling_deepseek_moe.eval.published import published
 from modeling_deepseek_moe.eval.report.gather import Run, Task
 from modeling_deepseek_moe.eval.results import BENCHMARKS
+from modeling_deepseek_moe.pages.plots import COLORS
 
-# Outlines of the measured bars, in turn: none is near a published colour, and each shows on white and on near-black.
-MEASURED_COLORS = ("#D9480F", "#0B8A6A", "#A63BB8", "#B7860B")
 SAMPLE_NOTE = (
     "These rows were written for this project in the benchmarks' formats. They are not the benchmarks: no published figure "
     "stands next to them."
@@ -53,6 +52,10 @@ class Figure:
     note: str = ""
 
     @property
+    def is_measured(self) -> bool:
+        return any(bar.measured for group in self.groups for bar in group.bars)
+
+    @property
     def legend(self) -> list[Bar]:
         """The first bar of each model: the published ones, then the measured in the order of their runs."""
         first = {}
@@ -62,18 +65,18 @@ class Figure:
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
-    """Those with something to show: an unpublished suite, of which only sample rows were run, has none of its own."""
+    """Those with something to show, what was measured first: an unpublished suite, of which only sample rows were run, has none."""
     tasks = [task for run in runs for task in run.tasks]
     found = []
     for suite in dict.fromkeys(run.evaluation.suite for run in runs):
         real = [task for task in tasks if runs[task.run].evaluation.suite == suite and not task.sample]
         found.append(_of_suite(suite, real, runs))
     found.append(_of_samples([task for task in tasks if task.sample], runs))
-    return [figure for figure in found if figure.groups]
+    return sorted((figure for figure in found if figure.groups), key=lambda figure: not figure.is_measured)
 
 
 def run_color(run: int) -> str:
-    return MEASURED_COLORS[run % len(MEASURED_COLORS)]
+    return COLORS[run % len(COLORS)]
 
 
 def _of_suite(suite: str, tasks: Sequence[Task], runs: Sequence[Run]) -> Figure:
@@ -90,8 +93,11 @@ def _of_suite(suite: str, tasks: Sequence[Task], runs: Sequence[Run]) -> Figure:
         bars += _measured([task for task in tasks if task.facts.benchmark == benchmark], runs)
         metric = table.metrics.get(benchmark, "") if table else ""
         groups.append(Group(BENCHMARKS.get(benchmark, benchmark), metric, tuple(bars)))
-    title = f"{suite}: compared with {table.title}" if table else f"{suite}: nothing was published to compare it with"
     shown = any(bar.measured for group in groups for bar in group.bars)
+    if table is None:
+        title = f"{suite}: nothing was published to compare it with"
+    else:
+        title = f"{suite}: compared with {table.title}" if shown else f"Published figures: {table.title}"
     note = "" if shown else "Nothing was measured on the benchmarks' own questions: published figures only."
     kept = tuple(group for group in groups if group.bars)
     return Figure(title, table.y_label if table else "Score (%)", kept, note)

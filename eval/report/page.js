@@ -4,6 +4,7 @@ const ID = 0, CATEGORY = 1, QUESTION = 2, GOLD = 3, ANSWERS = 4, RIGHT = 5, OUTP
 const NO_ANSWER = 1, TRUNCATED = 2;
 const PAGE = 50;          // questions on a page of the list
 const SHOWN = 20000;      // characters of a text shown before "show all"
+const LINE = 400;         // characters of a text in the list
 const KEPT = 6;           // unpacked pieces kept in memory
 
 const index = JSON.parse(document.getElementById("index").textContent);
@@ -130,8 +131,8 @@ function item(i) {
   const row = task().rows[i];
   const [kind, text] = verdict(row);
   const node = make("li"), details = make("details"), summary = make("summary");
-  const marks = [row[ID], task().categories[row[CATEGORY]]].filter(Boolean);
-  summary.append(make("span", `verdict ${kind}`, text), make("span", "what", row[QUESTION]));
+  const marks = [String(row[ID]).slice(0, LINE), task().categories[row[CATEGORY]]].filter(Boolean);
+  summary.append(make("span", `verdict ${kind}`, text), make("span", "what", row[QUESTION].slice(0, LINE)));
   const where = make("span", "where", marks.join(" · "));
   if (row[FLAGS] & TRUNCATED) where.prepend(make("span", "truncated", "truncated · "));
   summary.append(where);
@@ -207,7 +208,8 @@ function written(output, i, count) {
 }
 
 function pair(list, name, value) {
-  list.append(make("dt", "", name), make("dd", "", value));
+  const text = String(value);
+  list.append(make("dt", "", name), make("dd", "", text.length > SHOWN ? `${text.slice(0, SHOWN)}…` : text));
 }
 
 function long(text) {

@@ -1,24 +1,24 @@
-"""Writing a report: ``report.html``, one page that needs no network; ``chart.png``; and every number in ``report.json``."""
+"""Writing a report: ``report.html``, one page that needs no network; ``chart.svg``; and every number in ``report.json``."""
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from html import escape
+from datetime import datetime
 from pathlib import Path
 from string import Template
 
 from modeling_deepseek_moe import __version__
 from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.eval.published import published
-from modeling_deepseek_moe.eval.report import chart, explorer, svg, tables
+from modeling_deepseek_moe.eval.report import explorer, svg, tables
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import Pair, Run, gather, pairs
 from modeling_deepseek_moe.eval.statistics import LEVEL, METHOD
+from modeling_deepseek_moe.pages.document import document
+from modeling_deepseek_moe.pages.texts import label
 
 FOLDER = Path(__file__).parent
-PAGE, CHART, NUMBERS = "report.html", "chart.png", "report.json"
+PAGE, CHART, NUMBERS = "report.html", "chart.svg", "report.json"
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -26,15 +26,14 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 
     Raises:
         FileNotFoundError, ValueError: a folder without a finished evaluation, or a damaged one; none; or one twice.
-        ImportError: matplotlib is missing, or math-verify where answers to MATH are put to the vote.
+        ImportError: math-verify is missing, and answers to MATH are put to the vote.
     """
     runs = gather(folders)
     compared = pairs(runs)
     drawn = figures(runs)
-    image = chart.draw(drawn)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / CHART, image)
+    write_file(out / CHART, svg.image(drawn))
     write_file(out / NUMBERS, json.dumps(numbers(runs, compared), indent=1, default=str) + "\n")
     write_file(out / PAGE, page(runs, compared, svg.draw(drawn)))
     return out / PAGE
@@ -64,28 +63,33 @@ def numbers(runs: Sequence[Run], compared: Sequence[Pair]) -> dict:
 
 def page(runs: Sequence[Run], compared: Sequence[Pair], charts: str) -> str:
     """``charts``: the SVG figures."""
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     texts = "\n".join(f'<script type="text/plain" id="{name}">{text}</script>' for name, text in explorer.pieces(runs))
+    index = explorer.script_json(explorer.index(runs, compared))
     several = tables.several(runs)
     comparison = tables.comparisons(compared, runs)
-    return Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(" and ".join(run.label for run in runs)),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
-        about="".join(f"<li>{_about(run)}</li>" for run in runs),
+    body = Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
         scores=tables.scores(runs),
+        stock=tables.stock(runs),
         several=f"<h3>Several outputs to a question</h3>{several}" if several else "",
         categories=tables.categories(runs),
         intervals=METHOD,
         charts=charts,
         published=tables.beside_published(runs),
         comparison=f'<section id="comparison"><h2>Comparison</h2>{comparison}</section>' if comparison else "",
-        comparison_link='<a href="#comparison">Comparison</a>' if comparison else "",
         protocols=tables.protocols(runs),
-        index=explorer.script_json(explorer.index(runs, compared)),
-        texts=texts,
-        script=script,
-        version=escape(__version__),
+    )
+    links = [("scores", "Scores"), ("figure", "Figures"), ("protocol", "Protocol"), ("questions", "Questions")]
+    if comparison:
+        links.insert(2, ("comparison", "Comparison"))
+    return document(
+        "Evaluation",
+        " and ".join(run.label for run in runs),
+        about=map(_about, runs),
+        links=links,
+        body=body,
+        css=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        data=f'<script type="application/json" id="index">{index}</script>\n{texts}',
+        script=(FOLDER / "page.js").read_text(encoding="utf-8"),
     )
 
 
@@ -115,6 +119,14 @@ def _about(run: Run) -> str:
     facts = [str(fact) for fact in (model.get("dtype"), quantization) if fact]
     if isinstance(model.get("parameters"), int):
         facts.insert(0, f"{model['parameters']:,} parameters")
-    facts += [f"suite {run.evaluation.suite}", run.evaluation.date, f"{run.evaluation.seconds:,.0f} s"]
+    facts += [f"suite {run.evaluation.suite}", _when(run.evaluation.date), f"{run.evaluation.seconds:,.0f} s"]
     facts += [run.evaluation.machine] if run.evaluation.machine else []
-    return f"<b>{escape(run.label)}</b> {escape(' · '.join(facts))}"
+    return f"<b>{label(run.label)}</b> {label(' · '.join(facts), 300)}"
+
+
+def _when(date: str) -> str:
+    """``2026-11-24 12:00 UTC``; what is no such date as it is."""
+    try:
+        return f"{datetime.fromisoformat(date):%Y-%m-%d %H:%M %Z}"
+    except ValueError:
+        return date

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from modeling_deepseek_moe.terminal import shown
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DTYPES = {
     "F64": torch.float64,
@@ -40,8 +42,11 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be trusted: the message names file, tensor, what was found and what was wanted.
 
     Not a `ValueError`: `pipeline` takes those for "not this class" and loads the folder with transformers' own, with
-    random values for what is missing.
+    random values for what is missing. Names come from the checkpoint: their control characters are shown, not obeyed.
     """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class MisfitError(CheckpointError, RuntimeError):

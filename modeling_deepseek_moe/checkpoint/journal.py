@@ -11,13 +11,13 @@ from typing import Any
 from modeling_deepseek_moe.checkpoint.lock import try_lock
 
 
-def to_json(value: object) -> str:
-    """One line, as people read it; half a surrogate pair, which UTF-8 cannot hold, makes the line plain ASCII."""
-    text = json.dumps(value, ensure_ascii=False)
+def to_json(value: object, **options) -> str:
+    """As people read it, one line without ``options`` of json; half a surrogate pair, which UTF-8 cannot hold, makes it ASCII."""
+    text = json.dumps(value, ensure_ascii=False, **options)
     try:
         text.encode()
     except UnicodeEncodeError:
-        return json.dumps(value)
+        return json.dumps(value, **options)
     return text
 
 

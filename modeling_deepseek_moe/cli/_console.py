@@ -10,22 +10,52 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.markup import escape
+from rich.segment import Segment
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
+from modeling_deepseek_moe.terminal import shown
 
 DEBUG: ContextVar[bool] = ContextVar("DEBUG", default=False)
 # What this package and transformers raise for bad input: the message says it all.
 EXPECTED = (CheckpointError, ValueError, OSError, ImportError)
 
 
+class _Shown:
+    """A renderable without control characters, but for the line ends and the terminal's own styles."""
+
+    def __init__(self, renderable: ConsoleRenderable):
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+
+
+class _ShowControls(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(renderable) for renderable in renderables]
+
+
+class _Console(Console):
+    """Whatever is printed, names out of checkpoints and labels too, reaches the terminal as text."""
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, **options)
+        self.push_render_hook(_ShowControls())
+
+    def print(self, *objects, **options) -> None:
+        # texts before rich sees them, since it drops some control characters silently
+        super().print(*(shown(one) if isinstance(one, str) else one for one in objects), **options)
+
+
 def stdout() -> Console:
-    return Console(highlight=False)
+    return _Console()
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True)
 
 
 def guarded(command: Callable) -> Callable:
@@ -66,7 +96,7 @@ def help_text(command: Callable) -> str:
 
 
 def print_json(fields: dict) -> None:
-    typer.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+    typer.echo(shown(json.dumps(fields, indent=2, ensure_ascii=False)))
 
 
 def plural(number: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import torch
 import transformers
 import typer
+from rich.markup import escape
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +28,7 @@ from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import plural, rate, size, stderr
+from modeling_deepseek_moe.terminal import shown
 from modeling_deepseek_moe.tiny import tiny_checkpoint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
@@ -146,7 +149,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value, device_map=device_map, **options)
     if expert_memory is not None:
         model.set_expert_memory(expert_memory)
-    stderr().print(f"[dim]{folder} loaded in {time.perf_counter() - start:.1f} s[/]")
+    stderr().print(f"[dim]{escape(str(folder))} loaded in {time.perf_counter() - start:.1f} s[/]")
     return model.eval()
 
 
@@ -332,4 +335,11 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 def text_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     """Prints the answer, not the prompt, word by word."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+class _TextStreamer(TextStreamer):
+    """On a terminal, control characters of the text are shown; a file or a pipe gets the text as the model wrote it."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(shown(text) if sys.stdout.isatty() else text, stream_end)

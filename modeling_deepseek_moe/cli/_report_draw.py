@@ -1,67 +1,118 @@
-"""The drawings of ``deepseek-moe report``: curves, heat maps, and the page that holds them."""
+"""The page of ``deepseek-moe report`` for a training: last figures, curves, and where the experts' load went."""
 
-import base64
-import html
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from modeling_deepseek_moe.checkpoint.atomic import write_file
+from modeling_deepseek_moe.pages import plots
+from modeling_deepseek_moe.pages.document import document, table
+from modeling_deepseek_moe.pages.texts import label, words
 
 LOADS_FILE = "expert_load.jsonl"
 STATE_FILE = "trainer_state.json"
-LOSSES = ("loss", "lm_loss", "mtp_loss", "balance_loss", "eval_loss")
-BALANCE = ("max_vio", "max_vio_worst_layer", "max_vio_epoch", "load_entropy", "dead_experts", "bias_min", "bias_max")
+PAGE, NUMBERS = "report.html", "report.json"
 MOST_SLICES = 200  # of time in a heat map
+# Title, what it says, and the names in the log that are drawn together.
+LOSSES = (
+    ("Loss", "per label, of training and of held-out rows", ("lm_loss", "loss", "eval_loss")),
+    ("MTP loss", "of predicting the tokens after the next", ("mtp_loss",)),
+    ("Balance loss", "the sequence-wise loss that evens expert loads", ("balance_loss",)),
+)
+BALANCE = (
+    (
+        "Load violation",
+        "load of the busiest expert over the mean, less 1: 0 is even",
+        ("max_vio", "max_vio_worst_layer", "max_vio_epoch"),
+    ),
+    ("Load entropy", "of an expert's share of the tokens: 1 is even", ("load_entropy",)),
+    ("Dead experts", "got no token since the last log", ("dead_experts",)),
+    ("Selection bias", "smallest and largest correction of an expert's score", ("bias_min", "bias_max")),
+)
+COURSE = (
+    ("Learning rate", "", ("learning_rate",)),
+    ("Gradient norm", "before clipping", ("grad_norm",)),
+    ("Speed", "tokens per second", ("tokens_per_second",)),
+)
+CARDS = (
+    "step",
+    "epoch",
+    "lm_loss",
+    "loss",
+    "eval_loss",
+    "max_vio",
+    "load_entropy",
+    "dead_experts",
+    "tokens_per_second",
+)
+SAME = ("lm_loss", "loss"), ("max_vio", "max_vio_epoch")  # of a pair that is one curve, the first is drawn
 
 
 def draw(folder: Path, out: Path) -> tuple[Path, dict]:
-    """Draw into ``out``; the page, and the last figures that were logged.
+    """Report the training in ``folder`` into ``out``; the page, and the last figures that were logged.
 
     Raises:
         FileNotFoundError: no ``trainer_state.json`` in ``folder`` or its checkpoints.
-        ValueError: nothing was logged.
+        ValueError: nothing was logged, or a line of it is damaged.
     """
     history = read_history(folder)
     loads = read_loads(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = {"losses": curves(history, LOSSES, "loss")}
-    if any(name in entry for entry in history for name in BALANCE):
-        figures["balance"] = curves(history, BALANCE, "balance of the experts")
-    if loads:
-        figures["load"] = load_by_layer(loads)
-        figures["load-over-time"] = load_over_time(loads)
-    for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=120)
     last = {}
     for entry in history:
         last |= entry
-    page = out / "report.html"
-    write_file(page, _page(folder, last, {name: out / f"{name}.png" for name in figures}))
-    return page, last
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / NUMBERS, json.dumps({"format": 1, "last": last, "history": history}, indent=1) + "\n")
+    write_file(out / PAGE, page(folder, history, loads, last))
+    return out / PAGE, last
 
 
 def read_history(folder: Path) -> list[dict]:
     """What `Trainer` logged: of the folder, or else of its latest checkpoint."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
+    checkpoints = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     candidates = [folder, *reversed(checkpoints)]
     file = next((path / STATE_FILE for path in candidates if (path / STATE_FILE).is_file()), None)
     if file is None:
         raise FileNotFoundError(
             f"{folder}: found no {STATE_FILE}, there or in a checkpoint: is it a training's folder?"
         )
-    history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
-    if not history:
-        raise ValueError(f"{file}: found nothing logged, wanted at least one step of it")
+    try:
+        history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        steps = [entry["step"] + 0 for entry in history]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: found no log of a Trainer ({error}), wanted log_history with a step in each entry"
+        ) from None
+    if not steps:
+        raise ValueError(f"{file}: found nothing logged, wanted at least one step of it: logging_steps says how often")
     return history
 
 
 def read_loads(folder: Path) -> list[dict]:
     """``{"step": int, "load": {layer: [tokens of expert 0, ...]}}`` of each log; none where no telemetry was on."""
     file = next((path / LOADS_FILE for path in (folder, folder.parent) if (path / LOADS_FILE).is_file()), None)
-    return [] if file is None else [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if file is None:
+        return []
+    loads = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            shapes = {
+                layer: np.array(counts, dtype=float).shape
+                for layer, counts in entry["load"].items()
+                if int(layer) >= 0
+            }
+            if not entry["step"] >= 0 or any(len(shape) != 1 or not shape[0] for shape in shapes.values()):
+                raise ValueError("no step, or no counts")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file}:{number}: found no expert loads ({error}), wanted step, and load by layer"
+            ) from None
+        loads.append(entry)
+    return loads
 
 
 def relative(loads: list[dict], layer: str) -> np.ndarray:
@@ -71,67 +122,84 @@ def relative(loads: list[dict], layer: str) -> np.ndarray:
     return counts / np.maximum(counts.mean(1, keepdims=True), 1e-9)
 
 
-def curves(history: list[dict], names: tuple[str, ...], title: str) -> Figure:
-    present = [name for name in names if any(name in entry for entry in history)]
-    figure = Figure(figsize=(9, 2.1 * len(present)), layout="constrained")
-    for axes, name in zip(np.atleast_1d(figure.subplots(len(present), 1, sharex=True)), present, strict=True):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        axes.plot(*zip(*points, strict=True), linewidth=1.2)
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    axes.set_xlabel("step")
-    figure.suptitle(title)
-    return figure
+def page(folder: Path, history: Sequence[dict], loads: list[dict], last: dict) -> str:
+    sections = [("figures", "Last figures", _cards(last))]
+    for place, title, groups in (
+        ("losses", "Losses", LOSSES),
+        ("balance", "Balance of the experts", BALANCE),
+        ("course", "Course", COURSE),
+    ):
+        if drawn := "".join(_curves(history, *group) for group in groups):
+            sections.append((place, title, f'<div class="plots">{drawn}</div>'))
+    if loads:
+        sections.append(("load", "Expert load", _loads(loads)))
+    sections.append(("all", "All figures", _all(last)))
+    logged = f"{len(history):,} log entries, steps {history[0]['step']:,} to {history[-1]['step']:,}"
+    return document(
+        "Training",
+        folder.resolve().name,
+        about=[f"<b>{label(folder.resolve().name)}</b> {logged}"],
+        links=[(place, title) for place, title, _ in sections],
+        body="\n".join(f'<section id="{place}"><h2>{title}</h2>{body}</section>' for place, title, body in sections),
+    )
 
 
-def load_by_layer(loads: list[dict]) -> Figure:
-    """Layer × expert, over the last tenth of the training."""
+def _curves(history: Sequence[dict], title: str, about: str, names: Sequence[str]) -> str:
+    """The names that were logged, in one plot; nothing where none was."""
+    series = {}
+    for name in names:
+        points = [(entry["step"], entry[name]) for entry in history if isinstance(entry.get(name), int | float)]
+        if points:
+            series[name] = points
+    for kept, twin in SAME:
+        if kept in series and series.get(twin) == series[kept]:
+            del series[twin]
+    return plots.lines(title, about, series) if series else ""
+
+
+def _loads(loads: list[dict]) -> str:
+    """Layer by expert over the last tenth of the training, then expert by time, a layer each."""
     last = loads[-max(1, len(loads) // 10) :]
     layers = sorted(last[-1]["load"], key=int)
-    values = np.stack([relative(last, layer).mean(0) for layer in layers])
-    figure = Figure(figsize=(9, 1.5 + 0.3 * len(layers)), layout="constrained")
-    axes = figure.subplots()
-    _heat(figure, axes, values)
-    axes.set_yticks(range(len(layers)), layers)
-    axes.set(xlabel="expert", ylabel="layer", title=f"load ÷ mean, steps {last[0]['step']} to {last[-1]['step']}")
-    return figure
+    first, end = loads[0]["step"], loads[-1]["step"]
+    by_layer = [relative(last, layer).mean(0) for layer in layers]
+    whole = np.zeros((len(layers), max(map(len, by_layer))))
+    for row, values in zip(whole, by_layer, strict=True):
+        row[: len(values)] = values
+    about = f"steps {last[0]['step']:,} to {end:,}; blue is no token, white the mean, red twice the mean and more"
+    drawn = [plots.heat("All layers", about, whole, across=("expert", 0, whole.shape[1] - 1), down=("layer", layers))]
+    for layer in layers:
+        values = relative([line for line in loads if layer in line["load"]], layer).T
+        names = [str(expert) for expert in range(len(values))]
+        drawn.append(
+            plots.heat(f"Layer {layer}", "over time", values, across=("step", first, end), down=("expert", names))
+        )
+    return f'<p class="note">Tokens of each expert as a multiple of the layer\'s mean.</p><div class="plots">{"".join(drawn)}</div>'
 
 
-def load_over_time(loads: list[dict]) -> Figure:
-    """Expert × time, one heat map a layer."""
-    layers = sorted(loads[-1]["load"], key=int)
-    columns = min(3, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for axes, layer in zip(grid, layers, strict=False):
-        values = relative(loads, layer).T
-        extent = (loads[0]["step"], max(loads[-1]["step"], loads[0]["step"] + 1), len(values) - 0.5, -0.5)
-        _heat(figure, axes, values, extent)
-        axes.set(title=f"layer {layer}", xlabel="step", ylabel="expert")
-    for axes in grid[len(layers) :]:
-        axes.set_visible(False)
-    return figure
+def _cards(last: dict) -> str:
+    cards = [
+        f"<li><b>{_figure(last[name])}</b>{label(name.replace('_', ' '))}</li>"
+        for name in CARDS
+        if _is_number(last.get(name))
+    ]
+    return f'<ul class="figures">{"".join(cards)}</ul>'
 
 
-def _heat(figure: Figure, axes, values: np.ndarray, extent=None) -> None:
-    image = axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest", extent=extent)
-    figure.colorbar(image, ax=axes)
-
-
-def _page(folder: Path, last: dict, images: dict[str, Path]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:.6g}</td></tr>"
+def _all(last: dict) -> str:
+    rows = [
+        [f"<code>{label(name)}</code>", words(_figure(value))]
         for name, value in sorted(last.items())
-        if isinstance(value, int | float)
-    )
-    pictures = "".join(
-        f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
-        for name, file in images.items()
-    )
-    title = f"Training {html.escape(folder.resolve().name)}"
-    style = "body{font:15px sans-serif;margin:2em auto;max-width:60em}img{max-width:100%}td{padding:0 1em 0 0}"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1>{pictures}<h2>last figures</h2><table>{rows}</table></html>\n"
-    )
+        if _is_number(value)
+    ]
+    return f"<details><summary>{len(rows)} figures, each as last logged</summary>{table(('Name', 'Value'), rows)}</details>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _figure(value: float) -> str:
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    return plots.number(value)

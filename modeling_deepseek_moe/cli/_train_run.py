@@ -99,7 +99,9 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
         model.save_pretrained(training.output_dir, like=options.model and _local(options.model), **settings)
         tokenizer.save_pretrained(training.output_dir)
         kind = f"{form.title} release" if form else options.dtype
-        stdout().print(f"wrote {training.output_dir} ({kind}); deepseek-moe report {training.output_dir} draws it")
+        stdout().print(
+            f"wrote {training.output_dir} ({kind}); deepseek-moe report {training.output_dir} draws it", markup=False
+        )
 
 
 def _local(name: str) -> str | None:

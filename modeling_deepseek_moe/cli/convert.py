@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from modeling_deepseek_moe.cli._console import duration, plural, size, stderr, stdout
+from modeling_deepseek_moe.terminal import shown
 
 if TYPE_CHECKING:
     from modeling_deepseek_moe.conversion._job import Job
@@ -100,7 +102,7 @@ def convert(
         return
     with _progress(name, job.nbytes) as advance:
         _job.run(job, out, workers=workers, report=advance)
-    stdout().print(f"{out}: {size(job.nbytes)} in {_files(len(job.shards))}", soft_wrap=True)
+    stdout().print(f"{escape(str(out))}: {size(job.nbytes)} in {_files(len(job.shards))}", soft_wrap=True)
 
 
 def _foretell(job: "Job", out: Path, workers: int) -> None:
@@ -110,14 +112,14 @@ def _foretell(job: "Job", out: Path, workers: int) -> None:
     finished = _job.finished_shards(job, out)
     left = sum(plan.nbytes for shard, plans in job.shards.items() if shard not in finished for plan in plans)
     stdout().print(f"reads   {size(job.read_bytes)} in {_files(sum(len(s.reader.files) for s in job.sources))}")
-    stdout().print(f"writes  {size(job.nbytes)} in {_files(len(job.shards))} to {out}", soft_wrap=True)
+    stdout().print(f"writes  {size(job.nbytes)} in {_files(len(job.shards))} to {escape(str(out))}", soft_wrap=True)
     stdout().print(f"left    {size(left)}; {_files(len(finished))} finished")
     seconds = _job.estimate(job, out, finished, workers)
     stdout().print(f"takes   about {duration(seconds)} with --workers {workers}, going by a few tensors tried now")
     try:
         _job.check_space(job, out, finished)
     except OSError as error:
-        stdout().print(f"space   {error}", soft_wrap=True)
+        stdout().print(f"space   {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -143,7 +145,7 @@ def _verify(folder: Path, sums: Path | None, check: Path | None, workers: int) -
         result = verify.verify(folder, wanted, workers=workers, report=advance)
     for finding in result.findings:
         text = f"{'' if finding.fatal else 'note: '}{finding.where}: {finding.message}"
-        stdout().print(text, soft_wrap=True, markup=False)
+        stdout().print(shown(text, keep=""), soft_wrap=True, markup=False)
     if sums:
         verify.write_sums(sums, result.sums)
     read = f"{_files(len(result.sums))}, {size(result.nbytes)}"
@@ -163,7 +165,7 @@ def _diff(a: Path, b: Path) -> None:
     for difference in differences(one, two):
         found += 1
         text = f"{difference.name}: {difference.kind} {difference.detail}"
-        stdout().print(text.rstrip(), soft_wrap=True, markup=False)
+        stdout().print(shown(text.rstrip(), keep=""), soft_wrap=True, markup=False)
     if found:
         stdout().print(f"{plural(found, 'tensor')} {'differs' if found == 1 else 'differ'}")
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from modeling_deepseek_moe.cli import _model
@@ -173,9 +174,13 @@ def _show(done, out: Path, label: str, as_json: bool) -> None:
     stdout().print(_table(label, done.suite, scores))
     for task in done.tasks:
         if task.changed:
-            stdout().print(f"{task.benchmark} departs from {done.suite}: {'; '.join(task.changed)}", soft_wrap=True)
+            stdout().print(
+                f"{task.benchmark} departs from {done.suite}: {'; '.join(task.changed)}", soft_wrap=True, markup=False
+            )
     stdout().print(
-        f"{out} in {duration(done.seconds)}; page: deepseek-moe report {shlex.quote(str(out))}", soft_wrap=True
+        f"{out} in {duration(done.seconds)}; page: deepseek-moe report {shlex.quote(str(out))}",
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -188,12 +193,12 @@ def _check_installed() -> None:
 
 
 def _table(label: str, suite: str, scores: list[tuple]) -> Table:
-    table = Table(title=f"{label}, {suite}, in %; with 95 % intervals", title_justify="left")
+    table = Table(title=f"{escape(label)}, {suite}, in %; with 95 % intervals", title_justify="left")
     for name in ("", "score", "questions", "each", "no answer", "cut off", "lm-eval reads"):
         table.add_column(name, justify="right" if name else "left")
     for task, one in scores:
         table.add_row(
-            task.benchmark + (", sample rows" if task.data["source"] == "sample" else ""),
+            escape(task.benchmark) + (", sample rows" if task.data["source"] == "sample" else ""),
             f"{_percent(one.score)} ({_percent(one.low)} to {_percent(one.high)})",
             f"{one.n:,}" if one.n == task.rows else f"{one.n:,} of {task.rows:,}",
             f"×{one.k}",

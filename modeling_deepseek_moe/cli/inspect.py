@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from modeling_deepseek_moe.cli._console import count, plural, print_json, size, 
 from modeling_deepseek_moe.cli._model import SHIPPED, folder_or_tiny
 from modeling_deepseek_moe.engine.report import EngineReport
 from modeling_deepseek_moe.inspection import Inspection, inspect_checkpoint
+from modeling_deepseek_moe.terminal import shown
 
 TITLES = {
     "file": "files that cannot be read",
@@ -98,7 +100,7 @@ def show_architecture(architecture: dict[str, str], breakdown: ParameterBreakdow
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column()
     for name, text in architecture.items():
-        grid.add_row(name, text)
+        grid.add_row(name, Text(text))  # the config's own words are no markup
     for index, line in enumerate(parameters_lines(breakdown)):
         grid.add_row("" if index else "parameters", line)
     console.print(grid)
@@ -121,11 +123,11 @@ def _engine_dict(report: EngineReport) -> dict:
 def _show_engine(report: EngineReport, console: Console) -> None:
     console.print()
     if report.unavailable is not None:
-        console.print(f"[yellow]The CPU engine {report.unavailable}[/]")
+        console.print(f"[yellow]The CPU engine {escape(report.unavailable)}[/]")
         return
     table = Table("while decoding", "CPU engine", box=None, header_style="dim", pad_edge=False)
     for name, reason in report.lines():
-        table.add_row(name, "[green]native[/]" if reason is None else Text(reason, style="yellow"))
+        table.add_row(escape(name), "[green]native[/]" if reason is None else Text(reason, style="yellow"))
     console.print(table)
     console.print(f"{plural(report.calls, 'call')} of the engine for the layers of a token")
 
@@ -150,7 +152,7 @@ def _as_dict(found: Inspection) -> dict:
 
 def _show(found: Inspection, limit: int, console: Console) -> None:
     console.print(
-        f"[bold]{found.folder}[/]: {plural(found.total.tensors, 'tensor')}, {size(found.total.nbytes)}, "
+        f"[bold]{escape(found.folder)}[/]: {plural(found.total.tensors, 'tensor')}, {size(found.total.nbytes)}, "
         f"{plural(found.shards, 'file')}"
     )
     console.print()
@@ -175,7 +177,7 @@ def _show(found: Inspection, limit: int, console: Console) -> None:
     for header in ("tensors", "values", "bytes"):
         table.add_column(header, justify="right", no_wrap=True)
     for dtype, tally in sorted(found.dtypes.items(), key=lambda item: -item[1].nbytes):
-        table.add_row(dtype, f"{tally.tensors:,}", count(tally.values), size(tally.nbytes))
+        table.add_row(escape(dtype), f"{tally.tensors:,}", count(tally.values), size(tally.nbytes))
     console.print(table)
     console.print()
     _show_findings(found, limit, console)
@@ -187,7 +189,7 @@ def _show_findings(found: Inspection, limit: int, console: Console) -> None:
         console.print(f"[{style}]{len(findings):,} × {TITLES[kind]}[/]")
         for finding in findings[:limit]:
             where = f"{finding.where}: " if finding.where else ""
-            console.print(f"  {where}{finding.message}", markup=False, soft_wrap=True)
+            console.print(f"  {shown(where + finding.message, keep='')}", markup=False, soft_wrap=True)
         if len(findings) > limit:
             console.print(f"  ... and {len(findings) - limit:,} more (--limit, --json)")
     if found.is_loadable:

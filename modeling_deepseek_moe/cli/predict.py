@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import plural, stderr, stdout
@@ -119,7 +120,8 @@ def _questions(kind: Kind, data: Path | None) -> tuple[dict, list]:
     from modeling_deepseek_moe.eval.code.sandbox import check
 
     if kind is Kind.PROGRAMS:
-        check()
+        if reason := check():
+            stderr().print(f"[dim]programs can write no files here: {escape(reason)}[/]", soft_wrap=True)
         problems = read_problems(data or SAMPLES)
         return {problem.id: problem.prompt for problem in problems}, problems
     if kind is Kind.LIVECODEBENCH and data is not None:
@@ -146,17 +148,25 @@ def _hand_over(
         stdout().print(
             f"{out / 'submissions.jsonl'}: {plural(count, 'program')}; {plural(missing, 'answer')} without one",
             soft_wrap=True,
+            markup=False,
         )
         stdout().print(
-            f"have them judged, then: deepseek-moe predict codeforces --out {shlex.quote(str(out))} --judged FILE"
+            f"have them judged, then: deepseek-moe predict codeforces --out {shlex.quote(str(out))} --judged FILE",
+            markup=False,
         )
     else:
         file = out / "predictions.jsonl"
         count, empty = handover.swebench.write_predictions(file, label, texts)
-        stdout().print(f"{file}: {plural(count, 'prediction')}, {empty} of them without a patch", soft_wrap=True)
-        stdout().print("with Docker and swebench:", handover.swebench.command(file, out.name), soft_wrap=True)
         stdout().print(
-            f"then: deepseek-moe predict swebench --out {shlex.quote(str(out))} --judged REPORT.json", soft_wrap=True
+            f"{file}: {plural(count, 'prediction')}, {empty} of them without a patch", soft_wrap=True, markup=False
+        )
+        stdout().print(
+            "with Docker and swebench:", handover.swebench.command(file, out.name), soft_wrap=True, markup=False
+        )
+        stdout().print(
+            f"then: deepseek-moe predict swebench --out {shlex.quote(str(out))} --judged REPORT.json",
+            soft_wrap=True,
+            markup=False,
         )
 
 
@@ -171,4 +181,5 @@ def _say(out: Path, evaluation) -> None:
         f"{task.benchmark}: {100 * scores.score:.1f} % of {scores.n} right ({100 * scores.low:.1f} to "
         f"{100 * scores.high:.1f}){figures}; page: deepseek-moe report {shlex.quote(str(out))}",
         soft_wrap=True,
+        markup=False,
     )

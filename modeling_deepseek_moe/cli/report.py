@@ -20,11 +20,11 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder for the report.", show_default="FOLDER/report")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Report a training or an evaluation: one HTML page that needs no network, PNG files, figures as JSON.
+    """Report a training or an evaluation: one HTML page that needs no network, and its figures as JSON.
 
     Of a training, losses and expert loads, from trainer_state.json and expert_load.jsonl: heat maps show the load of each expert
-    as a multiple of the mean, by layer and over time. Of evaluations, scores with intervals next to the published ones, and
-    every question with its answers; of two or more, where they differ and whether that can be chance.
+    as a multiple of the mean, by layer and over time. Of evaluations, scores with intervals next to the published ones (the chart as
+    chart.svg too), and every question with its answers; of two or more, where they differ and whether that can be chance.
 
     \b
     Examples:
@@ -32,10 +32,6 @@ def report(
       [cyan]deepseek-moe report runs/sft/checkpoint-500 --out drawings --json[/]
       [cyan]deepseek-moe report runs/eval-before runs/eval-after --out runs/comparison[/]
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError("report draws with matplotlib: pip install matplotlib") from None
     out = out or folders[0] / "report"
     if any((folder / "evaluation.json").is_file() for folder in folders):
         from modeling_deepseek_moe.eval.report import write_report
@@ -51,4 +47,4 @@ def report(
     if as_json:
         print_json(figures)
     else:
-        stdout().print(f"wrote {page}", soft_wrap=True)
+        stdout().print(f"wrote {page}", soft_wrap=True, markup=False)
