@@ -14,7 +14,7 @@ FAMILIES = {
     "mathematics": "layers rope masks cross_entropy attention_chunks attention moe block mtp objective modeling config "
     "tokens chat_template training",
     "machine": "ops formats quantized engine streaming cache paged machine cgroups",
-    "around": "_version compat adapters bitsandbytes_packing registration tiny __init__ cli eval conversion",
+    "around": "_version compat terminal pages adapters bitsandbytes_packing registration tiny __init__ cli eval conversion",
 }
 PATHS = {
     "a token": ("modeling", "block", "attention", "moe", "ops"),
