@@ -6,12 +6,12 @@ A question is a dict with ``id``, ``category``, ``question`` (the problem alone)
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from modeling_deepseek_moe.eval import extraction, math_scoring, prompts, scoring_process
+from modeling_deepseek_moe.eval import extraction, letters, math_scoring, prompts, scoring_process
 from modeling_deepseek_moe.eval.data import HUB, load_rows
-from modeling_deepseek_moe.eval.rows import ABSENT
+from modeling_deepseek_moe.eval.rows import ABSENT, LETTERS
 
 
 @dataclass(frozen=True)
@@ -22,27 +22,57 @@ class Scorer:
         read: text to answer, or None.
         equal: gold and answer to verdict.
         stock: question and text to what lm-eval's own task reads, and its verdict; None where it cannot be run.
+        others: further readings, keys of `letters.READINGS`: question and text to answer.
+        marks: question and text to keys of `letters.MARKS`.
     """
 
     read: Callable[[str], str | None]
     equal: Callable[[str, str], bool]
     stock: Callable[[dict, str], tuple[str | None, bool]] | None = None
+    others: dict[str, Callable[[dict, str], str | None]] = field(default_factory=dict)
+    marks: Callable[[dict, str], tuple[str, ...]] | None = None
 
 
 def judge(scorer: Scorer, question: dict, text: str, thinking: bool = False) -> dict:
-    """The fields ``answer``, ``right``, ``stock_answer`` and ``stock_right`` of an `Output`.
+    """The fields ``answer``, ``right``, ``stock_answer``, ``stock_right``, ``readings`` and ``marks`` of an `Output`.
 
     Args:
         thinking: what comes before ``</think>`` is no answer, and without it there is none.
     """
-    answer = scorer.read(extraction.after_thinking(text) if thinking else text)
-    right = answer is not None and scorer.equal(question["gold"], answer)
-    if scorer.stock is None:
-        return {"answer": answer, "right": right, "stock_answer": None, "stock_right": None}
-    # lm-eval's think_end_token does this: where thinking never ended, the thoughts are the answer
-    rest = text.rpartition(extraction.THINK_END)[2].lstrip() if thinking else text
-    stock_answer, stock_right = scorer.stock(question, rest)
-    return {"answer": answer, "right": right, "stock_answer": stock_answer, "stock_right": bool(stock_right)}
+    said = extraction.after_thinking(text) if thinking else text
+    answer = scorer.read(said)
+    judged: dict = {"answer": answer, "right": answer is not None and scorer.equal(question["gold"], answer)}
+    judged |= {"stock_answer": None, "stock_right": None, "readings": {}}
+    judged["marks"] = scorer.marks(question, said) if scorer.marks else ()
+    for name, read in scorer.others.items():
+        other = read(question, said)
+        judged["readings"][name] = {"answer": other, "right": other == question["gold"]}
+    if scorer.stock is not None:
+        # lm-eval's think_end_token does this: where thinking never ended, the thoughts are the answer
+        rest = text.rpartition(extraction.THINK_END)[2].lstrip() if thinking else text
+        stock_answer, stock_right = scorer.stock(question, rest)
+        judged |= {"stock_answer": stock_answer, "stock_right": bool(stock_right)}
+    return judged
+
+
+def judge_repeat(scorer: Scorer, question: dict, text: str, repeat: int, thinking: bool = False) -> dict:
+    """As `judge`, of the output of a repeat that may have had its options in another order.
+
+    The letters of the verdict are those of the first repeat, so that a vote counts options and not places; ``order`` and
+    ``prompt`` are of this one, where they differ.
+    """
+    order = question["orders"][repeat] if "orders" in question else ""
+    if not repeat or not order:
+        return judge(scorer, question, text, thinking)
+    places = dict(zip("ABCD", question["options"], strict=True))
+    asked = question | {"options": [places[letter] for letter in order], "gold": "ABCD"[order.index(question["gold"])]}
+    judged = judge(scorer, asked, text, thinking)
+    first = dict(zip("ABCD", order, strict=True))
+    for found in (judged, *judged["readings"].values()):
+        for name in ("answer", "stock_answer"):
+            if found.get(name):
+                found[name] = first.get(found[name].upper(), found[name])
+    return judged | {"order": order, "prompt": question["prompts"][repeat]}
 
 
 def _stock_mmlu_pro(question: dict, text: str) -> tuple[str | None, bool]:
@@ -79,15 +109,29 @@ def _same(gold: str, answer: str) -> bool:
     return gold == answer
 
 
+def _lenient(question: dict, text: str) -> str | None:
+    return letters.lenient_letter(text, LETTERS[: len(question.get("options", LETTERS))])
+
+
 SCORERS = {
-    "mmlu_pro": Scorer(extraction.mmlu_pro_letter, _same, _stock_mmlu_pro),
+    "mmlu_pro": Scorer(
+        extraction.mmlu_pro_letter,
+        _same,
+        _stock_mmlu_pro,
+        others={
+            "published": letters.published_letter,
+            "last": lambda _, text: letters.last_letter(text),
+            "lenient": _lenient,
+        },
+        marks=letters.marks,
+    ),
     "math500": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_math),
     "math": Scorer(extraction.minerva_answer, scoring_process.is_equal),
     "aime24": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_aime),
     "aime25": Scorer(scoring_process.math_answer, scoring_process.is_equal, _stock_aime),
     "aime26": Scorer(scoring_process.math_answer, scoring_process.is_equal),
     "hmmt_feb25": Scorer(scoring_process.math_answer, scoring_process.is_equal),
-    "gpqa_diamond": Scorer(extraction.simple_evals_letter, _same, _stock_gpqa),
+    "gpqa_diamond": Scorer(extraction.simple_evals_letter, _same, _stock_gpqa, others={"lenient": _lenient}),
 }
 
 
@@ -150,17 +194,24 @@ def math(data: str = HUB) -> tuple[list[dict], dict]:
     return questions, facts
 
 
-def gpqa_diamond(data: str = HUB) -> tuple[list[dict], dict]:
-    """Options in the order that simple-evals draws from ``Random(0)``, question after question."""
+def gpqa_diamond(data: str = HUB, k: int = 1) -> tuple[list[dict], dict]:
+    """Options in the order that simple-evals draws from ``Random(0)``: question after question, and again for each repeat.
+
+    A question has ``prompts`` and ``orders``, one of each of the k repeats; its ``prompt``, ``options`` and ``gold`` are those
+    of the first. An order says of A, B, C and D which letter that option has in the first repeat.
+    """
     rows, facts = load_rows("gpqa_diamond", "test", data)
     draw, questions = random.Random(0), []
-    for row in rows:
+    drawn = [[draw.sample(range(4), 4) for _ in rows] for _ in range(k)]
+    for number, row in enumerate(rows):
         given = [row["correct"], *(row[f"incorrect_{i}"] for i in (1, 2, 3))]
-        order = draw.sample(range(4), 4)
-        shown = row | {"options": [str(given[i]).strip() for i in order]}
+        orders = [repeat[number] for repeat in drawn]
+        shown = [row | {"options": [str(given[i]).strip() for i in order]} for order in orders]
         question = {"id": str(row["id"]), "category": row["category"] or "", "question": row["question"]}
-        question |= {"options": shown["options"], "gold": "ABCD"[order.index(0)], "prompt": prompts.gpqa(shown)}
-        questions.append(question)
+        question |= {"options": shown[0]["options"], "gold": "ABCD"[orders[0].index(0)]}
+        question |= {"prompts": [prompts.gpqa(one) for one in shown]}
+        question |= {"orders": ["".join("ABCD"[orders[0].index(i)] for i in order) for order in orders]}
+        questions.append(question | {"prompt": question["prompts"][0]})
     return questions, facts
 
 

@@ -2,20 +2,51 @@
 
 from collections.abc import Callable
 
+from lm_eval.api.task import ConfigurableTask
+
 from modeling_deepseek_moe.eval import benchmarks
 from modeling_deepseek_moe.eval.data import HUB
 
 
+class ReorderedTask(ConfigurableTask):
+    """A task whose every repeat has a prompt of its own: lm-eval asks the same prompt ``repeats`` times."""
+
+    def __init__(self, config: dict | None = None):
+        super().__init__(config={name: value for name, value in (config or {}).items() if name != "class"})
+
+    def construct_requests(self, doc: dict, ctx: str, **kwargs) -> list:
+        """
+        Raises:
+            ValueError: the prompt is not in the context as it was given, or there is not one for each repeat.
+        """
+        task, number, repeats = kwargs.pop("metadata")
+        if repeats != len(doc["prompts"]):
+            raise ValueError(
+                f"{task}: found {len(doc['prompts'])} prompts for {repeats} repeats, wanted k = {repeats}"
+            )
+        if doc["prompt"] not in ctx:
+            raise ValueError(f"{task}: found no prompt in the context, wanted a chat template that leaves it as it is")
+        requests = []
+        for i, prompt in enumerate(doc["prompts"]):
+            request = super().construct_requests(
+                doc, ctx.replace(doc["prompt"], prompt), metadata=(task, number, 1), **kwargs
+            )
+            request.idx = i
+            requests.append(request)
+        return requests
+
+
 def dataset(questions: Callable[..., tuple[list[dict], dict]], **settings):
-    """lm-eval's ``custom_dataset``; it hands over all of a task's metadata, of which ``data`` and ``shots`` are ours.
+    """lm-eval's ``custom_dataset``; it hands over all of a task's metadata, of which ``data``, ``shots`` and ``k`` are ours.
 
     From lm-eval's own command line: ``--metadata '{"data": "FOLDER"}'``.
     """
     import datasets
 
-    def load(data: str = HUB, shots: int | None = None, **_):
-        chosen = settings if shots is None or "shots" not in settings else settings | {"shots": shots}
-        rows, _ = questions(data=data, **chosen)
+    def load(data: str = HUB, shots: int | None = None, k: int | None = None, **_):
+        given = {"shots": shots, "k": k}
+        changed = {name: value for name, value in given.items() if value is not None and name in settings}
+        rows, _ = questions(data=data, **settings | changed)
         return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
 
     return load
@@ -26,7 +57,8 @@ def verdicts(benchmark: str, thinking: bool = False) -> Callable[[dict, list], d
     scorer = benchmarks.SCORERS[benchmark]
 
     def process(doc: dict, results: list) -> dict[str, float]:
-        judged = [benchmarks.judge(scorer, doc, text, thinking) for text in results[0]]  # all, by `keep_all`
+        texts = [text for repeats in results for text in repeats]  # all, by `keep_all`
+        judged = [benchmarks.judge_repeat(scorer, doc, text, i, thinking) for i, text in enumerate(texts)]
         scores = {"exact_match": sum(one["right"] for one in judged) / len(judged)}
         if scorer.stock is not None:
             scores["stock"] = sum(one["stock_right"] for one in judged) / len(judged)

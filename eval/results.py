@@ -56,6 +56,10 @@ class Output:
         tokens: how many the model wrote; None where unknown.
         truncated: the token limit ended it; None where unknown.
         scores: log-likelihood of each option, for a log-likelihood task.
+        readings: other readings of the same text, ``{name: {"answer", "right"}}``; names of `letters.READINGS`.
+        marks: what to look at, of `letters.MARKS`.
+        prompt, order: what the model saw, where a repeat had its options in another order than the question's prompt: of A, B,
+            C and D, which letter that option has there. ``answer`` and the readings are in the letters of the question's.
     """
 
     text: str
@@ -66,6 +70,10 @@ class Output:
     tokens: int | None = None
     truncated: bool | None = None
     scores: dict[str, float] | None = None
+    readings: dict[str, dict] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+    prompt: str | None = None
+    order: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +236,12 @@ def _checked(kind: type, values: object, where: object) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: found {type(values).__name__}, wanted the fields of {kind.__name__}")
     known = {one.name for one in fields(kind)}
-    needed = {name for name in known if name not in kind.__dict__ and name not in ("harness",)}
+    needed = {name for name in known if name not in kind.__dict__ and name not in ("harness", "readings")}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"{where}: found unknown field {unknown[0]!r} of {kind.__name__}")
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{where}: found no field {missing[0]!r} of {kind.__name__}")
     return {
-        name: tuple(value) if name == "changed" and isinstance(value, list) else value
+        name: tuple(value) if name in ("changed", "marks") and isinstance(value, list) else value
         for name, value in values.items()
     }

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from modeling_deepseek_moe.chat_template import THINK, THINK_END, check_arguments, prompt_end, taken_arguments
 from modeling_deepseek_moe.checkpoint.journal import Journal
-from modeling_deepseek_moe.eval.benchmarks import QUESTIONS, SCORERS, judge
+from modeling_deepseek_moe.eval.benchmarks import QUESTIONS, SCORERS, judge_repeat
 from modeling_deepseek_moe.eval.data import HUB
 from modeling_deepseek_moe.eval.harness import generation_kwargs
 from modeling_deepseek_moe.eval.identity import machine, model_facts, versions
@@ -191,8 +191,8 @@ def _load_tasks(runs: list[TaskRun], data: str) -> dict:
     """lm-eval's tasks, with the settings of the runs."""
     loaded = {}
     for run in runs:  # one by one: they may differ in the number of examples
-        shots = {"shots": run.settings["shots"]} if "shots" in run.settings else {}
-        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data), **shots})
+        chosen = {name: run.settings[name] for name in ("shots", "k") if name in run.settings}
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data), **chosen})
         part = manager.load([run.task])
         task = part["tasks"][run.task]
         if "max_tokens" in run.settings:
@@ -212,7 +212,7 @@ def _questions(lm: DeepseekLM, runs: list[TaskRun], samples: dict, thinking: boo
 
 
 def _question(lm: DeepseekLM, run: TaskRun, sample: dict, asked: Counter, thinking: bool) -> Question:
-    doc, (prompt, *rest) = sample["doc"], sample["arguments"][0]
+    doc, (prompt, *_) = sample["doc"], sample["arguments"][0]
     if "max_tokens" not in run.settings:
         scores = {"ABCDEFGHIJ"[i]: answer[0][0] for i, answer in enumerate(sample["resps"])}
         if any(math.isnan(score) for score in scores.values()):
@@ -223,10 +223,13 @@ def _question(lm: DeepseekLM, run: TaskRun, sample: dict, asked: Counter, thinki
         outputs = [Output(text="", answer=answer, right=answer == doc["gold"], scores=scores)]
     else:
         outputs = []
-        for _ in sample["resps"][0]:
-            made = lm.output(prompt, rest[0], asked[prompt])
-            asked[prompt] += 1
-            outputs.append(Output(**made, **judge(SCORERS[run.benchmark], doc, made["text"], thinking)))
+        asks = zip(sample["arguments"], sample["resps"], strict=True)
+        for words, options in ((words, options) for (words, options), repeats in asks for _ in repeats):
+            made = lm.output(words, options, asked[words])
+            asked[words] += 1
+            judged = judge_repeat(SCORERS[run.benchmark], doc, made["text"], len(outputs), thinking)
+            prompted = {"prompt": words} if "prompt" in judged else {}  # as the model saw it, template and all
+            outputs.append(Output(**made, **judged | prompted))
     return Question(
         id=doc["id"],
         question=doc["question"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from recorded import recorded as recorded_file
 from report_cases import make_questions, make_task, output, write_run
 
 from modeling_deepseek_moe.eval import extraction, published, report
@@ -20,8 +21,21 @@ from modeling_deepseek_moe.eval.results import BENCHMARKS, Question
 from modeling_deepseek_moe.eval.statistics import METHOD
 from modeling_deepseek_moe.pages import document
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SHARED, REPLAY = DATA / "published_scores.json", DATA / "mmlu_pro_280_replay.jsonl"
+# Figure 1 of the V3 report: MMLU-Pro, GPQA-Diamond, MATH-500, AIME 2024, Codeforces, SWE-bench Verified; and Table 3's base models.
+FIGURE_1 = {
+    "DeepSeek-V3": [75.9, 59.1, 90.2, 39.2, 51.6, 42.0],
+    "DeepSeek-V2.5": [66.2, 41.3, 74.7, 16.7, 35.6, 22.6],
+    "Qwen2.5-72B-Inst": [71.6, 49.0, 80.0, 23.3, 24.8, 23.8],
+    "Llama-3.1-405B-Inst": [73.3, 51.1, 73.8, 23.3, 25.3, 24.5],
+    "GPT-4o-0513": [72.6, 49.9, 74.6, 9.3, 23.6, 38.8],
+    "Claude-3.5-Sonnet-1022": [78.0, 65.0, 78.3, 16.0, 20.3, 50.8],
+}
+TABLE_3 = {
+    "DeepSeek-V2-Base": {"mmlu_pro": 51.4, "math": 43.4},
+    "Qwen2.5-72B-Base": {"mmlu_pro": 58.3, "math": 54.4},
+    "LLaMA-3.1-405B-Base": {"mmlu_pro": 52.8, "math": 49.0},
+    "DeepSeek-V3-Base": {"mmlu_pro": 64.4, "math": 61.6},
+}
 ATTACK = "<script>alert(1)</script></script><img src=x onerror=alert(1)><!--"
 
 
@@ -64,18 +78,10 @@ def bars(folder, *others):
     return {f.title: {g.title: [bar for bar in g.bars if bar.measured] for g in f.groups} for f in found}
 
 
-def test_published_equals_the_recorded_facts():
-    if not SHARED.is_file():
-        pytest.skip("needs published_scores.json")
-    facts = json.loads(SHARED.read_text())
+def test_published_equals_the_reports():
     ours = published.published("v3-chat")
-    scores = {model.name: list(model.scores.values()) for model in ours.models if model.figure}
-    assert scores == facts["figure1"]["scores"]
-    colors = {model.name: model.color for model in ours.models if model.figure}
-    assert colors == {name: color.split()[0] for name, color in facts["figure1"]["colors"].items()}
-    base = {model.name: model.scores for model in published.published("v3-base").models}
-    wanted = facts["base_table3"]["scores"]
-    assert base == {name: {"mmlu_pro": s["MMLU-Pro"], "math": s["MATH"]} for name, s in wanted.items()}
+    assert {model.name: list(model.scores.values()) for model in ours.models if model.figure} == FIGURE_1
+    assert {model.name: model.scores for model in published.published("v3-base").models} == TABLE_3
     r1 = next(model for model in published.published("r1").models if model.name == "DeepSeek-R1")
     assert sorted(r1.scores.values()) == [49.2, 71.5, 79.8, 84.0, 96.3, 97.3]
 
@@ -276,7 +282,7 @@ def test_comparison(tmp_path):
 def recorded(model):
     """The 280 recorded outputs of a model to MMLU-Pro, judged as a run judges them."""
     made = []
-    for row in map(json.loads, REPLAY.read_text(encoding="utf-8").splitlines()):
+    for row in map(json.loads, recorded_file("mmlu_pro_280_replay.jsonl").read_text(encoding="utf-8").splitlines()):
         text, gold = row["recorded"][model]["output"], row["answer"]
         answer, stock = extraction.mmlu_pro_letter(text), extraction.stock_mmlu_pro_letter(text)
         one = output(answer == gold, text, answer=answer, stock_answer=stock, stock_right=stock == gold)
@@ -285,7 +291,6 @@ def recorded(model):
     return made
 
 
-@pytest.mark.skipif(not REPLAY.is_file(), reason=f"needs {REPLAY.name}")
 def test_recorded_outputs_of_two_models(tmp_path):
     """139 by lm-eval's own scorer and 168 by the authors' chain, of 280; and two real models next to each other."""
     models = ("DeepSeek-Coder-V2", "gemini-1.5-pro-002")

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from eval_harness import small_model, tokenizer, write_math
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
+from recorded import recorded
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe.cli.app import app
@@ -22,7 +22,6 @@ from modeling_deepseek_moe.eval.protocols import protocol, read_protocols
 from modeling_deepseek_moe.eval.results import read_evaluation, read_questions
 from modeling_deepseek_moe.eval.run import TASKS, Changes, evaluate
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SHORT = Changes(max_tokens=16)
 
 
@@ -50,9 +49,7 @@ def through_lm_eval(task, texts, **metadata):
 
 @pytest.mark.parametrize("model, stock, ours", [("DeepSeek-Coder-V2", 139, 168), ("gemini-1.5-pro-002", 183, 183)])
 def test_recorded_outputs_through_the_whole_harness(tmp_path, model, stock, ours):
-    file = SHARED / "mmlu_pro_280_replay.jsonl"
-    if not file.is_file():
-        pytest.skip(f"needs {file.name}")
+    file = recorded("mmlu_pro_280_replay.jsonl")
     (tmp_path / "mmlu_pro.jsonl").write_bytes(file.read_bytes())
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     texts = {row["question"]: row["recorded"][model]["output"] for row in rows}

@@ -19,6 +19,7 @@ PIECE = 64
 ANSWERS = 8  # distinct answers of a question that the index keeps
 ANSWER = 400  # characters of each: a list is searched by it, the whole is with the output
 NO_ANSWER, TRUNCATED = 1, 2  # flags of a row: at least one output is so
+MARK_FLAGS = {"several": 4, "word": 8, "chance": 16}  # likewise
 
 
 def script_json(value: object) -> str:
@@ -60,6 +61,8 @@ def _row(question: Question, numbers: dict[str, int]) -> list:
     answers = list(dict.fromkeys(output.answer[:ANSWER] for output in outputs if output.answer is not None))[:ANSWERS]
     flags = NO_ANSWER * any(output.answer is None for output in outputs)
     flags |= TRUNCATED * any(bool(output.truncated) for output in outputs)
+    for mark, flag in MARK_FLAGS.items():
+        flags |= flag * any(mark in output.marks for output in outputs)
     right = sum(output.right for output in outputs)
     category = numbers[question.category]
     return [question.id, category, question.question, question.gold, answers, right, len(outputs), flags]
@@ -70,7 +73,7 @@ def _texts(question: Question) -> dict:
 
 
 def _output(output: Output) -> dict:
-    values = {name: value for name, value in asdict(output).items() if value is not None}
+    values = {name: value for name, value in asdict(output).items() if value is not None and value not in ({}, ())}
     if output.scores:
         values["scores"] = {option: f"{score:.3f}" for option, score in output.scores.items()}  # -inf is no JSON
     return values

@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from modeling_deepseek_moe.eval.benchmarks import SCORERS
 from modeling_deepseek_moe.eval.data import SAMPLE
+from modeling_deepseek_moe.eval.letters import MARKS, READINGS
 from modeling_deepseek_moe.eval.published import SIZES
 from modeling_deepseek_moe.eval.results import (
     BENCHMARKS,
@@ -16,7 +19,16 @@ from modeling_deepseek_moe.eval.results import (
     read_evaluation,
     read_questions,
 )
-from modeling_deepseek_moe.eval.statistics import Comparison, Scores, compare, summarise
+from modeling_deepseek_moe.eval.statistics import Comparison, Scores, compare, interval, summarise
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A score of other readings with its interval, shares of one."""
+
+    score: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,16 @@ class Task:
         rows: questions in the whole benchmark, which a local folder may hold in part; of sample rows, all there are.
         partial: fewer questions were asked than that.
         sample: asked on rows of this project, so that its score is not the benchmark's.
+        readings: scores of the same outputs read otherwise, by the names of `letters.READINGS`.
+        marks: of `letters.MARKS`, how many outputs have it.
     """
 
     run: int
     facts: TaskRun
     questions: Sequence[Question]
     scores: Scores
+    readings: dict[str, Reading] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -52,6 +68,11 @@ class Task:
         return self.facts.data.get("source") == SAMPLE
 
     @property
+    def as_published(self) -> Reading | None:
+        """The score read as the published figures were, where that is not the reading of the score itself."""
+        return None if self.sample else self.readings.get("published")
+
+    @property
     def headline(self) -> tuple[float, float | None, float | None] | None:
         """Value and interval on the published scale, percent; None where nothing was measured on that scale.
 
@@ -63,6 +84,9 @@ class Task:
             return None if value is None else (float(value), None, None)
         if self.scores.score is None:
             return None
+        if self.as_published is not None:
+            like = self.as_published
+            return 100 * like.score, 100 * like.low, 100 * like.high
         return 100 * self.scores.score, 100 * self.scores.low, 100 * self.scores.high
 
 
@@ -130,7 +154,21 @@ def _task(run: int, folder: Path, facts: TaskRun) -> Task:
         scores = summarise(questions, equal=_equal(facts.benchmark))
     except ValueError as error:
         raise ValueError(f"{folder}: {facts.task}: {error}") from None
-    return Task(run, facts, questions, scores)
+    outputs = [output for question in questions for output in question.outputs]
+    counts = {mark: sum(mark in output.marks for output in outputs) for mark in MARKS}
+    marks = {mark: count for mark, count in counts.items() if any(output.readings for output in outputs)}
+    return Task(run, facts, questions, scores, _readings(questions), marks)
+
+
+def _readings(questions: Sequence[Question]) -> dict[str, Reading]:
+    """Of those readings that every output has."""
+    found = {}
+    for name in READINGS:
+        if not questions or any(name not in output.readings for question in questions for output in question.outputs):
+            continue
+        scores = np.array([np.mean([o.readings[name]["right"] for o in question.outputs]) for question in questions])
+        found[name] = Reading(float(scores.mean()), *interval(scores))
+    return found
 
 
 def _equal(benchmark: str) -> Callable[[str, str], bool]:

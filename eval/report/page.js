@@ -1,7 +1,7 @@
 "use strict";
 // The questions of the report. What a model wrote is only ever set as textContent. Rows of the index:
 const ID = 0, CATEGORY = 1, QUESTION = 2, GOLD = 3, ANSWERS = 4, RIGHT = 5, OUTPUTS = 6, FLAGS = 7;
-const NO_ANSWER = 1, TRUNCATED = 2;
+const NO_ANSWER = 1, TRUNCATED = 2, SEVERAL = 4, WORD = 8, CHANCE = 16;
 const PAGE = 50;          // questions on a page of the list
 const SHOWN = 20000;      // characters of a text shown before "show all"
 const LINE = 400;         // characters of a text in the list
@@ -60,6 +60,9 @@ const KINDS = {
   mixed: (row) => row[RIGHT] > 0 && row[RIGHT] < row[OUTPUTS],
   none: (row) => row[FLAGS] & NO_ANSWER,
   truncated: (row) => row[FLAGS] & TRUNCATED,
+  several: (row) => row[FLAGS] & SEVERAL,
+  word: (row) => row[FLAGS] & WORD,
+  chance: (row) => row[FLAGS] & CHANCE,
 };
 
 // What a question is searched by; made once.
@@ -196,11 +199,16 @@ function written(output, i, count) {
     if (output.stock_right !== undefined) {
       pair(facts, "Stock lm-eval", `${output.stock_answer ?? "nothing"}: ${output.stock_right ? "right" : "wrong"}`);
     }
+    if (output.order) pair(facts, "Options in the order", `${output.order}, in the letters of the first output`);
+    for (const [name, read] of Object.entries(output.readings ?? {})) {
+      pair(facts, `Read: ${name}`, `${read.answer ?? "nothing"}: ${read.right ? "right" : "wrong"}`);
+    }
     pair(facts, "Tokens", output.tokens === undefined ? "unknown" : output.tokens.toLocaleString("en"));
     pair(facts, "Truncated", output.truncated === undefined ? "unknown" : output.truncated ? "yes, at the token limit" : "no");
     for (const [option, score] of Object.entries(output.scores ?? {})) pair(facts, `log p(${option})`, score);
     box.append(facts);
     if (!output.scores) box.append(long(output.text));
+    if (output.prompt) box.append(make("h5", "", "Its prompt"), long(output.prompt));
   };
   box.addEventListener("toggle", () => box.children.length > 1 || fillIn());
   box.open = i === 0;

@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
+from html import escape
 from pathlib import Path
 from string import Template
 
 from modeling_deepseek_moe import __version__
 from modeling_deepseek_moe.checkpoint.atomic import write_file
 from modeling_deepseek_moe.eval.published import published
-from modeling_deepseek_moe.eval.report import explorer, svg, tables
+from modeling_deepseek_moe.eval.report import explorer, readings, svg, tables
 from modeling_deepseek_moe.eval.report.figure import figures
 from modeling_deepseek_moe.eval.report.gather import Pair, Run, gather, pairs
 from modeling_deepseek_moe.eval.statistics import LEVEL, METHOD
@@ -70,6 +71,8 @@ def page(runs: Sequence[Run], compared: Sequence[Pair], charts: str) -> str:
     body = Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
         scores=tables.scores(runs),
         stock=tables.stock(runs),
+        readings=f"<h3>The same answers, read otherwise</h3>{others}" if (others := readings.readings(runs)) else "",
+        reading_note=f'<p class="note">{escape(note)}</p>' if (note := readings.note(runs)) else "",
         several=f"<h3>Several outputs to a question</h3>{several}" if several else "",
         categories=tables.categories(runs),
         intervals=METHOD,
@@ -105,6 +108,7 @@ def _run_numbers(run: Run) -> dict:
                 "partial": task.partial,
                 "sample": task.sample,
                 **asdict(task.scores),
+                **readings.numbers(task),
             }
             for task in run.tasks
         },

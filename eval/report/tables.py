@@ -143,6 +143,7 @@ def _measured_cell(run: Run, benchmark: str, color: str) -> str:
             value, low, high = task.headline
             interval = "" if low is None else f"<small>{low:.1f} – {high:.1f}</small>"
             part = f'<small class="part">{task.scores.n:,} of {task.rows:,}</small>' if task.partial else ""
+            part += "<small>read as published</small>" if task.as_published else ""
             mark = "*" if task.facts.changed else ""
             cells.append(f'<b style="--run:{color}" class="run">{value:.1f}{mark}</b>{interval}{part}')
     return "".join(cells) or '<span class="none">not measured</span>'
