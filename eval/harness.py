@@ -12,7 +12,10 @@ class ReorderedTask(ConfigurableTask):
     """A task whose every repeat has a prompt of its own: lm-eval asks the same prompt ``repeats`` times."""
 
     def __init__(self, config: dict | None = None):
-        super().__init__(config={name: value for name, value in (config or {}).items() if name != "class"})
+        kept = {name: value for name, value in (config or {}).items() if name != "class"}
+        # as many prompts as repeats, unless the caller's metadata says otherwise
+        kept["metadata"] = {"k": kept.get("repeats", 1)} | (kept.get("metadata") or {})
+        super().__init__(config=kept)
 
     def construct_requests(self, doc: dict, ctx: str, **kwargs) -> list:
         """

@@ -5,7 +5,6 @@ from modeling_deepseek_moe.eval.harness import ReorderedTask, dataset, keep_all,
 
 __all__ = ["ReorderedTask", "keep_all", "r1_questions", "r1_verdicts", "v3_questions", "v3_verdicts"]
 
-v3_questions = dataset(benchmarks.gpqa_diamond, k=1)
-r1_questions = dataset(benchmarks.gpqa_diamond, k=4)
+v3_questions = r1_questions = dataset(benchmarks.gpqa_diamond, k=1)
 v3_verdicts = verdicts("gpqa_diamond")
 r1_verdicts = verdicts("gpqa_diamond", thinking=True)
