@@ -176,13 +176,13 @@ class Knows(LM):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("task, k", [("dsr1_gpqa_diamond", 4), ("dsv3_gpqa_diamond", 1)])
+@pytest.mark.parametrize("task, k", [("dsv32_gpqa_diamond", 8), ("dsv3_gpqa_diamond", 1)])
 def test_every_repeat_through_lm_eval_has_its_order(tmp_path, task, k):
     manager = TaskManager(
         include_path=str(TASKS), include_defaults=False, metadata={"data": str(write_gpqa(tmp_path, 6))}
     )
     model = Knows()
-    end = "</think>" if task.startswith("dsr1") else ""
+    end = "</think>" if task.startswith("dsv32") else ""
     model_generate = model.generate_until
     model.generate_until = lambda requests: [end + text for text in model_generate(requests)]
     found = simple_evaluate(model, tasks=[task], task_manager=manager, bootstrap_iters=0)
