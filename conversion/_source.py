@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.checkpoint.contents import refuse_other_makers
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.ranges import read_range
@@ -28,6 +29,7 @@ class Source:
 
     def __init__(self, folder: str | Path, reader: CheckpointReader | None = None):
         self.folder = Path(folder)
+        refuse_other_makers(self.folder)
         self.reader = CheckpointReader.open(self.folder) if reader is None else reader
         self._lock = threading.Lock()
 

@@ -16,12 +16,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.checkpoint.contents import describe as describe_contents
+from modeling_deepseek_moe.checkpoint.contents import refuse_file, refuse_other_makers
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.config import (
     FAMILIES,
     DeepseekMoeConfig,
     quantization_fields,
 )
+from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.weights import release_tensors
 
@@ -44,18 +48,22 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
     """The config in a folder, or in a ``config.json`` given itself. Nothing else of the folder is read.
 
     Raises:
-        CheckpointError: a folder without one, or a file that is not JSON.
+        CheckpointError: a folder without one, a file that is not JSON, or weights that another maker quantised.
         ValueError: no such path, a ``model_type`` of another family, or fields that are refused by name.
     """
     file = Path(path)
     if not file.exists():
         raise ValueError(f"{file}: found no such file or folder, wanted a checkpoint folder or a {CONFIG_NAME}")
+    refuse_file(file)
     if file.is_dir():
+        refuse_other_makers(file)
         file /= CONFIG_NAME
+        if not file.exists() and (said := describe_contents(file.parent)) is not None:
+            raise CheckpointError(f"{file.parent}: {said}")
     fields = read_json(file, "the config of a checkpoint")
     model_type = fields.get("model_type")
-    if model_type not in CONFIGS:
-        raise ValueError(f"{file}: found model_type={model_type!r}, wanted one of {', '.join(CONFIGS)}")
+    if not isinstance(model_type, str) or model_type not in CONFIGS:
+        raise ValueError(f"{file}: found model_type={brief(model_type)}, wanted one of {', '.join(CONFIGS)}")
     try:
         return CONFIGS[model_type].from_dict(fields)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:

@@ -16,15 +16,17 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from modeling_deepseek_moe import formats
+from modeling_deepseek_moe import field_checks, formats
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.field_checks import MAX_EXPERTS, MAX_LAYERS  # noqa: F401 (the bounds of a config)
 
 # The name under which this package registers its own loader of the formats' `quant_method`s with transformers, in memory
 # only: the quantizer that transformers uses for other models' "fp8" stays as it is. `METHOD_FIELD` is the release's own.
 QUANT_METHOD, METHOD_FIELD = "deepseek_moe", "release_quant_method"
-# Far beyond any model, and few enough to be listed tensor by tensor: counts of a damaged or hostile config are refused
-# before a list of that length is made.
-MAX_LAYERS, MAX_EXPERTS = 4096, 1 << 18
+# What transformers' own quantisers saved, and load here: those that tests hold. Others it would skip with a warning, or
+# load in part.
+FOREIGN_METHODS = ("bitsandbytes", "torchao")
+BARE_ERRORS = (TypeError, AttributeError, KeyError, ArithmeticError, RecursionError)
 SCORING_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -114,6 +116,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs):
+        self._check_fields(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         # transformers recognises a latent-attention config, and sizes rotary tables, by these two.
@@ -121,6 +124,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
         self.head_dim = self.qk_rope_head_dim
         kwargs.pop("qk_head_dim", None)
         kwargs.pop("head_dim", None)
+        if not kwargs.get("quantization_config"):
+            kwargs.pop("quantization_config", None)  # null or {}: transformers would look for a method in it
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") in formats.methods():
             kwargs["quantization_config"] = in_memory(quantization)
@@ -128,14 +133,43 @@ class DeepseekMoeConfig(PreTrainedConfig):
             kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])  # the base class writes into it
         super().__post_init__(**kwargs)
 
+    def _check_fields(self, others: dict[str, Any]) -> None:
+        """What would fail without a name, or work without an effect, further on; ``others`` are undeclared fields."""
+        field_checks.check_names(type(self), others)
+        field_checks.check_texts("architectures", self.architectures)
+        field_checks.check_dtype("dtype", self.dtype)
+        field_checks.check_dtype("torch_dtype", others.get("torch_dtype"))
+        field_checks.check_rope("rope_scaling", others.get("rope_scaling"))
+        field_checks.check_rope("rope_parameters", self.rope_parameters)
+        if others.get("rope_theta") is not None:
+            field_checks.check_rope("config", {"rope_theta": others["rope_theta"]})
+        field_checks.drop_whole_context(others)
+        _check_quantization(others.get("quantization_config"))
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As `PreTrainedConfig.from_dict`; an error is a `ValueError` and names the file, where that is known."""
+        """As `PreTrainedConfig.from_dict`; an error is a `ValueError` and names the field, and the file where it is known."""
         folder = kwargs.get("name_or_path")
+        where = f"{folder}/config.json: " if folder else ""
         try:
             return super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(f"{folder}/config.json: {error}" if folder else str(error)) from error
+        except (StrictDataclassError, ValueError) as error:
+            raise ValueError(f"{where}{error}") from error
+        except BARE_ERRORS as error:
+            # what transformers says of a field that it did not look at first
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{where}{cls._culprit(config_dict)}, wanted what a config has there ({said})") from error
+
+    @classmethod
+    def _culprit(cls, fields: dict[str, Any]) -> str:
+        """The one field without which the others make a config."""
+        for name, value in fields.items():
+            try:
+                cls(**{other: fields[other] for other in fields if other != name})
+            except (StrictDataclassError, ValueError, *BARE_ERRORS):
+                continue
+            return f"{name}: found {field_checks.brief(value)}"
+        return f"found fields of wrong kinds among {', '.join(map(str, fields))}"
 
     def validate_architecture(self):
         """Called after every construction, by the base class."""
@@ -143,10 +177,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
         _one_of("topk_method", self.topk_method, TOPK_METHODS)
         _one_of("hidden_act", self.hidden_act, ACT2FN)
         _one_of("rope_scaling type", self.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
-        for name in ("moe_layer_freq", "num_hidden_layers", "hidden_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        self._check_counts()
+        field_checks.check_counts(self)
+        field_checks.check_numbers(self)
+        field_checks.check_rope_lists(self.rope_parameters, self.qk_rope_head_dim)
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
             raise ValueError(
                 f"qk_rope_head_dim={self.qk_rope_head_dim} must be even and at least 2: it turns in pairs"
@@ -178,27 +211,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
                 raise ValueError(f"topk_group={self.topk_group} must be in [1, n_group={groups}]")
             if self.topk_method == "noaux_tc" and experts // groups < 2:
                 raise ValueError(f"noaux_tc scores a group by its two best experts; n_group={groups} leaves fewer")
-
-    def _check_counts(self) -> None:
-        """Bounds on what is listed one by one: layers, and the experts of all of them."""
-        layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        experts = layers * (self.n_routed_experts or 0)
-        for name, value in (
-            ("num_nextn_predict_layers", self.num_nextn_predict_layers),
-            ("n_routed_experts", self.n_routed_experts or 0),
-            ("n_shared_experts", self.n_shared_experts or 0),
-        ):
-            if value < 0:
-                raise ValueError(f"{name}={value} must be at least 0")
-        if layers > MAX_LAYERS:
-            raise ValueError(
-                f"num_hidden_layers={self.num_hidden_layers} and num_nextn_predict_layers="
-                f"{self.num_nextn_predict_layers} must be at most {MAX_LAYERS} together"
-            )
-        if experts > MAX_EXPERTS:
-            raise ValueError(
-                f"n_routed_experts={self.n_routed_experts} must be at most {MAX_EXPERTS // layers} in {layers} layers"
-            )
+            if self.num_experts_per_tok > kept * (experts // groups):
+                raise ValueError(
+                    f"num_experts_per_tok={self.num_experts_per_tok} must be at most {kept * (experts // groups)}, the "
+                    f"experts of topk_group={kept} groups"
+                )
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer ``layer_idx`` (MTP layers count on from ``num_hidden_layers``) routes to experts."""
@@ -321,6 +338,26 @@ def own_format(config) -> formats.WeightFormat | None:
     """
     fields = quantization_fields(config)
     return formats.of_config(fields) if fields and fields.get("quant_method") in formats.methods() else None
+
+
+def _check_quantization(fields: Any) -> None:
+    """One rule for what a config announces, whichever door reads it.
+
+    Raises:
+        ValueError: no object, or a method or kind of weights that does not load here.
+    """
+    if not fields:
+        return
+    if not isinstance(fields, Mapping):
+        if hasattr(fields, "to_dict"):  # an object of transformers, put there by a caller
+            return
+        raise ValueError(f"quantization_config={field_checks.brief(fields)} must be an object or null")
+    fields = on_disk(fields)
+    method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+    if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
+        return
+    if method not in FOREIGN_METHODS:
+        formats.of_config(fields)
 
 
 def _one_of(name: str, value: Any, allowed) -> None:

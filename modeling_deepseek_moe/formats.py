@@ -20,6 +20,7 @@ from modeling_deepseek_moe.ops import block_fp8
 from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 Block = tuple[int, int]
+MAX_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ def by_name(name: str) -> WeightFormat:
     raise ValueError(f"{name!r} is not supported, wanted {' or '.join(repr(row.name) for row in FORMATS)}")
 
 
-def methods() -> set[str]:
+def methods() -> tuple[str, ...]:
     """Every ``quant_method`` of the table."""
-    return {row.method for row in FORMATS}
+    return tuple(dict.fromkeys(row.method for row in FORMATS))
 
 
 def of_config(fields: Mapping | None) -> WeightFormat | None:
@@ -180,7 +181,7 @@ def of_config(fields: Mapping | None) -> WeightFormat | None:
     if not rows:
         known = " or ".join(repr(method) for method in sorted(methods()))
         raise ValueError(
-            f"quantization_config: quant_method={fields.get('quant_method')!r} is not supported, only {known}"
+            f"quantization_config: quant_method={str(fields.get('quant_method'))[:80]!r} is not supported, only {known}"
         )
     for field in dict.fromkeys(field for row in rows for field in (*row.fields, *row.implied)):
         supported = [row._value(field) for row in rows]
@@ -190,11 +191,15 @@ def of_config(fields: Mapping | None) -> WeightFormat | None:
             known = " or ".join(repr(value) for value in dict.fromkeys(supported) if value is not None)
             raise ValueError(f"quantization_config: {field}={found!r} is not supported, only {known}")
     block = fields.get("weight_block_size") or rows[0].block
-    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or not all(type(size) is int and 0 < size <= MAX_BLOCK for size in block)
+    ):
         raise ValueError(
-            f"quantization_config: weight_block_size={block!r} is not supported, wanted two sizes above 0"
+            f"quantization_config: weight_block_size={str(block)[:80]!r} is not supported, wanted two sizes from 1 to {MAX_BLOCK}"
         )
-    return rows[0].in_blocks_of(block)
+    return rows[0].in_blocks_of((block[0], block[1]))
 
 
 def of_codes(dtype: torch.dtype) -> Iterator[WeightFormat]:

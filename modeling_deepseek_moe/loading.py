@@ -19,12 +19,17 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.bitsandbytes_packing import keep_readable
+from modeling_deepseek_moe.checkpoint.contents import describe, refuse_file, refuse_other_makers
+from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.index import has_weights
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
+from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
+from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
 from modeling_deepseek_moe.terminal import shown
@@ -194,6 +199,7 @@ class ReleaseLoadingMixin(ModelMixin):
             release = release_for(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
             state_dict = lazy_state_dict(model, release)
             _remember_bias_dtypes(model, release)
+            model.base_model.origin = Origin(release, model.dtype)
             loading.release = release = None  # the headers of all tensors: no one needs them now
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
@@ -219,8 +225,7 @@ class ReleaseLoadingMixin(ModelMixin):
         with _collector_paused():
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
-                folder = Path(path) / subfolder
-                reader = CheckpointReader.open(folder) if has_weights(folder) else None
+                reader = _open_folder(path, subfolder)
             token = _current.set(Loading(reader, bool(kwargs.get("output_loading_info"))))
             try:
                 return super().from_pretrained(path, *args, **kwargs)
@@ -275,6 +280,31 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _open_folder(path, subfolder: str) -> CheckpointReader | None:
+    """
+    Raises:
+        CheckpointError: a weights file instead of a folder, weights of another maker, or files that are no checkpoint.
+    """
+    folder = Path(path) / subfolder
+    refuse_file(folder)
+    refuse_other_makers(folder)
+    if (folder / "config.json").exists():
+        model_type = read_json(folder / "config.json", "the config of a checkpoint").get("model_type")
+        if model_type is not None and not isinstance(model_type, str):
+            raise CheckpointError(f"{folder / 'config.json'}: model_type: found {brief(model_type)}, wanted text")
+    if has_weights(folder):
+        return CheckpointReader.open(folder)
+    # adapters and pickles are transformers' to load or refuse
+    said = (
+        describe(folder)
+        if folder.is_dir() and not any(folder.glob("adapter_model*")) and not any(folder.glob("*.bin*"))
+        else None
+    )
+    if said is not None:
+        raise CheckpointError(f"{folder}: {said}")
+    return None
 
 
 def _remember_bias_dtypes(model: PreTrainedModel, release: Release) -> None:

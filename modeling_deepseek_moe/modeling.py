@@ -40,6 +40,7 @@ from modeling_deepseek_moe.mtp import DeepseekMtpLayer
 from modeling_deepseek_moe.objective import Objective
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION
 from modeling_deepseek_moe.ops.linear import project
+from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.paged import ContinuousLatentMixin
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.resizing import ResizingMixin
@@ -146,6 +147,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.rotary_emb = DeepseekRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.training_state: TrainingState | None = None
+        self.origin = Origin()  # of the files that it is loaded from, once it is
         for module in self.modules():
             if isinstance(module, DeepseekExperts):
                 module.register_load_state_dict_pre_hook(accept_release_keys)
@@ -173,6 +175,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """As every decoder of transformers; ``mla_path`` forces ``"absorbed"`` or ``"expanded"`` (``None``: by cost)."""
+        self.origin.check(self)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:

@@ -1,6 +1,5 @@
 """A checkpoint seen through a config: canonical names, FP8 weights with their scales, and where the two disagree."""
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +7,7 @@ from functools import cached_property
 import torch
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, MisfitError, TensorInfo
+from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, Scales
 from modeling_deepseek_moe.config import own_format
@@ -119,9 +119,14 @@ class Release:
         """The folder's own config; the one in memory where there is none, or none that is one of this family's."""
         file = self.reader.files[0].parent / "config.json"
         try:
-            return type(self.config).from_dict(json.loads(file.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return type(self.config).from_dict(read_json(file))
+        except (CheckpointError, ValueError):
             return self.config
+
+    @property
+    def announced_dtype(self) -> torch.dtype | None:
+        """What the folder's own config says that the model is computed in."""
+        return self._config_on_disk.dtype
 
     def _fits_on_disk(self, problem: Problem) -> bool:
         spec = release_tensors(self._config_on_disk).get(self.canonical(problem.name))

@@ -21,6 +21,7 @@ from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.hub import auto_map, shim_files
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.offloaded import with_offloaded
+from modeling_deepseek_moe.origin import is_same
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
@@ -202,7 +203,12 @@ def _plans(
     plans = []
     quantized = {name for name, spec in release_tensors(model.config).items() if spec.quantized} if form else set()
     prefix = "model." if model.base_model is model else ""
-    for name, tensor in _release_views(model, tensors):
+    views = list(_release_views(model, tensors))
+    kept = {} if release else model.base_model.origin.as_released({prefix + name: tensor for name, tensor in views})
+    for name, tensor in views:
+        if prefix + name in kept and prefix + name not in quantized:
+            plans.append(TensorPlan.of(name, kept[prefix + name]))
+            continue
         original = release and release.infos.get(prefix + name)
         if (
             original is not None
@@ -265,6 +271,8 @@ def _as_released(release: Release, name: str, key: str, tensor: torch.Tensor, ke
     if key.endswith(".e_score_correction_bias"):
         return []
     dtype = release.infos[key].dtype
+    if dtype != tensor.dtype and is_same(released := release.tensor(key), tensor):
+        return [TensorPlan.of(name, released)]
     return [TensorPlan(name, dtype, tuple(tensor.shape), lambda: tensor.to(dtype))]
 
 

@@ -14,10 +14,10 @@ from modeling_deepseek_moe.config import DeepseekMoeConfig
 
 # model tensor -> the release's projections of one expert, in the order in which they fill its rows
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight(_\w+)?$")
+EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.([0-9]{1,9})\.(gate_proj|up_proj|down_proj)\.weight(_\w+)?$")
 STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_\w+)?$")
-LAYER_KEY = re.compile(r"^model\.layers\.(\d+)\.")
-MTP_KEY = re.compile(r"^model\.layers\.(\d+)\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
+LAYER_KEY = re.compile(r"^model\.layers\.([0-9]{1,9})\.")
+MTP_KEY = re.compile(r"^model\.layers\.([0-9]{1,9})\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 
 
 class TensorSpec(NamedTuple):

@@ -8,6 +8,7 @@ from releases import SHAPES, same_bits, write_release
 from test_streaming import PROMPT, SLOT, load, logits
 
 from modeling_deepseek_moe import CheckpointError
+from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.streaming import reader
 
@@ -28,6 +29,7 @@ def mapped(folder):
 def own(folder, tmp_path, monkeypatch):
     """A folder to damage; whether its files changed is not looked at, so that reading finds out."""
     monkeypatch.setattr(MappedExperts, "check_seconds", 1e9)
+    monkeypatch.setattr(Origin, "check", lambda self, model: None)
     return shutil.copytree(folder, tmp_path / "own")
 
 

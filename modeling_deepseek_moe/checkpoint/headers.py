@@ -16,6 +16,7 @@ import torch
 
 from modeling_deepseek_moe.terminal import shown
 
+MAX_DIMS, MAX_NAME = 64, 1024  # a number in a name is one that Python turns into an integer
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DTYPES = {
     "F64": torch.float64,
@@ -35,6 +36,10 @@ DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
+# How a file begins that git-lfs put in the place of a large one; its first 8 bytes are no length that a header has.
+LFS_POINTER = b"version https://git-lfs"
+# Every entry has these once. Counted in the text, since a parser keeps only the last of two entries of one name.
+ENTRY_FIELDS = (b'"dtype"', b'"shape"', b'"data_offsets"')
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -91,6 +96,17 @@ def check_is_regular(file: Path, status: os.stat_result) -> None:
         raise CheckpointError(f"{file}: found {found}, wanted a regular file")
 
 
+def refuse_pointer(file: Path, head: bytes) -> None:
+    """
+    Raises:
+        CheckpointError: a file that begins with ``head`` stands for one that git-lfs has yet to fetch.
+    """
+    if head.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{file}: found a git-lfs pointer, wanted the file that it stands for: run `git lfs pull`, or download it"
+        )
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, from its header alone.
 
@@ -103,6 +119,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         size = status.st_size
         with file.open("rb") as stream:
             head = stream.read(8)
+            if head == LFS_POINTER[:8]:
+                refuse_pointer(file, head + stream.read(len(LFS_POINTER) - 8))
             header_bytes = int.from_bytes(head, "little")
             if len(head) < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
@@ -110,8 +128,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     "for the header it announces"
                 )
             text = stream.read(header_bytes)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: found no such file, wanted a safetensors shard") from None
+    except OSError as error:
+        found = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"a file that cannot be read ({error.strerror})"
+        )
+        raise CheckpointError(f"{file}: found {found}, wanted a safetensors shard") from None
     try:
         # a size such as 128.0 stays text: as a number it would pass for the integer that it equals
         header = json.loads(text, parse_float=str)
@@ -119,6 +142,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except (ValueError, RecursionError, AttributeError) as error:
         raise CheckpointError(f"{file}: found a header that is not JSON ({error}), wanted a JSON object") from None
 
+    longest = max(entries, key=len, default="")
+    if len(longest) > MAX_NAME:
+        raise CheckpointError(
+            f"{file}: tensor {longest[:60]}...: found a name of {len(longest)} characters, wanted at most {MAX_NAME}"
+        )
+    if any(text.count(field) != len(entries) for field in ENTRY_FIELDS):
+        _refuse_repeated(file, text)
     data_start = 8 + header_bytes
     tensors = _parse_entries(file, entries, data_start)
     end = data_start
@@ -130,6 +160,17 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         problem = "truncated" if size < end else "trailing bytes"
         raise CheckpointError(f"{file}: {problem}: found {size} bytes, wanted {end} as its header describes")
     return tensors
+
+
+def _refuse_repeated(file: Path, text: bytes) -> None:
+    def check(pairs: list[tuple[str, object]]) -> dict:
+        names = [name for name, _ in pairs]
+        for name in set(names):
+            if names.count(name) > 1:
+                raise CheckpointError(f"{file}: tensor or field {name}: found it twice in the header, wanted it once")
+        return dict(pairs)
+
+    json.loads(text, parse_float=str, object_pairs_hook=check)
 
 
 def _parse_entries(file: Path, entries: dict[str, dict], data_start: int) -> dict[str, TensorInfo]:
@@ -156,11 +197,15 @@ def _parse_entry(file: Path, name: str, entry: dict) -> tuple[_Kind, int, int]:
         dtype_name, shape = str(entry["dtype"]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: tensor {name}: found {entry!r}, wanted dtype, shape, data_offsets") from None
+        raise CheckpointError(
+            f"{file}: tensor {name}: found {str(entry)[:200]!r}, wanted dtype, shape, data_offsets"
+        ) from None
     if dtype_name not in DTYPES:
         raise CheckpointError(f"{file}: tensor {name}: found dtype {dtype_name}, wanted one of {', '.join(DTYPES)}")
     if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
-        raise CheckpointError(f"{file}: tensor {name}: found {entry!r}, wanted non-negative integers")
+        raise CheckpointError(f"{file}: tensor {name}: found {str(entry)[:200]!r}, wanted non-negative integers")
+    if len(shape) > MAX_DIMS:
+        raise CheckpointError(f"{file}: tensor {name}: found {len(shape)} dimensions, wanted at most {MAX_DIMS}")
     wanted = math.prod(shape) * DTYPES[dtype_name].itemsize
     if end - begin != wanted:
         raise CheckpointError(

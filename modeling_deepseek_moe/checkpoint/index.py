@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from modeling_deepseek_moe.checkpoint.contents import describe
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, check_is_regular
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.transaction import recover
@@ -22,7 +23,7 @@ def has_weights(folder: Path) -> bool:
 
 def _is_there(file: Path) -> bool:
     """As `Path.is_file`, but a pipe or a device, which would be opened sooner or later, is an error."""
-    if not file.exists() or file.is_dir():
+    if not _exists(file) or file.is_dir():
         return False
     check_is_regular(file, file.stat())
     return True
@@ -42,7 +43,8 @@ def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path]
     if _is_there(folder / WEIGHTS_NAME):
         return [folder / WEIGHTS_NAME], None
     if not _is_there(index_file):
-        raise CheckpointError(f"{folder}: found neither {WEIGHTS_NAME} nor {INDEX_NAME}, wanted one of them")
+        found = describe(folder) or f"found neither {WEIGHTS_NAME} nor {INDEX_NAME}, wanted one of them"
+        raise CheckpointError(f"{folder}: {found}")
     index = read_json(index_file, "metadata, weight_map")
     try:
         weight_map = index["weight_map"]
@@ -53,18 +55,31 @@ def resolve_shards(folder: Path, *, must_exist: bool = True) -> tuple[list[Path]
         raise CheckpointError(
             f"{index_file}: found no usable index ({error!r}), wanted metadata, weight_map"
         ) from None
-    shards = {str(shard): name for name, shard in reversed(weight_map.items())}  # with the first tensor of each
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.isprintable():
+            raise CheckpointError(
+                f"{index_file}: tensor {name}: found {str(shard)[:80]!r}, wanted the name of a shard"
+            )
+    shards = {shard: name for name, shard in reversed(weight_map.items())}  # with the first tensor of each
     for shard, name in sorted(shards.items()):
         path = PurePosixPath(shard.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in shard or not path.parts:
             raise CheckpointError(
                 f"{index_file}: tensor {name}: found shard path {shard!r}, wanted a path inside {folder}"
             )
-        if must_exist and not (folder / shard).exists():
+        if must_exist and not _exists(folder / shard):
             raise CheckpointError(f"{index_file}: tensor {name}: found no file {shard} in {folder}, wanted that shard")
         if must_exist:
             check_is_regular(folder / shard, (folder / shard).stat())
     return [folder / shard for shard in sorted(shards)], weight_map
+
+
+def _exists(file: Path) -> bool:
+    """As `Path.exists`; False too for a name that is too long, and for links in a circle."""
+    try:
+        return file.exists()
+    except OSError:
+        return False
 
 
 def index_text(shards: Mapping[str, list]) -> str:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from modeling_deepseek_moe.checkpoint.headers import CheckpointError, check_is_regular
+from modeling_deepseek_moe.checkpoint.headers import LFS_POINTER, CheckpointError, check_is_regular, refuse_pointer
+
+MAX_BYTES = 100_000_000  # ten times the index of DeepSeek-V3
 
 
 def read_json(file: Path, wanted: str = "a JSON object") -> dict:
@@ -13,13 +15,23 @@ def read_json(file: Path, wanted: str = "a JSON object") -> dict:
         wanted: what the file is there for, as an error is to say it.
 
     Raises:
-        CheckpointError: no such file, no regular file, not JSON, or JSON that is no object.
+        CheckpointError: no such file, no regular file, too large a one, not JSON, or JSON that is no object.
     """
     try:
-        check_is_regular(file, file.stat())
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: found no such file, wanted {wanted}") from None
+        status = file.stat()
+        check_is_regular(file, status)
+        if status.st_size > MAX_BYTES:
+            raise CheckpointError(f"{file}: found {status.st_size} bytes, wanted {wanted} of at most {MAX_BYTES}")
+        data = file.read_bytes()
+        refuse_pointer(file, data[: len(LFS_POINTER)])
+        value = json.loads(data.decode())  # UTF-8 without a mark before it, as whoever reads it after us wants it
+    except OSError as error:
+        found = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"a file that cannot be read ({error.strerror})"
+        )
+        raise CheckpointError(f"{file}: found {found}, wanted {wanted}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: found a file that is not JSON ({error}), wanted {wanted}") from None
     if not isinstance(value, dict):

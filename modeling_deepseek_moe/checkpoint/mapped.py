@@ -29,17 +29,32 @@ class _Identity(NamedTuple):
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
+    access: tuple[int, ...]  # mode, names, owner: what may change the last time without a byte being written
 
     @classmethod
     def of(cls, status: os.stat_result) -> "_Identity":
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        access = status.st_mode, status.st_nlink, status.st_uid, status.st_gid
+        return cls(
+            *(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns),
+            *(getattr(status, "st_ctime_ns", 0) if os.name == "posix" else 0, access),
+        )
 
     def is_like(self, other: "_Identity") -> bool:
         """Whether size and time agree. Devices and inodes do not last where a folder is mounted elsewhere or again."""
-        return self[2:] == other[2:]
+        return self[2:4] == other[2:4]
+
+    def is_written_since(self, other: "_Identity") -> bool:
+        """Whether the file that ``other`` was taken of has been written to, its times set back or not.
+
+        Another mode, owner or number of names explains a change of the inode.
+        """
+        if self[:2] != other[:2] or self[2:4] != other[2:4]:
+            return self[:2] == other[:2]
+        return self.ctime_ns != other.ctime_ns and self.access == other.access
 
     def __str__(self):
-        return f"{self.size} bytes written at {self.mtime_ns / 1e9:.6f}"
+        return f"{self.size} bytes written at {self.mtime_ns / 1e9:.6f} (inode changed at {self.ctime_ns / 1e9:.6f})"
 
 
 class _Mapping(NamedTuple):
@@ -120,7 +135,7 @@ class MappedFiles:
         except FileNotFoundError:
             raise _gone(file) from None
         found = _Identity.of(os.fstat(stream.fileno()))
-        if not found.is_like(self._wanted[file]):
+        if not found.is_like(self._wanted[file]) or found.is_written_since(self._wanted[file]):
             stream.close()
             raise _changed(file, found, self._wanted[file])
         return stream
@@ -139,7 +154,8 @@ class MappedFiles:
         if now - self._checked_at < seconds:
             return
         self._checked_at = now
-        for file, (wanted, memory, _) in self._mappings.items():
+        for file, mapping in self._mappings.items():
+            wanted, memory, _ = mapping
             size = memory.size()  # of the file that is mapped, whatever its name is now
             if size != wanted.size:
                 raise _changed(file, wanted._replace(size=size), wanted)
@@ -147,8 +163,10 @@ class MappedFiles:
                 found = _Identity.of(file.stat())
             except OSError:
                 continue  # deleted or out of reach: the mapping holds on to its bytes
-            if found[:2] == wanted[:2] and found != wanted:
+            if found.is_written_since(wanted):
                 raise _changed(file, found, wanted)
+            if found[:2] == wanted[:2] and found != wanted:
+                self._mappings[file] = mapping._replace(identity=found)
 
     def __deepcopy__(self, memo) -> "MappedFiles":
         return self

@@ -25,6 +25,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deepseek_moe.anatomy import read_config
+from modeling_deepseek_moe.checkpoint.contents import refuse_file
+from modeling_deepseek_moe.checkpoint.headers import LFS_POINTER, refuse_pointer
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import plural, rate, size, stderr
@@ -208,6 +210,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise ValueError(
             f"{folder}: found no tokenizer ({', '.join(TOKENIZER_FILES[:2])}), wanted one next to the weights"
         )
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                refuse_pointer(folder / name, file.read(len(LFS_POINTER)))
     if not trust_remote_code and tokenizer_is_code(folder):
         raise ValueError(
             f"{folder}: found a tokenizer that comes as Python code (auto_map in tokenizer_config.json), wanted one "
@@ -231,6 +237,7 @@ def tokenizer_is_code(folder: Path) -> bool:
 
 
 def _check_folder(folder: Path) -> None:
+    refuse_file(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: found no such folder, wanted a checkpoint folder")
 
