@@ -97,29 +97,16 @@ def evaluate(
         options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "journal": journal, "seed": seed}
         options["chat_template_args"] = shared["template_args"]
         lm = DeepseekLM(model, tokenizer=tokenizer, prefill=shared["prefill"], **options)
-        results = run_harness(
-            lm,
-            loaded,
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=0,  # the report has intervals of its own
-            system_instruction=shared["system_prompt"],
-            apply_chat_template=shared["chat_template"],
-        )
+        how = {"system_instruction": shared["system_prompt"], "apply_chat_template": shared["chat_template"]}
+        # bootstrap_iters: the report has intervals of its own
+        results = run_harness(lm, loaded, limit=limit, log_samples=True, bootstrap_iters=0, **how)
     samples = _questions(lm, runs, results["samples"], shared["thinking"])
     runs = [TaskRun(**vars(run) | {"harness": _plain(results["results"][run.task])}) for run in runs]
-    evaluation = Evaluation(
-        model=facts,
-        suite=suite,
-        protocol=chosen.record(benchmarks),
-        tasks=tuple(runs),
-        versions=versions(),
-        seeds={"sampling": seed},
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seconds=round(time.perf_counter() - start, 1),
-        command=command,
-        machine=machine(),
-    )
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    fields: dict[str, Any] = {"model": facts, "suite": suite, "protocol": chosen.record(benchmarks)}
+    fields |= {"tasks": tuple(runs), "versions": versions(), "machine": machine(), "seeds": {"sampling": seed}}
+    seconds = round(time.perf_counter() - start, 1)
+    evaluation = Evaluation(**fields, command=command, date=now, seconds=seconds)
     write_evaluation(out, evaluation, samples)
     return evaluation
 

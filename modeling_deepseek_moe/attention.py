@@ -111,8 +111,7 @@ class DeepseekAttention(nn.Module):
         Returns:
             ``[B, q, hidden_size]`` and the probabilities ``[B, H, q, kv]`` where the implementation gives them.
         """
-        batch, _, length, _ = q_nope.shape
-        new = c_kv, k_pe
+        (batch, _, length, _), new = q_nope.shape, (c_kv, k_pe)
         if cache is not None:
             c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
             if past_length is not None and not isinstance(cache, PagedLatents):

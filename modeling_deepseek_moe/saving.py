@@ -53,8 +53,7 @@ class ReleaseSavingMixin(ModelMixin):
     ) -> None:
         """Write config, generation config and weights in the release format.
 
-        Tensors stream to the disk one at a time (no second copy of the model); everything appears at once, or, after
-        an error, nothing does.
+        Tensors stream to the disk one at a time; everything appears at once, or, after an error, nothing does.
 
         Args:
             state_dict: what to save instead of the model's own, under the model's names.
@@ -72,18 +71,11 @@ class ReleaseSavingMixin(ModelMixin):
             ValueError: ``quantize`` is unknown, or another format than that of codes that the model holds; a weight to
                 quantise holds NaN or Inf; or weights were quantised in place.
         """
-        try:
-            form = None if quantize is None else formats.by_name(quantize)
-        except ValueError as error:
-            raise ValueError(f"quantize={error}") from None
+        form = _asked_for(quantize)
         tensors = with_offloaded(self) if state_dict is None else state_dict
         self._refuse_unknown_format(tensors)
         if self._saved_by_transformers(tensors, kwargs):
-            if quantize or remote_code or like:
-                raise ValueError(
-                    "quantize, like and remote_code need a plain model: no adapters, shards, offloading or variant"
-                )
-            self._refuse_mapped(save_directory, kwargs)
+            self._refuse_mapped(save_directory, kwargs, own=bool(quantize or remote_code or like))
             return super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
             )
@@ -92,31 +84,34 @@ class ReleaseSavingMixin(ModelMixin):
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"{save_directory}: found a file, wanted a directory to save into")
         release = None if like is None else Release(CheckpointReader.open(like), read_config(like))
-        if form and release and release.weight_format and release.weight_format.method == form.method:
-            form = release.weight_format
-        if form is not None:
-            form = self._format_held(form)
+        form = self._format_held(form, release)
         write_checkpoint(
             save_directory,
             _plans(self, tensors, form, release),
             max_shard_size=max_shard_size,
-            texts=self._texts(
-                form, remote_code, TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(save_directory)))
-            ),
+            texts=self._texts(form, remote_code, save_directory),
             show_progress=logging.is_progress_bar_enabled(),
         )
         if push_to_hub:
-            repo = kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory))
-            api = HfApi(token=kwargs.get("token"))
-            repo = api.create_repo(repo, exist_ok=True, private=kwargs.get("private")).repo_id
-            api.upload_folder(repo_id=repo, folder_path=save_directory, commit_message=kwargs.get("commit_message"))
+            _push(
+                save_directory,
+                **{name: kwargs.get(name) for name in ("repo_id", "token", "private", "commit_message")},
+            )
         return None
 
-    def _refuse_mapped(self, save_directory: str | os.PathLike, asked: Iterable[str]) -> None:
+    def _refuse_mapped(self, save_directory: str | os.PathLike, asked: Iterable[str], own: bool) -> None:
         """
+        Args:
+            own: whether something was asked for that transformers' saving does not know.
+
         Raises:
-            ValueError: mapped experts: they are no parameters, and transformers would write a checkpoint without them.
+            ValueError: so it was; or mapped experts: they are no parameters, and transformers would write a checkpoint
+                without them.
         """
+        if own:
+            raise ValueError(
+                "quantize, like and remote_code need a plain model: no adapters, shards, offloading or variant"
+            )
         is_adapter = getattr(self, "_hf_peft_config_loaded", False)
         if not is_adapter and any(isinstance(module, MappedExperts) for module in self.modules()):
             raise ValueError(
@@ -153,12 +148,18 @@ class ReleaseSavingMixin(ModelMixin):
             or any(not _is_plain(tensor) for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
         )
 
-    def _format_held(self, wanted: WeightFormat) -> WeightFormat:
+    def _format_held(self, wanted: WeightFormat | None, release: Release | None) -> WeightFormat | None:
         """The format of the codes that the model holds, in their blocks, if it holds any: others join them.
+
+        Else that of the ``release`` that is saved after, where it has the same kind of codes as is ``wanted``.
 
         Raises:
             ValueError: it is another than ``wanted``; codes are not turned into those of another format.
         """
+        if wanted is None:
+            return None
+        if release and release.weight_format and release.weight_format.method == wanted.method:
+            wanted = release.weight_format
         held = next(
             (m.weight_format for m in self.modules() if isinstance(m, QuantizedLinear | QuantizedExperts)), None
         )
@@ -169,7 +170,8 @@ class ReleaseSavingMixin(ModelMixin):
             )
         return held or wanted
 
-    def _texts(self, form: WeightFormat | None, remote_code: bool, for_trainer: object = None) -> dict[str, str]:
+    def _texts(self, form: WeightFormat | None, remote_code: bool, folder: str | os.PathLike = "") -> dict[str, str]:
+        for_trainer = TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(folder)))
         config = copy.deepcopy(self.config)
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.architectures = [self.release_architecture or type(self).__name__]
@@ -195,6 +197,23 @@ class ReleaseSavingMixin(ModelMixin):
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Neither offloaded nor sharded."""
     return tensor.device.type != "meta" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _asked_for(quantize: str | None) -> WeightFormat | None:
+    try:
+        return None if quantize is None else formats.by_name(quantize)
+    except ValueError as error:
+        raise ValueError(f"quantize={error}") from None
+
+
+def _push(
+    folder: str | os.PathLike, repo_id: str | None, token: str | None, private: bool | None, commit_message: str | None
+) -> None:
+    api = HfApi(token=token)
+    repo = api.create_repo(
+        repo_id or os.path.basename(os.path.normpath(folder)), exist_ok=True, private=private
+    ).repo_id
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message)
 
 
 def _plans(

@@ -16,52 +16,65 @@ if TYPE_CHECKING:
     from modeling_deepseek_moe.conversion._job import Job
 
 
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        help="fp8-to-bf16, bf16-to-fp8, dtype, reshard, hf-to-native, native-to-hf, mtp, merge-adapter, diff or "
+        "verify.",
+        show_default=False,
+    ),
+]
+SourceArgument = Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint folder.", show_default=False)]
+OutArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="OUT", help="A new folder; for diff the other one; verify has none.", show_default=False),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Say what would be read and written, how long it may take and whether it fits, then stop.",
+    ),
+]
+WorkersOption = Annotated[int, typer.Option(min=1, help="Shards written at a time.")]
+MaxShardSizeOption = Annotated[str, typer.Option(help="Maximum shard size, such as 5GB.")]
+DtypeOption = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default=False)]
+ScalesFromOption = Annotated[
+    Path | None, typer.Option(help="bf16-to-fp8: the release whose scales are kept.", show_default=False)
+]
+FormatOption = Annotated[
+    str | None, typer.Option(help="bf16-to-fp8: fp8 (the default) or fp8_ue8m0.", show_default=False)
+]
+WorldSizeOption = Annotated[int | None, typer.Option(help="hf-to-native: ranks.", show_default=False)]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="merge-adapter: the folder of a LoRA adapter.", show_default=False)
+]
+ActionOption = Annotated[str | None, typer.Option(help="mtp: drop, extract or graft.", show_default=False)]
+MtpFromOption = Annotated[
+    Path | None, typer.Option(help="mtp --action graft: the folder that has the module.", show_default=False)
+]
+Sha256Option = Annotated[Path | None, typer.Option(help="verify: write the files' sha256 here.", show_default=False)]
+CheckOption = Annotated[
+    Path | None, typer.Option(help="verify: a list of sha256 to compare with.", show_default=False)
+]
+
+
 def convert(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="fp8-to-bf16, bf16-to-fp8, dtype, reshard, hf-to-native, native-to-hf, mtp, merge-adapter, diff or "
-            "verify.",
-            show_default=False,
-        ),
-    ],
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint folder.", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="OUT", help="A new folder; for diff the other one; verify has none.", show_default=False
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Say what would be read and written, how long it may take and whether it fits, then stop.",
-        ),
-    ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Shards written at a time.")] = 2,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum shard size, such as 5GB.")] = "5GB",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default=False)] = None,
-    scales_from: Annotated[
-        Path | None, typer.Option(help="bf16-to-fp8: the release whose scales are kept.", show_default=False)
-    ] = None,
-    format: Annotated[  # noqa: A002 - what the option is called
-        str | None, typer.Option(help="bf16-to-fp8: fp8 (the default) or fp8_ue8m0.", show_default=False)
-    ] = None,
-    world_size: Annotated[int | None, typer.Option(help="hf-to-native: ranks.", show_default=False)] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="merge-adapter: the folder of a LoRA adapter.", show_default=False)
-    ] = None,
-    action: Annotated[str | None, typer.Option(help="mtp: drop, extract or graft.", show_default=False)] = None,
-    mtp_from: Annotated[
-        Path | None, typer.Option(help="mtp --action graft: the folder that has the module.", show_default=False)
-    ] = None,
-    sha256: Annotated[
-        Path | None, typer.Option(help="verify: write the files' sha256 here.", show_default=False)
-    ] = None,
-    check: Annotated[
-        Path | None, typer.Option(help="verify: a list of sha256 to compare with.", show_default=False)
-    ] = None,
+    name: NameArgument,
+    source: SourceArgument,
+    out: OutArgument = None,
+    dry_run: DryRunOption = False,
+    workers: WorkersOption = 2,
+    max_shard_size: MaxShardSizeOption = "5GB",
+    dtype: DtypeOption = None,
+    scales_from: ScalesFromOption = None,
+    format: FormatOption = None,  # noqa: A002 - what the option is called
+    world_size: WorldSizeOption = None,
+    adapter: AdapterOption = None,
+    action: ActionOption = None,
+    mtp_from: MtpFromOption = None,
+    sha256: Sha256Option = None,
+    check: CheckOption = None,
 ) -> None:
     """Convert a checkpoint, shard by shard, without a GPU.
 

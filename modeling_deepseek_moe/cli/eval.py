@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import duration, print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from modeling_deepseek_moe.eval.run import Changes
 
 DEFAULT_TASKS = "mmlu_pro,math500"
 # The small model that ships writes short answers and has a short context: how it departs from the protocol.
@@ -35,66 +38,82 @@ class CacheKind(StrEnum):
     STATIC = "static"
 
 
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", "-m", help="A checkpoint folder.", show_default="the small one that ships", rich_help_panel=WHAT
+    ),
+]
+SuiteOption = Annotated[
+    Suite,
+    typer.Option(
+        help="Whose prompts, limits and sampling: DeepSeek-V3 chat, R1, V3.2, Kimi K2.5, or V3-Base.",
+        rich_help_panel=WHAT,
+    ),
+]
+TasksOption = Annotated[
+    str,
+    typer.Option(
+        help="mmlu_pro, math500, gpqa_diamond, aime24; r1 and later: aime25, aime26, hmmt_feb25; v3-base: mmlu_pro, math.",
+        rich_help_panel=WHAT,
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="hub; a folder with mmlu_pro_test.jsonl, math500.jsonl ...; or sample: rows written for this project.",
+        show_default="hub; sample without --model",
+        rich_help_panel=WHAT,
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Evaluate only the first N questions of each task.", rich_help_panel=WHAT)
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the results; the same folder again goes on where it was interrupted.",
+        show_default="runs/eval-MODEL-SUITE",
+        rich_help_panel=WHAT,
+    ),
+]
+LabelOption = Annotated[
+    str | None,
+    typer.Option(help="The model's name in the report.", show_default="the folder's", rich_help_panel=WHAT),
+]
+BatchSizeOption = Annotated[
+    str, typer.Option(help="Rows at a time; auto: as many as fit into memory.", rich_help_panel=HOW)
+]
+CacheOption = Annotated[CacheKind, typer.Option(help="Kind of key-value cache.", rich_help_panel=HOW)]
+SeedOption = Annotated[int, typer.Option(help="Seed of sampling.", rich_help_panel=HOW)]
+ShotsOption = Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel=CHANGES)]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Maximum tokens per answer.", rich_help_panel=CHANGES)
+]
+KOption = Annotated[int | None, typer.Option(min=1, help="Answers to each question.", rich_help_panel=CHANGES)]
+TemperatureOption = Annotated[float | None, typer.Option(min=0, help="0: greedy.", rich_help_panel=CHANGES)]
+TopPOption = Annotated[
+    float | None, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.", rich_help_panel=CHANGES)
+]
+AsJsonOption = Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")]
+
+
 def eval(  # noqa: A001  the command's name
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", "-m", help="A checkpoint folder.", show_default="the small one that ships", rich_help_panel=WHAT
-        ),
-    ] = None,
-    suite: Annotated[
-        Suite,
-        typer.Option(
-            help="Whose prompts, limits and sampling: DeepSeek-V3 chat, R1, V3.2, Kimi K2.5, or V3-Base.",
-            rich_help_panel=WHAT,
-        ),
-    ] = Suite.V3_CHAT,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="mmlu_pro, math500, gpqa_diamond, aime24; r1 and later: aime25, aime26, hmmt_feb25; v3-base: mmlu_pro, math.",
-            rich_help_panel=WHAT,
-        ),
-    ] = DEFAULT_TASKS,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="hub; a folder with mmlu_pro_test.jsonl, math500.jsonl ...; or sample: rows written for this project.",
-            show_default="hub; sample without --model",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate only the first N questions of each task.", rich_help_panel=WHAT)
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for the results; the same folder again goes on where it was interrupted.",
-            show_default="runs/eval-MODEL-SUITE",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(help="The model's name in the report.", show_default="the folder's", rich_help_panel=WHAT),
-    ] = None,
-    batch_size: Annotated[
-        str, typer.Option(help="Rows at a time; auto: as many as fit into memory.", rich_help_panel=HOW)
-    ] = "auto",
-    cache: Annotated[
-        CacheKind, typer.Option(help="Kind of key-value cache.", rich_help_panel=HOW)
-    ] = CacheKind.DYNAMIC,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.", rich_help_panel=HOW)] = 1234,
-    shots: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.", rich_help_panel=CHANGES)] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens per answer.", rich_help_panel=CHANGES)
-    ] = None,
-    k: Annotated[int | None, typer.Option(min=1, help="Answers to each question.", rich_help_panel=CHANGES)] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy.", rich_help_panel=CHANGES)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.", rich_help_panel=CHANGES)
-    ] = None,
+    model: ModelOption = None,
+    suite: SuiteOption = Suite.V3_CHAT,
+    tasks: TasksOption = DEFAULT_TASKS,
+    data: DataOption = None,
+    limit: LimitOption = None,
+    out: OutOption = None,
+    label: LabelOption = None,
+    batch_size: BatchSizeOption = "auto",
+    cache: CacheOption = CacheKind.DYNAMIC,
+    seed: SeedOption = 1234,
+    shots: ShotsOption = None,
+    max_tokens: MaxTokensOption = None,
+    k: KOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     template_args: _model.TemplateArgumentsOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
@@ -102,13 +121,12 @@ def eval(  # noqa: A001  the command's name
     attention: _model.AttentionOption = None,
     device: _model.DeviceOption = "auto",
     expert_memory: _model.ExpertMemoryOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Score a model on MMLU-Pro, MATH-500 and others under DeepSeek's own protocol, and report it next to the published figures.
 
-    With no options it shows the whole path in minutes: the small model that ships, on rows written for this project in the
-    benchmarks' formats. Such scores are no benchmark's. Results go to a folder: every prompt, output and verdict, and a report
-    page; an interrupted run goes on when called again.
+    With no options it shows the whole path in minutes: the small model that ships, on rows in the benchmarks' formats, whose
+    scores are no benchmark's. A folder gets every prompt, output and verdict; an interrupted run goes on when called again.
 
     \b
     Examples:
@@ -124,41 +142,43 @@ def eval(  # noqa: A001  the command's name
 
     benchmarks = [name.strip() for name in tasks.split(",") if name.strip()]
     check_benchmarks(protocol(suite.value), benchmarks)
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
-        raise ValueError(f"--batch-size: found {batch_size!r}, wanted a number of at least 1, or auto")
+    _check_batch_size(batch_size)
     changes = Changes(shots=shots, max_tokens=max_tokens, temperature=temperature, top_p=top_p, k=k)
     changes = replace(changes, template_args=_model.read_template_arguments(template_args))
     if model is None:
-        from modeling_deepseek_moe.tiny import tiny_checkpoint
-
-        model, label, data = Path(tiny_checkpoint()), label or "tiny checkpoint", data or "sample"
-        small: dict[str, Any] = {name: part for name, part in SMALL.items() if getattr(changes, name) is None}
-        changes = replace(changes, **small)
-        stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
+        model, label, data, changes = _shipped(), label or "tiny checkpoint", data or "sample", _small(changes)
     label = label or model.resolve().name
-    out = out or Path("runs") / f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}"
+    out = out or Path("runs", f"eval-{label.replace(' ', '-').replace('/', '-')}-{suite.value}")
     tokenizer = _model.load_tokenizer(model, trust_remote_code)
-    prepare(tokenizer, suite=suite.value, benchmarks=benchmarks, data=data or "hub", changes=changes)
-    loaded = _model.load_model(
-        model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
-    )
-    done = evaluate(
-        loaded,
-        tokenizer,
-        suite=suite.value,
-        benchmarks=benchmarks,
-        out=out,
-        folder=model,
-        label=label,
-        data=data or "hub",
-        limit=limit,
-        changes=changes,
-        batch_size=batch_size,
-        cache=cache.value,
-        seed=seed,
-        command=shlex.join(["deepseek-moe", *sys.argv[1:]]),
-    )
+    asked: dict[str, Any] = {"suite": suite.value, "benchmarks": benchmarks, "data": data or "hub", "changes": changes}
+    prepare(tokenizer, **asked)
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
+    loaded = _model.load_model(model, **how, expert_memory=expert_memory)
+    asked |= {"folder": model, "label": label, "out": out, "limit": limit, "batch_size": batch_size}
+    done = evaluate(loaded, tokenizer, **asked, cache=cache.value, seed=seed, command=_command())
     _show(done, out, label, as_json)
+
+
+def _check_batch_size(text: str) -> None:
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise ValueError(f"--batch-size: found {text!r}, wanted a number of at least 1, or auto")
+
+
+def _command() -> str:
+    return shlex.join(["deepseek-moe", *sys.argv[1:]])
+
+
+def _small(changes: "Changes") -> "Changes":
+    """Within what the small model can: where nothing else was asked for."""
+    small: dict[str, Any] = {name: part for name, part in SMALL.items() if getattr(changes, name) is None}
+    return replace(changes, **small)
+
+
+def _shipped() -> Path:
+    from modeling_deepseek_moe.tiny import tiny_checkpoint
+
+    stderr().print("[dim]no --model: the small one that ships, short answers, no examples[/]")
+    return Path(tiny_checkpoint())
 
 
 def _show(done, out: Path, label: str, as_json: bool) -> None:

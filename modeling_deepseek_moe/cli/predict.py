@@ -3,7 +3,7 @@
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,35 +19,46 @@ class Kind(StrEnum):
     SWEBENCH = "swebench"
 
 
+KindArgument = Annotated[
+    Kind, typer.Argument(help="What for: own problems, LiveCodeBench, Codeforces, or SWE-bench Verified.")
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", help="A checkpoint folder.", show_default="the small one that ships"),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON lines: id, statement, tests; for livecodebench its rows; for codeforces problem, statement; for swebench instance_id, text.",
+        show_default="for programs, problems written for this project",
+    ),
+]
+OutOption = Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/KIND")]
+JudgedOption = Annotated[
+    Path | None,
+    typer.Option(help="Verdicts: JSON lines problem, rating, solved; for swebench the official harness' report."),
+]
+RatingsOption = Annotated[Path | None, typer.Option(help="CSV of rating, percentile: for codeforces' percentile.")]
+LabelOption = Annotated[str | None, typer.Option(help="The model's name.", show_default="the folder's")]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0: greedy.")]
+TopPOption = Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.")]
+BatchSizeOption = Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")]
+
+
 def predict(
-    kind: Annotated[
-        Kind, typer.Argument(help="What for: own problems, LiveCodeBench, Codeforces, or SWE-bench Verified.")
-    ],
-    model: Annotated[
-        Path | None,
-        typer.Option("--model", "-m", help="A checkpoint folder.", show_default="the small one that ships"),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON lines: id, statement, tests; for livecodebench its rows; for codeforces problem, statement; for swebench instance_id, text.",
-            show_default="for programs, problems written for this project",
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/KIND")] = None,
-    judged: Annotated[
-        Path | None,
-        typer.Option(help="Verdicts: JSON lines problem, rating, solved; for swebench the official harness' report."),
-    ] = None,
-    ratings: Annotated[
-        Path | None, typer.Option(help="CSV of rating, percentile: for codeforces' percentile.")
-    ] = None,
-    label: Annotated[str | None, typer.Option(help="The model's name.", show_default="the folder's")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 8192,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Nucleus sampling threshold.")] = 1.0,
+    kind: KindArgument,
+    model: ModelOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    judged: JudgedOption = None,
+    ratings: RatingsOption = None,
+    label: LabelOption = None,
+    max_tokens: MaxTokensOption = 8192,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
     template_args: _model.TemplateArgumentsOption = None,
-    batch_size: Annotated[str, typer.Option(help="Rows at a time; auto: as many as fit into memory.")] = "auto",
+    batch_size: BatchSizeOption = "auto",
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
     trust_remote_code: _model.TrustRemoteCodeOption = False,
@@ -77,15 +88,11 @@ def predict(
         return
     prompts, problems = _questions(kind, data)
     if model is None:
-        from modeling_deepseek_moe.tiny import tiny_checkpoint
-
-        model, label = Path(tiny_checkpoint()), label or "tiny checkpoint"
-        stderr().print("[dim]no --model: the small one that ships, which writes no programs[/]")
+        model, label = _shipped(), label or "tiny checkpoint"
     tokenizer = _model.load_tokenizer(model, trust_remote_code)
     arguments = handover.template_arguments(tokenizer, _model.read_template_arguments(template_args) or {})
-    loaded = _model.load_model(
-        model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
-    )
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
+    loaded = _model.load_model(model, **how, expert_memory=expert_memory)
     answers = handover.ask(
         loaded,
         tokenizer,
@@ -93,12 +100,19 @@ def predict(
         out,
         kind=kind.value,
         folder=model,
-        label=label or model.resolve().name,
+        label=(label := label or model.resolve().name),
         settings={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "template_args": arguments},
         batch_size=batch_size,
     )
     texts = [(name, handover.said(answer)) for name, answer in answers.items()]
-    _hand_over(kind, out, label or model.resolve().name, texts, problems, data)
+    _hand_over(kind, out, label, texts, problems, data)
+
+
+def _shipped() -> Path:
+    from modeling_deepseek_moe.tiny import tiny_checkpoint
+
+    stderr().print("[dim]no --model: the small one that ships, which writes no programs[/]")
+    return Path(tiny_checkpoint())
 
 
 def _read_verdicts(kind: Kind, out: Path, judged: Path, ratings: Path | None) -> None:

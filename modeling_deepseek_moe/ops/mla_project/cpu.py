@@ -38,10 +38,35 @@ def _project(
     Raises:
         ValueError: shapes or dtypes that do not fit each other.
     """
+    *first, last, _ = weights
+    (batch, length, _), rope = x.shape, 2 * cos.shape[-1]
+    q, c_kv, k_pe = _results(x, last, cos, rank)
+    _check(x, cos, sin, weights, scales, norms, eps, heads, rank)
+    if not x.numel():
+        return q, c_kv, k_pe
+    x = x.contiguous()
+    cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
+    weights, norms = [w.contiguous() for w in weights], [n.contiguous() for n in norms]
+    scales = [_native.fp32(s) for s in scales] or [None] * len(weights)
+    matrices = [Matrix.of(*pair) for pair in zip(weights, scales, strict=True)]
+    made_norms = [Norm(norm.data_ptr(), epsilon) for norm, epsilon in zip(norms, eps, strict=True)]
+    if not first:
+        matrices, made_norms = [Matrix(), *matrices], [Norm(), *made_norms]
+    shape = MlaShape(heads, last.shape[0] // heads - rope, rope, rank, 0, interleave)
+    _native.call(
+        "dsm_mla_project",
+        *(_native.DTYPES[x.dtype], x.data_ptr(), batch * length, byref(shape)),
+        *(byref(MlaProjections(*matrices, *made_norms)), cos.data_ptr(), sin.data_ptr()),
+        *(q.data_ptr(), c_kv.data_ptr(), k_pe.data_ptr()),
+    )
+    return q, c_kv, k_pe
+
+
+def _check(x, cos, sin, weights, scales, norms, eps, heads: int, rank: int) -> None:
+    """Refuse what does not fit each other, before C reads it by address; arguments as of `_project`."""
     *first, last, latent = weights
     batch, length, hidden = x.shape
     rope = 2 * cos.shape[-1]
-    q, c_kv, k_pe = _results(x, last, cos, rank)
     fits = (
         len(weights) in (2, 3)
         and len(norms) == len(eps) == len(weights) - 1
@@ -61,24 +86,6 @@ def _project(
     if not fits:
         found = ", ".join(map(_native.describe, (x, cos, *weights, *scales, *norms)))
         raise ValueError(f"mla_project: found tensors that do not fit {heads} heads and rank {rank}: {found}")
-    if not x.numel():
-        return q, c_kv, k_pe
-    x = x.contiguous()
-    cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
-    weights, norms = [w.contiguous() for w in weights], [n.contiguous() for n in norms]
-    scales = [_native.fp32(s) for s in scales] or [None] * len(weights)
-    matrices = [Matrix.of(*pair) for pair in zip(weights, scales, strict=True)]
-    made_norms = [Norm(norm.data_ptr(), epsilon) for norm, epsilon in zip(norms, eps, strict=True)]
-    if not first:
-        matrices, made_norms = [Matrix(), *matrices], [Norm(), *made_norms]
-    shape = MlaShape(heads, last.shape[0] // heads - rope, rope, rank, 0, interleave)
-    _native.call(
-        "dsm_mla_project",
-        *(_native.DTYPES[x.dtype], x.data_ptr(), batch * length, byref(shape)),
-        *(byref(MlaProjections(*matrices, *made_norms)), cos.data_ptr(), sin.data_ptr()),
-        *(q.data_ptr(), c_kv.data_ptr(), k_pe.data_ptr()),
-    )
-    return q, c_kv, k_pe
 
 
 def _results(x, query, cos, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -49,28 +49,9 @@ def _moe(
         stacks = check_stacks(hidden, *stacks)  # kept until the call is over
         addresses, width, dtype = addresses_of(*stacks), stacks[1].shape[-1], stacks[1].dtype
     wide = shared[0].shape[0] if shared else 0
-    shapes = [(wide, hidden), (wide, hidden), (hidden, wide)][: len(shared)]
-    fits = (
-        x.shape[-1] == hidden
-        and x.dtype in (torch.bfloat16, torch.float32)
-        and gate.dtype == torch.bfloat16
-        and experts <= MOST_EXPERTS
-        and (bias is None or (bias.shape == (experts,) and bias.dtype == torch.float32))
-        and addresses.shape == (experts, 3, 2)
-        and addresses.dtype == torch.int64
-        and dtype in WEIGHTS
-        and len(shared) in (0, 3)
-        and [tuple(weight.shape) for weight in shared] == shapes
-        and all(weight.dtype == shared[0].dtype in WEIGHTS for weight in shared)
-        and len(scales) == (3 if shared and shared[0].dtype == torch.float8_e4m3fn else 0)
-        and all(s.shape == tuple(-(-n // 128) for n in w.shape) for w, s in zip(shared, scales, strict=False))
-        and chooses(experts, n_group, topk_group, top_k, group_score_top2)
-        and x.numel() <= MOST_TOKENS * hidden
-    )
-    if not fits:
-        found = ", ".join(map(_native.describe, (x, gate, addresses, *shared, *scales)))
-        by = f"{top_k} of {experts} experts in {topk_group} of {n_group} groups"
-        raise ValueError(f"moe: found tensors that do not fit each other, or {by}: {found}")
+    _check(x, gate, bias, addresses, dtype, shared, scales)
+    if not chooses(experts, n_group, topk_group, top_k, group_score_top2):
+        raise ValueError(f"moe: wanted {top_k} of {experts} experts in {topk_group} of {n_group} groups")
     if not x.numel():
         return x.new_empty(x.shape)
     x, gate, addresses = x.contiguous(), gate.contiguous(), addresses.contiguous()
@@ -92,6 +73,40 @@ def _moe(
         *(_native.DTYPES[x.dtype], x.data_ptr(), x.numel() // hidden, hidden, byref(layer), out.data_ptr()),
     )
     return out
+
+
+def _check(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None,
+    addresses: torch.Tensor,
+    dtype: torch.dtype,
+    shared: list[torch.Tensor],
+    scales: list[torch.Tensor],
+) -> None:
+    """Refuse tensors that do not fit each other, before C reads them by address."""
+    experts, hidden = gate.shape
+    wide = shared[0].shape[0] if shared else 0
+    shapes = [(wide, hidden), (wide, hidden), (hidden, wide)][: len(shared)]
+    fits = (
+        x.shape[-1] == hidden
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and gate.dtype == torch.bfloat16
+        and experts <= MOST_EXPERTS
+        and (bias is None or (bias.shape == (experts,) and bias.dtype == torch.float32))
+        and addresses.shape == (experts, 3, 2)
+        and addresses.dtype == torch.int64
+        and dtype in WEIGHTS
+        and len(shared) in (0, 3)
+        and [tuple(weight.shape) for weight in shared] == shapes
+        and all(weight.dtype == shared[0].dtype in WEIGHTS for weight in shared)
+        and len(scales) == (3 if shared and shared[0].dtype == torch.float8_e4m3fn else 0)
+        and all(s.shape == tuple(-(-n // 128) for n in w.shape) for w, s in zip(shared, scales, strict=False))
+        and x.numel() <= MOST_TOKENS * hidden
+    )
+    if not fits:
+        found = ", ".join(map(_native.describe, (x, gate, addresses, *shared, *scales)))
+        raise ValueError(f"moe: found tensors that do not fit each other: {found}")
 
 
 moe = define(
