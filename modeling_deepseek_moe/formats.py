@@ -62,6 +62,10 @@ class WeightFormat:
     encode_with: Callable[[torch.Tensor, torch.Tensor, Block], torch.Tensor] | None = None
     nan_code: int | None = None
 
+    def __post_init__(self):
+        if not self.scale_suffix or "." in self.scale_suffix:  # it is part of a parameter's name
+            raise ValueError(f"{self.name}: scale_suffix: found {self.scale_suffix!r}, wanted one without a dot")
+
     @property
     def title(self) -> str:
         """The name in a sentence: ``FP8``, ``FP8 UE8M0``."""

@@ -374,3 +374,9 @@ def test_rows_near_fp8_are_what_they_say(name, stacked, wide, tmp_path, monkeypa
     with torch.no_grad():
         few = [one(torch.arange(3, 6)[None]).logits for one in (model, values)]
     torch.testing.assert_close(*few, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["", ".absmax"])
+def test_a_suffix_that_no_parameter_can_have_is_refused(suffix):
+    with pytest.raises(ValueError, match="scale_suffix"):
+        replace(FP8, scale_suffix=suffix)

@@ -136,7 +136,7 @@ def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console
 
 def _show_budgets(made: Plan, disk: str, console: Console) -> None:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for header in ("memory", "of it experts", "held", "from disk a token", "tokens/s"):
+    for header in ("memory", "of it experts", "held", "from disk per token", "tokens/s"):
         table.add_column(header, justify="right", no_wrap=True)
     for number, budget in enumerate(made.budgets):
         table.add_row(
