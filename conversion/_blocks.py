@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.formats import RELEASED, WeightFormat
 
 WIDE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -23,7 +23,8 @@ def wide_dtype(name: str) -> torch.dtype:
 
 def with_dtype(config: dict, dtype: str, quantization: dict | None = None) -> dict:
     """The config with ``torch_dtype`` and ``quantization_config`` of what is written, all else as it was."""
-    config = {key: value for key, value in config.items() if key not in ("quantization_config", "dtype")}
+    gone = ("quantization_config", "dtype", *([] if quantization is None else [RELEASED]))
+    config = {key: value for key, value in config.items() if key not in gone}
     config["torch_dtype"] = dtype
     return config if quantization is None else config | {"quantization_config": quantization}
 

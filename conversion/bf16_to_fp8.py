@@ -22,7 +22,7 @@ def plan(source: Source, options: Options) -> Output:
     """
     specs = release_tensors(read_config(source.folder))
     given = Source(options.scales_from) if options.scales_from else None
-    form = _form(options, given)
+    form = _form(options, given, source)
     plans, found = [], 0
     for info in source.reader.values():
         spec = specs.get(info.name)
@@ -45,8 +45,8 @@ def plan(source: Source, options: Options) -> Output:
     return Output(plans, with_dtype(source.config, "bfloat16", announced), () if given is None else (given,))
 
 
-def _form(options: Options, given: Source | None) -> WeightFormat:
-    """The format that is asked for: ``--format``, or that of ``--scales-from``, or FP8.
+def _form(options: Options, given: Source | None, source: Source) -> WeightFormat:
+    """The format that is asked for: ``--format``, or that of ``--scales-from``, or what the weights came from, or FP8.
 
     Raises:
         ValueError: there is none of that name.
@@ -57,7 +57,7 @@ def _form(options: Options, given: Source | None) -> WeightFormat:
     except ValueError as error:
         raise ValueError(f"--format {error}") from None
     if given is None:
-        return wanted or formats.FP8
+        return wanted or formats.remembered(source.config.get(formats.RELEASED), formats.FP8)
     form = given.weight_format
     if form.encode_with is None or not given.config.get("quantization_config") or wanted not in (None, form):
         raise CheckpointError(

@@ -1,5 +1,6 @@
-"""``diff A B``: two checkpoints, tensor by tensor: the same bits, or how far apart."""
+"""``diff A B``: two checkpoints, tensor by tensor and in how their configs say that codes are read: the same, or how far apart."""
 
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ CHUNK = 1 << 22  # values compared at a time in fp64
 
 
 class Difference(NamedTuple):
-    """How one tensor differs. ``kind``: only in A, only in B, shape, dtype or values."""
+    """How one tensor differs. ``kind``: only in A, only in B, shape, dtype or values; or config, of a field of ``config.json``."""
 
     name: str
     kind: str
@@ -20,7 +21,11 @@ class Difference(NamedTuple):
 
 
 def differences(a: Source, b: Source) -> Iterator[Difference]:
-    """Every tensor that is not the same in both, by name. Where dtypes differ the values are compared as well."""
+    """Every tensor that is not the same in both, by name. Where dtypes differ the values are compared as well.
+
+    Before them ``quantization_config``, field by field: it says what codes and scales stand for.
+    """
+    yield from _announced(a, b)
     for name in sorted(a.reader.keys() | b.reader.keys()):
         if name not in b.reader or name not in a.reader:
             yield Difference(name, f"only in {'A' if name in a.reader else 'B'}", "")
@@ -34,6 +39,16 @@ def differences(a: Source, b: Source) -> Iterator[Difference]:
             yield Difference(name, "dtype", f"{_dtype(one)} and {_dtype(two)}; {error or 'the same values'}")
         elif error:
             yield Difference(name, "values", error)
+
+
+def _announced(a: Source, b: Source) -> Iterator[Difference]:
+    one, two = (source.config.get("quantization_config") or {} for source in (a, b))
+    if not isinstance(one, dict) or not isinstance(two, dict):
+        one, two = {"": one}, {"": two}
+    for field in sorted(one.keys() | two.keys()):
+        if one.get(field) != two.get(field):
+            found = " and ".join(json.dumps(fields[field]) if field in fields else "none" for fields in (one, two))
+            yield Difference(f"quantization_config.{field}".rstrip("."), "config", found)
 
 
 def _dtype(info: TensorInfo) -> str:

@@ -41,7 +41,7 @@ def plan(source: Source, options: Options) -> Output:
             plans.append(as_is(source, info))
     if not found:
         raise CheckpointError(f"{source.folder}: found no {form.code_dtype} tensor, wanted an {form.title} checkpoint")
-    return Output(plans, with_dtype(source.config, name))
+    return Output(plans, with_dtype(source.config, name) | formats.memory(form))
 
 
 # the codes come back by themselves from fp32; from bf16, which rounds, with --scales-from the same release

@@ -173,6 +173,21 @@ def methods() -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.method for row in FORMATS))
 
 
+# A config's memory of the row that its weights were dequantised from, where that is not the first of its method.
+RELEASED = "released_weight_format"
+
+
+def memory(row: WeightFormat) -> dict[str, str]:
+    """What a config that loses its ``quantization_config`` keeps of it, so that weights go back into the row they came from."""
+    first = next(other for other in FORMATS if other.method == row.method)
+    return {} if row.name == first.name else {RELEASED: row.name}
+
+
+def remembered(name: object, wanted: WeightFormat) -> WeightFormat:
+    """The row called ``name``, a config's memory, if it has ``wanted``'s method; else ``wanted``."""
+    return next((row for row in FORMATS if row.name == name and row.method == wanted.method), wanted)
+
+
 def of_config(fields: Mapping | None) -> WeightFormat | None:
     """The format that a release's ``quantization_config`` announces, in its blocks; ``None`` if there is none.
 

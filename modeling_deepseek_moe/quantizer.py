@@ -56,6 +56,8 @@ class DeepseekQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         release = release_for(model, checkpoint_files)
         if self.quantization_config.dequantize:
+            for name, value in formats.memory(release.weight_format).items() if release.weight_format else ():
+                setattr(model.config, name, value)
             return
         prefix = "model." if model.base_model is model else ""
         on_cpu = _stays_on_cpu(device_map)

@@ -59,7 +59,7 @@ class ReleaseSavingMixin(ModelMixin):
             state_dict: what to save instead of the model's own, under the model's names.
             max_shard_size: bytes, or text such as ``"5GB"``.
             quantize: the name of a format, such as ``"fp8"``: every weight that a release keeps in FP8 is written as its
-                codes and scales. Where ``like`` has the same kind of codes, its scales' rule is taken.
+                codes and scales, by the rule that the release had which it was dequantised from. Where ``like`` has the same kind of codes, its scales' rule is taken.
             like: the release that the model was loaded from: its dtypes are reused, and tensors that training did not
                 change (compared after dequantising, where it is FP8) are written byte for byte.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
@@ -160,6 +160,8 @@ class ReleaseSavingMixin(ModelMixin):
             return None
         if release and release.weight_format and release.weight_format.method == wanted.method:
             wanted = release.weight_format
+        elif release is None:
+            wanted = formats.remembered(getattr(self.config, formats.RELEASED, None), wanted)
         held = next(
             (m.weight_format for m in self.modules() if isinstance(m, QuantizedLinear | QuantizedExperts)), None
         )
@@ -175,6 +177,8 @@ class ReleaseSavingMixin(ModelMixin):
         config = copy.deepcopy(self.config)
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.architectures = [self.release_architecture or type(self).__name__]
+        if form and hasattr(config, formats.RELEASED):
+            delattr(config, formats.RELEASED)
         if form and getattr(config, "quantization_config", None) is None:
             config.quantization_config = form.quantization_config()
         fields = config.to_diff_dict()

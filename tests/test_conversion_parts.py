@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -202,6 +203,19 @@ def test_blocks_of_a_large_ragged_weight(tmp_path):
         weight = scale.removesuffix("_scale_inv")
         codes, scales = quantize_independently(tensors[weight])
         assert same_bits(found[scale], scales) and same_bits(found[weight], codes), weight
+
+
+def test_diff_looks_at_how_codes_are_announced(tmp_path):
+    write_release(tmp_path / "one", CONFIG, fp8=True)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    file = tmp_path / "two" / "config.json"
+    fields = json.loads(file.read_text())
+    fields["quantization_config"]["scale_fmt"] = "ue8m0"
+    file.write_text(json.dumps(fields))
+    done = convert("diff", tmp_path / "one", tmp_path / "two")
+    assert done.exit_code == 1
+    assert 'quantization_config.scale_fmt: config none and "ue8m0"' in done.output
+    assert "0 tensors differ" in done.output
 
 
 def test_fp8_comes_back_from_fp32_by_itself(tmp_path):

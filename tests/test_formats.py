@@ -280,16 +280,19 @@ def test_ue8m0_is_kept(wide, tmp_path):
     convert("fp8-to-bf16", tmp_path / "release", tmp_path / "fp32", dtype="float32")
     convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "back", format="fp8_ue8m0")
     convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "from", scales_from=tmp_path / "release")
+    # and where nothing is said, since a config remembers the rule
+    convert("bf16-to-fp8", tmp_path / "fp32", tmp_path / "remembered")
+    values.save_pretrained(tmp_path / "saved", quantize="fp8")
     form = formats.by_name("fp8_ue8m0")
-    for again in ("like", "back", "from"):
+    for again in ("like", "back", "from", "remembered", "saved"):
         found = tensors_of(tmp_path / again)
         assert found.keys() == stored.keys()
         config = json.loads((tmp_path / again / "config.json").read_text())
-        assert config["quantization_config"] == announced, again
+        assert config["quantization_config"] == announced and formats.RELEASED not in config, again
         for name in [name for name in stored if f"{name}_scale_inv" in stored]:
             pairs = [(tensors[name], tensors[f"{name}_scale_inv"]) for tensors in (found, stored)]
             # where a block's largest code is 224, twice the codes with half the scale are the same values
-            if again == "back":
+            if again not in ("like", "from"):
                 pairs = [(form.dequantize(*pair, torch.float32),) for pair in pairs]
             assert all(same_bits(*parts) for parts in zip(*pairs, strict=True)), (again, name)
 

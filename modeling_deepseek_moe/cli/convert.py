@@ -174,12 +174,13 @@ def _diff(a: Path, b: Path) -> None:
     from modeling_deepseek_moe.conversion.diff import differences
 
     one, two = Source(a), Source(b)
-    found = 0
+    found, differ = 0, False
     for difference in differences(one, two):
-        found += 1
+        found += difference.kind != "config"
+        differ = True
         text = f"{difference.name}: {difference.kind} {difference.detail}"
         stdout().print(shown(text.rstrip(), keep=""), soft_wrap=True, markup=False)
-    if found:
+    if differ:
         stdout().print(f"{plural(found, 'tensor')} {'differs' if found == 1 else 'differ'}")
         raise typer.Exit(1)
     stdout().print(f"identical: {plural(len(one.reader), 'tensor')}, {size(one.reader.nbytes)}")

@@ -51,7 +51,8 @@ def _moe(
     wide = shared[0].shape[0] if shared else 0
     _check(x, gate, bias, addresses, dtype, shared, scales)
     if not chooses(experts, n_group, topk_group, top_k, group_score_top2):
-        raise ValueError(f"moe: wanted {top_k} of {experts} experts in {topk_group} of {n_group} groups")
+        found = f"{top_k} of {experts} experts in {topk_group} of {n_group} groups"
+        raise ValueError(f"moe: found {found}, which do not fit each other")
     if not x.numel():
         return x.new_empty(x.shape)
     x, gate, addresses = x.contiguous(), gate.contiguous(), addresses.contiguous()
