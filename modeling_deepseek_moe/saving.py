@@ -59,7 +59,8 @@ class ReleaseSavingMixin(ModelMixin):
             state_dict: what to save instead of the model's own, under the model's names.
             max_shard_size: bytes, or text such as ``"5GB"``.
             quantize: the name of a format, such as ``"fp8"``: every weight that a release keeps in FP8 is written as its
-                codes and scales, by the rule that the release had which it was dequantised from. Where ``like`` has the same kind of codes, its scales' rule is taken.
+                codes and scales, by the rule of the release that it was dequantised from, or of ``like``, where that has
+                the same kind of codes: ``"fp8"`` of a release with ``scale_fmt: ue8m0`` is that again.
             like: the release that the model was loaded from: its dtypes are reused, and tensors that training did not
                 change (compared after dequantising, where it is FP8) are written byte for byte.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
@@ -172,7 +173,7 @@ class ReleaseSavingMixin(ModelMixin):
             )
         return held or wanted
 
-    def _texts(self, form: WeightFormat | None, remote_code: bool, folder: str | os.PathLike = "") -> dict[str, str]:
+    def _texts(self, form: WeightFormat | None, remote_code: bool, folder: str | os.PathLike) -> dict[str, str]:
         for_trainer = TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(folder)))
         config = copy.deepcopy(self.config)
         config.dtype = str(self.dtype).removeprefix("torch.")

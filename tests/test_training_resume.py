@@ -152,7 +152,6 @@ def test_nothing_to_resume_from_is_said(tmp_path):
 
 
 def test_a_short_run_without_options_can_be_reported(tmp_path):
-    pytest.importorskip("matplotlib")
     run(tmp_path, "--max_steps", 3, "--eval_file", tmp_path / "rows.jsonl")
     assert [entry["step"] for entry in history(tmp_path) if "lm_loss" in entry] == [1, 3]
     result = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--json"])
@@ -162,7 +161,6 @@ def test_a_short_run_without_options_can_be_reported(tmp_path):
 
 def test_the_recipe_of_the_docs_runs_as_printed(tmp_path, monkeypatch):
     """Its files by its commands, in order, in an empty folder."""
-    pytest.importorskip("matplotlib")
     text = DOCS.read_text(encoding="utf-8")
     section = text[text.index("## From the command line") :]
     python, recipe = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("python", "yaml"))
