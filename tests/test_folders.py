@@ -103,6 +103,19 @@ def test_modelopt_weights_with_a_config_left_over(folder):
     assert code == 2 and all(fragment in output for fragment in fragments)
 
 
+def test_second_scales_with_a_config_left_over_and_no_word_of_modelopt(folder):
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        fields = json.loads(index.read_text())
+        fields["weight_map"]["model.layers.1.mlp.gate_proj.weight_scale_2"] = next(iter(fields["weight_map"].values()))
+        index.write_text(json.dumps(fields))
+    else:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {"model.layers.1.mlp.gate_proj.weight_scale_2": torch.ones(1)}, file)
+    assert_named_at_every_door(folder, "weight_scale_2", "NVFP4", error=dsm.CheckpointError)
+
+
 @pytest.mark.parametrize(
     "name, said",
     [

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from modeling_deepseek_moe.checkpoint.headers import CheckpointError
-from modeling_deepseek_moe.checkpoint.jsonfile import read_json
+from modeling_deepseek_moe.checkpoint.headers import MAX_HEADER_BYTES, CheckpointError
+from modeling_deepseek_moe.checkpoint.jsonfile import MAX_BYTES, read_json
 
 WAY_OUT = "wanted a checkpoint in the Hugging Face layout"
 # By name, the most telling first: what it is, and the way from there to a checkpoint that loads.
@@ -31,6 +31,7 @@ KINDS = (
 )
 # NVIDIA's ModelOpt writes this next to a config.json that may still be the one of the weights it started from.
 MODELOPT_NAME = "hf_quant_config.json"
+NVFP4_SCALES = ".weight_scale_2"  # of a whole matrix, next to those of its blocks: no format here has two
 MODELOPT_BLOCKS = "FP8_PB"  # block-wise FP8, which the config describes
 
 
@@ -63,8 +64,14 @@ def refuse_file(path: Path) -> None:
 def refuse_other_makers(folder: Path) -> None:
     """
     Raises:
-        CheckpointError: ModelOpt says that it quantised the weights, in a way that the config.json need not tell.
+        CheckpointError: ModelOpt says that it quantised the weights, in a way that the config.json need not tell; or it
+            does not say so, and its scales are there.
     """
+    if f'{NVFP4_SCALES}"'.encode() in _named_tensors(folder):
+        raise CheckpointError(
+            f"{folder}: found tensors *{NVFP4_SCALES}, as NVFP4 weights have them, wanted FP8 in blocks or floating-point "
+            "ones; take the release that they were made of"
+        )
     file = folder / MODELOPT_NAME
     if not file.is_file():
         return
@@ -75,3 +82,18 @@ def refuse_other_makers(folder: Path) -> None:
             f"{file}: quant_algo: found {str(algorithm)[:80]!r}, wanted none: weights quantised by ModelOpt are not "
             "supported, only quant_method 'fp8' in blocks; take the release that they were made of"
         )
+
+
+def _named_tensors(folder: Path) -> bytes:
+    """The text that names a folder's tensors: its index, or the header of its only file; parsed by others, if it can be."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        if index.is_file():
+            with index.open("rb") as stream:
+                return stream.read(MAX_BYTES)
+        if single.is_file():
+            with single.open("rb") as stream:
+                return stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES))
+    except OSError:
+        pass  # who reads it next says by name what is wrong with it
+    return b""
