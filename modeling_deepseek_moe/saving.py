@@ -58,9 +58,8 @@ class ReleaseSavingMixin(ModelMixin):
         Args:
             state_dict: what to save instead of the model's own, under the model's names.
             max_shard_size: bytes, or text such as ``"5GB"``.
-            quantize: the name of a format, such as ``"fp8"``: every weight that a release keeps in FP8 is written as its
-                codes and scales, by the rule of the release that it was dequantised from, or of ``like``, where that has
-                the same kind of codes: ``"fp8"`` of a release with ``scale_fmt: ue8m0`` is that again.
+            quantize: the name of a format, such as ``"fp8"``: what a release keeps in FP8 is written as codes and scales, by
+                the rule of ``like`` or of the release it was dequantised from (``scale_fmt: ue8m0``), if of that kind.
             like: the release that the model was loaded from: its dtypes are reused, and tensors that training did not
                 change (compared after dequantising, where it is FP8) are written byte for byte.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
