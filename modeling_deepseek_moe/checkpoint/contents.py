@@ -90,10 +90,11 @@ def _named_tensors(folder: Path) -> bytes:
     try:
         if index.is_file():
             with index.open("rb") as stream:
-                return stream.read(MAX_BYTES)
+                return stream.read(min(index.stat().st_size, MAX_BYTES))  # read(n) sets n bytes aside first
         if single.is_file():
             with single.open("rb") as stream:
-                return stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES))
+                length = int.from_bytes(stream.read(8), "little")
+                return stream.read(min(length, single.stat().st_size, MAX_HEADER_BYTES))
     except OSError:
         pass  # who reads it next says by name what is wrong with it
     return b""
