@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from modeling_deepseek_moe.eval import extraction, letters, math_scoring, prompts, scoring_process
+from modeling_deepseek_moe.eval import extraction, letters, prompts, scoring_process
 from modeling_deepseek_moe.eval.data import HUB, load_rows
+from modeling_deepseek_moe.eval.math.scoring import MAX_ANSWER
 from modeling_deepseek_moe.eval.rows import ABSENT, LETTERS
 
 
@@ -85,7 +86,7 @@ def _stock_math(question: dict, text: str) -> tuple[str | None, bool]:
 
     verdict = process_results({"solution": f"\\boxed{{{question['gold']}}}"}, [text])
     first, last = text.find("$"), text.rfind("$")
-    return text[first + 1 : last] if last > first else text[: math_scoring.MAX_ANSWER], bool(verdict["exact_match"])
+    return text[first + 1 : last] if last > first else text[:MAX_ANSWER], bool(verdict["exact_match"])
 
 
 def _stock_aime(question: dict, text: str) -> tuple[str | None, bool]:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from modeling_deepseek_moe.eval import extraction
-from modeling_deepseek_moe.eval.math_spelling import plain_signs
+from modeling_deepseek_moe.eval.math.spelling import plain_signs
 from modeling_deepseek_moe.eval.rows import LETTERS
 
 

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def math_answer(text: str) -> str | None:
-    """`math_scoring.math_answer`; None too where it takes too long.
+    """`math.scoring.math_answer`; None too where it takes too long.
 
     Raises:
         ImportError: math-verify is missing.
@@ -40,7 +40,7 @@ def math_answer(text: str) -> str | None:
 
 
 def is_equal(gold: str, answer: str) -> bool:
-    """`math_scoring.is_equal`; False too where it takes too long.
+    """`math.scoring.is_equal`; False too where it takes too long.
 
     Raises:
         ImportError: math-verify is missing.
@@ -62,7 +62,7 @@ class ScoringProcess:
         atexit.register(self.close)
 
     def call(self, function: str, *arguments: str):
-        """What ``math_scoring.function`` returns, or None: it took too long, or the process died of it twice.
+        """What ``math.scoring.function`` returns, or None: it took too long, or the process died of it twice.
 
         Raises:
             ImportError: math-verify is missing. RuntimeError: the process does not start.
@@ -98,7 +98,13 @@ class ScoringProcess:
         atexit.unregister(self.close)
 
     def _start(self) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), str(Path(__file__).resolve().parent)]
+        file = Path(__file__).resolve()
+        command = [
+            sys.executable,
+            "-P",
+            str(file),
+            str(file.parent),
+        ]  # -P: modules next to it have the library's names
         self._running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
         if not self._running.stdout.readline():  # it has imported what it needs: that counts for no call
             self._end()
@@ -146,7 +152,6 @@ def _serve(folder: str) -> None:
         module = ModuleType(name)
         module.__path__ = path
         sys.modules[name] = module
-    sys.path = [path for path in sys.path if path != folder]  # its modules have names of the standard library's
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if importlib.util.find_spec("resource"):
@@ -155,7 +160,7 @@ def _serve(folder: str) -> None:
         hardest = resource.getrlimit(resource.RLIMIT_AS)[1]
         if hardest == resource.RLIM_INFINITY or hardest > MEMORY:  # else there is a closer limit
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hardest))
-    scoring = importlib.import_module(f"{PACKAGE}.eval.math_scoring")
+    scoring = importlib.import_module(f"{PACKAGE}.eval.math.scoring")
     scoring.is_equal("1", "1")  # imports math-verify
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
@@ -164,5 +169,4 @@ def _serve(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(sys.argv[1])]
     _serve(sys.argv[1])

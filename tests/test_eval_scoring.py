@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from recorded import recorded
 
-from modeling_deepseek_moe.eval import benchmarks, extraction, letters, math_scoring
+from modeling_deepseek_moe.eval import benchmarks, extraction, letters
+from modeling_deepseek_moe.eval.math import scoring
 
 ANSWERS = Path(__file__).parent / "answers"
 MATH = replace(benchmarks.SCORERS["math500"], stock=None)
@@ -31,7 +32,7 @@ def own(name):
 def is_right(gold: str, text: str) -> bool:
     """As a run judges an answer to MATH."""
     right = benchmarks.judge(MATH, {"gold": gold}, text)["right"]
-    assert right == math_scoring.is_right(gold, text)
+    assert right == scoring.is_right(gold, text)
     return right
 
 
@@ -52,7 +53,7 @@ def test_the_document_names_each_leniency():
     for part, want, least in ((passes, True, 18), (fails, False, 10)):
         found = re.findall(r"^\|[^|`]+\| `(.+?)` \| `(.+?)` \|$", part, re.MULTILINE)
         assert len(found) >= least
-        assert [pair for pair in found if math_scoring.is_equal(*pair) is not want] == []
+        assert [pair for pair in found if scoring.is_equal(*pair) is not want] == []
 
 
 @needs_math
@@ -70,8 +71,8 @@ UNLIKE = r"""5; -5; 28\%; 0.7; \frac{1}{3}; \sqrt{2}; 2^{100}; \frac{1}{2004!}; 
 @needs_math
 def test_other_golds_are_wrong():
     golds = [gold.strip() for gold in UNLIKE.split(";")]
-    assert [one for one in golds if not math_scoring.is_equal(one, one)] == []
-    assert [pair for pair in itertools.permutations(golds, 2) if math_scoring.is_equal(*pair)] == []
+    assert [one for one in golds if not scoring.is_equal(one, one)] == []
+    assert [pair for pair in itertools.permutations(golds, 2) if scoring.is_equal(*pair)] == []
 
 
 @needs_math
@@ -80,7 +81,7 @@ def test_other_golds_are_wrong():
 )
 def test_answers_that_are_none_cost_no_time(answer):
     start = time.process_time()
-    assert not any(math_scoring.is_equal(gold, answer) for gold in ("9", "(1,2)", r"\text{even}", "x^2"))
+    assert not any(scoring.is_equal(gold, answer) for gold in ("9", "(1,2)", r"\text{even}", "x^2"))
     assert time.process_time() - start < 20  # minutes, were they given to a parser
 
 
@@ -197,7 +198,7 @@ def test_linear_in_the_text(piece):
         lambda text: letters.marks({}, text),
         lambda text: letters.published_letter({}, text),
         lambda text: extraction.boxed("\\boxed{" + text),
-        math_scoring.math_answer,
+        scoring.math_answer,
         extraction.after_thinking,
     ):
         start = time.process_time()

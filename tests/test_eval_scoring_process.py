@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from modeling_deepseek_moe.eval import benchmarks, math_scoring, scoring_process
+from modeling_deepseek_moe.eval import benchmarks, scoring_process
+from modeling_deepseek_moe.eval.math.scoring import is_equal, math_answer
 from modeling_deepseek_moe.eval.scoring_process import ScoringProcess
 
 
@@ -34,7 +35,7 @@ def in_a_thread(function, *arguments):
     "gold, answer", [("5", "5"), (r"\frac12", "0.5"), ("5", "6"), ("[-2,2]", "[-2, 2]"), ("", "x")]
 )
 def test_verdicts_are_the_modules(scoring, gold, answer):
-    want = math_scoring.is_equal(gold, answer)
+    want = is_equal(gold, answer)
     assert scoring.call("is_equal", gold, answer) is want
     assert in_a_thread(scoring.call, "is_equal", gold, answer) == [want]
 
@@ -43,7 +44,7 @@ def test_verdicts_are_the_modules(scoring, gold, answer):
     "text", [r"so \boxed{5}", "none", r"\boxed{é" + "}" + "\n line " * 50_000 + r"\boxed{\text{漢}}"]
 )
 def test_answers_are_the_modules(scoring, text):
-    assert scoring.call("math_answer", text) == math_scoring.math_answer(text)
+    assert scoring.call("math_answer", text) == math_answer(text)
 
 
 @pytest.mark.parametrize("endless", ["9^{9^{9^9}}", r"\binom{10^9}{5 \cdot 10^8}", "5^{" * 300 + "5" + "}" * 300])

@@ -7,9 +7,9 @@ answers wrong. What passes though it is spelled otherwise is listed in docs/eval
 import re
 from fractions import Fraction
 
-from modeling_deepseek_moe.eval import math_words as words
 from modeling_deepseek_moe.eval.extraction import boxes, labelled_answer
-from modeling_deepseek_moe.eval.math_answers import (
+from modeling_deepseek_moe.eval.math import words
+from modeling_deepseek_moe.eval.math.answers import (
     Answer,
     Day,
     Expression,
@@ -21,9 +21,9 @@ from modeling_deepseek_moe.eval.math_answers import (
     Words,
     name_and_rest,
 )
-from modeling_deepseek_moe.eval.math_expressions import expressions_are_equal, load_math_verify
-from modeling_deepseek_moe.eval.math_kinds import readings
-from modeling_deepseek_moe.eval.math_spelling import plain
+from modeling_deepseek_moe.eval.math.expressions import expressions_are_equal, load_math_verify
+from modeling_deepseek_moe.eval.math.kinds import readings
+from modeling_deepseek_moe.eval.math.spelling import plain
 
 MAX_ANSWER = 2000  # characters: an answer longer than any in the benchmark is no answer, and costs parsing time
 _IMAGINARY, _ENGINEERS = (re.compile(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])") for letter in ("i", "[jI]"))

@@ -3,9 +3,9 @@ r"""Numbers in an answer to a MATH problem, exactly: digits, fractions, endless 
 import re
 from fractions import Fraction
 
-from modeling_deepseek_moe.eval import math_words as words
-from modeling_deepseek_moe.eval.math_answers import Number, Numeral, inner, name_and_rest
-from modeling_deepseek_moe.eval.math_spelling import ends_in_dots
+from modeling_deepseek_moe.eval.math import words
+from modeling_deepseek_moe.eval.math.answers import Number, Numeral, inner, name_and_rest
+from modeling_deepseek_moe.eval.math.spelling import ends_in_dots
 
 _INTEGER = r"\d+"
 _DECIMAL = r"\d+(?:\.\d*)?|\.\d+"

@@ -1,13 +1,13 @@
 r"""Which kind of answer a text is, in the spelling of `plain`.
 
-Each kind is compared by its own rule in ``math_scoring.py``: a float tolerance that suits a decimal would take ``11_2`` for
+Each kind is compared by its own rule in ``scoring.py``: a float tolerance that suits a decimal would take ``11_2`` for
 ``11_3``, and a set for a pair.
 """
 
 import re
 
-from modeling_deepseek_moe.eval import math_words as words
-from modeling_deepseek_moe.eval.math_answers import (
+from modeling_deepseek_moe.eval.math import words
+from modeling_deepseek_moe.eval.math.answers import (
     Answer,
     Day,
     Expression,
@@ -19,7 +19,7 @@ from modeling_deepseek_moe.eval.math_answers import (
     name_and_rest,
     split,
 )
-from modeling_deepseek_moe.eval.math_numbers import number, numeral, with_unit
+from modeling_deepseek_moe.eval.math.numbers import number, numeral, with_unit
 
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _COLONS = re.compile(

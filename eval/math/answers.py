@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from modeling_deepseek_moe.eval.math_spelling import closing
+from modeling_deepseek_moe.eval.math.spelling import closing
 
 
 @dataclass(frozen=True)
 class Number:
-    """A rational, exactly. ``unit``: as `math_words.unit` has it, ``("%", 1)`` for per cent; None without one."""
+    """A rational, exactly. ``unit``: as `words.unit` has it, ``("%", 1)`` for per cent; None without one."""
 
     value: Fraction
     unit: tuple[str, int] | None = None

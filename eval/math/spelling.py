@@ -1,6 +1,6 @@
 r"""One spelling for the many that an answer to a MATH problem has: ``\boxed{\textbf{9}\,.}`` is ``9``.
 
-Only what means the same is made the same here; what a reading lets pass is in ``math_kinds.py`` and ``math_scoring.py``.
+Only what means the same is made the same here; what a reading lets pass is in ``kinds.py`` and ``scoring.py``.
 """
 
 import re
