@@ -13,6 +13,7 @@ Weights rotate over several times the last-level cache. A figure is the median o
 Parts:
     ops      FP8 linear [4096, 7168] at 1, 4 and 512 rows, each instruction set, and the bf16 head [102400, 2048]
     experts  64 routed experts of 2048 x 1408, top-6 and top-8, 1 and 512 tokens; the cost of a call at tiny dims
+    four_bit linear layers and experts of int4, nf4 and mxfp4 codes next to FP8's
     mla      latent attention of one new token, 16 and 128 heads, contexts 1k and 8k
     e2e      a model of 2.25B parameters in DeepSeek-V2-Lite's dims: decoding at 128 and 8192 tokens, prompts of 512 and
              4096 tokens, and 512 more after 4096
@@ -33,7 +34,7 @@ import cpu_report
 import torch
 import transformers
 
-PARTS = ("ops", "experts", "mla", "e2e")
+PARTS = ("ops", "experts", "four_bit", "mla", "e2e")
 
 
 def parse() -> argparse.Namespace:

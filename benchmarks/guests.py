@@ -6,11 +6,13 @@
 Parts, each with contestants in turns on the same weights (the model of `cpu.py`'s e2e, one token after the other from 128
 cached ones on):
     lora     FP8 and bf16, plain and with LoRA (rank 8) on ``o_proj``: what the adapter leaves of the speed
+    experts  FP8 and bf16, plain and with LoRA (rank 16) on all routed experts; and plain transformers with peft on the same
     bnb      NF4 linear layers, here and in plain transformers; experts are bf16 in both
     compile  a compiled step on a static cache, FP8, compared with the eager one on a growing cache
 """
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -20,13 +22,14 @@ from pathlib import Path
 import common
 import torch
 import transformers
-from cpu_e2e import CONFIG, write_model
+from cpu_e2e import CONFIG, build_plain, write_model
 from decode import filled_caches
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, StaticCache
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 CONTEXT, TOKENS = 128, 6
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def load(folder: Path, **settings) -> torch.nn.Module:
@@ -38,6 +41,13 @@ def with_lora(model: torch.nn.Module) -> torch.nn.Module:
 
     config = peft.LoraConfig(r=8, target_modules=["o_proj"], init_lora_weights=False)
     return peft.get_peft_model(model, config).to(torch.bfloat16).eval()
+
+
+def with_experts(model: torch.nn.Module) -> torch.nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=16, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()
 
 
 def tokens_of(model, cache) -> None:
@@ -73,6 +83,23 @@ def lora(folder: Path, options: argparse.Namespace) -> list[dict]:
     }
     times = race(models, options.rounds)
     return rows(times, {"FP8, LoRA on o_proj": "FP8", "bf16, LoRA on o_proj": "bf16"})
+
+
+def lora_on_experts(folder: Path, options: argparse.Namespace) -> list[dict]:
+    found = []
+    for kind, load_one in (
+        ("FP8", load),
+        ("bf16", partial(load, quantization_config=FineGrainedFP8Config(dequantize=True))),
+        ("plain transformers, bf16", build_plain),
+    ):
+        # one kind after the other: their weights fill the memory
+        models = {kind: load_one(folder), f"{kind}, LoRA on experts": with_experts(load_one(folder))}
+        # a dense difference of all experts takes seconds a token
+        rounds = options.rounds if kind != "plain transformers, bf16" else min(options.rounds, 2)
+        found += rows(race(models, rounds), {f"{kind}, LoRA on experts": kind})
+        del models
+        gc.collect()
+    return found
 
 
 def bnb(folder: Path, options: argparse.Namespace) -> list[dict]:
@@ -111,7 +138,7 @@ def compiled_step(folder: Path, options: argparse.Namespace) -> list[dict]:
     return rows(times, {"compiled, static cache": "eager, growing cache"})
 
 
-PARTS = {"lora": lora, "bnb": bnb, "compile": compiled_step}
+PARTS = {"lora": lora, "experts": lora_on_experts, "bnb": bnb, "compile": compiled_step}
 
 
 def main() -> None:

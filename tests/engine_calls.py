@@ -3,15 +3,19 @@
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width.
 """
 
+import ctypes
 from collections.abc import Callable
 
 import torch
 from engine_cases import FP8, Experts, random_fp8, random_routing
 
-from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.ops import _native, four_bit
+from modeling_deepseek_moe.ops._structs import FOUR_BIT, NESTED, Nested
 from modeling_deepseek_moe.ops.absorbed_attention import cpu as attention
 from modeling_deepseek_moe.ops.block_fp8 import cpu as fp8
 from modeling_deepseek_moe.ops.experts import cpu as experts
+from modeling_deepseek_moe.ops.four_bit import cpu as four_bit_cpu
+from modeling_deepseek_moe.ops.four_bit.reference import KINDS
 from modeling_deepseek_moe.ops.linear import cpu as bf16
 from modeling_deepseek_moe.ops.mla_project import cpu as projection
 from modeling_deepseek_moe.ops.moe import cpu as moe
@@ -52,6 +56,44 @@ def every_call(tokens: int, hidden: int, width: int, magnitude: float = 1.0, kep
         for kind, home in homes.items():
             label = f"{'fp8' if kind == FP8 else 'bf16'}-{name}"
             calls |= expert_calls(random, label, kind, home, x, chosen, with_addresses=kept is not None)
+        for kind in FOUR_BIT:
+            calls |= four_bit_calls(random, kind, x, chosen, width, magnitude, kept)
+    return calls
+
+
+def four_bit_calls(random: Callable, kind: str, x, chosen, width: int, magnitude: float, kept: list | None) -> dict:
+    """Rows of whole groups, an odd number of them."""
+    row, label = kind.removesuffix(NESTED), f"{kind}-{str(x.dtype).removeprefix('torch.')}"
+    group = KINDS[row].group
+    hidden, inner = (-(-size // group) * group for size in (x.shape[1], width))
+    x = torch.cat((x, x.new_ones(len(x), hidden - x.shape[1])), 1)
+
+    def matrix(rows, columns):
+        codes, scales = four_bit.encode(random(rows, columns) / columns**0.5, (1, group), kind=row)
+        return codes, four_bit.nest(scales) if kind.endswith(NESTED) else scales
+
+    codes, scales = matrix(width, hidden)
+    parts = four_bit_cpu.parts_of(scales)
+    calls: dict[str, Call] = {
+        f"linear-{label}": (four_bit_cpu.linear, (x, codes, parts, random(width).to(x.dtype), row)),
+        f"dequantize-{label}": (four_bit_cpu.dequantize, (codes, parts, x.dtype, row)),
+    }
+    if x.dtype in attention.CACHES:
+        up, up_scales = matrix(4 * 36, hidden)
+        shapes = ((2, 4, 1, 16), (2, 4, 1, 8), (2, 1, 30, hidden), (2, 1, 30, 8))
+        given = [(random(*shape) * magnitude).to(x.dtype) for shape in shapes]
+        parts = four_bit_cpu.parts_of(up_scales)
+        calls[f"mla-{label}"] = attention.decode_four_bit, (*given, None, up, parts, row, 0.2)
+    if kept is not None:
+        table = torch.zeros((3, 3, 2), dtype=torch.int64)
+        for expert in range(3):
+            for part, shape in enumerate([(inner, hidden), (inner, hidden), (hidden, inner)]):
+                codes, scales = matrix(*shape)
+                record = Nested.of(scales) if kind.endswith(NESTED) else None
+                table[expert, part, 0] = codes.data_ptr()
+                table[expert, part, 1] = scales.data_ptr() if record is None else ctypes.addressof(record)
+                kept.append((codes, scales, record))
+        calls[f"routed-{label}"] = experts.routed, (x, *chosen, table, inner, torch.uint8, kind)
     return calls
 
 

@@ -33,7 +33,7 @@ needs_gcc = pytest.mark.skipif(GCC is None, reason="gcc is not installed")
 # a number of bytes that are read, (bytes, dtype) that are written (dtype -1: to the last bit), or a `Memory`: what is
 # read and points to other memory.
 FUNCTIONS = ("dsm_linear", "dsm_experts", "dsm_rms_norm", "dsm_dequantize", "dsm_quantize", "dsm_mla_decode")
-FUNCTIONS += ("dsm_mla_project", "dsm_route", "dsm_moe")
+FUNCTIONS += ("dsm_mla_project", "dsm_route", "dsm_moe", "dsm_dequantize_four_bit")
 ITEMSIZES = {code: dtype.itemsize for dtype, code in _native.DTYPES.items()}
 EXACT = -1
 
@@ -69,18 +69,35 @@ def memory(given, **sizes) -> Memory:
     return Memory(ctypes.addressof(given), ctypes.sizeof(given), pointers)
 
 
+def code_bytes(dtype: int, count: int) -> int:
+    return count // 2 if dtype not in ITEMSIZES else count * ITEMSIZES[dtype]
+
+
+def scale_memory(address, dtype: int, kind: int, rows: int, columns: int) -> "Memory | int":
+    """Of FP8's scales, or of four-bit codes': in fp32, bf16 or E8M0, or a record of nested ones."""
+    if dtype in ITEMSIZES:
+        return blocks(rows, columns)
+    groups = rows * columns // (32 if kind in (1, 8) else 64)
+    if kind == 9 and address:
+        nested = _structs.Nested.from_address(address)
+        return memory(nested, codes=groups, absmax=4 * -(-groups // 256), table=4 * 256)
+    return groups * {0: 4, 1: 2, 8: 1, 9: 0}[kind]
+
+
 def matrix(given) -> Memory:
-    size = given.rows * given.cols * ITEMSIZES[given.dtype]
-    return memory(given, data=size, scale=blocks(given.rows, given.cols))
+    what = given.dtype, given.scale_kind, given.rows, given.cols
+    return memory(given, data=code_bytes(given.dtype, given.rows * given.cols), scale=scale_memory(given.scale, *what))
 
 
 def expert_table(given, hidden) -> Memory:
-    codes, wide = hidden * given.width * ITEMSIZES[given.dtype], blocks(given.width, hidden)
-    sizes = {"gate": codes, "up": codes, "down": codes}
-    sizes |= {"gate_scale": wide, "up_scale": wide, "down_scale": blocks(hidden, given.width)}
+    codes, what = code_bytes(given.dtype, hidden * given.width), (given.dtype, given.scale_kind)
+    shapes = {"gate": (given.width, hidden), "up": (given.width, hidden), "down": (hidden, given.width)}
     size, pointers = ctypes.sizeof(_structs.Expert), {}
     for place in range(0, given.count * size, size):
         entry = _structs.Expert.from_address(given.table + place)
+        sizes = dict.fromkeys(shapes, codes)
+        for name, shape in shapes.items():
+            sizes[f"{name}_scale"] = scale_memory(getattr(entry, f"{name}_scale"), *what, *shape)
         pointers |= {place + inner: of for inner, of in memory(entry, **sizes).pointers.items()}
     return memory(given, table=Memory(given.table or 0, given.count * size, pointers))
 
@@ -150,10 +167,14 @@ def describe_moe(dtype, x, tokens, hidden, layer, out):
     return "i", size, "i", "i", memory(layer, **parts), (size, dtype)
 
 
+def describe_dequantize_four_bit(weight, out, dtype):
+    return matrix(weight), (weight.rows * weight.cols * ITEMSIZES[dtype], EXACT), "i"
+
+
 DESCRIBE = (
     *(describe_linear, describe_experts, describe_rms_norm),
     *(describe_dequantize, describe_quantize, describe_mla_decode),
-    *(describe_mla_project, describe_route, describe_moe),
+    *(describe_mla_project, describe_route, describe_moe, describe_dequantize_four_bit),
 )
 
 
@@ -289,6 +310,7 @@ def test_sanitizers(tmp_path):
     environment |= {"LD_PRELOAD": " ".join(libraries()), "ASAN_OPTIONS": "detect_leaks=0"}
     others = ("build", "compile", "native", "processes")  # which start processes of their own
     files = [file for file in sorted(TESTS.glob("test_engine*.py")) if not file.stem.endswith(others)]
+    files.append(TESTS / "test_four_bit_kernels.py")
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-c", ROOT / "pyproject.toml", *files]
     done = subprocess.run(
         [str(part) for part in command], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment

@@ -15,7 +15,7 @@ from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.engine.plan import Stages
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import experts, mla_project, moe
-from modeling_deepseek_moe.ops._operands import scale_of
+from modeling_deepseek_moe.ops._operands import is_of_four_bits, scale_of
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 # `q_nope`, `q_pe`, `c_kv` and `k_pe`
@@ -24,10 +24,21 @@ FusedProjections = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def run_by_halves(layer: nn.Module, stages: Stages) -> Callable:
     """The call for a layer: `run_layer` if the engine runs a part of it, else the layer itself."""
-    fuses_moe = stages.mlp is None and isinstance(layer.mlp, DeepseekMoE)
-    if stages.projections is None or fuses_moe:
-        return partial(run_layer, layer, stages.projections is None, fuses_moe)
+    four_bit_moe = isinstance(layer.mlp, DeepseekMoE) and _has_four_bits(layer.mlp)
+    fuses_moe = stages.mlp is None and isinstance(layer.mlp, DeepseekMoE) and not four_bit_moe
+    fuses_moe = fuses_moe and not reasons.is_adapted(layer.mlp.experts)
+    fuses_projections = stages.projections is None and not _has_four_bits(layer.self_attn)
+    if fuses_projections or fuses_moe:
+        return partial(run_layer, layer, fuses_projections, fuses_moe)
     return layer
+
+
+def _has_four_bits(module: nn.Module) -> bool:
+    """Whether weights are codes of four bits, which the operators of halves do not take: their parts do."""
+    return any(
+        is_of_four_bits(part) if isinstance(part, nn.Linear) else experts.kind_of(part) is not None
+        for part in module.modules()
+    )
 
 
 @takes_cache

@@ -22,8 +22,8 @@ from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
-from modeling_deepseek_moe.ops._operands import is_hooked, scale_of
-from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, Matrix, MlaShape, Norm, Routing
+from modeling_deepseek_moe.ops._operands import is_hooked, operand_of
+from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, LowRank, Matrix, MlaShape, Norm, Routing
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
@@ -81,7 +81,8 @@ class Plan:
         self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
         self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
-        self._kept: list[torch.Tensor | Expert] = []  # tables that the layers point to
+        self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
+        self._kept: list[object] = []  # tables that the layers point to
         for layer in self.layers:
             self._watch(layer)
         pairs = zip(self.layers, self.stages, strict=True)
@@ -119,6 +120,8 @@ class Plan:
                 if attributes[name] is not value:
                     return False
         except KeyError:  # deleted
+            return False
+        if not all(_is_same(module.for_engine(), operands) for module, operands in self._adapted):
             return False
         for module, stream in self._mapped:
             if module.stream is not stream:
@@ -202,36 +205,52 @@ class Plan:
             attention, projections = layer.self_attn, struct.projections
             struct.input_norm = _norm(layer.input_layernorm)
             if self._config.q_lora_rank is None:
-                projections.q_b = _matrix(attention.q_proj)
+                projections.q_b = self._matrix(attention.q_proj)
             else:
-                projections.q_a, projections.q_b = _matrix(attention.q_a_proj), _matrix(attention.q_b_proj)
+                projections.q_a, projections.q_b = self._matrix(attention.q_a_proj), self._matrix(attention.q_b_proj)
                 projections.q_a_norm = _norm(attention.q_a_layernorm)
-            projections.kv_a = _matrix(attention.kv_a_proj_with_mqa)
+            projections.kv_a = self._matrix(attention.kv_a_proj_with_mqa)
             projections.kv_a_norm = _norm(attention.kv_a_layernorm)
-            struct.kv_b = _matrix(attention.kv_b_proj)
+            struct.kv_b = self._matrix(attention.kv_b_proj)
         if stages.output is None:
-            struct.o = _matrix(layer.self_attn.o_proj)
+            struct.o = self._matrix(layer.self_attn.o_proj)
         if stages.mlp is None:
             struct.post_attention_norm = _norm(layer.post_attention_layernorm)
             if isinstance(layer.mlp, DeepseekMoE):
-                gate, weights = layer.mlp.gate, experts.operands(layer.mlp.experts)
+                gate, weights = layer.mlp.gate, experts.operands(self._routed(layer.mlp.experts, struct))
                 self._kept.append(weights.addresses)
                 struct.moe.gate = Matrix.of(gate.weight)
                 struct.moe.bias = _native.pointer(gate.e_score_correction_bias)
                 struct.moe.routing = Routing(*gate.routing)
-                struct.moe.routed = Experts.of(weights.addresses, weights.width, weights.dtype)
+                struct.moe.routed = Experts.of(weights.addresses, weights.width, weights.dtype, weights.kind)
                 if layer.mlp.shared_experts is not None:
                     struct.moe.shared = self._one_expert(layer.mlp.shared_experts)
             else:
                 struct.moe.shared = self._one_expert(layer.mlp)
         return struct
 
+    def _matrix(self, linear: nn.Module) -> Matrix:
+        matrix, kept = operand_of(linear).matrix()
+        self._kept.append(kept)
+        return matrix
+
+    def _routed(self, module: nn.Module, struct: DecoderLayer) -> nn.Module:
+        """The experts themselves; what an adapter adds to them goes into ``struct``."""
+        if not reasons.is_adapted(module):
+            return module
+        operands = module.for_engine()
+        self._adapted.append((module, operands))
+        for name, pair in zip(("gate_up", "down"), operands[1:], strict=True):
+            if pair is not None:
+                setattr(struct.moe, name, LowRank.of(*pair))
+        return operands[0]
+
     def _one_expert(self, mlp: nn.Module) -> Experts:
         """A SwiGLU layer as the only expert."""
-        gate, up, down = (_matrix(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        gate, up, down = (self._matrix(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         entry = Expert(gate.data, gate.scale, up.data, up.scale, down.data, down.scale)
         self._kept.append(entry)
-        return Experts(ctypes.addressof(entry), 1, gate.rows, gate.dtype)
+        return Experts(ctypes.addressof(entry), 1, gate.rows, gate.dtype, gate.scale_kind)
 
 
 def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
@@ -245,9 +264,17 @@ def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
         start = end
 
 
+def _is_same(found: tuple | None, wanted: tuple) -> bool:
+    """Whether an adapter's operands are still those that are in the table."""
+    if found is None or found[0] is not wanted[0]:
+        return False
+    for pair, other in zip(found[1:], wanted[1:], strict=True):
+        if (pair is None) is not (other is None):
+            return False
+        if pair is not None and (pair[0] is not other[0] or pair[1] is not other[1] or pair[2] != other[2]):
+            return False
+    return True
+
+
 def _norm(norm: nn.Module) -> Norm:
     return Norm(norm.weight.data_ptr(), norm.variance_epsilon)
-
-
-def _matrix(linear: nn.Module) -> Matrix:
-    return Matrix.of(linear.weight, scale_of(linear))

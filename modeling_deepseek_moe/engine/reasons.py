@@ -17,11 +17,13 @@ from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._library import PLAIN
-from modeling_deepseek_moe.ops._operands import is_hooked, scale_of, unsupported_linear
+from modeling_deepseek_moe.ops._operands import is_hooked, is_of_four_bits, operand_of, scale_of, unsupported_linear
+from modeling_deepseek_moe.ops._structs import NESTED
 from modeling_deepseek_moe.ops.decode_step.cpu import DTYPES, WEIGHTS
+from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 from modeling_deepseek_moe.ops.routing.cpu import MOST_EXPERTS
 from modeling_deepseek_moe.ops.swiglu import unsupported_reason as unsupported_swiglu
-from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts, StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 Reason = str | None
@@ -41,7 +43,7 @@ def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
         return reason
     linears, norms = parts(module)
     reason = _of_parts(module, linears, linear, dtype) or _of_parts(module, norms, norm, dtype)
-    if reason is None and len({part.weight.dtype for part in linears}) > 1:
+    if reason is None and len({_dtype_of(part) for part in linears}) > 1:
         reason = "needs projections of one dtype"
     return reason
 
@@ -67,6 +69,8 @@ def linear(module: nn.Module, dtype: torch.dtype) -> Reason:
     reason = unsupported_linear(module)
     if reason is not None:
         return reason
+    if is_of_four_bits(module):
+        return four_bit.unsupported_operand(*operand_of(module))
     scale = scale_of(module)
     if (scale is None) != (module.weight.dtype == torch.bfloat16):
         return f"takes weights in {', '.join(map(str, WEIGHTS))}, found {module.weight.dtype}"
@@ -85,6 +89,10 @@ def mlp(module: nn.Module, dtype: torch.dtype) -> Reason:
         return reason
     layers = module.gate_proj, module.up_proj, module.down_proj
     reason = _of_parts(module, layers, linear, dtype)
+    if reason is None and any(map(is_of_four_bits, layers)):
+        if len({_dtype_of(part) for part in layers}) > 1 or len({operand_of(part).kind for part in layers}) > 1:
+            return "needs weights of one dtype"
+        return experts.cpu.unsupported_reason(torch.empty((1, 1), dtype=dtype), module.act_fn)
     return reason or unsupported_swiglu(torch.empty((1, 1), dtype=dtype), *layers, module.act_fn)
 
 
@@ -99,8 +107,19 @@ def router(module: nn.Module, dtype: torch.dtype) -> Reason:
 
 
 def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """Routed experts, however their weights are stored."""
-    reason = _is_own(module, DeepseekExperts, StackedQuantizedExperts, MappedExperts)
+    """Routed experts, however their weights are stored, alone or with an adapter."""
+    if is_adapted(module):
+        if dtype != torch.bfloat16:
+            return f"runs adapters of experts for activations in bf16, found {dtype}"
+        operands = module.for_engine()
+        if operands is None:
+            return "runs one adapter of experts at a time, that is not merged"
+        if is_hooked(module) or any(is_hooked(child) for child in module.children()):
+            return f"cannot call the hooks of a {type(module).__name__}"
+        module = operands[0]
+    reason = None
+    if not (isinstance(module, QuantizedExperts) and hasattr(type(module), "addresses")) or is_hooked(module):
+        reason = _is_own(module, DeepseekExperts, StackedQuantizedExperts, MappedExperts)
     if reason is not None:
         return reason
     chosen = module.config._experts_implementation if type(module) is DeepseekExperts else None
@@ -111,8 +130,13 @@ def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
     weights = experts.operands(module)
     probe = torch.empty((1, 1), dtype=dtype)
     reason = experts.unsupported_reason(module, weights, probe)
-    scales = [scale for scale in weights.stacks[2:] if scale is not None]
+    scales = [scale for scale in weights.stacks[2:] if scale is not None and weights.kind is None]
     return reason or next(filter(None, (_tensor(scale, (torch.float32,)) for scale in scales)), None)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether experts have an adapter that says how the engine is to run it."""
+    return hasattr(type(module), "for_engine")
 
 
 def moe(module: nn.Module, dtype: torch.dtype) -> Reason:
@@ -126,6 +150,12 @@ def moe(module: nn.Module, dtype: torch.dtype) -> Reason:
         or _of_parts(module, (module.experts,), routed_experts, dtype)
         or _of_parts(module, shared, mlp, dtype)
     )
+
+
+def _dtype_of(module: nn.Module) -> object:
+    """What activations are packed for: the weight's dtype, or the kind of its four-bit codes."""
+    kind = operand_of(module).kind
+    return module.weight.dtype if kind is None else kind.removesuffix(NESTED)
 
 
 def _of_parts(module: nn.Module, parts: Iterable[nn.Module], reason_of: Callable, dtype: torch.dtype) -> Reason:

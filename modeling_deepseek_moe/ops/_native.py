@@ -21,7 +21,7 @@ from modeling_deepseek_moe.ops import _structs
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 6  # DSM_VERSION
+VERSION = 7  # DSM_VERSION
 DTYPES = _structs.DTYPES
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
 _NO_MEMORY, _NOT_FINITE = -1, -3
@@ -40,6 +40,10 @@ _SIGNATURES = {
         *(c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p),
     ),
+    "dsm_experts_low_rank": (
+        *(c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+        *(c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
     "dsm_moe": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "dsm_step": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "dsm_rms_norm": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
@@ -53,6 +57,7 @@ _SIGNATURES = {
     ),
     "dsm_route": (c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "dsm_dequantize": (c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int),
+    "dsm_dequantize_four_bit": (c_int, c_int, c_void_p, c_void_p, c_int),
     "dsm_quantize": (c_int, c_int, c_void_p, c_int, c_int64, c_int64, c_int, c_void_p, c_void_p),
 }
 

@@ -4,12 +4,17 @@ An operation that multiplies with a layer's weight is handed the layer, since on
 an adapter, a quantiser, a hook. Where nothing is, its weight may be read in place of the call.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as every_module_is_hooked  # torch has no public name for it
 
-from modeling_deepseek_moe.bitsandbytes_packing import is_packed
+from modeling_deepseek_moe.bnb.packing import is_packed
 from modeling_deepseek_moe.ops._library import PLAIN
+from modeling_deepseek_moe.ops._structs import NESTED, Matrix
+from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
+from modeling_deepseek_moe.ops.four_bit.reference import KINDS, NESTED_GROUP, NestedScales
 
 KERNEL = "block_fp8"  # a format's, see `formats.WeightFormat`
 BLOCK = (128, 128)  # of FP8 weights: the engine's, and the release's
@@ -41,8 +46,47 @@ def is_quantized(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and "weight_format" in layer.__dict__ and hasattr(layer, "dequantized")
 
 
+class Operand(NamedTuple):
+    """A layer's weight ``[N, K]`` as it lies in memory.
+
+    ``kind``: of codes of four bits, one of `_structs.FOUR_BIT`; ``None`` for any other weight. ``scales``: ``None`` where
+    there are none.
+    """
+
+    kind: str | None
+    codes: torch.Tensor
+    scales: torch.Tensor | NestedScales | None
+
+    def matrix(self) -> tuple[Matrix, object]:
+        """It for C, and what has to live as long."""
+        if self.kind is not None:
+            return four_bit.matrix("linear", self.kind.removesuffix(NESTED), self.codes, self.scales)
+        assert not isinstance(self.scales, NestedScales)  # which codes of four bits alone have
+        return Matrix.of(self.codes, self.scales), self
+
+
+def operand_of(layer: nn.Module) -> Operand:
+    """Of a layer that `unsupported_linear` has no reason against."""
+    if is_four_bit(layer):
+        return _bitsandbytes_operand(layer.weight)
+    if is_quantized(layer):
+        kernel = layer.weight_format.kernel
+        return Operand(kernel if kernel in KINDS else None, layer.weight, layer.scale)
+    return Operand(None, layer.weight, None)
+
+
+def is_of_four_bits(layer: nn.Module) -> bool:
+    """Whether a layer's weight, this package's or bitsandbytes', is codes of four bits."""
+    return is_four_bit(layer) or (is_quantized(layer) and layer.weight_format.kernel in KINDS)
+
+
 def unsupported_format(weight_format) -> str | None:
     """Why the CPU engine has no kernels for a `formats.WeightFormat`; ``None`` if it has."""
+    if weight_format.kernel in KINDS:
+        group = KINDS[weight_format.kernel].group
+        if tuple(weight_format.block) != (1, group):
+            return f"has groups of {group} columns only for {weight_format.name}, found {tuple(weight_format.block)}"
+        return None
     if weight_format.kernel != KERNEL or weight_format.linear is None:
         return f"has kernels for FP8 and bf16 weights, found {weight_format.name}"
     if weight_format.block != BLOCK:
@@ -65,10 +109,33 @@ def _dequantized(weight: nn.Parameter) -> torch.Tensor:
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
+def _bitsandbytes_operand(weight: nn.Parameter) -> Operand:
+    """The codes of a ``Linear4bit`` as rows, and its scales, which may be nested."""
+    state, rows = weight.quant_state, weight.quant_state.shape[0]
+    codes = weight.data.reshape(-1).view(torch.uint8).view(rows, -1)
+    scales = state.absmax.view(rows, -1)
+    if not state.nested:
+        return Operand(state.quant_type, codes, scales)
+    inner = state.state2
+    return Operand(state.quant_type + NESTED, codes, NestedScales(scales, inner.absmax, inner.code, state.offset))
+
+
+def _unsupported_state(state) -> str | None:
+    """Why the engine cannot read what bitsandbytes quantised; ``None`` if it can."""
+    group, shape = KINDS["nf4"].group, tuple(state.shape)
+    if state.blocksize != group or (state.nested and state.state2.blocksize != NESTED_GROUP):
+        return f"has blocks of {group} values only, and nested ones of {NESTED_GROUP}, found {state.blocksize}"
+    if state.quant_type not in KINDS or len(shape) != 2 or shape[1] % group:
+        return f"takes rows of whole blocks of {group}, found {state.quant_type} {list(shape)}"
+    return None
+
+
 def unsupported_linear(layer: nn.Module) -> str | None:
     """Why a fused operation cannot read this layer's weight where it lies; ``None`` if it can."""
     if every_module_is_hooked():
         return "cannot call hooks that are on every module"
+    if is_four_bit(layer):
+        return _unsupported_state(layer.weight.quant_state)
     if not is_linear(layer):
         return f"needs plain linear layers, found {_called(layer)}"
     if layer.bias is not None:

@@ -10,17 +10,41 @@ from ctypes import Structure, c_float, c_int, c_int64, c_void_p
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+# Four-bit codes by the names of `ops.four_bit.KINDS`, and what their scales are.
+FOUR_BIT = {"int4": (4, 1), "nf4": (5, 0), "fp4": (6, 0), "mxfp4": (7, 8), "nf4_nested": (5, 9), "fp4_nested": (6, 9)}
+NESTED = "_nested"
+
+
+class Nested(Structure):
+    """Scales that are codes themselves, see `ops.four_bit.NestedScales`."""
+
+    _fields_ = [("codes", c_void_p), ("absmax", c_void_p), ("table", c_void_p), ("offset", c_float)]
+
+    @classmethod
+    def of(cls, scales) -> "Nested":
+        """Of a `NestedScales` of contiguous tensors."""
+        return cls(*(part.data_ptr() for part in scales[:3]), scales.offset.item())
 
 
 class Matrix(Structure):
-    """A row-major weight ``[rows, cols]``; ``scale`` of FP8 in fp32, a block each."""
+    """A row-major weight ``[rows, cols]``; ``scale`` of FP8 in fp32, a block each; of four-bit codes a group each."""
 
-    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("cols", c_int64), ("dtype", c_int)]
+    _fields_ = [
+        *(("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("cols", c_int64)),
+        *(("dtype", c_int), ("scale_kind", c_int)),
+    ]
 
     @classmethod
     def of(cls, weight: torch.Tensor, scale: torch.Tensor | None = None) -> "Matrix":
         """Of contiguous tensors, the scales in fp32."""
         return cls(weight.data_ptr(), None if scale is None else scale.data_ptr(), *weight.shape, DTYPES[weight.dtype])
+
+    @classmethod
+    def of_four_bit(cls, kind: str, codes: torch.Tensor, scales: "torch.Tensor | Nested") -> "Matrix":
+        """Of contiguous codes ``[N, ·]`` of one of `FOUR_BIT`; nested scales are kept by the caller."""
+        rows, cols = codes.shape[0], 2 * codes.shape[1] * codes.itemsize
+        address = ctypes.addressof(scales) if isinstance(scales, Nested) else scales.data_ptr()
+        return cls(codes.data_ptr(), address, rows, cols, *FOUR_BIT[kind])
 
 
 class Norm(Structure):
@@ -36,14 +60,29 @@ class Expert(Structure):
 
 
 class Experts(Structure):
-    """``table [count]`` of `Expert`, each of ``width``, and the dtype of their weights."""
+    """``table [count]`` of `Expert`, each of ``width``, and dtype and kind of scales of their weights."""
 
-    _fields_ = [("table", c_void_p), ("count", c_int64), ("width", c_int64), ("dtype", c_int)]
+    _fields_ = [
+        *(("table", c_void_p), ("count", c_int64), ("width", c_int64)),
+        *(("dtype", c_int), ("scale_kind", c_int)),
+    ]
 
     @classmethod
-    def of(cls, addresses: torch.Tensor, width: int, dtype: torch.dtype) -> "Experts":
-        """Of ``addresses [E, 3, 2]``."""
-        return cls(addresses.data_ptr(), len(addresses), width, DTYPES[dtype])
+    def of(cls, addresses: torch.Tensor, width: int, dtype: torch.dtype, kind: str | None = None) -> "Experts":
+        """Of ``addresses [E, 3, 2]``; ``kind`` is one of `FOUR_BIT` if the codes are of four bits."""
+        what = (DTYPES[dtype], 0) if kind is None else FOUR_BIT[kind]
+        return cls(addresses.data_ptr(), len(addresses), width, *what)
+
+
+class LowRank(Structure):
+    """What an adapter adds to a matrix of each expert: bf16 A ``[E, r, inputs]`` and B turned ``[E, r, outputs]``."""
+
+    _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("scale", c_float)]
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor, scale: float) -> "LowRank":
+        """Of contiguous tensors."""
+        return cls(a.data_ptr(), b.data_ptr(), a.shape[1], scale)
 
 
 class Routing(Structure):
@@ -62,6 +101,7 @@ class Moe(Structure):
     _fields_ = [
         *(("gate", Matrix), ("bias", c_void_p), ("routing", Routing)),
         *(("routed", Experts), ("shared", Experts)),
+        *(("gate_up", LowRank), ("down", LowRank)),
     ]
 
 
@@ -138,7 +178,7 @@ class Step(Structure):
 
 
 SHARED = (
-    *(Matrix, Norm, Expert, Experts, Routing, Moe),
+    *(Matrix, Nested, Norm, Expert, Experts, LowRank, Routing, Moe),
     *(MlaShape, MlaProjections, Queries, LatentCache, Mask, DecoderLayer, Step),
 )
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use
-from modeling_deepseek_moe.ops._operands import scale_of, unsupported_linear, weight_of
+from modeling_deepseek_moe.ops._operands import is_of_four_bits, operand_of, scale_of, unsupported_linear, weight_of
+from modeling_deepseek_moe.ops._structs import NESTED
 from modeling_deepseek_moe.ops.absorbed_attention import cpu, reference
+from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 
 __all__ = ["absorbed_attention"]
 
@@ -32,6 +34,13 @@ def absorbed_attention(
     tensors = (q_nope, q_pe, c_kv, k_pe, mask)
     plain = not (output_attentions or dropout or torch.is_autocast_enabled(q_nope.device.type))
     in_place = unsupported_linear(kv_b_proj) is None
+    operand = operand_of(kv_b_proj) if in_place and is_of_four_bits(kv_b_proj) else None
+    if operand is not None and plain:
+        reason = four_bit.unsupported_operand(*operand) or cpu.unsupported_reason(*tensors, *operand[1::-1])
+        if may_use(CPU, reason):
+            parts, kind = four_bit.parts_of(operand.scales), operand.kind.removesuffix(NESTED)
+            return cpu.decode_four_bit(*tensors, operand.codes, parts, kind, scaling), None
+    in_place = in_place and operand is None
     weight = kv_b_proj.weight if in_place else weight_of(kv_b_proj, q_nope)
     if plain and may_use(CPU, cpu.unsupported_reason(*tensors, weight)):
         return cpu.decode(*tensors, weight, scale_of(kv_b_proj) if in_place else None, scaling), None

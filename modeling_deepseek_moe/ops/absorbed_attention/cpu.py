@@ -7,6 +7,7 @@ import torch
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import define
 from modeling_deepseek_moe.ops._structs import LatentCache, Mask, Matrix, MlaShape, Queries
+from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 
 CACHES = (torch.bfloat16, torch.float32)
 WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn)  # the latter in blocks of 128 x 128
@@ -19,16 +20,17 @@ def unsupported_reason(
     k_pe: torch.Tensor,
     mask: torch.Tensor | None,
     weight: torch.Tensor,
+    kind: str | None = None,
 ) -> str | None:
-    """Why the engine cannot attend; ``None`` if it can. For the shapes see `decode`."""
+    """Why the engine cannot attend; ``None`` if it can. For the shapes see `decode`; ``kind``: of codes of four bits."""
     if q_nope.device.type != "cpu" or weight.device.type != "cpu":
         return f"needs CPU tensors, found {q_nope.device} and {weight.device}"
     if q_nope.shape[2] != 1:
         return f"is for one new token, found {q_nope.shape[2]}"
     if q_nope.dtype not in CACHES or {q_nope.dtype, q_pe.dtype, k_pe.dtype} != {c_kv.dtype}:
         return f"takes queries and caches in one dtype, bf16 or fp32, found {q_nope.dtype} and {c_kv.dtype}"
-    if weight.dtype not in WEIGHTS or not weight.is_contiguous():
-        return f"takes contiguous FP8 or bf16 weights, found {weight.dtype}"
+    if (weight.dtype not in WEIGHTS and kind is None) or not weight.is_contiguous():
+        return f"takes contiguous FP8, bf16 or four-bit weights, found {weight.dtype}"
     if mask is not None and mask.shape[1] != 1:
         return f"takes one mask for all heads, found {mask.shape[1]}"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, c_kv, k_pe, weight)):
@@ -59,14 +61,34 @@ def _decode(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    batch, heads, _, nope = q_nope.shape
-    length, rank = c_kv.shape[2:]
-    rope, value = k_pe.shape[3], weight.shape[0] // heads - nope
-    _check(q_nope, q_pe, c_kv, k_pe, mask, weight, scale_inv)
-    q_nope, q_pe = (q if q.stride(3) == 1 else q.contiguous() for q in (q_nope, q_pe))
-    c_kv, k_pe = (c if c.stride()[2:] == (c.shape[3], 1) else c.contiguous() for c in (c_kv, k_pe))
+    fp8 = weight.dtype == torch.float8_e4m3fn
+    _check(q_nope, q_pe, c_kv, k_pe, mask, (weight.shape[0], weight.shape[1]))
+    wanted = tuple(-(-size // 128) for size in weight.shape) if fp8 else None
+    if (None if scale_inv is None else tuple(scale_inv.shape)) != wanted:
+        found = None if scale_inv is None else tuple(scale_inv.shape)
+        raise ValueError(f"mla_decode: scale_inv is {found}, wanted {wanted}")
+    if weight.dtype not in WEIGHTS or not weight.is_contiguous():
+        raise ValueError(f"mla_decode: found weights {weight.dtype}, wanted contiguous ones in {WEIGHTS}")
     if scale_inv is not None:
         scale_inv = _native.fp32(scale_inv)
+    return _attend(q_nope, q_pe, c_kv, k_pe, mask, Matrix.of(weight, scale_inv), scaling)
+
+
+def _decode_four_bit(q_nope, q_pe, c_kv, k_pe, mask, codes, scales, kind: str, scaling: float) -> torch.Tensor:
+    """As `_decode`, of ``kv_b_proj``'s codes of four bits and `four_bit.cpu.parts_of` their scales."""
+    weight, kept = four_bit.matrix("mla_decode", kind, codes, four_bit.scales_of(scales))
+    _check(q_nope, q_pe, c_kv, k_pe, mask, (weight.rows, weight.cols))
+    found = _attend(q_nope, q_pe, c_kv, k_pe, mask, weight, scaling)
+    del kept
+    return found
+
+
+def _attend(q_nope, q_pe, c_kv, k_pe, mask, weight: Matrix, scaling: float) -> torch.Tensor:
+    batch, heads, _, nope = q_nope.shape
+    length, rank = c_kv.shape[2:]
+    rope, value = k_pe.shape[3], weight.rows // heads - nope
+    q_nope, q_pe = (q if q.stride(3) == 1 else q.contiguous() for q in (q_nope, q_pe))
+    c_kv, k_pe = (c if c.stride()[2:] == (c.shape[3], 1) else c.contiguous() for c in (c_kv, k_pe))
     if mask is not None:
         mask = _native.additive(mask[:, 0, -1, :length])
     out = q_nope.new_empty((batch, 1, heads, value))
@@ -75,16 +97,15 @@ def _decode(
         "dsm_mla_decode",
         *(_native.DTYPES[q_nope.dtype], batch, length, byref(MlaShape(heads, nope, rope, rank, value))),
         *(byref(queries), byref(LatentCache.of(c_kv, k_pe)), byref(Mask.of(mask))),
-        *(byref(Matrix.of(weight, scale_inv)), scaling, out.data_ptr()),
+        *(byref(weight), scaling, out.data_ptr()),
     )
     return out
 
 
-def _check(q_nope, q_pe, c_kv, k_pe, mask, weight, scale_inv) -> None:
-    """Before C reads them: raise where a tensor is smaller than the others say."""
+def _check(q_nope, q_pe, c_kv, k_pe, mask, weight: tuple[int, int]) -> None:
+    """Before C reads them: raise where a tensor is smaller than the others, or the weight's shape, say."""
     batch, heads, _, nope = q_nope.shape
     length, rank = c_kv.shape[2:]
-    fp8 = weight.dtype == torch.float8_e4m3fn
     wanted = {
         "q_nope": (q_nope, (batch, heads, 1, nope)),
         "q_pe": (q_pe, (batch, heads, 1, k_pe.shape[3])),
@@ -94,19 +115,20 @@ def _check(q_nope, q_pe, c_kv, k_pe, mask, weight, scale_inv) -> None:
             mask,
             None if mask is None else (mask.shape[0] if mask.shape[0] == batch else 1, 1, 1, mask.shape[3]),
         ),
-        "weight": (weight, (heads * max(weight.shape[0] // heads, nope + 1), rank)),
-        "scale_inv": (scale_inv, tuple(-(-size // 128) for size in weight.shape) if fp8 else None),
     }
     for name, (tensor, shape) in wanted.items():
         found = None if tensor is None else tuple(tensor.shape)
         if found != shape:
             raise ValueError(f"mla_decode: {name} is {found}, wanted {shape}")
+    rows = heads * max(weight[0] // heads, nope + 1)
+    if weight != (rows, rank):
+        raise ValueError(f"mla_decode: weight is {weight}, wanted {(rows, rank)}")
     if mask is not None and mask.shape[3] < length:
         raise ValueError(f"mla_decode: the mask covers {mask.shape[3]} tokens, the cache holds {length}")
-    if length < 1 or (weight.dtype not in WEIGHTS) or q_nope.dtype not in CACHES:
-        raise ValueError(f"mla_decode: {length} tokens, weights {weight.dtype}, queries {q_nope.dtype}")
-    if {q_nope.dtype, q_pe.dtype, k_pe.dtype} != {c_kv.dtype} or not weight.is_contiguous():
-        raise ValueError("mla_decode: wants queries and caches of one dtype, and contiguous weights")
+    if length < 1 or q_nope.dtype not in CACHES:
+        raise ValueError(f"mla_decode: {length} tokens, queries {q_nope.dtype}")
+    if {q_nope.dtype, q_pe.dtype, k_pe.dtype} != {c_kv.dtype}:
+        raise ValueError("mla_decode: wants queries and caches of one dtype")
 
 
 decode = define(
@@ -115,5 +137,13 @@ decode = define(
     _decode,
     lambda q_nope, q_pe, c_kv, k_pe, mask, weight, scale_inv, scaling: q_nope.new_empty(
         (q_nope.shape[0], 1, q_nope.shape[1], weight.shape[0] // q_nope.shape[1] - q_nope.shape[3])
+    ),
+)
+decode_four_bit = define(
+    "mla_decode_four_bit(Tensor q_nope, Tensor q_pe, Tensor c_kv, Tensor k_pe, Tensor? mask, Tensor codes, "
+    "Tensor[] scales, str kind, float scaling) -> Tensor",
+    _decode_four_bit,
+    lambda q_nope, q_pe, c_kv, k_pe, mask, codes, scales, kind, scaling: q_nope.new_empty(
+        (q_nope.shape[0], 1, q_nope.shape[1], codes.shape[0] // q_nope.shape[1] - q_nope.shape[3])
     ),
 )

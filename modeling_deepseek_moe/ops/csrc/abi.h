@@ -6,15 +6,29 @@
 #include <stdint.h>
 
 enum { DSM_F32 = 0, DSM_BF16 = 1, DSM_F16 = 2, DSM_FP8 = 3 };
+/* Four-bit codes, two to a byte: table[code] * scale. INT4 and MXFP4: groups of 32 columns, an earlier column in a byte's
+   low half; NF4 and FP4, bitsandbytes': groups of 64, an earlier column in the high half. Rows are whole groups. */
+enum { DSM_INT4 = 4, DSM_NF4 = 5, DSM_FP4 = 6, DSM_MXFP4 = 7 };
+/* Scales of four-bit codes, [rows, cols / group]: those of INT4 in bf16, of MXFP4 powers of two by their exponents, of NF4
+   and FP4 in fp32 or nested. */
+enum { DSM_E8M0 = 8, DSM_NESTED = 9 };
 enum { DSM_OK = 0, DSM_NO_MEMORY = -1, DSM_BAD_ARGUMENT = -2, DSM_NOT_FINITE = -3 };
 
 /* A row-major weight [rows, cols]. */
 typedef struct {
     const void *data;
-    const float *scale; /* NULL for bf16 */
+    const void *scale; /* fp32 for FP8, NULL for bf16; see `scale_kind` for four-bit codes */
     int64_t rows, cols;
-    int dtype; /* DSM_FP8 or DSM_BF16; for `gemm` and `accumulate_pv` also DSM_F32, where activations are that */
+    int dtype; /* of codes, or DSM_BF16; for `gemm` and `accumulate_pv` also DSM_F32, where activations are that */
+    int scale_kind; /* of four-bit codes: DSM_BF16, DSM_E8M0, DSM_F32 or DSM_NESTED */
 } Matrix;
+
+/* Where `scale` leads if it is DSM_NESTED: scale i of the matrix is table[codes[i]] * absmax[i / 256] + offset. */
+typedef struct {
+    const uint8_t *codes;
+    const float *absmax, *table;
+    float offset;
+} Nested;
 
 /* RMSNorm */
 typedef struct {
@@ -24,19 +38,24 @@ typedef struct {
 
 /* One routed expert, by address: gate and up [width, hidden], down [hidden, width]. No gate: it is left out. */
 typedef struct {
-    const void *gate;
-    const float *gate_scale;
-    const void *up;
-    const float *up_scale;
-    const void *down;
-    const float *down_scale;
+    const void *gate, *gate_scale;
+    const void *up, *up_scale;
+    const void *down, *down_scale;
 } Expert;
 
 typedef struct {
     const Expert *table; /* [count] */
     int64_t count, width;
-    int dtype; /* of the weights */
+    int dtype, scale_kind; /* of the weights, as of a matrix */
 } Experts;
+
+/* What an adapter adds to a matrix of each expert, scale * B A, in bf16: A [experts, rank, inputs], and B turned,
+   [experts, rank, outputs]. No rank: nothing. */
+typedef struct {
+    const void *a, *b;
+    int64_t rank;
+    float scale;
+} LowRank;
 
 /* How a router chooses; the fields are those of `ops/routing/reference.py`'s Routing. */
 typedef struct {
@@ -50,6 +69,7 @@ typedef struct {
     const float *bias; /* [experts], or NULL */
     Routing routing;
     Experts routed, shared; /* the shared experts are one wide expert; none where `shared.count` is 0 */
+    LowRank gate_up, down;  /* of the routed experts */
 } Moe;
 
 /* Sizes of latent attention. */

@@ -57,12 +57,16 @@ ABSORB(absorb_1_bf16, 1, 0)
 
 void dsm_bf16_gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
     const int64_t room = dsm_blocks(w->cols) * DSM_BLOCK;
+    if (dsm_is_four_bit(w->dtype)) {
+        dsm_kernels_avx512_gemv_transposed(q, w, first, count, out, sums);
+        return;
+    }
     const int fp8 = w->dtype == DSM_FP8;
     for (int64_t c = 0; c < w->cols; c++) out[c] = 0.0f;
     for (int64_t i = 0; i < count;) { /* a row of blocks at a time: it has scales of its own */
         const int64_t r = first + i;
         const int64_t end = fp8 ? dsm_min(count, i + DSM_BLOCK - r % DSM_BLOCK) : count;
-        const float *scale = w->scale + r / DSM_BLOCK * dsm_blocks(w->cols);
+        const float *scale = dsm_block_scale(w, r, 0);
         memset(sums, 0, sizeof(float) * room);
         for (; i + 8 <= end; i += 8) {
             int32_t pair[4];

@@ -30,7 +30,7 @@ DSM_INLINE void transposed_rows(const float *q, const Matrix *w, int64_t r, floa
     const int itemsize = 4 / per_lane;
     const int64_t pitch = w->cols * itemsize;
     const char *row = (const char *)w->data + r * pitch;
-    const float *scale = w->scale + r / DSM_BLOCK * dsm_blocks(w->cols);
+    const float *scale = dsm_block_scale(w, r, 0);
     for (int64_t k = 0; k < w->cols; k += DSM_BLOCK, scale++) {
         const int64_t end = dsm_min(DSM_BLOCK, w->cols - k) * itemsize;
         F factor[ABSORBED_ROWS];
@@ -64,7 +64,11 @@ DSM_INLINE void transposed_rows(const float *q, const Matrix *w, int64_t r, floa
 ABSORB(absorb_fp8, 4)
 ABSORB(absorb_bf16, 2)
 
-static void gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
+void SHARED(gemv_transposed)(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums) {
+    if (dsm_is_four_bit(w->dtype)) {
+        transposed_four_bit(q, w, first, count, out, sums);
+        return;
+    }
     const int per_lane = w->dtype == DSM_FP8 ? 4 : 2, group = per_lane * WIDTH;
     int nan;
     memset(sums, 0, sizeof(float) * dsm_blocks(w->cols) * DSM_BLOCK);

@@ -6,6 +6,8 @@
 #define PANEL 64
 #define UNROLL _Pragma("GCC unroll 32")
 
+#include "four_bit_avx512_bf16.h"
+
 /* bf16 of the E4M3 magnitudes 0..127, low bytes and high bytes */
 #define SUBNORMAL_LOW 0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60
 #define SUBNORMAL_HIGH 0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c
@@ -89,6 +91,8 @@ DSM_INLINE void pack_group(const void *x, int dtype, int64_t n, int weight_dtype
     if (weight_dtype == DSM_FP8) {
         _mm512_storeu_si512(out, _mm512_shuffle_i64x2(a, b, 0x88));
         _mm512_storeu_si512(out + 32, _mm512_shuffle_i64x2(a, b, 0xdd));
+    } else if (dsm_is_four_bit(weight_dtype)) {
+        pack_four_bit(a, b, weight_dtype, out);
     } else {
         _mm512_storeu_si512(out, a);
         _mm512_storeu_si512(out + 32, b);
@@ -104,6 +108,8 @@ float dsm_kernels_avx512_amax(const void *x, int dtype, int64_t n, int *finite);
 void dsm_kernels_avx512_encode(const void *x, int dtype, int64_t n, float scale, uint8_t *out);
 float dsm_kernels_avx512_online_softmax(float *scores, int64_t n, int64_t room, float scaling, const float *mask,
                                         float *peak, float *norm);
+void dsm_kernels_avx512_gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out,
+                                        float *sums);
 void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
 void dsm_bf16_decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
 float dsm_bf16_amax(const void *x, int dtype, int64_t n, int *finite);
@@ -111,6 +117,10 @@ void dsm_bf16_gemv_transposed(const float *q, const Matrix *w, int64_t first, in
 /* bf16 rows for one token, fetched as Intel's processors like it */
 void dsm_bf16_gemv_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                         int64_t ldo, const void *next);
+
+/* four-bit codes */
+void dsm_four_bit_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                       float *out, int64_t ldo, const void *next);
 
 /* what AVX-512 BF16 and AMX have in common */
 #define DSM_BF16_KERNELS                                                                                              \

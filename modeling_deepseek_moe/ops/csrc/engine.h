@@ -1,7 +1,8 @@
 /* What every file of the CPU engine shares.
 
    The engine is plain C on pointers: it knows neither Python nor torch. A *matrix* is a row-major weight [rows, cols],
-   FP8 (E4M3 codes and one fp32 scale per 128 x 128 block, ragged at the edges) or bf16. A *packed* row of activations
+   FP8 (E4M3 codes and one fp32 scale per 128 x 128 block, ragged at the edges), bf16, or codes of four bits with scales
+   along each row (four_bit.h). A *packed* row of activations
    is padded with zeros to whole blocks and permuted so that its elements meet the weights in the order in which a
    kernel decodes them; each set of kernels has a packing of its own. All sums are fp32. */
 #ifndef DSM_ENGINE_H
@@ -13,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DSM_VERSION 6 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_VERSION 7 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_PV_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
@@ -131,10 +132,19 @@ DSM_INLINE int64_t dsm_gemv_rows(const Kernels *k, int64_t rows, int threads) {
     return few;
 }
 DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
-DSM_INLINE const char *dsm_row(const Matrix *w, int64_t row) {
-    return (const char *)w->data + row * w->cols * (int64_t)dsm_itemsize(w->dtype);
+DSM_INLINE int dsm_is_four_bit(int dtype) { return dtype >= DSM_INT4 && dtype <= DSM_MXFP4; }
+/* of n values of a row */
+DSM_INLINE int64_t dsm_row_bytes(int dtype, int64_t n) {
+    return dsm_is_four_bit(dtype) ? n / 2 : n * (int64_t)dsm_itemsize(dtype);
 }
-DSM_INLINE int64_t dsm_bytes(const Matrix *w) { return w->rows * w->cols * (int64_t)dsm_itemsize(w->dtype); }
+DSM_INLINE const char *dsm_row(const Matrix *w, int64_t row) {
+    return (const char *)w->data + row * dsm_row_bytes(w->dtype, w->cols);
+}
+DSM_INLINE int64_t dsm_bytes(const Matrix *w) { return w->rows * dsm_row_bytes(w->dtype, w->cols); }
+/* the scale of an FP8 matrix's block of 128 x 128 that a row and a column lie in; only its address where it has none */
+DSM_INLINE const float *dsm_block_scale(const Matrix *w, int64_t row, int64_t col) {
+    return (const float *)w->scale + row / DSM_BLOCK * ((w->cols + DSM_BLOCK - 1) / DSM_BLOCK) + col / DSM_BLOCK;
+}
 DSM_INLINE int64_t dsm_blocks(int64_t n) { return (n + DSM_BLOCK - 1) / DSM_BLOCK; }
 DSM_INLINE int64_t dsm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 DSM_INLINE int64_t dsm_max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -232,6 +242,9 @@ int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, c
                void *y);
 int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, const int64_t *indices,
                 const float *weights, int64_t top_k, const Experts *experts, float *out, void *y);
+int dsm_experts_low_rank(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden,
+                         const int64_t *indices, const float *weights, int64_t top_k, const Experts *experts,
+                         const LowRank *gate_up, const LowRank *down, void *y);
 int dsm_route(int isa, int threads, const float *logits, int64_t tokens, int64_t experts, const float *bias,
               const Routing *routing, float *weights, int64_t *indices);
 int dsm_rms_norm(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t n, const Norm *norm,

@@ -51,9 +51,9 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
             const Expert *at = given->table + e;
             const int64_t d = layer->hidden, i = given->width;
             layer->experts[active++] = (Share){
-                {at->gate, at->gate_scale, i, d, given->dtype},
-                {at->up, at->up_scale, i, d, given->dtype},
-                {at->down, at->down_scale, d, i, given->dtype},
+                {at->gate, at->gate_scale, i, d, given->dtype, given->scale_kind},
+                {at->up, at->up_scale, i, d, given->dtype, given->scale_kind},
+                {at->down, at->down_scale, d, i, given->dtype, given->scale_kind},
                 placed,
                 tokens,
                 packed,
@@ -195,8 +195,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     layer->chunk = CHUNK;
     if (many) layer->chunk = dsm_max(CHUNK, dsm_panel_rows(k, layer->width * layer->active, threads));
     for (int64_t i = 0; i < layer->active; i++) tasks += tasks_of(layer, layer->experts + i);
-    const int64_t weights =
-        layer->active * 3 * layer->hidden * layer->width * (int64_t)dsm_itemsize(layer->weight_dtype);
+    const int64_t weights = layer->active * 3 * dsm_row_bytes(layer->weight_dtype, layer->hidden * layer->width);
     threads = dsm_threads(threads, weights * (many ? 1 + most / 16 : 1));
     const int64_t columns = columns_of_down(layer, many, threads);
     const int64_t down_tasks = (layer->hidden + columns - 1) / columns;

@@ -76,7 +76,7 @@ DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int
 DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
                              const uint8_t *after, const int tokens) {
     const Normal n = normal();
-    const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols);
+    const float *scales = dsm_block_scale(w, first, 0);
     const uint8_t *data = (const uint8_t *)w->data + first * w->cols;
     const int64_t size = tokens * TILE, turns = turns_of(count);
     float products[2][TILE_FLOATS] __attribute__((aligned(64)));
@@ -114,6 +114,10 @@ static void gemv_tiles(const void *x, size_t stride, int64_t tokens, const Matri
     char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
     float sums[PANEL] __attribute__((aligned(64)));
     const int fp8 = w->dtype == DSM_FP8;
+    if (dsm_is_four_bit(w->dtype)) {
+        dsm_four_bit_gemv(x, stride, tokens, w, first, count, out, ldo, next);
+        return;
+    }
     if (fp8) _tile_loadconfig(&ONE_TOKEN);
     for (int64_t r = 0, n; r < count; r += n) {
         n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);

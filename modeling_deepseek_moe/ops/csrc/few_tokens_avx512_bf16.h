@@ -47,7 +47,7 @@ DSM_INLINE void turn_fp8(const char *x, size_t stride, const Matrix *w, int64_t 
                          __m512 *total, const int readers, const int tokens) {
     const Tables t = tables();
     const uint8_t *from = (const uint8_t *)w->data + row * w->cols;
-    const float *scale = w->scale + row / DSM_BLOCK * dsm_blocks(w->cols);
+    const float *scale = dsm_block_scale(w, row, 0);
     const int64_t cols = w->cols, ahead = dsm_min(FAR_AHEAD, cols);
     int64_t k = 0;
     for (; k + DSM_BLOCK <= cols - ahead; k += DSM_BLOCK)
@@ -115,6 +115,7 @@ READ(read_1_1, 1, 1, 0)
 READ(read_4_2, 4, 2, 0)
 READ(read_1_2, 1, 2, 0)
 READ(read_8_1_near, 8, 1, 1)
+#include "few_tokens_four_bit.h"
 typedef void (*Read)(const void *, size_t, const Matrix *, int64_t, int64_t, int64_t, float *, int64_t);
 
 /* count rows of one block of rows for one token or two, `readers` of them at a time */
@@ -170,18 +171,37 @@ DSM_INLINE __m128 sum4(const float *s) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+/* up to SLAB columns of up to four rows, scaled: slab [block of columns][4][DSM_BLOCK] */
+DSM_INLINE void decode_slab(const Matrix *w, int64_t first, int64_t count, int64_t k, uint16_t *slab, const int kind) {
+    const int64_t end = dsm_min(k + SLAB, w->cols);
+    for (int64_t r = 0; r < count; r++) {
+        char *to = (char *)(slab + r * DSM_BLOCK);
+        const char *next = dsm_row(w, first + r) + k / 2 + AHEAD;
+        _mm_prefetch(w->cols - k > 2 * AHEAD ? next : next + 3 * (w->cols / 2), _MM_HINT_T0);
+        _mm_prefetch((w->cols - k > 2 * AHEAD ? next : next + 3 * (w->cols / 2)) + 64, _MM_HINT_T0);
+        for (int64_t i = k; i < end; i += DSM_BLOCK, to += 4 * DSM_BLOCK * sizeof *slab)
+            decode_four_bit_row(w, first + r, i, dsm_min(DSM_BLOCK, end - i), to, 64, kind);
+    }
+}
+static __attribute__((noinline)) void slab_of_four_bit(const Matrix *w, int64_t first, int64_t count, int64_t k,
+                                                       uint16_t *slab) {
+    DSM_BY_KIND(w, decode_slab, w, first, count, k, slab)
+}
+
 /* up to four weight rows, up to SLAB_TOKENS tokens: a slab is decoded into the first cache, then used by all tokens */
 static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                       float *out, int64_t ldo) {
     const Tables t = tables();
+    const int64_t four_bit = dsm_is_four_bit(w->dtype);
     float sums[SLAB_TOKENS * 64] __attribute__((aligned(64)));
     uint16_t slab[4 * SLAB] __attribute__((aligned(64)));
-    const int64_t cols = w->cols, blocks = dsm_blocks(cols);
+    const int64_t cols = w->cols;
     const int fp8 = w->dtype == DSM_FP8;
     memset(sums, 0, (size_t)tokens * 64 * sizeof(float));
     memset(slab, 0, sizeof slab);
     for (int64_t k0 = 0; k0 < cols; k0 += SLAB) {
-        for (int64_t r = 0; r < count; r++)
+        if (four_bit) slab_of_four_bit(w, first, count, k0, slab);
+        for (int64_t r = 0; r < count && !four_bit; r++)
             for (int64_t i = 0; i < SLAB && k0 + i < (cols + 63) / 64 * 64; i += 64) {
                 uint16_t *to = slab + i / DSM_BLOCK * 4 * DSM_BLOCK + r * DSM_BLOCK + i % DSM_BLOCK;
                 int64_t k = k0 + i, at = (first + r) * cols + k, rest = cols - k;
@@ -208,8 +228,7 @@ static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix
             if (cols - k0 - k <= 64) /* half a block: what an earlier block left after it must not count */
                 for (int r = 0; r < 4; r++) memset((uint16_t *)from + r * DSM_BLOCK + 64, 0, 128);
             if (fp8)
-                for (int64_t r = 0; r < count; r++)
-                    scale[r] = w->scale[(first + r) / DSM_BLOCK * blocks + (k0 + k) / DSM_BLOCK];
+                for (int64_t r = 0; r < count; r++) scale[r] = *dsm_block_scale(w, first + r, k0 + k);
             for (; m + 4 <= tokens; m += 4) slab_4(xk + m * stride, stride, from, scale, sums + m * 64);
             for (; m < tokens; m++) slab_1(xk + m * stride, stride, from, scale, sums + m * 64);
         }
@@ -221,9 +240,25 @@ static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix
     }
 }
 
+void dsm_four_bit_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                       float *out, int64_t ldo, const void *next) {
+    int64_t t = 0;
+    if (tokens <= 2) fetch_first_scales(w, first, count / (tokens == 1 ? 8 : 4), tokens == 1 ? 8 : 4);
+    if (tokens == 1)
+        gemv_in_turns(read_8_1_four_bit, read_1_1_four_bit, 8, x, stride, w, first, count, out, ldo, next);
+    else if (tokens == 2)
+        gemv_in_turns(read_4_2_four_bit, read_1_2_four_bit, 4, x, stride, w, first, count, out, ldo, next);
+    for (; tokens > 2 && t < tokens; t += SLAB_TOKENS)
+        for (int64_t r = 0; r < count; r += 4)
+            gemv_slab((const char *)x + t * stride, stride, dsm_min(SLAB_TOKENS, tokens - t), w, first + r,
+                      dsm_min(4, count - r), out + t * ldo + r, ldo);
+}
+
 static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next) {
-    if (tokens <= 2) {
+    if (dsm_is_four_bit(w->dtype)) {
+        dsm_four_bit_gemv(x, stride, tokens, w, first, count, out, ldo, next);
+    } else if (tokens <= 2) {
         for (int64_t r = 0, n; r < count; r += n) {
             n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
             const void *then = dsm_row(w, first + r + n);

@@ -106,7 +106,7 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
         const int64_t length = dsm_min(segment, cols - k);
         for (int64_t r = 0, n; r < count; r += n) {
             const char *row = (const char *)w->data + ((first + r) * cols + k) * itemsize;
-            const float *scale = w->scale + (first + r) / DSM_BLOCK * dsm_blocks(cols) + k / DSM_BLOCK;
+            const float *scale = dsm_block_scale(w, first + r, k);
             /* rows at once have their scales in common */
             n = shared && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
             const char *ahead = segment == cols ? row + (n - 1) * pitch + AHEAD
@@ -136,9 +136,16 @@ SOME_ROWS(1)
 SOME_ROWS(2)
 SOME_ROWS(4)
 
+static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                          float *out, int64_t ldo);
+
 static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next) {
     (void)next; /* rows are read in order, and fetched ahead in order */
+    if (dsm_is_four_bit(w->dtype)) {
+        gemv_four_bit(x, stride, tokens, w, first, count, out, ldo);
+        return;
+    }
     for (int64_t r = 0; r < count; r += ROWS) {
         const int64_t n = dsm_min(ROWS, count - r);
         const char *xt = x;

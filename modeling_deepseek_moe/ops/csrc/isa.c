@@ -12,7 +12,8 @@
 
 extern const Kernels dsm_kernels_baseline;
 #if defined(__x86_64__)
-extern const Kernels dsm_kernels_avx2, dsm_kernels_avx512, dsm_kernels_avx512_bf16, dsm_kernels_amx;
+extern const Kernels dsm_kernels_avx2, dsm_kernels_avx2_bf16, dsm_kernels_avx512, dsm_kernels_avx512_bf16,
+    dsm_kernels_amx;
 static const Kernels *const LEVELS[] = {
     &dsm_kernels_baseline, &dsm_kernels_avx2, &dsm_kernels_avx512, &dsm_kernels_avx512_bf16,
 #if DSM_AMX
@@ -82,6 +83,9 @@ const Kernels *dsm_kernels(int isa, int activation_dtype) {
     int best = dsm_isa_best();
     if (isa < 0 || isa > best) isa = best;
     while (isa > 0 && activation_dtype != DSM_BF16 && LEVELS[isa]->packed_bytes < 4) isa--;
+#if defined(__x86_64__)
+    if (activation_dtype == DSM_BF16 && LEVELS[isa] == &dsm_kernels_avx2) return &dsm_kernels_avx2_bf16;
+#endif
     return LEVELS[isa];
 }
 

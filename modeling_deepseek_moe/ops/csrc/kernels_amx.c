@@ -157,6 +157,17 @@ static void decode_run(const Matrix *w, int64_t first, int64_t count, int64_t k,
         decode_row(n, from + r * w->cols, columns, ahead,
                    tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64);
 }
+/* the same of four-bit codes, scaled: tiles as those of bf16, in the order of their packing */
+DSM_INLINE void decode_four_bit_rows(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles,
+                                     const int kind) {
+    for (int64_t r = 0; r < count; r++)
+        decode_four_bit_row(w, first + r, k, dsm_min(RUN, w->cols - k),
+                            tiles + r / TILE * (RUN / TILE_COLUMNS * TILE_BYTES) + r % TILE * 64, TILE_BYTES, kind);
+}
+static __attribute__((noinline)) void decode_four_bit_run(const Matrix *w, int64_t first, int64_t count, int64_t k,
+                                                          char *tiles) {
+    DSM_BY_KIND(w, decode_four_bit_rows, w, first, count, k, tiles)
+}
 /* the same of bf16, copied, where the matrix ends within a tile */
 static void copy_run(const Matrix *w, int64_t first, int64_t count, int64_t k, char *tiles) {
     const int64_t columns = dsm_min(RUN, w->cols - k);
@@ -170,9 +181,9 @@ static void copy_run(const Matrix *w, int64_t first, int64_t count, int64_t k, c
     }
 }
 
-/* FP8 is decoded two tiles at a time, between which its columns alternate */
-DSM_INLINE int64_t tiles_of(int64_t columns, int fp8) {
-    return fp8 ? (columns + 63) / 64 * 2 : (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+/* codes are decoded two tiles at a time, between which their columns alternate */
+DSM_INLINE int64_t tiles_of(int64_t columns, int coded) {
+    return coded ? (columns + 63) / 64 * 2 : (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
 }
 
 DSM_INLINE void prefetch_lines(PrefetchStream *ahead, int lines) {
@@ -282,19 +293,20 @@ static void multiply_block(Tiles a, const char *x, size_t stride, int64_t groups
 static void multiply_run(const Matrix *w, int64_t first, int64_t count, int64_t k, const char *x, size_t stride,
                          int64_t groups, float *sums, int64_t pitch, void *scratch, Pending *p,
                          PrefetchStream *ahead) {
-    const int fp8 = w->dtype == DSM_FP8;
+    const int fp8 = w->dtype == DSM_FP8, four_bit = dsm_is_four_bit(w->dtype);
     const int64_t block = fp8 ? DSM_BLOCK : RUN, columns = dsm_min(RUN, w->cols - k);
     const size_t row = w->cols * sizeof(uint16_t);
-    const float *scales = w->scale + first / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK;
+    const float *scales = dsm_block_scale(w, first, k);
     Tiles tiles = {scratch, RUN / TILE_COLUMNS * TILE_BYTES, TILE_BYTES, 64};
     if (fp8) decode_run(w, first, count, k, scratch);
+    else if (four_bit) decode_four_bit_run(w, first, count, k, scratch);
     else if (count < PANEL || columns % TILE_COLUMNS) copy_run(w, first, count, k, scratch);
     else tiles = (Tiles){(const char *)w->data + first * row + k * sizeof(uint16_t), TILE * row, 64, row};
     MEMORY_WRITTEN;
     for (int64_t g = 0; g < groups; g += NEAR_GROUPS) {
         const int64_t near = dsm_min(NEAR_GROUPS, groups - g);
         for (int64_t i = 0; i < columns; i += block) {
-            const int64_t deep = tiles_of(dsm_min(block, columns - i), fp8);
+            const int64_t deep = tiles_of(dsm_min(block, columns - i), fp8 || four_bit);
             Tiles own = tiles;
             own.data += i / TILE_COLUMNS * tiles.step;
             multiply_block(own, x + g * TILE * stride + (k + i) / 2 * 64, stride, near, deep,

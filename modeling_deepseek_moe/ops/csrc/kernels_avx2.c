@@ -12,6 +12,10 @@ DSM_TARGET_BEGIN("avx2,fma,f16c")
 #define MULTIPLY_ADD_BYTES(a, b) _mm256_maddubs_epi16((__m256i)(a), (__m256i)(b))
 #define MAX_BYTES(a, b) _mm256_max_epu8((__m256i)(a), (__m256i)(b))
 #define LOAD_HALVES(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define LOOK_UP_8(values, indices) _mm256_permutevar8x32_ps(values, (__m256i)(indices))
+#define CHOOSE_BY_SIGN(choice, yes, no) _mm256_blendv_ps(no, yes, (__m256)(choice))
 #include "kernels_vector.h"
+
+#include "four_bit_avx2.h"
 DSM_TARGET_END
 #endif

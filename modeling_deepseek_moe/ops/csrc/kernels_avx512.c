@@ -12,6 +12,7 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #define MULTIPLY_ADD_BYTES(a, b) _mm512_maddubs_epi16((__m512i)(a), (__m512i)(b))
 #define MAX_BYTES(a, b) _mm512_max_epu8((__m512i)(a), (__m512i)(b))
 #define LOAD_HALVES(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
+#define LOOK_UP(values, indices) _mm512_permutexvar_ps((__m512i)(indices), values)
 #include "kernels_vector.h"
 DSM_TARGET_END
 #endif

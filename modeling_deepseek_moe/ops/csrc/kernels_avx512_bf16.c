@@ -68,6 +68,31 @@ static void fill_panel_bf16(const Matrix *w, int64_t first, int64_t count, int64
         }
 }
 
+/* four-bit codes, with their scales, 64 columns at a time */
+DSM_INLINE void fill_four_bit(const Matrix *w, int64_t first, int64_t count, int64_t k0, uint32_t *panel,
+                              const int kind) {
+    for (int g = 0; g < PANEL; g += 16)
+        for (int k = 0; k < DSM_BLOCK && k0 + k < w->cols; k += 64) {
+            __m512i v[2][16];
+            for (int i = 0; i < 16; i++) {
+                v[0][i] = v[1][i] = _mm512_setzero_si512();
+                if (g + i < count) {
+                    _mm_prefetch(dsm_row(w, first + g + i) + (k0 + k) / 2 + DSM_BLOCK, _MM_HINT_T0);
+                    decode_four_bit_row(w, first + g + i, k0 + k, dsm_min(64, w->cols - k0 - k), (char *)(v[0] + i),
+                                        sizeof v[0], kind);
+                }
+            }
+            for (int half = 0; half < 2; half++) {
+                transpose16(v[half]);
+                UNROLL for (int q = 0; q < 16; q++)
+                    _mm512_store_si512(panel + (k / 2 + half * 16 + q) * PANEL + g, v[half][q]);
+            }
+        }
+}
+static __attribute__((noinline)) void fill_panel_four_bit(const Matrix *w, int64_t first, int64_t count, int64_t k0,
+                                                          uint32_t *panel){
+    DSM_BY_KIND(w, fill_four_bit, w, first, count, k0, panel)}
+
 /* The micro-kernel: up to 6 tokens x 4 vectors of 16 rows, a pair of columns at a time (vdpbf16ps).
 
                  panel [pairs][64 rows], a pair of bf16 each
@@ -111,8 +136,10 @@ static void gemm(const void *x, size_t stride, int64_t tokens, const Matrix *w, 
         const int pairs = w->cols - k > 64 ? 64 : 32; /* half a block is often all that is left */
         float scale = 1.0f;
         if (w->dtype == DSM_FP8) {
-            scale = w->scale[first / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
+            scale = *dsm_block_scale(w, first, k);
             fill_panel_fp8(w, first, count, k, scratch);
+        } else if (dsm_is_four_bit(w->dtype)) {
+            fill_panel_four_bit(w, first, count, k, scratch);
         } else {
             fill_panel_bf16(w, first, count, k, scratch);
         }

@@ -98,6 +98,7 @@ DSM_INLINE void transpose(I *r){EXCHANGE(1) EXCHANGE(2)
 
 #include "codes_vector.h"
 #include "few_tokens_vector.h"
+#include "four_bit_vector.h"
 
 /* ---- many tokens: a panel of PANEL weight rows, one block deep, is decoded and multiplied ---- */
 
@@ -186,8 +187,10 @@ static void gemm(const void *x, size_t stride, int64_t tokens, const Matrix *w, 
         for (int64_t r = 0; r < count; r += PANEL) {
             float scale = 1.0f, *to = out + r;
             if (w->dtype == DSM_FP8) {
-                scale = PACKED_GAIN * w->scale[(first + r) / DSM_BLOCK * dsm_blocks(w->cols) + k / DSM_BLOCK];
+                scale = PACKED_GAIN * *dsm_block_scale(w, first + r, k);
                 fill_panel_fp8(w, first + r, count - r, k, scratch);
+            } else if (dsm_is_four_bit(w->dtype)) {
+                fill_panel_four_bit(w, first + r, count - r, k, scratch);
             } else if (w->dtype == DSM_BF16) {
                 fill_panel_bf16(w, first + r, count - r, k, scratch);
             } else {
@@ -214,8 +217,8 @@ DSM_INLINE F load_any(const void *x, int dtype, int64_t i) {
 }
 
 static void pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
-    const int per_lane = weight_dtype == DSM_FP8 ? 4 : weight_dtype == DSM_BF16 ? 2 : 1;
-    const int group = per_lane * WIDTH;
+    const int per_lane = weight_dtype >= DSM_FP8 ? 4 : weight_dtype == DSM_BF16 ? 2 : 1;
+    const int group = per_lane * WIDTH, swapped = dsm_is_four_bit(weight_dtype) ? dsm_column_of(weight_dtype, 0) : 0;
     const float gain = weight_dtype == DSM_FP8 ? PACKED_GAIN : 1.0f;
     float *to = out;
     for (int64_t k = 0; k < n; k += group) {
@@ -226,7 +229,7 @@ static void pack(const void *x, int dtype, int64_t n, int weight_dtype, void *ou
         else
             for (int i = 0; i < group; i++) natural[i] = i < have ? gain * dsm_load(x, dtype, k + i) : 0.0f;
         for (int j = 0; j < per_lane; j++)
-            for (int l = 0; l < WIDTH; l++) to[k + j * WIDTH + l] = natural[per_lane * l + j];
+            for (int l = 0; l < WIDTH; l++) to[k + j * WIDTH + l] = natural[per_lane * l + (j ^ swapped)];
     }
     int64_t done = (n + group - 1) / group * group, wanted = (n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK;
     if (done < wanted) memset(to + done, 0, sizeof(float) * (wanted - done));
@@ -302,25 +305,17 @@ void SHARED(norm)(const void *x, const void *w, int64_t n, float eps, void *out,
 #include "blocks_vector.h"
 #include "attention_vector.h"
 
+/* all but what activations are packed to and meet few weights in */
+#define VECTOR_KERNELS                                                                                                \
+    .name = LABEL, .packed_bytes = 4, .panel_columns = PANEL, .panels = PANELS, .panel_tokens = 1, .few_tokens = 15,  \
+    .gemv_rows = DSM_GEMV_ROWS, .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL * PV_PANELS, /* panels */          \
+        .gemm = gemm, .swiglu = SHARED(swiglu), .norm = SHARED(norm), .write = SHARED(write),                         \
+    .decode = SHARED(decode), .amax = SHARED(amax), .encode = SHARED(encode),                                         \
+    .gemv_transposed = SHARED(gemv_transposed), .online_softmax = SHARED(online_softmax),                             \
+    .accumulate_pv = accumulate_pv
+
 const Kernels KERNELS = {
-    .name = LABEL,
-    .packed_bytes = 4,
-    .panel_columns = PANEL,
-    .panels = PANELS,
-    .panel_tokens = 1,
-    .few_tokens = 15,
-    .gemv_rows = DSM_GEMV_ROWS,
-    .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL * PV_PANELS, /* panels */
+    VECTOR_KERNELS,
     .pack = pack,
     .gemv = gemv,
-    .gemm = gemm,
-    .swiglu = SHARED(swiglu),
-    .norm = SHARED(norm),
-    .write = SHARED(write),
-    .decode = SHARED(decode),
-    .amax = SHARED(amax),
-    .encode = SHARED(encode),
-    .gemv_transposed = gemv_transposed,
-    .online_softmax = SHARED(online_softmax),
-    .accumulate_pv = accumulate_pv,
 };

@@ -1,4 +1,4 @@
-/* y = x W^T + bias for an FP8 or bf16 weight; and RMSNorm. */
+/* y = x W^T + bias for a weight in FP8, four bits or bf16; and RMSNorm. */
 #include "work_queue.h"
 
 #define TOKENS 512 /* tokens of a task while they are many: their packed block columns stay in the second cache */

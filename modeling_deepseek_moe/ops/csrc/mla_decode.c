@@ -85,10 +85,10 @@ static void attend(const Attention *a, int64_t task, Buffers *buffers) {
     const int64_t h0 = task % a->groups * GROUP, heads = dsm_min(GROUP, a->heads - h0);
     const int64_t end = dsm_min(a->length, (part + 1) * a->chunk), at = (b * a->chunks + part) * a->heads + h0;
     const size_t size = dsm_itemsize(a->dtype);
-    const Matrix c_kv = {(const char *)a->cache->c_kv + b * a->cache->c_kv_batch * size, NULL, a->length, a->rank,
-                         a->dtype};
-    const Matrix k_pe = {(const char *)a->cache->k_pe + b * a->cache->k_pe_batch * size, NULL, a->length, a->rope,
-                         a->dtype};
+    const Matrix c_kv = {
+        (const char *)a->cache->c_kv + b * a->cache->c_kv_batch * size, NULL, a->length, a->rank, a->dtype, 0};
+    const Matrix k_pe = {
+        (const char *)a->cache->k_pe + b * a->cache->k_pe_batch * size, NULL, a->length, a->rope, a->dtype, 0};
     float *out = a->partial + at * a->room, *peaks = a->peaks + at, *norms = a->norms + at;
     memset(out, 0, sizeof(float) * heads * a->room);
     for (int64_t h = 0; h < heads; h++) peaks[h] = -FLT_MAX, norms[h] = 0.0f;

@@ -23,7 +23,10 @@ DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, int64_t toke
         result = dsm_linear(isa, threads, DSM_F32, wide, tokens, &moe->gate, NULL, logits);
     }
     if (!result) result = dsm_route(isa, threads, logits, tokens, experts, moe->bias, &moe->routing, weights, indices);
-    if (!result)
+    if (!result && (moe->gate_up.rank || moe->down.rank))
+        result = dsm_experts_low_rank(isa, threads, dtype, x, tokens, hidden, indices, weights, top_k, &moe->routed,
+                                      &moe->gate_up, &moe->down, out);
+    else if (!result)
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, indices, weights, top_k, &moe->routed, NULL, out);
     if (!result && moe->shared.count) {
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, all, ones, 1, &moe->shared, NULL, own);

@@ -1,7 +1,8 @@
 """Routed experts as one operation: ``out_t = Σ_k weight_tk · down_k(silu(gate_k(x_t)) · up_k(x_t))``.
 
 What it computes is defined in `reference`, expert by expert; `cpu` does a whole layer in one call, on weights that are
-FP8 or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the layer with its gradients.
+FP8, four bits or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the layer with its gradients,
+`low_rank` the layer with an adapter's matrices next to its own.
 Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
@@ -16,19 +17,24 @@ from modeling_deepseek_moe.ops._dispatch import CPU, may_use
 from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops.experts import cpu
 from modeling_deepseek_moe.ops.experts.cpu import accumulate
-from modeling_deepseek_moe.ops.experts.operands import STACKS, Operands, operands, unsupported_reason
+from modeling_deepseek_moe.ops.experts.low_rank import Codes, Copies, LowRank, Pair, Stacks, routed_low_rank
+from modeling_deepseek_moe.ops.experts.operands import STACKS, Operands, kind_of, operands, unsupported_reason
 from modeling_deepseek_moe.ops.experts.reference import Slots, run_experts
 from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
 
 __all__ = [
     "IMPLEMENTATION",
     "STACKS",
+    "Copies",
     "Implementations",
+    "LowRank",
     "Operands",
+    "Pair",
     "RoutedSwiGlu",
     "Slots",
     "accumulate",
     "cpu",
+    "kind_of",
     "may_run_natively",
     "operands",
     "routed_quantized",
@@ -65,7 +71,11 @@ def may_run_natively(
 
 
 def routed_swiglu(
-    module: nn.Module, hidden_TD: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    module: nn.Module,
+    hidden_TD: torch.Tensor,
+    topk_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """Stacked floating-point experts, ``[T, D]``: the ``experts_implementation`` that the family's models have by default.
 
@@ -73,7 +83,10 @@ def routed_swiglu(
 
     Args:
         module: a `DeepseekExperts`, or one that is parametrised.
+        low_rank: what an adapter adds to its stacks.
     """
+    if low_rank is not None:
+        return routed_low_rank(hidden_TD, topk_indices, topk_weights, Stacks(module), low_rank)
     weights, device_type = operands(module), hidden_TD.device.type
     autocast = torch.is_autocast_enabled(device_type)
     if not autocast and may_run_natively(module, weights, hidden_TD, topk_weights):
@@ -100,13 +113,20 @@ def routed_swiglu(
 
 
 def routed_quantized(
-    module: nn.Module, hidden_TD: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    module: nn.Module,
+    hidden_TD: torch.Tensor,
+    topk_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """Experts that stay in a checkpoint's format, ``[T, D]``: the engine, or one expert and one tile at a time.
 
     Args:
         module: a `QuantizedExperts`.
+        low_rank: what an adapter adds to its matrices.
     """
+    if low_rank is not None:
+        return routed_low_rank(hidden_TD, topk_indices, topk_weights, Codes(module), low_rank)
     weights = operands(module)
     if may_run_natively(module, weights, hidden_TD, topk_weights):
         return cpu.run(hidden_TD, topk_indices, topk_weights, weights)

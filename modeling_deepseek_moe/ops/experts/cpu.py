@@ -12,7 +12,8 @@ import torch
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import PLAIN, define
 from modeling_deepseek_moe.ops._operands import every_module_is_hooked, is_hooked
-from modeling_deepseek_moe.ops._structs import Experts
+from modeling_deepseek_moe.ops._structs import FOUR_BIT, NESTED, Experts, LowRank
+from modeling_deepseek_moe.ops.four_bit.reference import KINDS
 
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
 # Packed inputs and SwiGLU outputs of one call; more tokens are computed a part at a time.
@@ -53,6 +54,7 @@ def accumulate(
     addresses: torch.Tensor,
     width: int,
     dtype: torch.dtype,
+    kind: str | None = None,
 ) -> None:
     """Add the experts' weighted outputs to ``out_TD`` (fp32).
 
@@ -66,15 +68,16 @@ def accumulate(
         addresses: ``[E, 3, 2]`` int64: of the codes and scales of gate ``[I, D]``, up ``[I, D]``, down ``[D, I]``.
         width: I.
         dtype: of the weights, one of `WEIGHTS`.
+        kind: of codes of four bits, one of `_structs.FOUR_BIT`, whatever their ``dtype``; D and I are whole groups.
     """
     if out_TD.shape != hidden_TD.shape or out_TD.dtype != torch.float32 or not out_TD.is_contiguous():
         raise ValueError(
             f"experts: found an output {_native.describe(out_TD)}, wanted {list(hidden_TD.shape)} in fp32"
         )
-    _run(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, out_TD, None)
+    _run(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, kind, out_TD, None)
 
 
-def _run(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: torch.dtype, sums_TD, out_TD) -> None:
+def _run(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, kind, sums_TD, out_TD) -> None:
     """As `accumulate`, into ``sums_TD``; or from nothing into ``out_TD``, of the activations' dtype. The other is ``None``."""
     shape, slots = hidden_TD.shape, topk_indices.shape
     if (
@@ -94,10 +97,12 @@ def _run(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: to
         if out_TD is not None:
             out_TD.zero_()
         return
+    if kind is not None:
+        check_groups(kind, hidden, width)
     hidden_TD, topk_indices = hidden_TD.contiguous(), topk_indices.contiguous()
     topk_weights, addresses = _native.fp32(topk_weights), addresses.contiguous()
     step = max(1, WORKSPACE_BYTES // (4 * top_k * (hidden + width)))
-    activations, given = _native.DTYPES[hidden_TD.dtype], byref(Experts.of(addresses, width, dtype))
+    activations, given = _native.DTYPES[hidden_TD.dtype], byref(Experts.of(addresses, width, dtype, kind))
     for start in range(0, tokens, step):
         count = min(step, tokens - start)
         _native.call(
@@ -115,19 +120,69 @@ def _run(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: to
         )
 
 
-def _routed(hidden_TD, topk_indices, topk_weights, addresses, width: int, dtype: torch.dtype) -> torch.Tensor:
+def check_groups(kind: str, *columns: int) -> None:
+    """Refuse rows of four-bit codes that are not whole groups."""
+    group = KINDS[kind.removesuffix(NESTED)].group if kind in FOUR_BIT else 1
+    if kind not in FOUR_BIT or any(size % group for size in columns):
+        raise ValueError(f"experts: found {kind} rows of {columns}, wanted whole groups of one of {list(FOUR_BIT)}")
+
+
+def _routed(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, kind=None) -> torch.Tensor:
     out_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype)
-    _run(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, None, out_TD)
+    _run(hidden_TD, topk_indices, topk_weights, addresses, width, dtype, kind, None, out_TD)
     return out_TD
 
 
 # As `accumulate`, from nothing, in the dtype of the activations.
 routed = define(
-    "routed_experts(Tensor hidden, Tensor indices, Tensor weights, Tensor addresses, int width, ScalarType dtype)"
-    " -> Tensor",
+    "routed_experts(Tensor hidden, Tensor indices, Tensor weights, Tensor addresses, int width, ScalarType dtype,"
+    " str? kind=None) -> Tensor",
     _routed,
     lambda hidden, *_: hidden.new_empty(hidden.shape),
 )
+
+
+def run_low_rank(
+    hidden_TD: torch.Tensor,
+    topk_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    addresses: torch.Tensor,
+    width: int,
+    dtype: torch.dtype,
+    kind: str | None,
+    gate_up: tuple[torch.Tensor, torch.Tensor, float] | None,
+    down: tuple[torch.Tensor, torch.Tensor, float] | None,
+) -> torch.Tensor:
+    """As `routed`, a token at a time, with what an adapter adds to gate and up, and to down.
+
+    Args:
+        gate_up, down: bf16 A ``[E, r, inputs]``, B turned ``[E, r, outputs]``, and the scale.
+
+    Raises:
+        ValueError: the matrices of the adapter are not those of the experts.
+    """
+    (tokens, hidden), experts = hidden_TD.shape, len(addresses)
+    for name, pair, inputs, outputs in (("gate_up", gate_up, hidden, 2 * width), ("down", down, width, hidden)):
+        for matrix, size in zip(() if pair is None else pair[:2], (inputs, outputs), strict=False):
+            rank = pair[0].shape[1]
+            if (
+                matrix.shape != (experts, rank, size)
+                or matrix.dtype != torch.bfloat16
+                or not (matrix.is_contiguous() and matrix.is_cpu)
+            ):
+                wanted = f"{[experts, rank, size]} in bf16"
+                raise ValueError(f"experts: found {_native.describe(matrix)} for {name}, wanted contiguous {wanted}")
+    out_TD = torch.empty_like(hidden_TD)
+    hidden_TD, topk_indices = hidden_TD.contiguous(), topk_indices.contiguous()
+    topk_weights, addresses = _native.fp32(topk_weights), addresses.contiguous()
+    structs = [LowRank() if pair is None else LowRank.of(*pair) for pair in (gate_up, down)]
+    _native.call(
+        "dsm_experts_low_rank",
+        *(_native.DTYPES[hidden_TD.dtype], hidden_TD.data_ptr(), tokens, hidden),
+        *(topk_indices.data_ptr(), topk_weights.data_ptr(), topk_indices.shape[1]),
+        *(byref(Experts.of(addresses, width, dtype, kind)), *map(byref, structs), out_TD.data_ptr()),
+    )
+    return out_TD
 
 
 def _check(name: str, weight: torch.Tensor, wanted: tuple[int, ...], scale: torch.Tensor | None, dtype) -> None:
@@ -199,7 +254,7 @@ def run(hidden_TD: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch
     """As `routed` or `stacked`, by what the `operands.Operands` are."""
     if weights.addresses is None:
         return stacked(hidden_TD, topk_indices, topk_weights, *weights.stacks)
-    return routed(hidden_TD, topk_indices, topk_weights, weights.addresses, weights.width, weights.dtype)
+    return routed(hidden_TD, topk_indices, topk_weights, weights.addresses, weights.width, weights.dtype, weights.kind)
 
 
 def _swiglu(x, gate, up, down, gate_scale, up_scale, down_scale) -> torch.Tensor:

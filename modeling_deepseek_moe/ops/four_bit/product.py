@@ -1,0 +1,56 @@
+"""A linear layer on four-bit codes: the CPU engine where it can, else a tile of rows at a time."""
+
+from functools import partial
+
+import torch
+
+from modeling_deepseek_moe.ops import four_bit
+from modeling_deepseek_moe.ops._dispatch import CPU, choose
+from modeling_deepseek_moe.ops._native import unsupported_activations
+from modeling_deepseek_moe.ops.four_bit import cpu
+from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
+
+Scales = torch.Tensor | four_bit.NestedScales
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: Scales,
+    bias: torch.Tensor | None,
+    block: tuple[int, int],
+    *,
+    kind: str,
+) -> torch.Tensor:
+    """``x [..., K] · Wᵀ + bias → [..., N]`` in ``x.dtype``; differentiable in ``x`` and ``bias``.
+
+    Args:
+        codes, scales: of a weight ``[N, K]`` of one of `four_bit.KINDS`.
+        block: ``(1, group)``.
+
+    Raises:
+        ValueError: tensors that do not fit each other.
+    """
+    columns = 2 * codes.shape[-1] * codes.itemsize
+    if not x.ndim or x.shape[-1] != columns:
+        features = x.shape[-1] if x.ndim else "no"
+        raise ValueError(f"input has {features} features, the {kind} weight [{len(codes)}, {columns}] wants {columns}")
+    reason = cpu.unsupported_codes(kind, codes, scales, block) or unsupported_activations(x)
+    decode = partial(four_bit.decode, block=block, kind=kind)
+    if choose("four-bit linear", {CPU: reason}) != CPU:
+        if isinstance(scales, four_bit.NestedScales):
+            scales = four_bit.expand(scales)  # a tile's are a range of rows, and nested ones lie in runs over all
+        return quantized_linear(x, codes, scales, bias, block[0], decode)
+    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    if not (torch.is_grad_enabled() and needs_grad):
+        return cpu.linear(x, codes, cpu.parts_of(scales), bias, kind)
+    if isinstance(scales, four_bit.NestedScales):
+        scales = four_bit.expand(scales)
+
+    def run(x, codes, scales, bias):
+        return cpu.linear(x, codes, [scales], bias, kind)
+
+    def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return cpu.dequantize(codes, [scales], dtype, kind) if dtype in cpu.OUTPUTS else decode(codes, scales, dtype)
+
+    return quantized_linear(x, codes, scales, bias, block[0], dequantize, run)
