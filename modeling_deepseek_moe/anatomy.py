@@ -9,13 +9,14 @@ the Hub counts.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.bnb.formats import announced, has_codes, scheme_of
 from modeling_deepseek_moe.checkpoint.contents import describe as describe_contents
 from modeling_deepseek_moe.checkpoint.contents import refuse_file, refuse_other_makers
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
@@ -77,35 +78,32 @@ def read_config(path: str | os.PathLike) -> DeepseekMoeConfig:
 class Size:
     """Values of one part of a model.
 
-    Of its ``parameters``, a quantised release stores ``quantized`` as codes with ``scales`` next to them, and
-    ``fp32`` (router biases) are fp32 in every release.
+    Of its ``parameters``, a quantised release stores ``quantized`` as codes with ``scales`` next to them, those of
+    ``matrices`` weights, and ``fp32`` (router biases) are fp32 in every release. Where it has a second format, ``others``
+    are stored in that, in ``other_bytes``.
     """
 
     parameters: int = 0
     quantized: int = 0
     scales: int = 0
     fp32: int = 0
+    matrices: int = 0
+    others: int = 0
+    other_bytes: int = 0
 
     def __add__(self, other: "Size") -> "Size":
-        return Size(
-            self.parameters + other.parameters,
-            self.quantized + other.quantized,
-            self.scales + other.scales,
-            self.fp32 + other.fp32,
-        )
+        return Size(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def share(self, part: int, whole: int) -> "Size":
         """``part / whole`` of everything, e.g. 8 of 256 experts."""
-        values = (self.parameters, self.quantized, self.scales, self.fp32)
-        return Size(*(value * part // whole for value in values))
+        return Size(*(value * part // whole for value in astuple(self)))
 
     def nbytes(self, weight_format: WeightFormat | None, itemsize: int = 2) -> int:
         """Bytes with codes and scales in a format, or (``None``) with every weight in ``itemsize`` bytes."""
-        kept = 4 * self.fp32 + itemsize * (self.parameters - self.fp32 - self.quantized)
-        quantized = (
-            itemsize * self.quantized if weight_format is None else weight_format.nbytes(self.quantized, self.scales)
-        )
-        return kept + quantized
+        if weight_format is None:
+            return 4 * self.fp32 + itemsize * (self.parameters - self.fp32)
+        kept = 4 * self.fp32 + itemsize * (self.parameters - self.fp32 - self.quantized - self.others)
+        return kept + self.other_bytes + weight_format.nbytes(self.quantized, self.scales, self.matrices)
 
 
 @dataclass(frozen=True)
@@ -151,14 +149,22 @@ def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
     Raises:
         ValueError: the config announces a quantisation that is none of `formats`.
     """
-    own = formats.of_config(quantization_fields(config))
+    fields = quantization_fields(config)
+    rows, scheme = announced(fields) or (None,), scheme_of(fields)
     stored = dict.fromkeys(PARTS, Size())
     mtp_copies = 0
     for name, spec in release_tensors(config).items():
         count = math.prod(spec.shape)
-        scales = math.prod((own or formats.FP8).scale_shape(spec.shape)) if spec.quantized else 0
-        is_bias = name.endswith("e_score_correction_bias")
-        stored[spec.part] += Size(count, count if spec.quantized else 0, scales, count if is_bias else 0)
+        fp32 = count if name.endswith("e_score_correction_bias") else 0
+        number = scheme(name.removesuffix(".weight")) if has_codes(fields, name, spec.quantized) else None
+        form = formats.FP8 if number is None else rows[number] or formats.FP8
+        if number is None or not form.fits(spec.shape):
+            stored[spec.part] += Size(count, fp32=fp32)
+        elif form.name == (rows[0] or formats.FP8).name:
+            stored[spec.part] += Size(count, count, math.prod(form.scale_shape(spec.shape)), fp32, 1)
+        else:
+            nbytes = form.nbytes(count, math.prod(form.scale_shape(spec.shape)), 1)
+            stored[spec.part] += Size(count, fp32=fp32, others=count, other_bytes=nbytes)
         if spec.part == "mtp" and name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
             mtp_copies += count
 
@@ -174,7 +180,7 @@ def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
         active=active,
         mtp_copies=mtp_copies,
         cache_values_per_token=config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim),
-        weight_format=own,
+        weight_format=rows[0],
         itemsize=dtype.itemsize,
     )
 
@@ -199,7 +205,8 @@ def describe(config: DeepseekMoeConfig) -> dict[str, str]:
     if kind != "default":
         original = rope.get("original_max_position_embeddings")
         context += f" ({kind} × {rope.get('factor')}" + (f" from {original:,})" if original else ")")
-    own = formats.of_config(quantization_fields(config))
+    rows = {row.name: row for row in announced(quantization_fields(config))}
+    stored = " and ".join(f"{row.title} in {_blocks(row)}" for row in rows.values())
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     return {
         "model": f"{config.model_type}, {', '.join(config.architectures or ['no architecture named'])}",
@@ -210,5 +217,10 @@ def describe(config: DeepseekMoeConfig) -> dict[str, str]:
         "experts": experts,
         "router": f"{config.scoring_func}, {config.topk_method}, {normalised}× {config.routed_scaling_factor}",
         "context": context,
-        "weights": f"{own.title} in blocks of {own.block[0]}×{own.block[1]}, the rest {dtype}" if own else dtype,
+        "weights": f"{stored}, the rest {dtype}" if stored else dtype,
     }
+
+
+def _blocks(form: WeightFormat) -> str:
+    rows, columns = form.block
+    return "rows" if columns == formats.MAX_BLOCK else f"blocks of {rows}×{columns}"

@@ -330,14 +330,19 @@ def quantization_fields(config) -> dict | None:
     return on_disk(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
 
 
-def own_format(config) -> formats.WeightFormat | None:
-    """The format of a config's weights; ``None`` for floating-point ones, and for what another quantiser made.
+def own_formats(config) -> tuple[formats.WeightFormat, ...]:
+    """The formats of a config's weights; none for floating-point ones, and for what another quantiser made.
 
     Raises:
         ValueError: a kind of this family's own formats that is not supported.
     """
     fields = quantization_fields(config)
-    return formats.of_config(fields) if fields and fields.get("quant_method") in formats.methods() else None
+    return formats.all_of_config(fields) if fields and fields.get("quant_method") in formats.methods() else ()
+
+
+def own_format(config) -> formats.WeightFormat | None:
+    """The first of `own_formats`."""
+    return next(iter(own_formats(config)), None)
 
 
 def _check_quantization(fields: Any) -> None:

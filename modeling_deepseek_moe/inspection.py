@@ -5,16 +5,22 @@ Only ``config.json``, the shard index and the safetensors headers are read, so a
 values of the scales, which are not in the headers.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from modeling_deepseek_moe.anatomy import PARTS, ParameterBreakdown, describe, parameter_breakdown, read_config
+from modeling_deepseek_moe.bnb.formats import is_bitsandbytes, split_part
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.index import resolve_shards
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.config import quantization_fields
 from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.release import Problem, Release
 from modeling_deepseek_moe.weights import EXPERT_KEY, TensorSpec, release_tensors
@@ -113,13 +119,30 @@ def inspect_checkpoint(
     architectures = config.architectures or ["ForCausalLM"]
     needs_head = architectures[0].endswith("ForCausalLM") and not config.tie_word_embeddings
     refused = set()
-    for problem in release.problems(needs_head, read_values=False):
+    foreign = is_bitsandbytes(quantization_fields(config))
+    problems = _bitsandbytes_problems if foreign else partial(Release.problems, read_values=False)
+    for problem in problems(release, needs_head):
         refused.add(problem.name)
         if not _is_explained(problem, in_unread):
             found.findings.append(_finding(problem, folder))
     found.findings.extend(_mixed_experts(release, folder))
     _tally(release, release_tensors(config), refused, found)
     return found
+
+
+def _bitsandbytes_problems(release: Release, needs_head: bool) -> Iterator[Problem]:
+    """Weights that are missing, or have another number of values than the config wants, of a folder that bitsandbytes' layers saved."""
+    for name, spec in release_tensors(release.config).items():
+        if name == "lm_head.weight" and (release.lacks_prefix or not needs_head):
+            continue
+        info, count = release.infos.get(name), math.prod(spec.shape)
+        if info is None:
+            yield Problem("missing", name, None, "no such tensor", f"{list(spec.shape)} by the config")
+            continue
+        wanted = math.ceil(count / 2) if info.dtype == torch.uint8 else count
+        if math.prod(info.shape) != wanted:
+            why = f"{wanted} values for {list(spec.shape)} by the config"
+            yield Problem("shape", info.name, info, f"shape {list(info.shape)} in {info.dtype}", why)
 
 
 def _mixed_experts(release: Release, folder: Path) -> Iterator[Finding]:
@@ -185,7 +208,7 @@ def _tally(release: Release, specs: dict[str, TensorSpec], refused: set[str], fo
     """Count every tensor by dtype and by part; those that belong to no part are ``other``."""
     parts = {part: Tally() for part in (*PARTS, "scales", "other")}
     for name, info in release.infos.items():
-        weight, suffix = split_scale(name)
+        weight, suffix = split_part(name)
         if name in specs:
             part = specs[name].part
         elif suffix and weight in specs:

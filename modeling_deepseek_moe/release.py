@@ -1,6 +1,6 @@
 """A checkpoint seen through a config: canonical names, FP8 weights with their scales, and where the two disagree."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,8 +10,8 @@ from modeling_deepseek_moe.checkpoint.headers import CheckpointError, MisfitErro
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, Scales
-from modeling_deepseek_moe.config import own_format
-from modeling_deepseek_moe.formats import of_codes, split_scale
+from modeling_deepseek_moe.config import own_formats
+from modeling_deepseek_moe.formats import WeightFormat, named_for_codes, of_codes, split_scale, weight_name
 from modeling_deepseek_moe.weights import (
     EXPERT_KEY,
     LAYER_KEY,
@@ -22,6 +22,7 @@ from modeling_deepseek_moe.weights import (
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)  # what says a shape
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,13 @@ class Problem:
 class Release:
     """A checkpoint seen through a config: canonical names (``model.…``), FP8 weights paired with their scales."""
 
-    def __init__(self, reader: CheckpointReader, config):
+    def __init__(self, reader: CheckpointReader, config, weight_formats: Sequence[WeightFormat] = ()):
+        """
+        Args:
+            weight_formats: of the weights, where the config is another quantiser's by now and no longer tells them.
+        """
         self.reader, self.config = reader, config
-        self.scales: Scales | None = None  # once they are checked
+        self.scales: list[Scales] = []  # once they are checked, those of each format
         self._biases: dict[str, torch.Tensor] = {}  # of the routers, likewise
         # a headless model is saved without the prefix
         self.lacks_prefix = not any(name.startswith("model.") for name in reader)
@@ -52,10 +57,16 @@ class Release:
         if any(".experts.gate_up_proj" in name or ".experts.down_proj" in name for name in reader):
             experts = config.n_routed_experts
             infos = (part for info in infos for part in unstack_info(info, experts))
-        self.infos = {self.canonical(info.name): info for info in infos}
-        self.weight_format = own_format(config)
+        self.infos: dict[str, TensorInfo] = {}
+        for info in infos:
+            first = self.infos.setdefault(self.canonical(info.name), info)
+            if first is not info:
+                raise CheckpointError(f"{info.file}: tensor {info.name}: found {first.name} too, wanted one of them")
+        self.weight_formats = tuple(weight_formats) or own_formats(config)
 
     def canonical(self, name: str) -> str:
+        """The name in a whole model of the weight, if they are codes of one, or of any other tensor."""
+        name = weight_name(name)
         return (
             f"model.{name}"
             if self.lacks_prefix and name.partition(".")[0] in ("layers", "embed_tokens", "norm")
@@ -63,29 +74,46 @@ class Release:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        if self.scales is not None and name in self.scales:
-            return self.scales[name]
+        for scales in self.scales:
+            if name in scales:
+                return scales[name]
         return self._biases[name] if name in self._biases else self.reader.view(self.infos[name])
 
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """The first of its formats, and mostly the only one."""
+        return next(iter(self.weight_formats), None)
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        """Which of them the tensor of that name has, if it is the codes of a weight."""
+        info = self.infos.get(name)
+        if info is None or split_scale(name)[1] is not None:
+            return None
+        return next((form for form in self.weight_formats if form.code_dtype == info.dtype), None)
+
     def is_quantized(self, name: str) -> bool:
-        return (
-            self.weight_format is not None
-            and name in self.infos
-            and not name.endswith(self.weight_format.scale_suffix)
-            and self.infos[name].dtype == self.weight_format.code_dtype
-        )
+        return self.format_of(name) is not None
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether it has a tensor of that name which stands for values of this shape."""
-        stored = self.weight_format.code_shape(tuple(shape)) if self.is_quantized(name) else tuple(shape)
+        form = self.format_of(name)
+        stored = tuple(shape) if form is None else form.code_shape(tuple(shape))
         return name in self.infos and self.infos[name].shape == stored
 
     def scale_name(self, name: str) -> str:
-        """Of the scales of a weight."""
-        return name + self.weight_format.scale_suffix
+        """Of the scales of a weight that is codes."""
+        return name + self.format_of(name).scale_suffix
 
     def dequantized(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight_format.dequantize(self.tensor(name), self.tensor(self.scale_name(name)), dtype)
+        return self.format_of(name).dequantize(self.tensor(name), self.tensor(self.scale_name(name)), dtype)
+
+    def scales_of_experts(self, names: Sequence[str]) -> torch.Tensor | list[TensorInfo]:
+        """All scales of the routed experts of a layer in one piece, or where they are; ``names`` are their weights'."""
+        first = self.scale_name(names[0])
+        for scales in self.scales:
+            if first in scales:
+                return scales.of_experts(first)
+        return [self.infos[self.scale_name(name)] for name in names]
 
     @property
     def has_mtp(self) -> bool:
@@ -158,36 +186,89 @@ class Release:
         if self.lacks_prefix or not needs_head:
             expected.pop("lm_head.weight", None)
         yield from self._surplus(expected)
-        scales = {}
+        scales: dict[torch.dtype, dict[str, TensorInfo]] = {}
+        others: dict[str, tuple[int, ...]] = {}
         for name, spec in expected.items():
             info = self.infos.get(name)
             if info is None:
                 yield Problem("missing", name, None, "no such tensor", f"{list(spec.shape)} by the config")
                 continue
-            has_codes = spec.quantized and self.is_quantized(name)
-            shape = self.weight_format.code_shape(spec.shape) if has_codes else spec.shape
+            unread = self._unread_codes(info)
+            if unread is not None:
+                yield unread
+                continue
+            form = self.format_of(name) if spec.quantized else None
+            shape = form.code_shape(spec.shape) if form else spec.shape
             if info.shape != shape:
                 wanted = f"{list(shape)} by the config"
                 yield Problem("shape", info.name, info, f"shape {list(info.shape)}", wanted)
                 if len(info.shape) != len(shape):
                     continue
-            if has_codes or any(of_codes(info.dtype)):
-                scale = self._scale_of(name)
-                problem = self._quantized_problem(info, scale, spec)
+            if form or any(of_codes(info.dtype)):
+                scale = self.infos.get(self.scale_name(name)) if form else None
+                problem = self._quantized_problem(info, scale, spec, form)
                 if problem is None:
-                    scales[self.scale_name(name)] = scale
+                    scales.setdefault(form.scale_dtype, {})[self.scale_name(name)] = scale
+                    others |= {name + suffix: spec.shape for suffix in form.others}
                 else:
                     yield problem
             elif info.dtype not in FLOATS:
                 wanted = f"one of {', '.join(str(dtype) for dtype in FLOATS)}"
                 yield Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
         if read_values:
-            self.scales = Scales(
-                self.reader, scales, torch.float32 if self.weight_format is None else self.weight_format.scale_dtype
-            )
-            for info, value, index in self.scales.unusable():
+            for info, value, index in self._unusable_scales(scales):
                 yield Problem("scale", info.name, info, f"{value} at {index}", WANTED_SCALES)
+            yield from self._untrue_others({name: shape for name, shape in others.items() if name in self.infos})
             yield from self._unusable_biases(expected)
+
+    def _unusable_scales(self, found: dict[torch.dtype, dict[str, TensorInfo]]):
+        """Read all scales, and keep them in memory, but for those of experts that have one for each group of a row.
+
+        These are an eighth of the codes, too much to hold next to experts that are read as they are needed.
+        """
+        fine = {form.scale_suffix for form in self.weight_formats if form.block[0] == 1}
+        for dtype, infos in found.items():
+            layers: dict[str, dict[str, TensorInfo]] = {}
+            for name, info in infos.items():
+                expert = EXPERT_KEY.match(name)
+                stays = expert is not None and split_scale(name)[1] in fine and info.start % dtype.itemsize == 0
+                layers.setdefault(expert[1] if stays else "", {})[name] = info
+            for layer, parts in layers.items():
+                scales = Scales(self.reader, parts, dtype)
+                if not layer:
+                    self.scales.append(scales)
+                yield from scales.unusable()
+
+    def _untrue_others(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[Problem]:
+        """What stands by codes and scales, such as the weight's shape, and says something else of the weight.
+
+        Args:
+            shapes: of the weights, by the names of those tensors.
+        """
+        for number, suffix, make in [
+            (number, suffix, make)
+            for number, form in enumerate(self.weight_formats)
+            for suffix, make in form.others.items()
+        ]:
+            infos = {name: self.infos[name] for name in shapes if name.endswith(suffix)}
+            if not infos:
+                continue
+            dtype = next(iter(infos.values())).dtype
+            if dtype not in INTEGERS or any(info.dtype != dtype for info in infos.values()):
+                info = next(info for info in infos.values() if info.dtype not in INTEGERS or info.dtype != dtype)
+                yield Problem(
+                    "dtype", info.name, info, f"dtype {info.dtype}", f"{INTEGERS[0]}, or {INTEGERS[1]} in all"
+                )
+                continue
+            values = Scales(self.reader, infos, dtype)
+            made = {shape: make(shape).tolist() for shape in set(shapes.values())}
+            for name, info in infos.items():
+                found, wanted = values[name].tolist(), made[shapes[name]]
+                if found != wanted:
+                    yield Problem("value", info.name, info, str(found), f"{wanted} by the config")
+            forms = list(self.weight_formats)
+            forms[number] = forms[number].with_other(suffix, dtype)
+            self.weight_formats = tuple(forms)
 
     def _unusable_biases(self, expected: dict[str, TensorSpec]) -> Iterator[Problem]:
         """Router biases that order nothing: they only pick experts, so that a NaN never reaches the logits to be seen."""
@@ -217,15 +298,11 @@ class Release:
             if name in expected:
                 continue
             weight, suffix = split_scale(name)
-            if (
-                suffix
-                and self.weight_format is None
-                and weight in self.infos
-                and any(of_codes(self.infos[weight].dtype))
-            ):
+            if suffix and weight in self.infos and self._names_codes(self.infos[weight]):
                 continue  # the codes are what is named
             if weight in expected and suffix:
-                if not (self.is_quantized(weight) and suffix == self.weight_format.scale_suffix):
+                form = self.format_of(weight)
+                if form is None or suffix not in (form.scale_suffix, *form.others):
                     found = f"a scale of {self.infos[weight].dtype if weight in self.infos else 'nothing'}"
                     codes = "codes" if self.weight_format is None else f"{self.weight_format.title} codes"
                     yield Problem("scale", info.name, info, found, f"{codes} next to it")
@@ -251,20 +328,33 @@ class Release:
                 wanted = f"n_routed_experts={self.config.n_routed_experts}"
                 yield Problem("surplus", info.name, info, f"expert {expert[2]}", wanted)
 
-    def _scale_of(self, name: str) -> TensorInfo | None:
-        return None if self.weight_format is None else self.infos.get(self.scale_name(name))
+    def _names_codes(self, info: TensorInfo) -> bool:
+        """Whether it is said of a weight's codes themselves that they cannot be read."""
+        return self._unread_codes(info) is not None or (self.weight_format is None and any(of_codes(info.dtype)))
 
-    def _quantized_problem(self, info: TensorInfo, scale: TensorInfo | None, spec: TensorSpec) -> Problem | None:
-        form = self.weight_format
-        if form is None or not spec.quantized or info.dtype != form.code_dtype:
+    def _unread_codes(self, info: TensorInfo) -> Problem | None:
+        """What has the name of codes, and is none of this release's."""
+        row = named_for_codes(info.name)
+        if row is None:
+            return None
+        form = next((form for form in self.weight_formats if form.code_suffix == row.code_suffix), None)
+        if form is None:
+            return Problem("dtype", info.name, info, f"dtype {info.dtype}", _unannounced(row))
+        if info.dtype != form.code_dtype:
+            return Problem("dtype", info.name, info, f"dtype {info.dtype}", str(form.code_dtype))
+        return None
+
+    def _quantized_problem(
+        self, info: TensorInfo, scale: TensorInfo | None, spec: TensorSpec, form: WeightFormat | None
+    ) -> Problem | None:
+        if form is None:
             wanted = "a floating-point tensor"
-            if form is None:
-                row = next(of_codes(info.dtype))
-                wanted = f"no {row.title} without quantization_config (quant_method {row.method})"
+            if not self.weight_formats:
+                wanted = _unannounced(next(of_codes(info.dtype)))
             return Problem("dtype", info.name, info, f"dtype {info.dtype}", wanted)
         wanted = form.scale_shape(spec.shape)
         if scale is None:
-            found = f"{form.title} codes without {info.name}{form.scale_suffix}"
+            found = f"{form.title} codes without {weight_name(info.name)}{form.scale_suffix}"
             return Problem("scale", info.name, info, found, f"{_short(form.scale_dtype)} scales {list(wanted)}")
         if scale.dtype != form.scale_dtype:
             return Problem("scale", scale.name, scale, f"dtype {scale.dtype}", str(form.scale_dtype))
@@ -272,6 +362,10 @@ class Release:
             why = f"{list(wanted)} for {list(spec.shape)} in blocks {form.block}"
             return Problem("scale", scale.name, scale, f"shape {list(scale.shape)}", why)
         return None
+
+
+def _unannounced(row: WeightFormat) -> str:
+    return f"no {row.title} without quantization_config (quant_method {row.method})"
 
 
 def _short(dtype: torch.dtype) -> str:

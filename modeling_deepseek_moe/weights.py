@@ -4,7 +4,7 @@ The model stacks a layer's routed experts; a release stores them one by one. Eve
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from modeling_deepseek_moe.config import DeepseekMoeConfig
 
 # model tensor -> the release's projections of one expert, in the order in which they fill its rows
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.([0-9]{1,9})\.(gate_proj|up_proj|down_proj)\.weight(_\w+)?$")
+EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.([0-9]{1,9})\.(gate_proj|up_proj|down_proj)\.weight([_.][\w.]+)?$")
 STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_\w+)?$")
+NUMBER = re.compile(r"(?<=\.)[0-9]+")
 LAYER_KEY = re.compile(r"^model\.layers\.([0-9]{1,9})\.")
 MTP_KEY = re.compile(r"^model\.layers\.([0-9]{1,9})\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 
@@ -97,6 +98,24 @@ def _swiglu(prefix: str, hidden: int, width: int, part: str) -> Iterator[tuple[s
     yield f"{prefix}gate_proj.weight", TensorSpec((width, hidden), part, quantized=True)
     yield f"{prefix}up_proj.weight", TensorSpec((width, hidden), part, quantized=True)
     yield f"{prefix}down_proj.weight", TensorSpec((hidden, width), part, quantized=True)
+
+
+def linear_modules(config: DeepseekMoeConfig, is_wanted: Callable[[str, TensorSpec], bool]) -> list[str]:
+    """The linear layers of a release that are wanted, as ``re:`` patterns over numbers where all of a kind are, or by name.
+
+    Args:
+        is_wanted: of a weight's name and spec.
+    """
+    kinds: dict[str, dict[str, bool]] = {}
+    for name, spec in release_tensors(config).items():
+        module = name.removesuffix(".weight")
+        if module != name and len(spec.shape) == 2 and not module.endswith("embed_tokens"):
+            kinds.setdefault(NUMBER.sub(r"\\d+", re.escape(module)), {})[module] = is_wanted(name, spec)
+    found: list[str] = []
+    for pattern, modules in kinds.items():
+        wanted = [module for module, is_one in modules.items() if is_one]
+        found += [f"re:{pattern}$"] if len(wanted) == len(modules) > 1 else wanted
+    return found
 
 
 def stack_sources(stack_name: str, num_experts: int) -> list[list[str]]:

@@ -73,12 +73,42 @@ def assert_named_at_every_door(folder, *fragments, error=ValueError):
             assert fragment in text.replace("\n", " "), text
 
 
-@pytest.mark.parametrize(
-    "method", ["awq", "gptq", "compressed-tensors", "blockwise_int8", "bf16", "mxfp4", "nvfp4", None, 8, ["fp8"], {}]
-)
+@pytest.mark.parametrize("method", ["awq", "gptq", "blockwise_int8", "bf16", "mxfp4", "nvfp4", None, 8, ["fp8"], {}])
 def test_other_makers_quantisation(folder, method):
     edit(folder, quantization_config={"quant_method": method, "bits": 4})
-    assert_named_at_every_door(folder, "config.json", "quant_method=", "is not supported, only 'fp8'")
+    assert_named_at_every_door(
+        folder, "config.json", "quant_method=", "is not supported, only 'compressed-tensors' or 'fp8'"
+    )
+
+
+SCHEME = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        (None, "config_groups=None is not supported, wanted groups"),
+        ([SCHEME], "is not supported, wanted groups"),
+        ({"group_0": {"weights": None}}, "weights=None is not supported"),
+        ({"group_0": {"weights": SCHEME | {"num_bits": 8}}}, "num_bits=8 is not supported, only 4"),
+        ({"group_0": {"weights": SCHEME | {"type": "float"}}}, "type='float' is not supported, only 'int'"),
+        ({"group_0": {"weights": SCHEME | {"symmetric": False}}}, "symmetric=False is not supported, only True"),
+        ({"group_0": {"weights": SCHEME | {"strategy": "channel"}}}, "strategy='channel' is not supported"),
+        ({"group_0": {"weights": SCHEME | {"actorder": "group"}}}, "actorder='group' is not supported, only none"),
+        ({"group_0": {"weights": SCHEME, "input_activations": {"num_bits": 8}}}, "activations='quantised' is not"),
+        ({"group_0": {"weights": SCHEME, "format": "marlin-24"}}, "format='marlin-24' is not supported, only 'pack-"),
+        ({"group_0": {"weights": SCHEME | {"group_size": 0}}}, "weight_block_size='[1, 0]' is not supported"),
+        ({"group_0": {"weights": SCHEME | {"group_size": 12}}}, "weight_block_size='[1, 12]' is not supported"),
+        (
+            {"a": {"weights": SCHEME}, "b": {"weights": SCHEME | {"num_bits": 8}}},
+            "num_bits=8 is not supported, only 4",
+        ),
+    ],
+)
+def test_other_schemes_of_compressed_tensors(folder, groups, found):
+    fields = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    edit(folder, quantization_config=fields)
+    assert_named_at_every_door(folder, "config.json", found)
 
 
 @pytest.mark.parametrize("value", [3, "fp8", ["fp8"], True])

@@ -4,7 +4,7 @@ Legend: T tokens, E experts, K experts per token, D hidden size, I expert width,
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,18 +12,20 @@ from transformers.activations import ACT2FN
 
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.layers import KeepsDtype
-from modeling_deepseek_moe.ops.experts import routed_quantized
+from modeling_deepseek_moe.ops.experts import STACKS, LowRank, routed_quantized
 
 
 class QuantizedMatrix(NamedTuple):
-    """The codes of a weight ``[N, K]`` and their scales."""
+    """The codes of a weight ``[N, K]`` and their scales, a tensor or `ops.four_bit.NestedScales`."""
 
     codes: torch.Tensor
-    scales: torch.Tensor
+    scales: Any
 
 
 class QuantizedExperts(KeepsDtype):
     """What both ways of storing them share: three matrices per expert in one `WeightFormat`, and the layer's result from them."""
+
+    shows_stacks: bool = False
 
     def __init__(self, config, weight_format: WeightFormat):
         super().__init__()
@@ -31,11 +33,25 @@ class QuantizedExperts(KeepsDtype):
         self.weight_format = weight_format
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """As `nn.Module.named_parameters`; while ``shows_stacks`` is set, `STACKS` that are no parameters are named as well.
+
+        So what looks for a parameter to adapt finds those of matrices that lie elsewhere; an empty tensor stands for each.
+        """
+        own = dict(super().named_parameters(prefix, recurse, remove_duplicate))
+        if self.shows_stacks:
+            for name in (
+                STACKS
+            ):  # in their order, in which adapters are nested, whatever matrices of such a name are parameters
+                key = f"{prefix}.{name}" if prefix else name
+                yield key, own.pop(key) if key in own else nn.Parameter(torch.empty(0), requires_grad=False)
+        yield from own.items()
+
     def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
         """``gate_proj [I, D]``, ``up_proj [I, D]`` and ``down_proj [D, I]`` of one expert."""
         raise NotImplementedError
 
-    def forward(self, hidden_TD, topk_indices, topk_weights):
+    def forward(self, hidden_TD, topk_indices, topk_weights, low_rank: LowRank | None = None):
         if torch.compiler.is_exporting():
             raise NotImplementedError(
                 f"torch.export: {self.weight_format.name} experts run one by one, those that tokens chose, which no exported program "
@@ -43,11 +59,11 @@ class QuantizedExperts(KeepsDtype):
             )
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
-        return self.routed(hidden_TD, topk_indices, topk_weights)
+        return self.routed(hidden_TD, topk_indices, topk_weights, low_rank)
 
-    def routed(self, hidden_TD, topk_indices, topk_weights) -> torch.Tensor:
-        """The layer's result, of hidden states in the dtype to compute in."""
-        return routed_quantized(self, hidden_TD, topk_indices, topk_weights)
+    def routed(self, hidden_TD, topk_indices, topk_weights, low_rank: LowRank | None = None) -> torch.Tensor:
+        """The layer's result, of hidden states in the dtype to compute in, with what an adapter adds to its matrices."""
+        return routed_quantized(self, hidden_TD, topk_indices, topk_weights, low_rank)
 
     def expert(self, matrices: Iterable[QuantizedMatrix], x_RD: torch.Tensor) -> torch.Tensor:
         """One expert, of gate, up and down, by the reference."""
@@ -71,14 +87,14 @@ class StackedQuantizedExperts(QuantizedExperts):
         ):
             for suffix, (n, k), dtype in (
                 ("", codes, weight_format.code_dtype),
-                (weight_format.scale_suffix, scales, weight_format.scale_dtype),
+                (weight_format.scale_parameter, scales, weight_format.scale_dtype),
             ):
                 stack = torch.empty((e, rows * n, k), dtype=dtype)
                 self.register_parameter(f"{name}{suffix}", nn.Parameter(stack, requires_grad=False))
                 self.dtype_kept += (f"{name}{suffix}",)
 
     def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
-        own, suffix = self._parameters, self.weight_format.scale_suffix
+        own, suffix = self._parameters, self.weight_format.scale_parameter
         gate, up = own["gate_up_proj"][index].split(self.intermediate_dim)
         gate_scale, up_scale = own[f"gate_up_proj{suffix}"][index].split(self.scale_rows)
         return {

@@ -22,7 +22,7 @@ class QuantizedLinear(KeepsDtype, nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool, weight_format: WeightFormat, device=None):
         super().__init__(in_features, out_features, bias=bias, device=device)
         self.weight_format = weight_format
-        shape, self._scale = (out_features, in_features), f"weight{weight_format.scale_suffix}"
+        shape, self._scale = (out_features, in_features), f"weight{weight_format.scale_parameter}"
         codes = torch.empty(weight_format.code_shape(shape), dtype=weight_format.code_dtype, device=device)
         scales = torch.empty(weight_format.scale_shape(shape), dtype=weight_format.scale_dtype, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)

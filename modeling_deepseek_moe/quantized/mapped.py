@@ -10,6 +10,7 @@ import torch
 from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.ops.experts import LowRank
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts, QuantizedMatrix
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -23,7 +24,8 @@ class MappedExperts(QuantizedExperts):
 
     Args:
         codes: where the codes of ``gate_proj``, ``up_proj`` and ``down_proj`` are, of one expert after the other.
-        scales: the scales of the same matrices in the same order, in one piece.
+        scales: the scales of the same matrices in the same order: in one piece in memory, or where they are, if they
+            stay in the files too.
         files: the mappings of the files that ``codes`` names.
     """
 
@@ -35,25 +37,31 @@ class MappedExperts(QuantizedExperts):
         config,
         weight_format: WeightFormat,
         codes: Sequence[TensorInfo],
-        scales: torch.Tensor,
+        scales: torch.Tensor | Sequence[TensorInfo],
         files: MappedFiles,
     ):
         super().__init__(config, weight_format)
         self._files = files
-        self._paths = tuple(dict.fromkeys(info.file for info in codes))
+        kept = () if isinstance(scales, torch.Tensor) else scales
+        self._paths = tuple(dict.fromkeys(info.file for info in (*codes, *kept)))
         for path in self._paths:
             files.address(path)  # from here on the bytes are those that were checked, whatever becomes of the name
         numbers = {path: number for number, path in enumerate(self._paths)}
-        self._prefix = codes[0].name.removesuffix(".0.gate_proj.weight")
+        self._prefix = codes[0].name.removesuffix(f".0.gate_proj.weight{weight_format.code_suffix}")
         width, hidden = config.moe_intermediate_size, config.hidden_size
         shapes = (width, hidden), (width, hidden), (hidden, width)
         self._shapes = tuple(map(weight_format.code_shape, shapes))
         self._scale_shapes = tuple(map(weight_format.scale_shape, shapes))
         ends = list(accumulate(math.prod(shape) for shape in self._scale_shapes))
         self._scale_ranges = tuple(zip([0, *ends[:-1]], ends, strict=True))  # within the scales of one expert
-        places = [(numbers[info.file], info.start) for info in codes]
-        self._places = torch.tensor(places, device="cpu").view(self.num_experts, len(PROJECTIONS), 2)
-        self._scales = scales.view(self.num_experts, -1)
+
+        def places(infos: Sequence[TensorInfo]) -> torch.Tensor:
+            found = [(numbers[info.file], info.start) for info in infos]
+            return torch.tensor(found, device="cpu").view(self.num_experts, len(PROJECTIONS), 2)
+
+        self._places = places(codes)
+        self._scales = scales.view(self.num_experts, -1) if isinstance(scales, torch.Tensor) else None
+        self._scale_places = None if isinstance(scales, torch.Tensor) else places(scales)
         self._addresses: torch.Tensor | None = None
         self.stream = None  # a `streaming.layer.LayerStream`, if experts are held in memory of their own
 
@@ -75,31 +83,50 @@ class MappedExperts(QuantizedExperts):
         if self._addresses is None:
             bases = torch.tensor([self._files.address(path) for path in self._paths], device="cpu")
             codes = bases[self._places[..., 0]] + self._places[..., 1]
-            rows = torch.arange(self.num_experts, device="cpu") * self._scales[0].nbytes
-            starts = [start * self._scales.itemsize for start, _ in self._scale_ranges]
-            scales = self._scales.data_ptr() + rows[:, None] + torch.tensor(starts, device="cpu")
+            if self._scales is None:
+                scales = bases[self._scale_places[..., 0]] + self._scale_places[..., 1]
+            else:
+                rows = torch.arange(self.num_experts, device="cpu") * self._scales[0].nbytes
+                starts = [start * self._scales.itemsize for start, _ in self._scale_ranges]
+                scales = self._scales.data_ptr() + rows[:, None] + torch.tensor(starts, device="cpu")
             self._addresses = torch.stack((codes, scales), dim=-1)
         return self._addresses
 
     def infos(self, index: int) -> dict[str, TensorInfo]:
         """Where the codes of one expert lie in the files: ``gate_proj``, ``up_proj`` and ``down_proj``."""
+        form = self.weight_format
+        return self._infos(index, self._places, self._shapes, form.code_dtype, form.code_suffix)
+
+    def reads(self, index: int) -> list[TensorInfo]:
+        """All that is to be read of one expert: as `infos`, and then its scales, where these stay in the files too."""
+        form, codes = self.weight_format, self.infos(index)
+        if self._scale_places is None:
+            return list(codes.values())
+        scales = self._infos(index, self._scale_places, self._scale_shapes, form.scale_dtype, form.scale_suffix)
+        return [*codes.values(), *scales.values()]
+
+    def _infos(self, index: int, places: torch.Tensor, shapes, dtype: torch.dtype, suffix: str):
         found = {}
-        for name, shape, (number, start) in zip(PROJECTIONS, self._shapes, self._places[index].tolist(), strict=True):
-            full = f"{self._prefix}.{index}.{name}.weight"
-            dtype = self.weight_format.code_dtype
+        for name, shape, (number, start) in zip(PROJECTIONS, shapes, places[index].tolist(), strict=True):
+            full = f"{self._prefix}.{index}.{name}.weight{suffix}"
             end = start + math.prod(shape) * dtype.itemsize
             found[name] = TensorInfo(full, dtype, shape, self._paths[number], start, end)
         return found
 
-    def routed(self, hidden_TD, topk_indices, topk_weights) -> torch.Tensor:
+    def routed(self, hidden_TD, topk_indices, topk_weights, low_rank: LowRank | None = None) -> torch.Tensor:
         self.check_files()
         # a backward pass reads the weights again, when streamed ones may be gone
-        if self.stream is not None and not (torch.is_grad_enabled() and hidden_TD.requires_grad):
+        keeps = torch.is_grad_enabled() and hidden_TD.requires_grad
+        if self.stream is not None and low_rank is None and not keeps:
             return self.stream.run(self, hidden_TD, topk_indices, topk_weights)
-        return super().routed(hidden_TD, topk_indices, topk_weights)
+        return super().routed(hidden_TD, topk_indices, topk_weights, low_rank)
 
     def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
         found = {}
+        if self._scales is None:
+            views = [self._files.view(info) for info in self.reads(index)]
+            pairs = zip(PROJECTIONS, views[:3], views[3:], strict=True)
+            return {name: QuantizedMatrix(codes, scales) for name, codes, scales in pairs}
         ranges = zip(self.infos(index).items(), self._scale_ranges, self._scale_shapes, strict=True)
         for (name, info), (start, end), scale_shape in ranges:
             found[name] = QuantizedMatrix(self._files.view(info), self._scales[index, start:end].view(scale_shape))
@@ -130,10 +157,8 @@ class MappedExperts(QuantizedExperts):
 
     @property
     def mapped_bytes(self) -> int:
-        """Of their codes."""
-        return (
-            self.num_experts * sum(math.prod(shape) for shape in self._shapes) * self.weight_format.code_dtype.itemsize
-        )
+        """Of their codes, and of scales that stay in the files too."""
+        return self.num_experts * sum(info.nbytes for info in self.reads(0))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_addresses": None}  # those of this module's memory

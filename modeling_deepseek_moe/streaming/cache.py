@@ -20,6 +20,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.streaming.memory import Memory
 from modeling_deepseek_moe.streaming.reader import Reader
@@ -36,7 +37,7 @@ class ExpertCache:
     """The experts of ``layers`` within ``budget`` bytes.
 
     Args:
-        infos: for each layer, `MappedExperts.infos`: bound methods, held weakly.
+        infos: for each layer, `MappedExperts.reads`: bound methods, held weakly.
         num_experts: of each layer.
         files: that the experts lie in.
         budget: bytes to hold experts in.
@@ -103,15 +104,15 @@ class ExpertCache:
         return key in self._slots
 
     def addresses(self, slot: Slot) -> list[int]:
-        """Where the slot's three matrices are in memory."""
+        """Where the slot's tensors are in memory: three matrices' codes, and their scales where they are read too."""
         start = self.memory.address + slot.number * self.slot_bytes
         return [start + place for place in slot.plan.places]
 
-    def views(self, slot: Slot, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
-        """The slot's three matrices."""
+    def views(self, slot: Slot, infos: Iterable[TensorInfo]) -> list[torch.Tensor]:
+        """The slot's tensors, which ``infos`` describes."""
         start = slot.number * self.slot_bytes
-        parts = zip(slot.plan.places, shapes, strict=True)
-        return [self.memory.tensor(start + place, shape, dtype) for place, shape in parts]
+        parts = zip(slot.plan.places, infos, strict=True)
+        return [self.memory.tensor(start + place, info.shape, info.dtype) for place, info in parts]
 
     def close(self) -> None:
         """End the threads and close the files. A cache that is collected closes itself."""

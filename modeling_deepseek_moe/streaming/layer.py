@@ -9,7 +9,7 @@ import torch
 
 from modeling_deepseek_moe.ops import experts
 from modeling_deepseek_moe.quantized.experts import QuantizedMatrix
-from modeling_deepseek_moe.quantized.mapped import MappedExperts
+from modeling_deepseek_moe.quantized.mapped import PROJECTIONS, MappedExperts
 from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, NextLayerPredictor
 from modeling_deepseek_moe.streaming.cache import ExpertCache
 from modeling_deepseek_moe.streaming.resident import ResidentWeights
@@ -36,6 +36,7 @@ class LayerStream:
         self.cache, self.number = cache, number
         self._resident, self._predictor, self._here = resident, predictor, here
         self._table: torch.Tensor | None = None
+        self._read = 1
 
     @torch.compiler.disable
     def run(
@@ -46,7 +47,8 @@ class LayerStream:
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
         """The layer's result, with the same bits as from the mapped files."""
-        on_engine = experts.may_run_natively(module, experts.operands(module), hidden_TD, topk_weights)
+        weights = experts.operands(module)
+        on_engine = experts.may_run_natively(module, weights, hidden_TD, topk_weights)
         self._resident.read()
         wanted = _experts_hit(topk_indices, module.num_experts)
         if self._here is not None:
@@ -60,26 +62,25 @@ class LayerStream:
                 return self._reference(module, hidden_TD, topk_indices, topk_weights, groups)
             if self._table is None:
                 self._table = module.addresses().clone()
-                self._table[..., 0] = 0
+                self._read = len(module.reads(0)) // len(PROJECTIONS)  # the codes, or their scales too
+                self._table[..., : self._read] = 0
             out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32)
-            width = module.matrix_shapes[0][0]
+            given = weights.width, weights.dtype, weights.kind
             for group in groups:
                 rows = [slot.key[1] for slot in group]
-                self._table[rows, :, 0] = torch.tensor([self.cache.addresses(slot) for slot in group])
-                experts.accumulate(
-                    out_TD, hidden_TD, topk_indices, topk_weights, self._table, width, module.weight_format.code_dtype
-                )
-                self._table[rows, :, 0] = 0
+                found = torch.tensor([self.cache.addresses(slot) for slot in group])
+                self._table[rows, :, : self._read] = found.unflatten(1, (self._read, -1)).transpose(1, 2)
+                experts.accumulate(out_TD, hidden_TD, topk_indices, topk_weights, self._table, *given)
+                self._table[rows, :, : self._read] = 0
             return out_TD.to(hidden_TD.dtype)
 
     def _reference(self, module, hidden_TD, topk_indices, topk_weights, groups) -> torch.Tensor:
         def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
             (slot,) = next(groups)
-            weights = self.cache.views(slot, module.matrix_shapes, module.weight_format.code_dtype)
-            matrices = [
-                QuantizedMatrix(codes, mapped.scales)
-                for codes, mapped in zip(weights, module.matrices(index).values(), strict=True)
-            ]
+            read = self.cache.views(slot, module.reads(index))
+            held = [mapped.scales for mapped in module.matrices(index).values()]
+            scales = read[len(held) :] or held
+            matrices = [QuantizedMatrix(*pair) for pair in zip(read[: len(held)], scales, strict=True)]
             return module.expert(matrices, x_RD)
 
         return experts.run_experts(hidden_TD, topk_indices, topk_weights, expert, module.num_experts)

@@ -102,7 +102,7 @@ def _detach(layers: list[nn.Module]) -> None:
 def _attach(model: PreTrainedModel, layers: list[nn.Module], budget: int) -> None:
     experts = [layer.mlp.experts for layer in layers]
     files = experts[0].files
-    cache = ExpertCache([one.infos for one in experts], [one.num_experts for one in experts], files, budget)
+    cache = ExpertCache([one.reads for one in experts], [one.num_experts for one in experts], files, budget)
     _detach(layers)
     resident = _resident(model, files)
     here = None

@@ -54,7 +54,7 @@ class ExpertStats:
 
 
 class Plan(NamedTuple):
-    """How one expert is read into a slot, and where its three matrices are then, from the slot's start."""
+    """How one expert is read into a slot, and where its tensors are then, from the slot's start."""
 
     runs: list[Run]
     places: tuple[int, ...]
@@ -83,10 +83,10 @@ class Slot:
 
 
 class Layer:
-    """Where the experts of a layer are in the files: ``infos`` is `MappedExperts.infos`, held weakly."""
+    """Where the experts of a layer are in the files: ``infos`` is `MappedExperts.reads`, held weakly."""
 
-    def __init__(self, infos: Callable[[int], dict[str, TensorInfo]], num_experts: int):
-        tensors = infos(0).values()  # a layer's experts are all of one shape
+    def __init__(self, infos: Callable[[int], list[TensorInfo]], num_experts: int):
+        tensors = infos(0)  # a layer's experts are all of one shape
         self.infos, self.num_experts = weakref.WeakMethod(infos), num_experts
         self.nbytes, self.slot_bytes = sum(info.nbytes for info in tensors), most_bytes(tensors)
         self.plans: dict[int, Plan] = {}
@@ -95,7 +95,7 @@ class Layer:
 
     def plan(self, expert: int) -> Plan:
         if expert not in self.plans:
-            infos = self.infos()(expert).values()
+            infos = self.infos()(expert)
             runs = plan_runs(infos)
             places = {info: run.place_of(info) for run in runs for info in run.infos}
             self.plans[expert] = Plan(runs, tuple(places[info] for info in infos))
