@@ -10,15 +10,27 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations.accelerate import get_device
 from transformers.utils import logging
 
 from modeling_deepseek_moe import formats
-from modeling_deepseek_moe.bitsandbytes_packing import keep_readable
+from modeling_deepseek_moe.bnb.loading import (
+    Wish,
+    bitsandbytes_config,
+    quantize_experts,
+    quantized_stacks,
+    recognize_experts,
+    stacked_experts,
+    take_wish,
+)
+from modeling_deepseek_moe.bnb.packing import keep_readable
+from modeling_deepseek_moe.bnb.saved import saved_state_dict
 from modeling_deepseek_moe.checkpoint.contents import describe, refuse_file, refuse_other_makers
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.index import has_weights
@@ -27,11 +39,13 @@ from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.field_checks import brief
-from modeling_deepseek_moe.formats import split_scale
+from modeling_deepseek_moe.formats import WeightFormat, split_scale
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.origin import Origin
+from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
+from modeling_deepseek_moe.streaming.model import enable_streaming_if_needed
 from modeling_deepseek_moe.terminal import shown
 from modeling_deepseek_moe.weights import EXPERT_KEY, LazyStack, LazyTensor, stack_sources
 
@@ -42,12 +56,14 @@ logger = logging.get_logger(__name__)
 class Loading:
     """One call of `from_pretrained`: what its caller asked for, and the one release that it loads.
 
-    ``reader`` is that of a local folder, whose headers are read already.
+    ``reader`` is that of a local folder, whose headers are read already. ``wish`` is what bitsandbytes is to make of it.
     """
 
     reader: CheckpointReader | None
     wants_info: bool = False
     release: Release | None = None
+    wish: Wish | None = None
+    device_map: object = None
 
 
 # The one thing that `from_pretrained` hands on past transformers, which passes nothing of its caller's through.
@@ -65,7 +81,7 @@ def release_for(model: PreTrainedModel, files: Sequence[str | os.PathLike], igno
     reader = loading.reader
     if reader is None or set(reader.files) != {Path(file).absolute() for file in files}:
         reader = CheckpointReader(files)
-    loading.release = release = Release(reader, model.config)
+    loading.release = release = Release(reader, model.config, loading.wish.stored if loading.wish else ())
     fit_model(model, release)
     needs_head = hasattr(model, "lm_head") and not model.config.tie_word_embeddings
     release.check(needs_head, ignored)
@@ -108,26 +124,27 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
     """
     prefix = "" if model.base_model is not model else "model."
     targets = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    mapped = {prefix + name for name, module in model.named_modules() if isinstance(module, MappedExperts)}
+    kept = MappedExperts, BitsAndBytesExperts  # whose tensors are none of a release's
+    apart = {prefix + name for name, module in model.named_modules() if isinstance(module, kept)}
     state: dict[str, torch.Tensor | LazyStack | LazyTensor] = {}
     for name, info in release.infos.items():
         expert = EXPERT_KEY.match(name)
-        if expert and (expert[1] in mapped or f"{expert[1]}.gate_up_proj" in targets):
+        if expert and (expert[1] in apart or f"{expert[1]}.gate_up_proj" in targets):
             continue
         weight, suffix = split_scale(name)
         if suffix and weight in targets and name not in targets:
             continue  # consumed by the dequantisation of its weight
-        target = targets.get(name)
-        if target is not None and release.is_quantized(name) and target.dtype != release.weight_format.code_dtype:
+        target, form = targets.get(name), release.format_of(name)
+        if target is not None and form is not None and target.dtype != form.code_dtype:
             state[name] = LazyTensor(
                 lambda name=name, dtype=target.dtype: release.dequantized(name, dtype),
-                release.weight_format.value_shape(info.shape),
+                form.value_shape(info.shape),
                 target.dtype,
             )
         else:
             state[name] = release.tensor(name)
     for name, target in targets.items():
-        if ".mlp.experts." in name:
+        if ".mlp.experts." in name and name.rpartition(".")[0] not in apart:
             sources = stack_sources(name, target.shape[0])
             if all(source in release.infos for source in chain.from_iterable(sources)):  # else missing as a whole
                 state[name] = _stack(release, sources, target)
@@ -136,17 +153,18 @@ def lazy_state_dict(model: PreTrainedModel, release: Release) -> dict[str, torch
 
 
 def _stack(release: Release, sources: list[list[str]], target: torch.Tensor) -> LazyStack:
-    def is_decoded(source: str) -> bool:
-        return release.is_quantized(source) and target.dtype != release.weight_format.code_dtype
+    def decoded(source: str) -> WeightFormat | None:
+        form = release.format_of(source)
+        return form if form is not None and target.dtype != form.code_dtype else None
 
     def part(source: str):
-        if is_decoded(source):
+        if decoded(source):
             return lambda: release.dequantized(source, target.dtype)
         return lambda: release.tensor(source)
 
     def shape_of(source: str) -> tuple[int, ...]:
-        stored = release.infos[source].shape
-        return release.weight_format.value_shape(stored) if is_decoded(source) else stored
+        stored, form = release.infos[source].shape, decoded(source)
+        return form.value_shape(stored) if form else stored
 
     shapes = list(map(shape_of, sources[0]))
     shape = (len(sources), sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -188,6 +206,7 @@ class ReleaseLoadingMixin(ModelMixin):
                 "save_pretrained(folder, quantize='fp8') and load that folder."
             )
         # What another quantiser saved is its own format, whose tensors no config tells: transformers loads that.
+        config = None if quantizer is None else bitsandbytes_config(quantizer.quantization_config)
         is_foreign = (
             quantizer is not None
             and quantizer.pre_quantized
@@ -198,14 +217,34 @@ class ReleaseLoadingMixin(ModelMixin):
             ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
             release = release_for(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
             state_dict = lazy_state_dict(model, release)
+            state_dict |= quantized_stacks(model, release, partial(_device_of, load_config.device_map))
             _remember_bias_dtypes(model, release)
             model.base_model.origin = Origin(release, model.dtype)
             loading.release = release = None  # the headers of all tensors: no one needs them now
+        elif state_dict is None and checkpoint_files and config is not None:
+            release = Release(CheckpointReader(checkpoint_files), model.config)
+            recognize_experts(model, config, release)
+            state_dict = saved_state_dict(model, release, _is_on_cpu(load_config.device_map))
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        for module in stacked_experts(model).values():
+            module.requires_grad_(False)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
         model._weight_conversions = None
         keep_readable(model)
+        if config is not None:
+            enable_streaming_if_needed(model)  # this package's own quantizer does so itself
         return result
+
+    def _get_dtype_plan(self, dtype):
+        # transformers has no public hook between its quantizer's work on an empty model and measuring that for a device map
+        loading = _current.get()
+        if loading is not None and loading.wish is not None:
+            quantize_experts(self, loading.wish.config, loading.device_map)
+        elif loading is not None and loading.reader is not None:
+            config = bitsandbytes_config(getattr(self.config, "quantization_config", None))
+            if config is not None:
+                recognize_experts(self, config, Release(loading.reader, self.config))
+        return super()._get_dtype_plan(dtype)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -221,12 +260,16 @@ class ReleaseLoadingMixin(ModelMixin):
         """
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
+        wish = take_wish(cls.config_class, path, kwargs)
         _refuse_requantising(path, kwargs.get("config"), kwargs.get("quantization_config"))
         with _collector_paused():
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
                 reader = _open_folder(path, subfolder)
-            token = _current.set(Loading(reader, bool(kwargs.get("output_loading_info"))))
+            loading = Loading(
+                reader, bool(kwargs.get("output_loading_info")), wish=wish, device_map=kwargs.get("device_map")
+            )
+            token = _current.set(loading)
             try:
                 return super().from_pretrained(path, *args, **kwargs)
             finally:
@@ -305,6 +348,14 @@ def _open_folder(path, subfolder: str) -> CheckpointReader | None:
     if said is not None:
         raise CheckpointError(f"{folder}: {said}")
     return None
+
+
+def _is_on_cpu(device_map: dict | None) -> bool:
+    return all(str(device) == "cpu" for device in (device_map or {}).values())
+
+
+def _device_of(device_map: dict | None, name: str) -> torch.device | str | int:
+    return "cpu" if device_map is None else get_device(device_map, name, valid_torch_device=True)
 
 
 def _remember_bias_dtypes(model: PreTrainedModel, release: Release) -> None:

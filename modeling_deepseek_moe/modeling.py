@@ -22,8 +22,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modeling_deepseek_moe.adapters import AdapterMixin
 from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
-from modeling_deepseek_moe.bitsandbytes_packing import FourBitMixin
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
+from modeling_deepseek_moe.bnb.model import BitsAndBytesMixin
 from modeling_deepseek_moe.cache import prepare_cache
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
@@ -56,7 +56,7 @@ class DeepseekMoePreTrainedModel(
     ResizingMixin,
     StreamingMixin,
     EngineReportMixin,
-    FourBitMixin,
+    BitsAndBytesMixin,
     PreTrainedModel,
 ):
     """What transformers needs to know about the family, weight initialisation, and the release format's load and save."""

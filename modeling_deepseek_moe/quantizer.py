@@ -62,11 +62,10 @@ class DeepseekQuantizer(HfQuantizer):
         prefix = "model." if model.base_model is model else ""
         on_cpu = _stays_on_cpu(device_map)
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and release.is_quantized(f"{prefix}{name}.weight"):
+            form = release.format_of(f"{prefix}{name}.weight") if isinstance(module, nn.Linear) else None
+            if form is not None:
                 with torch.device("meta"):
-                    new = QuantizedLinear(
-                        module.in_features, module.out_features, module.bias is not None, release.weight_format
-                    )
+                    new = QuantizedLinear(module.in_features, module.out_features, module.bias is not None, form)
                 model.set_submodule(name, new)
             elif isinstance(module, DeepseekExperts) and (
                 experts := _quantized_experts(release, prefix + name, on_cpu)
@@ -80,6 +79,12 @@ class DeepseekQuantizer(HfQuantizer):
                     module._parameters[name].requires_grad_(False)
         enable_streaming_if_needed(model)
         return model
+
+    def _dequantize(self, model, dtype=None):
+        raise ValueError(
+            f"dequantize(): found weights in {self.quantization_config.weight_format.name!r}, wanted them dequantised as they are "
+            'read: load the folder with quantization_config=FineGrainedFP8Config(dequantize=True), dtype="bfloat16"'
+        )
 
     def is_serializable(self) -> bool:
         return True
@@ -96,23 +101,23 @@ class DeepseekQuantizer(HfQuantizer):
 
 def _quantized_experts(release: Release, name: str, on_cpu: bool) -> nn.Module | None:
     """A layer's routed experts, if they are codes: all of them or none, since they are stored in one way."""
-    infos, weight_format = release.infos, release.weight_format
     experts = range(release.config.n_routed_experts)
-    # a gap was refused already
-    codes = [infos[f"{name}.{expert}.{projection}.weight"] for expert in experts for projection in PROJECTIONS]
+    names = [f"{name}.{expert}.{projection}.weight" for expert in experts for projection in PROJECTIONS]
+    codes = [release.infos[weight] for weight in names]  # a gap was refused already
+    weight_format = next((form for weight in names if (form := release.format_of(weight))), None)
+    if weight_format is None:
+        return None
     plain = [info for info in codes if info.dtype != weight_format.code_dtype]
-    if plain and len(plain) < len(codes):
+    if plain:
         info = plain[0]
         raise CheckpointError(
             f"{info.file}: tensor {info.name}: found dtype {info.dtype}, wanted {weight_format.code_dtype} like the "
             "layer's other experts"
         )
-    if plain:
-        return None
     if not on_cpu:
         with torch.device("meta"):
             return StackedQuantizedExperts(release.config, weight_format)
-    scales = release.scales.of_experts(release.scale_name(f"{name}.0.gate_proj.weight"))
+    scales = release.scales_of_experts(names)
     mapped = MappedExperts(release.config, weight_format, codes, scales, release.reader.mapped)
     mapped.addresses()  # kept from here on: how they are found is nothing that torch.compile can trace
     return mapped

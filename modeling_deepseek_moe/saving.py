@@ -5,6 +5,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -13,6 +15,9 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
+from modeling_deepseek_moe.bnb.formats import METHOD as BITSANDBYTES
+from modeling_deepseek_moe.bnb.loading import coded_experts
+from modeling_deepseek_moe.bnb.packing import without_classes
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
 from modeling_deepseek_moe.compat import ModelMixin
@@ -22,11 +27,12 @@ from modeling_deepseek_moe.hub import auto_map, shim_files
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.offloaded import with_offloaded
 from modeling_deepseek_moe.origin import is_same
+from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesMatrices
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
-from modeling_deepseek_moe.weights import release_tensors, unstack
+from modeling_deepseek_moe.weights import EXPERT_KEY, linear_modules, release_tensors, unstack
 
 # `Trainer` reads the config of a checkpoint it resumes from with the bare `PreTrainedConfig`, which fails on a scaled
 # rope in the release's spelling. In these folders, and only there, transformers' own spelling is written.
@@ -72,7 +78,7 @@ class ReleaseSavingMixin(ModelMixin):
                 quantise holds NaN or Inf; or weights were quantised in place.
         """
         form = _asked_for(quantize)
-        tensors = with_offloaded(self) if state_dict is None else state_dict
+        tensors = without_classes(with_offloaded(self) if state_dict is None else state_dict)
         self._refuse_unknown_format(tensors)
         if self._saved_by_transformers(tensors, kwargs):
             self._refuse_mapped(save_directory, kwargs, own=bool(quantize or remote_code or like))
@@ -87,7 +93,7 @@ class ReleaseSavingMixin(ModelMixin):
         form = self._format_held(form, release)
         write_checkpoint(
             save_directory,
-            _plans(self, tensors, form, release),
+            _as_stored(self, _plans(self, tensors, form, release), form),
             max_shard_size=max_shard_size,
             texts=self._texts(form, remote_code, save_directory),
             show_progress=logging.is_progress_bar_enabled(),
@@ -112,11 +118,16 @@ class ReleaseSavingMixin(ModelMixin):
             raise ValueError(
                 "quantize, like and remote_code need a plain model: no adapters, shards, offloading or variant"
             )
-        is_adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if not is_adapter and any(isinstance(module, MappedExperts) for module in self.modules()):
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return
+        said = f"{save_directory}: transformers' own saving (asked for by {', '.join(asked) or 'sharded weights'}) cannot write"
+        if coded_experts(self):
             raise ValueError(
-                f"{save_directory}: transformers' own saving (asked for by {', '.join(asked) or 'sharded weights'}) "
-                "cannot write mapped FP8 experts; leave that out, or load with FineGrainedFP8Config(dequantize=True)"
+                f"{said} routed experts as bitsandbytes does; leave that out, or call model.dequantize() first"
+            )
+        if any(isinstance(module, MappedExperts) for module in self.modules()):
+            raise ValueError(
+                f"{said} mapped FP8 experts; leave that out, or load with FineGrainedFP8Config(dequantize=True)"
             )
 
     def _refuse_unknown_format(self, tensors: dict) -> None:
@@ -144,7 +155,10 @@ class ReleaseSavingMixin(ModelMixin):
             or kwargs.get("distributed_checkpoint")
             or kwargs.get("variant") is not None
             or kwargs.get("save_original_format") is False
-            or (quantizer is not None and quantizer.quantization_config.quant_method != QUANT_METHOD)
+            or (
+                quantizer is not None
+                and quantizer.quantization_config.quant_method not in (QUANT_METHOD, BITSANDBYTES)
+            )
             or any(not _is_plain(tensor) for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
         )
 
@@ -162,15 +176,22 @@ class ReleaseSavingMixin(ModelMixin):
             wanted = release.weight_format
         elif release is None:
             wanted = formats.remembered(getattr(self.config, formats.RELEASED, None), wanted)
-        held = next(
-            (m.weight_format for m in self.modules() if isinstance(m, QuantizedLinear | QuantizedExperts)), None
-        )
-        if held is not None and held.name != wanted.name:
+        if coded_experts(self) or self._is_quantized_by(BITSANDBYTES):
             raise ValueError(
-                f"quantize={wanted.name!r}: found weights in {held.name!r}, wanted floating-point ones: load the model with "
-                "FineGrainedFP8Config(dequantize=True)"
+                f"quantize={wanted.name!r}: found weights that bitsandbytes quantised, wanted floating-point ones: call "
+                "model.dequantize() first"
             )
-        return held or wanted
+        held = {form.name: form for form in _forms_held(self).values()}
+        if held and wanted.name not in held:
+            raise ValueError(
+                f"quantize={wanted.name!r}: found weights in {next(iter(held))!r}, wanted floating-point ones: load the model "
+                "with FineGrainedFP8Config(dequantize=True)"
+            )
+        return held.get(wanted.name, wanted)
+
+    def _is_quantized_by(self, method: str) -> bool:
+        quantizer = getattr(self, "hf_quantizer", None)
+        return quantizer is not None and quantizer.quantization_config.quant_method == method
 
     def _texts(self, form: WeightFormat | None, remote_code: bool, folder: str | os.PathLike) -> dict[str, str]:
         for_trainer = TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(folder)))
@@ -180,7 +201,8 @@ class ReleaseSavingMixin(ModelMixin):
         if form and hasattr(config, formats.RELEASED):
             delattr(config, formats.RELEASED)
         if form and getattr(config, "quantization_config", None) is None:
-            config.quantization_config = form.quantization_config()
+            wide = linear_modules(config, lambda name, spec: not (spec.quantized and form.fits(spec.shape)))
+            config.quantization_config = form.quantization_config(wide)
         fields = config.to_diff_dict()
         # An inherited auto_map names files that were not copied here; other engines would look for them.
         fields.pop("auto_map", None)
@@ -224,7 +246,8 @@ def _plans(
     model, tensors: dict[str, torch.Tensor], form: WeightFormat | None, release: Release | None
 ) -> list[TensorPlan]:
     plans = []
-    quantized = {name for name, spec in release_tensors(model.config).items() if spec.quantized} if form else set()
+    specs = release_tensors(model.config).items() if form else ()
+    quantized = {name for name, spec in specs if spec.quantized and form.fits(spec.shape)}
     prefix = "model." if model.base_model is model else ""
     views = list(_release_views(model, tensors))
     kept = {} if release else model.base_model.origin.as_released({prefix + name: tensor for name, tensor in views})
@@ -246,24 +269,65 @@ def _plans(
             plans += _quantized(name, tensor, form)
         else:
             plans.append(TensorPlan.of(name, tensor))
-    return sorted(plans, key=lambda plan: _natural(plan.name))
+    return plans
+
+
+def _forms_held(model) -> dict[str, WeightFormat]:
+    """The formats of a model's layers that hold codes, by the layers' names; bitsandbytes' name their tensors themselves."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedExperts)]
+    return {name: m.weight_format for name, m in layers if not isinstance(m, BitsAndBytesMatrices)}
+
+
+def _as_stored(model, plans: Iterable[TensorPlan], form: WeightFormat | None) -> list[TensorPlan]:
+    """Codes and scales under the names that the format has for them in files, and its other tensors; in their order."""
+    held = _forms_held(model)
+    specs = release_tensors(model.config) if form or held else {}
+    prefix, stored = "model." if model.base_model is model else "", []
+    for plan in plans:
+        weight, suffix = formats.split_scale(plan.name)
+        spec = specs.get(prefix + weight)
+        if spec is None or not spec.quantized or not (suffix or any(formats.of_codes(plan.dtype))):
+            stored.append(plan)
+            continue
+        expert = EXPERT_KEY.match(weight)
+        form_of = held.get(expert[1] if expert else weight.removesuffix(".weight"), form)
+        codes, scales = form_of.on_disk(weight, spec.shape).items()
+        name, (dtype, shape) = scales if suffix else codes
+        if form_of.in_a_column:
+            stored.append(TensorPlan(name, dtype, shape, partial(_reshaped, plan, shape)))
+        else:
+            stored.append(replace(plan, name=name))
+        if not suffix:
+            stored += [TensorPlan.of(weight + other, make(spec.shape)) for other, make in form_of.others.items()]
+    return sorted(stored, key=lambda plan: _natural(plan.name))
+
+
+def _reshaped(plan: TensorPlan, shape: tuple[int, ...]) -> torch.Tensor:
+    made = plan.produce()
+    return (made if isinstance(made, torch.Tensor) else torch.cat(list(made))).reshape(shape)
 
 
 def _release_views(model, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor under its release name, as a view: nothing is copied here."""
     ignored = set(model._keys_to_ignore_on_save or ())
+    coded = coded_experts(model)
     for name, tensor in tensors.items():
+        if name.rpartition(".")[0] in coded:
+            continue
         source = model.all_tied_weights_keys.get(name)
         if name in ignored or (source in tensors and tensor.data_ptr() == tensors[source].data_ptr()):
             continue
         if name.endswith(".e_score_correction_bias"):
             tensor = _released_bias(model.get_submodule(name.rpartition(".")[0]), tensor)
         yield from unstack(name, tensor)
+    for prefix, module in coded.items():
+        for name, tensor in module.named_tensors():
+            yield f"{prefix}.{name}", tensor
     for prefix, module in model.named_modules():
-        if isinstance(module, MappedExperts):
+        if isinstance(module, MappedExperts) and prefix not in coded:
             for name, matrix in module.named_matrices():
                 yield f"{prefix}.{name}.weight", matrix.codes
-                yield f"{prefix}.{name}.weight{module.weight_format.scale_suffix}", matrix.scales
+                yield f"{prefix}.{name}.weight{module.weight_format.scale_parameter}", matrix.scales
 
 
 def _released_bias(router: DeepseekTopkRouter, bias: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from releases import COMMON, V3, write_release
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Trainer, TrainingArguments
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.bitsandbytes_packing import is_packed
+from modeling_deepseek_moe.bnb.packing import is_packed
 from modeling_deepseek_moe.ops._operands import weight_of
 
 peft = pytest.importorskip("peft")
@@ -45,9 +45,10 @@ def release(tmp_path_factory):
     return path
 
 
-def four_bit(kind="nf4", double=False, compute=torch.float32):
+def four_bit(kind="nf4", double=False, compute=torch.float32, **others):
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        **others,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=compute,
@@ -78,16 +79,41 @@ def test_as_near_to_the_exact_model_as_plain(folder, kind, double, compute):
     """Not bit for bit plain's: absorbed attention and experts add up in another order, and 4-bit layers round to bf16."""
     exact = logits(plain(folder, dtype=torch.float32))
     for dtype in (torch.float32, torch.bfloat16):
-        settings = {"quantization_config": four_bit(kind, double, compute), "dtype": dtype}
+        # plain leaves routed experts alone
+        config = four_bit(kind, double, compute, llm_int8_skip_modules=["lm_head", "experts"])
+        settings = {"quantization_config": config, "dtype": dtype}
         our_model, their_model = ours(folder, **settings), plain(folder, **settings)
         found, wanted = logits(our_model), logits(their_model)
         assert apart(found, exact) < 1.15 * apart(wanted, exact)
         assert apart(found, wanted) < 0.5 * apart(wanted, exact)
         text = our_model.generate(IDS, **GREEDY)
-        near = logits(our_model, text)[:, IDS.shape[1] - 1 : -1].topk(2).values  # the choice at each new token
+        # the choice at each new token, where one of the models may be torn: bitsandbytes' packed layers round most
+        near = torch.stack(
+            [logits(m, text)[0, IDS.shape[1] - 1 : -1].topk(2).values for m in (our_model, their_model)]
+        )
         differs = (text != their_model.generate(IDS, **GREEDY))[:, IDS.shape[1] :]
         first = differs.int().argmax().item() if differs.any() else None  # from there on they answer other texts
-        assert first is None or (near[0, first, 0] - near[0, first, 1]) < 0.1 * near.abs().max()
+        assert first is None or (near[:, first, 0] - near[:, first, 1]).min() < 0.1 * near.abs().max()
+
+
+@pytest.mark.parametrize("kind, double", KINDS)
+def test_the_engine_computes_with_the_exact_weights(folder, kind, double):
+    """Next to the model of the weights that bitsandbytes dequantises, in fp32, for a prompt and for single tokens."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    config = four_bit(kind, double, llm_int8_skip_modules=["lm_head", "experts"])
+    model, exact = ours(folder, quantization_config=config, dtype=torch.float32), ours(folder)
+    exact = exact.float()
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if type(layer).__name__ == "Linear4bit":
+                exact.get_submodule(name).weight.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    wanted = logits(exact)
+    assert apart(logits(model), wanted) < 1e-5
+    with torch.no_grad():
+        cache = model(IDS[:, :24], use_cache=True).past_key_values
+        steps = [model(IDS[:, i : i + 1], cache=cache, use_cache=True).logits[:, 0] for i in range(24, IDS.shape[1])]
+    assert apart(torch.stack(steps, 1), wanted[:, 24:]) < 1e-5
 
 
 @pytest.mark.parametrize("kind, double", KINDS)

@@ -5,6 +5,7 @@ for plain ones (peft's merge and DoRA do), and its state dict has the scales of 
 is never packed, and the others are unpacked before they are trained or saved.
 """
 
+import torch
 from torch import nn
 
 from modeling_deepseek_moe.compat import ModelMixin
@@ -19,10 +20,6 @@ class FourBitMixin(ModelMixin):
     def state_dict(self, *args, **kwargs):
         unpack(self)
         return super().state_dict(*args, **kwargs)
-
-    def dequantize(self, *args, **kwargs):
-        unpack(self)
-        return super().dequantize(*args, **kwargs)
 
     def train(self, mode: bool = True):
         keep_readable(self)  # peft puts in later adapters without a word, and sets the mode
@@ -57,3 +54,11 @@ def unpack(model: nn.Module) -> None:
 def is_packed(layer: nn.Module) -> bool:
     state = getattr(layer._parameters.get("weight"), "quant_state", None)
     return getattr(state, "packing_format_for_cpu", False)
+
+
+def without_classes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict whose codes are plain tensors: bitsandbytes' own classes hold in attributes what is an entry of its own here."""
+    return {
+        name: tensor.as_subclass(torch.Tensor) if type(tensor).__module__.startswith("bitsandbytes.") else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,157 @@
+"""What a config says of weights that transformers' own quantiser loads, bitsandbytes': their row, and which modules have codes.
+
+For sizes and names. `formats.of_config` answers for the formats that this package loads itself, and refuses these.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.formats import MAX_BLOCK, announcements
+from modeling_deepseek_moe.formats.row import Scales, WeightFormat
+from modeling_deepseek_moe.ops.four_bit import NESTED_GROUP, NestedScales
+
+METHOD = "bitsandbytes"
+BLOCK = 64  # values that share a scale, row by row through a matrix
+UNLESS_SAID = ("lm_head",)  # what bitsandbytes leaves alone where no skip list is given
+# Linear layers that releases keep in floating point: of an MTP layer.
+WIDE = (".eh_proj.weight", ".shared_head.head.weight")
+# What its modules write next to a weight, or next to the name of their own.
+PARTS = re.compile(r"^(.*\.weight)(\.(?:nested_)?(?:absmax|quant_map)|\.quant_state\.bitsandbytes__\w+)$")
+ROW_PARTS = re.compile(r"^(.*)(\.SCB|\.weight_format)$")
+
+
+def _encode_rows(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[N, K]`` and the largest value of each row ``[N]``, by bitsandbytes, which rounds the weight to fp16 first."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    return int8_vectorwise_quant(weight.to(torch.float16))[:2]
+
+
+def _decode_rows(
+    codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """int8 rows in ``dtype``: ``codes · absmax / 127``."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    return int8_vectorwise_dequant(codes, absmax).to(dtype)
+
+
+# Of ``Linear8bitLt``. No row of `formats.FORMATS`: its scales have one dimension, and nothing but bitsandbytes reads or writes it.
+INT8 = WeightFormat(
+    name="int8",
+    method=METHOD,
+    fields={"load_in_8bit": True},
+    implied={},
+    code_dtype=torch.int8,
+    bits=8,
+    block=(1, MAX_BLOCK),
+    scale_dtype=torch.float32,
+    scale_suffix=".SCB",
+    encode=_encode_rows,
+    decode=_decode_rows,
+    foreign=True,
+)
+
+
+def quant_state(kind: str, codes: torch.Tensor, scales: Scales, dtype: torch.dtype):
+    """The ``bitsandbytes.functional.QuantState`` of a matrix in ``nf4`` or ``fp4``, whose weight is read in ``dtype``.
+
+    Args:
+        codes: ``[N, K/2]``.
+        scales: in any shape.
+    """
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    inner = scales.codes if isinstance(scales, NestedScales) else scales
+    state = QuantState(
+        absmax=inner.reshape(-1),
+        shape=torch.Size((len(codes), codes.shape[1] * 2)),
+        code=get_4bit_type(kind, device=codes.device),
+        blocksize=BLOCK,
+        quant_type=kind,
+        dtype=dtype,
+    )
+    if isinstance(scales, NestedScales):
+        state.offset, state.nested = scales.offset, True
+        state.state2 = QuantState(absmax=scales.absmax, code=scales.table, blocksize=NESTED_GROUP, dtype=torch.float32)
+    return state
+
+
+def multiply(kind: str, x: torch.Tensor, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """``x · Wᵀ`` in the dtype of ``x`` and differentiable in it, by bitsandbytes."""
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x, codes.view(-1, 1), quant_state=quant_state(kind, codes, scales, x.dtype))
+
+
+def dequantize(kind: str, codes: torch.Tensor, scales: Scales, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[N, K]`` in ``dtype``, by bitsandbytes."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(codes.view(-1, 1), quant_state(kind, codes, scales, dtype))
+
+
+def ragged(row: WeightFormat) -> WeightFormat:
+    """``nf4`` or ``fp4`` for matrices whose blocks go on in the next row, by bitsandbytes alone; scales have one dimension."""
+    return replace(
+        row, kernel=None, linear=partial(_ragged_linear, row.name), decode=partial(_ragged_decode, row.name)
+    )
+
+
+def _ragged_linear(
+    kind: str, x: torch.Tensor, codes: torch.Tensor, scales: Scales, bias: torch.Tensor | None, block
+) -> torch.Tensor:
+    product = multiply(kind, x, codes, scales)
+    return product if bias is None else product + bias
+
+
+def _ragged_decode(kind: str, codes: torch.Tensor, scales: Scales, dtype: torch.dtype, block) -> torch.Tensor:
+    return dequantize(kind, codes, scales, dtype)
+
+
+def is_bitsandbytes(fields: Mapping | None) -> bool:
+    """Whether a ``quantization_config`` is bitsandbytes'."""
+    method = (fields or {}).get("quant_method")
+    return getattr(method, "value", method) == METHOD
+
+
+def announced(fields: Mapping | None) -> tuple[WeightFormat, ...]:
+    """As `formats.all_of_config`, or the row of bitsandbytes' weights; nested scales are a byte in it, and theirs are left out.
+
+    Raises:
+        ValueError: no row has it.
+    """
+    if fields is None or not is_bitsandbytes(fields):
+        return formats.all_of_config(fields)
+    if fields.get("load_in_8bit"):
+        return (INT8,)
+    row = replace(formats.by_name(fields.get("bnb_4bit_quant_type") or "fp4"), whole_groups=False)
+    return (replace(row, scale_dtype=torch.uint8) if fields.get("bnb_4bit_use_double_quant") else row,)
+
+
+def scheme_of(fields: Mapping | None) -> Callable[[str], int | None]:
+    """As `announcements.scheme_of`, of bitsandbytes' weights too: ``None`` for a module that keeps floating-point ones."""
+    if fields is None or not is_bitsandbytes(fields):
+        return announcements.scheme_of(fields)
+    skipped = list(fields.get("llm_int8_skip_modules") or UNLESS_SAID)
+    return lambda module: 0 if should_convert_module(module, skipped) else None
+
+
+def has_codes(fields: Mapping | None, name: str, quantized: bool) -> bool:
+    """Whether a weight of a release is of those that are codes, ``quantized`` where this package's formats have them."""
+    return quantized or (is_bitsandbytes(fields) and name.endswith(WIDE))
+
+
+def split_part(name: str) -> tuple[str, str | None]:
+    """As `formats.split_scale`, for what bitsandbytes writes: ``….SCB`` → ``….weight`` and the suffix."""
+    found = PARTS.match(name)
+    if found:
+        return found[1], found[2]
+    found = ROW_PARTS.match(name)
+    return (f"{found[1]}.weight", found[2]) if found else formats.split_scale(name)
