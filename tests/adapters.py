@@ -6,7 +6,10 @@ import peft
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 IDS = torch.arange(10, 26)[None]
 ATTENTION = ["q_b_proj", "o_proj"]
@@ -16,6 +19,26 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | kwargs)).eval()
+
+
+def dequantised(folder):
+    return load(folder, quantization_config=FineGrainedFP8Config(dequantize=True))
+
+
+def stacked(folder, **kwargs):
+    """The model with its FP8 experts as stacks in memory, as on another device than the CPU."""
+    model = load(folder, **kwargs)
+    for layer in model.model.layers:
+        mapped = getattr(layer.mlp, "experts", None)
+        if not isinstance(mapped, MappedExperts):
+            continue
+        stacks = StackedQuantizedExperts(model.config, mapped.weight_format)
+        for index in range(mapped.num_experts):
+            for own, stored in zip(stacks.matrices(index).values(), mapped.matrices(index).values(), strict=True):
+                for mine, value in zip(own, stored, strict=True):
+                    mine.copy_(value)
+        layer.mlp.experts = stacks.eval()
+    return model
 
 
 def plain(folder, **kwargs):

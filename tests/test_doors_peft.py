@@ -54,14 +54,13 @@ def test_lora_is_plain_transformers_and_survives_saving_and_merging(shape, kind,
     for model in loaded.values():
         assert torch.equal(logits(model.eval()), want)
     torch.testing.assert_close(logits(loaded["PeftModel"].merge_and_unload()), want, rtol=1e-3, atol=1e-3)
-    if not kind.get("use_dora"):  # which merge-adapter refuses by name
-        source = tmp_path / "source"
-        load(release).save_pretrained(source)  # in fp32, as the adapter's model was
-        app(
-            ["convert", "merge-adapter", str(source), str(tmp_path / "out"), "--adapter", str(tmp_path)],
-            standalone_mode=False,
-        )
-        torch.testing.assert_close(logits(load(tmp_path / "out")), want, rtol=1e-3, atol=1e-3)
+    source = tmp_path / "source"
+    load(release).save_pretrained(source)  # in fp32, as the adapter's model was
+    app(
+        ["convert", "merge-adapter", str(source), str(tmp_path / "out"), "--adapter", str(tmp_path)],
+        standalone_mode=False,
+    )
+    torch.testing.assert_close(logits(load(tmp_path / "out")), want, rtol=1e-3, atol=1e-3)
 
 
 def test_a_bf16_model_is_plains_and_comes_back_bit_for_bit(release, tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from modeling_deepseek_moe.ops.experts import Implementations, run_experts
+from modeling_deepseek_moe.ops.experts import Implementations, LowRank, routed_swiglu, run_experts
 
 
 @use_experts_implementation(experts_interface=Implementations())
@@ -29,7 +29,10 @@ class DeepseekExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_TD, topk_indices, topk_weights):
+    def forward(self, hidden_TD, topk_indices, topk_weights, low_rank: LowRank | None = None):
+        if low_rank is not None:
+            return routed_swiglu(self, hidden_TD, topk_indices, topk_weights, low_rank)
+
         def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
             gate_RI, up_RI = F.linear(x_RD, self.gate_up_proj[index]).chunk(2, dim=-1)
             return F.linear(self.act_fn(gate_RI) * up_RI, self.down_proj[index])

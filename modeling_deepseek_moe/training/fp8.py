@@ -14,7 +14,7 @@ from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops._operands import is_hooked
-from modeling_deepseek_moe.ops.experts import Slots
+from modeling_deepseek_moe.ops.experts import LowRank, Slots
 from modeling_deepseek_moe.training.attach import find_model
 from modeling_deepseek_moe.training.fp8_functions import Fp8LinearFunction, Fp8SwiGluFunction, Fp8Weight
 
@@ -98,7 +98,9 @@ class Fp8TrainedMLP(DeepseekMLP):
 class Fp8TrainedExperts(_Fp8Trained, DeepseekExperts):
     """Routed experts in FP8; gate, up and down of each expert have blocks of their own, as in a release."""
 
-    def forward(self, hidden_TD, topk_indices, topk_weights):
+    def forward(self, hidden_TD, topk_indices, topk_weights, low_rank: LowRank | None = None):
+        if low_rank is not None:
+            return super().forward(hidden_TD, topk_indices, topk_weights, low_rank)  # adapters
         hidden_TD = _autocast(hidden_TD)
         slots = Slots.of(topk_indices, self.num_experts)
         counts = slots.counts

@@ -1,0 +1,88 @@
+"""Adding a difference to a weight that is codes: blocks that it changes get new codes and a new scale, others keep theirs.
+
+Legend: N, K rows and columns of a weight.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import logging
+
+from modeling_deepseek_moe.formats.row import WeightFormat
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Merge:
+    """What a model's adapters lost where they were merged into codes, since it was last said.
+
+    Attributes:
+        mapped: a layer of experts that an adapter is on and that lies in files, which nothing can be merged into.
+    """
+
+    mapped: str | None = None
+    blocks: int = 0
+    touched: int = 0
+    error: float = 0.0  # sums of squares, of what is lost, of the differences and of the weights that are touched
+    difference: float = 0.0
+    weight: float = 0.0
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: there are experts in mapped files.
+        """
+        if self.mapped is not None:
+            raise ValueError(
+                f"{self.mapped}: found experts in the checkpoint's mapped files, wanted them in memory to merge an adapter "
+                "into: `deepseek-moe convert merge-adapter` merges into the files themselves; or load the model with "
+                "FineGrainedFP8Config(dequantize=True)"
+            )
+
+    def report(self) -> None:
+        """One line of what was merged since the last one."""
+        if self.blocks:
+            logger.warning(
+                f"Merged an adapter into codes: {self.touched} of {self.blocks} blocks have new ones. Rounding them lost "
+                f"{_share(self.error, self.weight)} of their weights, which is {_share(self.error, self.difference)} of what "
+                "the adapter adds."
+            )
+        self.blocks = self.touched = 0
+        self.error = self.difference = self.weight = 0.0
+
+
+def add_to_codes(
+    weight_format: WeightFormat,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    difference: torch.Tensor,
+    merge: Merge | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix with ``difference [N, K]`` fp32 added, as fresh tensors; ``merge`` gets the loss added.
+
+    Raises:
+        ValueError: the sum is not finite.
+    """
+    if not difference.any():
+        return codes.clone(), scales.clone()
+    wanted = weight_format.dequantize(codes, scales, torch.float32).add_(difference)
+    codes, scales, touched = weight_format.requantize(codes, scales, wanted)
+    if merge is not None:
+        block = weight_format.block
+        in_values = touched.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        merge.blocks += touched.numel()
+        merge.touched += int(touched.sum())
+        merge.error += _squares(weight_format.dequantize(codes, scales, torch.float32) - wanted)
+        merge.difference += _squares(difference)
+        merge.weight += _squares(wanted[in_values[: len(wanted), : wanted.shape[1]]])
+    return codes.clone(), scales.clone()
+
+
+def _squares(values: torch.Tensor) -> float:
+    return float(values.double().square().sum())
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * math.sqrt(part / whole):.2g} %" if whole else "0 %"

@@ -1,0 +1,133 @@
+"""What adapters cannot have: refused by name, before anything is changed, with the way out."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+
+from torch import nn
+
+from modeling_deepseek_moe.adapters.targets import is_experts, suffix
+from modeling_deepseek_moe.bnb.packing import is_packed
+from modeling_deepseek_moe.ops.experts import STACKS
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
+
+DEQUANTIZE = (
+    "load the model with FineGrainedFP8Config(dequantize=True), or convert it with `deepseek-moe convert fp8-to-bf16`"
+)
+# Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
+METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
+STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight
+PLAIN = ("lora_dropout", "fan_in_fan_out", "lora_bias")  # fields that low-rank products of experts have no use for
+
+
+def check_config(modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
+    """
+    Args:
+        reaches_experts: whether stacks of experts are among the targets of LoRA.
+
+    Raises:
+        ValueError: the adapter wants of stacked experts, or of weights that are codes, what they cannot give.
+    """
+    if config.peft_type.value == "LORA":
+        experts = [name for name, module in modules.items() if is_experts(module)]
+        _check_experts(experts, modules, config, reaches_experts)
+    _check_codes(modules.items(), config)
+
+
+def _check_experts(experts: list[str], modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for name in experts if config.target_modules not in (None, "all-linear") else ():
+        if check_target_module_exists(config, name):
+            raise ValueError(
+                f"{name}: found the module of all routed experts among target_modules, wanted its stacks: "
+                f'target_parameters=["mlp.experts.{STACKS[0]}", "mlp.experts.{STACKS[1]}"]'
+            )
+    if not experts or not reaches_experts:
+        return
+    found = {field: getattr(config, field) for field in PLAIN if getattr(config, field)}
+    found |= {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("is_lora_variant")}
+    if config.init_lora_weights not in STARTS:
+        found["init_lora_weights"] = config.init_lora_weights
+    wrong = ", ".join(f"{field}={str(value)[:40]!s}" for field, value in found.items() if value)
+    if wrong:
+        raise ValueError(
+            f"{experts[0]}: found {wrong} for an adapter of stacked experts, wanted LoRA or rsLoRA without dropout whose "
+            "matrices start from random numbers and zeros: name the layers of attention and the shared experts alone, in an adapter of theirs"
+        )
+    _check_ranks(experts[0], modules[experts[0]], config)
+
+
+def _check_ranks(name: str, experts: nn.Module, config) -> None:
+    from peft.utils.other import get_pattern_key
+
+    shapes = stack_shapes(experts)
+    for stack, shape in zip(STACKS, shapes, strict=True):
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), f"{name}.{stack}"), config.r)
+        if rank > min(shape):
+            raise ValueError(
+                f"{name}.{stack}: found rank {rank}, wanted at most {min(shape)}: the matrix of one expert is "
+                f"{shape[0]} × {shape[1]}"
+            )
+
+
+def stack_shapes(experts: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """``(2I, D)`` and ``(D, I)``: of one expert's matrices in the two stacks."""
+    if isinstance(experts, QuantizedExperts):
+        gate, *_ = experts.matrices(0).values()
+        width, hidden = experts.weight_format.value_shape(tuple(gate.codes.shape))
+    else:
+        width, hidden = experts.intermediate_dim, experts.hidden_dim
+    return (2 * width, hidden), (hidden, width)
+
+
+def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    parameters = sorted(getattr(config, "target_parameters", None) or ())
+    copies = tuple(getattr(config, "modules_to_save", None) or ())
+    method = config.peft_type.value
+    if not parameters and not copies and method in METHODS:
+        return
+    for name, module in modules:
+        if not isinstance(module, QuantizedLinear | QuantizedExperts):
+            continue
+        kind = "codes" if isinstance(module, QuantizedLinear) else "routed experts"
+        kept = f"{module.weight_format.title}-resident {kind}"
+        found = [
+            target for target in parameters if isinstance(module, QuantizedLinear) and suffix(target, f"{name}.weight")
+        ]
+        if found:
+            raise ValueError(
+                f"{name}: found {kept}, wanted bf16 or fp32 ones for target_parameters={found}, of which peft makes the sum: "
+                f"name the layer in target_modules; or {DEQUANTIZE}"
+            )
+        parts = name.split(".")
+        parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if copies and any(parent.endswith(copies) for parent in parents):
+            raise ValueError(
+                f"{name}: found {kept}, wanted bf16 or fp32 ones for modules_to_save={list(copies)}, which trains a copy: "
+                f"{DEQUANTIZE}"
+            )
+        if method not in METHODS and (
+            config.target_modules == "all-linear" or check_target_module_exists(config, name)
+        ):
+            raise ValueError(
+                f"{name}: found {kept}, wanted bf16 or fp32 ones for an adapter of peft_type={method}; on codes there are "
+                f"{', '.join(METHODS)}: {DEQUANTIZE}"
+            )
+
+
+def check_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """
+    Raises:
+        ValueError: DoRA has measured weights that bitsandbytes packed when the model was used.
+    """
+    for name, module in modules:
+        if getattr(module, "lora_magnitude_vector", None) and is_packed(module.base_layer):
+            name = re.sub(r"\.(base_layer|original_module)\b", "", name)
+            raise ValueError(
+                f"{name}: found 4-bit codes that bitsandbytes packed when the model was used, wanted them as loaded, since "
+                "DoRA reads them: call model.train() before the adapter is made"
+            )

@@ -1,0 +1,217 @@
+"""What the names in a LoRA config stand for on these models.
+
+Under transformers 5 peft reads ``gate_proj``, ``up_proj`` and ``down_proj`` as the stacks of the routed experts, whatever is written in
+front of them. Here a bare name means that too; one that says whose projection it is, such as ``shared_experts.up_proj`` or
+``mlp.down_proj``, means the linear layers that end in it.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from modeling_deepseek_moe.moe.experts import DeepseekExperts
+from modeling_deepseek_moe.ops.experts import STACKS
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts
+from modeling_deepseek_moe.terminal import shown
+
+logger = logging.get_logger(__name__)
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
+ROUTER = "gate"  # peft reads it as "gate.weight"
+FAMILY = "deepseek_v3"  # a model type that peft has its reading for; it is the same for all that it has
+INSIDE = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)\b")
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names that they have without adapters."""
+    found = {}
+    for name, module in nn.Module.named_modules(model):
+        short = re.sub(r"\.(base_layer|original_module)\b", "", name)
+        if not INSIDE.search(short):
+            found[short] = module
+    return found
+
+
+def is_experts(module: nn.Module) -> bool:
+    return isinstance(module, DeepseekExperts | QuantizedExperts)
+
+
+def reaches_experts(config) -> bool:
+    """Whether a LoRA config has stacks of experts among its targets, once peft has read it."""
+    if isinstance(config.target_modules, str):
+        return config.target_modules.lower() == ALL_LINEAR
+    reading = copy.copy(config)
+    reading.rank_pattern, reading.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
+    read(reading)
+    return has_stacks(reading)
+
+
+def has_stacks(config) -> bool:
+    """Whether stacks of experts are among ``target_parameters``."""
+    named = {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
+    return not named.isdisjoint(STACKS)
+
+
+def suffix(target: str, name: str) -> bool:
+    """Whether peft takes a module of that name for a target of a list."""
+    return name == target or name.endswith(f".{target}")
+
+
+@dataclass
+class Targets:
+    """One adapter's targets, while peft reads its config: it is given back what it would take for something else.
+
+    Attributes:
+        config: the adapter's, changed in place, as peft does.
+        apart: targets that peft would read as routed experts, which it gets once it has read the others.
+        given: the targets that it was given to read.
+        notes: what a user would not expect.
+        reaches_experts: whether stacks of experts are among them.
+        is_done: those of experts have their layers.
+    """
+
+    config: Any
+    apart: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    reaches_experts: bool = False
+    is_done: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, modules: dict[str, nn.Module], config) -> "Targets":
+        """Divide a LoRA config's targets, and read the first part as peft does."""
+        targets, converts = cls(config), _converts(model)
+        experts = [name for name, module in modules.items() if is_experts(module)]
+        linears = [name for name, module in modules.items() if name.rpartition(".")[2] in PROJECTIONS]
+        wanted = config.target_modules
+        if isinstance(wanted, str):
+            if wanted.lower() == ALL_LINEAR and converts:
+                targets._note_others(wanted, experts, linears)
+            wanted = targets._of_text(wanted, modules, experts, linears)
+        else:
+            targets._note_unmatched(set(wanted or ()), modules, experts, linears)
+        if wanted is not None:
+            targets._divide(set(wanted), experts, linears)
+            targets.given = config.target_modules  # peft puts another set in its place
+        targets._note_parameters(modules, experts)
+        targets.reaches_experts = reaches_experts(config)
+        if not converts:
+            targets._read_as_peft()
+        return targets
+
+    def give_back(self) -> None:
+        """Put targets back that were kept apart, if peft has read the others."""
+        if self.apart and self.config.target_modules is not self.given:
+            self.config.target_modules = set(self.config.target_modules or ()) | self.apart
+            self.apart = set()
+
+    def say(self) -> None:
+        """All notes in one warning."""
+        if self.notes:
+            logger.warning(
+                "Targets of the adapter that match nothing, or not all that their name suggests:\n"
+                + "\n".join(self.notes)
+            )
+        self.notes = []
+
+    def _of_text(self, text: str, modules, experts: list[str], linears: list[str]) -> set[str] | None:
+        """The targets that a regex stands for, layer by layer, where peft would take the last part of each; ``None`` for
+        ``all-linear``, which peft reads itself."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        if text.lower() == ALL_LINEAR:
+            return None
+        named = {name for name in modules if check_target_module_exists(self.config, name)}
+        paths = [f"{name}{part}" for name in experts for part in ("", ".0")]
+        stacked = {leaf for leaf in PROJECTIONS if any(re.fullmatch(text, f"{path}.{leaf}") for path in paths)}
+        if not stacked:
+            return named or None
+        self._note_others(text, experts, [name for name in linears if name in named])
+        return stacked | named.difference(linears)
+
+    def _divide(self, wanted: set[str], experts: list[str], linears: list[str]) -> None:
+        self.apart = {target for target in wanted if _means_linears(target, experts, linears)}
+        self.config.target_modules = wanted - self.apart
+
+    def _read_as_peft(self) -> None:
+        """For a model type that peft has no reading of: that of its kin."""
+        config = self.config
+        if isinstance(config.target_modules, str):
+            config.target_parameters = {*(config.target_parameters or ()), *STACKS, f"{ROUTER}.weight"}
+        else:
+            read(config)
+        self.given = set()
+        self.give_back()
+
+    def _note_others(self, target: str, experts: list[str], linears: list[str]) -> None:
+        """That a target stands for the routed experts alone, where other layers have projections of that name."""
+        leaves = [leaf for leaf in PROJECTIONS if target == leaf] or list(PROJECTIONS)
+        others = sorted({".".join(name.split(".")[-2:]) for name in linears if name.rpartition(".")[2] in leaves})
+        if experts and others and not self.config.inference_mode:
+            self.notes.append(
+                f"{target}: the routed experts, as peft reads it, and not {', '.join(others)}, which have to be named"
+            )
+
+    def _note_unmatched(self, wanted: set[str], modules, experts: list[str], linears: list[str]) -> None:
+        for target in sorted(wanted):
+            leaf = target.rpartition(".")[2]
+            matches = any(suffix(target, name) for name in modules)
+            if leaf in PROJECTIONS and experts and not _means_linears(target, experts, linears):
+                if "." not in target:
+                    self._note_others(target, experts, linears)
+                elif not any(suffix(target.removesuffix(f".{leaf}"), name) for name in experts) and not re.search(
+                    r"experts\.\d+\.", target
+                ):
+                    self.notes.append(f"{target}: the routed experts, as peft reads it, since no layer has that name")
+            elif not matches:
+                self.notes.append(f"{shown(target, keep='')}: matches nothing")
+        if self.config.layers_to_transform is not None and wanted & set(PROJECTIONS) and experts:
+            self.notes.append("layers_to_transform: not the routed experts, which peft adapts in every layer")
+
+    def _note_parameters(self, modules, experts: list[str]) -> None:
+        for target in sorted(self.config.target_parameters or ()):
+            path, _, leaf = target.rpartition(".")
+            if leaf in STACKS and any(not path or suffix(path, name) for name in experts):
+                continue
+            if not any(
+                suffix(target, f"{name}.{own}") for name, module in modules.items() for own in module._parameters
+            ):
+                self.notes.append(f"{shown(target, keep='')}: matches nothing")
+
+
+def _means_linears(target: str, experts: list[str], linears: list[str]) -> bool:
+    """Whether a target of a list is some linear layers of dense or shared MLPs."""
+    return ("." in target or not experts) and any(suffix(target, name) for name in linears)
+
+
+def read(config, model_type: str = FAMILY) -> None:
+    """Do what peft does to the targets in a list, in place.
+
+    Raises:
+        ValueError: of gate and up, which share a stack, one is missing.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    convert_peft_config_for_transformers(config, SimpleNamespace(config=SimpleNamespace(model_type=model_type)), None)
+
+
+def _converts(model: nn.Module) -> bool:
+    """Whether peft itself reads the projections of MLPs as stacks for models of this type."""
+    from peft import LoraConfig
+
+    probe = LoraConfig(target_modules=list(PROJECTIONS))
+    read(probe, model.config.model_type)
+    return bool(probe.target_parameters)
+
+
+def injected(model: nn.Module) -> Iterator[str]:
+    """The adapters that have layers on stacks of experts."""
+    for _, module in nn.Module.named_modules(model):
+        if module.__dict__.get("parameter_name") in STACKS:
+            yield from module.lora_A
