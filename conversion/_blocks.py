@@ -51,14 +51,9 @@ class CodesAndScales:
 
     def plans(self, name: str, shape: tuple[int, ...], form: WeightFormat) -> list[TensorPlan]:
         """Of a weight of this name and shape."""
+        (codes, (dtype, code_shape)), (scales, (scale_dtype, scale_shape)) = form.on_disk(name, shape).items()
         return [
-            TensorPlan(name, form.code_dtype, form.code_shape(shape), self._codes),
-            TensorPlan(name + form.scale_suffix, form.scale_dtype, form.scale_shape(shape), self._scales),
+            TensorPlan(codes, dtype, code_shape, lambda: (part.reshape(-1, code_shape[1]) for part in self._codes())),
+            TensorPlan(scales, scale_dtype, scale_shape, lambda: self._scales().reshape(scale_shape)),
+            *(TensorPlan.of(name + suffix, make(shape)) for suffix, make in form.others.items()),
         ]
-
-
-def any_in_blocks(mask: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """``[N, K]`` → ``[⌈N/bN⌉, ⌈K/bK⌉]``: whether any element of a block is set."""
-    n, k = mask.shape
-    padded = torch.nn.functional.pad(mask, (0, -k % block[1], 0, -n % block[0]))
-    return padded.unflatten(1, (-1, block[1])).any(2).unflatten(0, (-1, block[0])).any(1)

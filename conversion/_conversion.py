@@ -1,6 +1,6 @@
 """What a conversion is: a name, the options that it takes, and a function that plans the new checkpoint's tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,12 @@ class Options(NamedTuple):
     scales_from: Path | None = None
     format: str | None = None
     world_size: int | None = None
-    adapter: Path | None = None
+    adapter: tuple[Path, ...] | None = None
+    weight: tuple[float, ...] | None = None
     action: str | None = None
     mtp_from: Path | None = None
+    keep: str | None = None
+    keep_fp8: str | None = None
 
 
 def flag(option: str) -> str:
@@ -35,11 +38,15 @@ class Output:
         tensors: in the order in which they fill shards; or, by file name, in the files that the format prescribes.
         config: the new ``config.json``.
         also_read: what is read besides the input.
+        report: what there is to say once it is written, line by line.
+        decided_by: configs besides the input's that decide what is written.
     """
 
     tensors: list[TensorPlan] | dict[str, list[TensorPlan]]
     config: dict
     also_read: tuple[Source, ...] = ()
+    report: Callable[[], Iterable[str]] = tuple
+    decided_by: Sequence[dict] = ()
 
 
 @dataclass(frozen=True)

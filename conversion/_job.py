@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +45,11 @@ SAMPLE_BYTES, SAMPLE_SPOTS, SAMPLE_RUN = 256 << 20, 6, 8
 
 @dataclass
 class Job:
-    """Files to be written, and from what: shards by name, and the new config. Side files are the first source's."""
+    """Files to be written, and from what: shards by name, and the new config. Side files are the first source's.
+
+    Attributes:
+        report, decided_by: as `Output` has them.
+    """
 
     name: str
     options: dict
@@ -53,6 +57,8 @@ class Job:
     shards: dict[str, list[TensorPlan]]
     config: dict
     with_index: bool = True
+    report: Callable[[], Iterable[str]] = tuple
+    decided_by: Sequence[dict] = ()
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +89,7 @@ class Job:
         return {
             "conversion": self.name,
             "options": self.options,
-            "inputs": _digest([inputs, self.config]),
+            "inputs": _digest([inputs, self.config, *self.decided_by]),
             "outputs": _digest([outputs, self.with_index]),
         }
 
@@ -202,8 +208,11 @@ def _seconds_to_write(out: Path) -> float:
         return (time.perf_counter() - began) / len(data)
 
 
-def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] = lambda nbytes: None) -> None:
+def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] = lambda nbytes: None) -> int:
     """Write what is not yet written, then give the folder its name.
+
+    Returns:
+        How many files were finished before.
 
     Raises:
         BlockingIOError: the same, or another conversion, writes there.
@@ -235,6 +244,7 @@ def run(job: Job, out: Path, *, workers: int = 1, report: Callable[[int], None] 
         partial.rename(out)
         flush_folder(out.absolute().parent)
         journal_file(out).unlink()
+        return len(finished)
 
 
 def _write_shards(

@@ -39,26 +39,50 @@ class Source:
         return read_json(self.folder / "config.json", "the config of the checkpoint")
 
     @cached_property
-    def weight_format(self) -> WeightFormat:
-        """That of its codes: the config's, or FP8 where the config says nothing of them.
+    def weight_formats(self) -> tuple[WeightFormat, ...]:
+        """Those of its codes: the config's, or FP8 where the config says nothing of them.
 
         Raises:
             CheckpointError: the config announces one that is not supported.
         """
         try:
             announced = self.config.get("quantization_config")
-            return formats.of_config(announced and {"quant_method": formats.FP8.method, **announced}) or formats.FP8
+            fields = announced and {"quant_method": formats.FP8.method, **announced}
+            return formats.all_of_config(fields) or (formats.FP8,)
         except ValueError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from None
 
+    @property
+    def weight_format(self) -> WeightFormat:
+        """The first of its formats, and mostly the only one."""
+        return self.weight_formats[0]
+
+    def format_of(self, info: TensorInfo) -> WeightFormat | None:
+        """Which of them a tensor has, if it is a weight's codes."""
+        if len(info.shape) != 2 or formats.split_scale(info.name)[1] is not None:
+            return None
+        named = (form for form in self.weight_formats if info.name.endswith(form.code_suffix))
+        return next((form for form in named if form.code_dtype == info.dtype), None)
+
     def is_codes(self, info: TensorInfo) -> bool:
         """Whether a tensor is a weight's codes."""
-        form = self.weight_format
-        is_scale = info.name.endswith(form.scale_suffix)
-        return info.dtype == form.code_dtype and len(info.shape) == 2 and not is_scale
+        return self.format_of(info) is not None
+
+    def holding(self, name: str) -> TensorInfo | None:
+        """The tensor with a weight's values, or with its codes."""
+        return self.reader.get(name) or self.reader.get(name + self.weight_format.code_suffix)
+
+    def value_shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight that is there; several of its values share an element of some codes."""
+        info = self.holding(name)
+        assert info is not None, name
+        return self.weight_format.value_shape(info.shape) if self.is_codes(info) else info.shape
 
     def scale_name(self, name: str) -> str:
-        return name + self.weight_format.scale_suffix
+        """Of the scales that belong to codes of this name."""
+        info = self.reader.get(name)
+        form = (info and self.format_of(info)) or self.weight_format
+        return formats.weight_name(name) + form.scale_suffix
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """The tensor, in memory of its own."""
@@ -88,7 +112,7 @@ class Source:
 
     def scale_of(self, info: TensorInfo) -> TensorInfo:
         """The scales that belong to a weight's codes: present, of the format's dtype and shape."""
-        name, form = self.scale_name(info.name), self.weight_format
+        name, form = self.scale_name(info.name), self.format_of(info) or self.weight_format
         if name not in self.reader:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name}: found {form.title} without {name}, wanted its scales"
@@ -116,8 +140,9 @@ class Source:
         """Scales without codes would be lost in a conversion: an error instead."""
         for name, info in self.reader.items():
             weight, suffix = formats.split_scale(name)
-            if suffix and not (weight in self.reader and self.is_codes(self.reader[weight])):
-                found = self.reader[weight].dtype if weight in self.reader else "absent"
+            named = [self.reader.get(weight + form.code_suffix) for form in self.weight_formats]
+            if suffix and not any(codes and self.is_codes(codes) for codes in named):
+                found = next((codes.dtype for codes in named if codes), "absent")
                 raise CheckpointError(
                     f"{info.file}: tensor {name}: found its weight {found}, wanted {self.weight_format.code_dtype}"
                 )

@@ -12,15 +12,16 @@ from modeling_deepseek_moe.conversion import (
     mtp,
     native_to_hf,
     reshard,
+    to_4bit,
 )
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, check_unused
 from modeling_deepseek_moe.conversion._job import Job
 
 CONVERSIONS: dict[str, Conversion] = {
     module.CONVERSION.name: module.CONVERSION
-    for module in (fp8_to_bf16, bf16_to_fp8, dtype, reshard, hf_to_native, native_to_hf, mtp, merge_adapter)
+    for module in (fp8_to_bf16, bf16_to_fp8, dtype, reshard, hf_to_native, native_to_hf, mtp, merge_adapter, to_4bit)
 }
-READERS = ("diff", "verify")  # they write no checkpoint
+READERS = ("diff", "error", "verify")  # they write no checkpoint
 
 
 def check_options(name: str, options: Options) -> None:
@@ -54,4 +55,5 @@ def make_job(name: str, folder: Path, options: Options) -> Job:
         shards = plan_shards(made.tensors, parse_size(options.max_shard_size))
         with_index = len(shards) > 1
     told = {key: str(value) for key, value in options._asdict().items() if value is not None}
-    return Job(name, told, [source, *made.also_read], shards, made.config, with_index)
+    sources = [source, *made.also_read]
+    return Job(name, told, sources, shards, made.config, with_index, made.report, made.decided_by)

@@ -8,10 +8,11 @@ import torch
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, any_in_blocks, with_dtype
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, with_dtype
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
 from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.formats.blocks import any_in_blocks
 from modeling_deepseek_moe.weights import release_tensors
 
 
@@ -74,9 +75,9 @@ def _made(source: Source, info: TensorInfo, form: WeightFormat) -> Iterator[tupl
 def _reproduced(source: Source, info: TensorInfo, given: Source) -> Callable:
     """Codes and scales by the scales of another folder, whose headers are checked now."""
     form = given.weight_format
-    if info.name not in given.reader:
+    weight = given.holding(info.name)
+    if weight is None:
         raise CheckpointError(f"{given.folder}: tensor {info.name}: found absent, wanted it with its scales")
-    weight = given.reader[info.name]
     if weight.dtype != form.code_dtype or weight.shape != form.code_shape(info.shape):
         raise CheckpointError(
             f"{weight.file}: tensor {info.name}: found {DTYPE_NAMES[weight.dtype]} {list(weight.shape)}, "

@@ -7,7 +7,7 @@ from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._source import Source, as_is
-from modeling_deepseek_moe.formats import split_scale
+from modeling_deepseek_moe.formats import split_scale, weight_name
 from modeling_deepseek_moe.weights import LAYER_KEY, release_tensors
 
 ACTIONS = ("drop", "extract", "graft")
@@ -63,7 +63,7 @@ def graft(source: Source, module: Source) -> Output:
     for name, layer in grafted.items():
         info = module.reader[name]
         new = name.replace(f"model.layers.{layer}.", f"model.layers.{layer + shift}.", 1)
-        weight, suffix = split_scale(new)
+        weight, suffix = split_scale(weight_name(new))
         spec = specs.get(weight)
         if spec is None or (
             not suffix and info.shape != (form.code_shape(spec.shape) if module.is_codes(info) else spec.shape)
@@ -73,7 +73,7 @@ def graft(source: Source, module: Source) -> Output:
                 f"{info.file}: tensor {name}: found {found}, wanted {spec and list(spec.shape)} for {source.folder}"
             )
         if suffix:
-            module.scale_of(module.reader[split_scale(name)[0]])
+            module.scale_of(module.reader[split_scale(name)[0] + module.weight_format.code_suffix])
         elif spec.quantized and (info.dtype == form.code_dtype) != has_codes:
             raise CheckpointError(
                 f"{info.file}: tensor {name}: found {DTYPE_NAMES[info.dtype]}, wanted "
@@ -84,7 +84,7 @@ def graft(source: Source, module: Source) -> Output:
             if module.weight_format != form:
                 found = f"{module.weight_format.name} in blocks of {module.weight_format.block}"
                 raise CheckpointError(f"{module.folder}: found {found}, wanted {form.name} in blocks of {form.block}")
-        wanted.discard(new)
+        wanted.discard(weight_name(new))
         plans.append(as_is(module, info, new))
     if wanted:
         raise CheckpointError(f"{module.folder}: found no tensor for {min(wanted)}, wanted the whole MTP module")

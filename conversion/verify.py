@@ -137,8 +137,10 @@ def _pieces(stream, infos: list[TensorInfo], size: int) -> Iterator[tuple[Tensor
 
 
 def _problem(info: TensorInfo, data: memoryview) -> str | None:
-    is_scale = formats.split_scale(info.name)[1] is not None
-    form = None if is_scale else next(formats.of_codes(info.dtype), None)
+    suffix = formats.split_scale(info.name)[1]
+    # bitsandbytes has a scale of 0 for a block of zeros, and tables next to the scales
+    is_scale = any(suffix == row.scale_suffix for row in formats.FORMATS if not row.foreign)
+    form = None if suffix is not None else next(formats.of_codes(info.dtype), None)
     if form is not None and form.nan_code is not None:
         codes = torch.frombuffer(data, dtype=torch.uint8)
         return "NaN codes, wanted numbers" if bool(codes.bitwise_and(0x7F).max() == form.nan_code) else None

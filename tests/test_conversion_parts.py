@@ -132,9 +132,9 @@ def test_adapters_of_others_are_refused(release, tmp_path):
         "wanted rank 4": (pair(generator, 64, 1024), {}),
         "wanted rank 16": (good, {"r": 16}),
         "wanted both": ({key: good[key]}, {}),
-        "DoRA": (good, {"use_dora": True}),
+        "use_dora True and no lora_magnitude_vector": (good, {"use_dora": True}),
         "wanted LORA": (good, {"peft_type": "IA3"}),
-        "wanted LoRA's matrices": ({"base_model.model.lm_head.weight": good[key]}, {}),
+        "as lm_head.weight": ({"base_model.model.lm_head.weight": good[key]}, {}),
         "NaN or Inf": (good | {key: good[key] * torch.nan}, {}),
     }
     for number, (message, (tensors, config)) in enumerate(cases.items()):

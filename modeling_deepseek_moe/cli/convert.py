@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 NameArgument = Annotated[
     str,
     typer.Argument(
-        help="fp8-to-bf16, bf16-to-fp8, dtype, reshard, hf-to-native, native-to-hf, mtp, merge-adapter, diff or "
-        "verify.",
+        help="fp8-to-bf16, bf16-to-fp8, to-4bit, dtype, reshard, hf-to-native, native-to-hf, mtp, merge-adapter, "
+        "diff, error or verify.",
         show_default=False,
     ),
 ]
@@ -43,11 +43,35 @@ ScalesFromOption = Annotated[
     Path | None, typer.Option(help="bf16-to-fp8: the release whose scales are kept.", show_default=False)
 ]
 FormatOption = Annotated[
-    str | None, typer.Option(help="bf16-to-fp8: fp8 (the default) or fp8_ue8m0.", show_default=False)
+    str | None,
+    typer.Option(
+        help="bf16-to-fp8: fp8 (the default) or fp8_ue8m0; to-4bit: int4, nf4, fp4 or mxfp4.", show_default=False
+    ),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="to-4bit: parts that stay in bf16, of attention, dense, shared, routed and mtp, with commas.",
+        show_default=False,
+    ),
+]
+KeepFp8Option = Annotated[
+    str | None, typer.Option(help="to-4bit --format int4: parts that stay in FP8, likewise.", show_default=False)
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="error: a text to read with both models: perplexities and KL of the logits.", show_default=False
+    ),
 ]
 WorldSizeOption = Annotated[int | None, typer.Option(help="hf-to-native: ranks.", show_default=False)]
 AdapterOption = Annotated[
-    Path | None, typer.Option(help="merge-adapter: the folder of a LoRA adapter.", show_default=False)
+    list[Path] | None,
+    typer.Option(help="merge-adapter: the folder of a LoRA adapter; several in this order.", show_default=False),
+]
+WeightOption = Annotated[
+    list[float] | None,
+    typer.Option(help="merge-adapter: how much of each adapter, 1 where none is given.", show_default=False),
 ]
 ActionOption = Annotated[str | None, typer.Option(help="mtp: drop, extract or graft.", show_default=False)]
 MtpFromOption = Annotated[
@@ -71,51 +95,76 @@ def convert(
     format: FormatOption = None,  # noqa: A002 - what the option is called
     world_size: WorldSizeOption = None,
     adapter: AdapterOption = None,
+    weight: WeightOption = None,
     action: ActionOption = None,
     mtp_from: MtpFromOption = None,
+    keep: KeepOption = None,
+    keep_fp8: KeepFp8Option = None,
+    text: TextOption = None,
     sha256: Sha256Option = None,
     check: CheckOption = None,
 ) -> None:
     """Convert a checkpoint, shard by shard, without a GPU.
 
     OUT appears once it is complete; until then OUT.partial holds the shards that are finished, and the same command
-    goes on from there. diff compares two folders tensor by tensor, verify reads every value of one; exit code 1 if
-    they find something.
+    goes on from there. diff compares two folders tensor by tensor, error says how far the weights of the second are
+    from the first's, verify reads every value of one; exit code 1 if diff or verify find something.
 
     Examples:
       [cyan]deepseek-moe convert fp8-to-bf16 DeepSeek-V3 DeepSeek-V3-bf16 --dry-run[/]
       [cyan]deepseek-moe convert bf16-to-fp8 DeepSeek-V3-bf16 again --scales-from DeepSeek-V3[/]
       [cyan]deepseek-moe convert diff DeepSeek-V3 again[/]
+      [cyan]deepseek-moe convert to-4bit DeepSeek-V3 DeepSeek-V3-int4 --format int4 --keep attention[/]
       [cyan]deepseek-moe convert mtp DeepSeek-V3 without --action drop[/]
       [cyan]deepseek-moe convert merge-adapter DeepSeek-V3 merged --adapter my-lora[/]
       [cyan]deepseek-moe convert verify DeepSeek-V3 --sha256 SHA256SUMS[/]
     """
-    from modeling_deepseek_moe.conversion import _job, _table
+    from modeling_deepseek_moe.conversion import _table
     from modeling_deepseek_moe.conversion._conversion import Options
 
-    options = Options(max_shard_size, dtype, scales_from, format, world_size, adapter, action, mtp_from)
+    adapters, weights = tuple(adapter or ()) or None, tuple(weight or ()) or None
+    sizes = max_shard_size, dtype, scales_from, format, world_size
+    options = Options(*sizes, adapters, weights, action, mtp_from, keep, keep_fp8)
     _table.check_options(name, options)
+    _refuse_useless(name, out, dry_run, sha256 or check, text)
+    if name == "verify":
+        _verify(source, sha256, check, workers)
+    elif name == "diff":
+        _diff(source, out)
+    elif name == "error":
+        _error(source, out, text)
+    else:
+        job = _table.make_job(name, source, options)
+        (_foretell if dry_run else _write)(job, out, workers)
+
+
+def _refuse_useless(name: str, out: Path | None, dry_run: bool, sums: Path | None, text: Path | None) -> None:
+    """
+    Raises:
+        ValueError: the conversion has no use for something that was given, or lacks OUT.
+    """
+    from modeling_deepseek_moe.conversion import _table
+
     if dry_run and name in _table.READERS:
         raise ValueError(f"{name} writes no checkpoint: it has no use for --dry-run")
-    if name == "verify":
-        if out is not None:
-            raise ValueError(f"verify writes no folder, found OUT {out}")
-        _verify(source, sha256, check, workers)
-        return
-    if sha256 or check:
+    if name != "verify" and sums:
         raise ValueError(f"{name} has no use for --sha256 and --check")
-    if out is None:
-        raise ValueError(f"{name} wants OUT")
-    if name == "diff":
-        _diff(source, out)
-        return
-    job = _table.make_job(name, source, options)
-    if dry_run:
-        _foretell(job, out, workers)
-        return
-    with _progress(name, job.nbytes) as advance:
-        _job.run(job, out, workers=workers, report=advance)
+    if name != "error" and text:
+        raise ValueError(f"{name} has no use for --text {text}")
+    if (out is None) != (name == "verify"):
+        raise ValueError(f"{name} wants OUT" if out is None else f"verify writes no folder, found OUT {out}")
+
+
+def _write(job: "Job", out: Path, workers: int) -> None:
+    from modeling_deepseek_moe.conversion import _job
+
+    with _progress(job.name, job.nbytes) as advance:
+        before = _job.run(job, out, workers=workers, report=advance)
     stdout().print(f"{escape(str(out))}: {size(job.nbytes)} in {_files(len(job.shards))}", soft_wrap=True)
+    for line in (report := tuple(job.report())):
+        stdout().print(line, soft_wrap=True, markup=False)
+    if report and before:
+        stdout().print(f"{_files(before)} were finished before, of which these lines say nothing")
 
 
 def _foretell(job: "Job", out: Path, workers: int) -> None:
@@ -167,6 +216,23 @@ def _verify(folder: Path, sums: Path | None, check: Path | None, workers: int) -
         stdout().print(f"not sound: {plural(fatal, 'finding')} in {read}")
         raise typer.Exit(1)
     stdout().print(f"sound: {read}" + (f", {len(wanted):,} sha256 as wanted" if wanted else ""))
+
+
+def _error(a: Path, b: Path, text: Path | None) -> None:
+    from modeling_deepseek_moe.conversion import error
+    from modeling_deepseek_moe.conversion._source import Source
+
+    one, two = Source(a), Source(b)
+    with _progress("error", one.reader.nbytes) as advance:
+        errors = error.weight_errors(one, two, advance)
+    for line in errors.lines():
+        stdout().print(line, soft_wrap=True, markup=False)
+    if text is not None:
+        found = error.logits_error(a, b, text.read_text(encoding="utf-8"))
+        stdout().print(
+            f"perplexity      {found.perplexity:.4f} and {found.perplexity_made:.4f} on {found.tokens:,} tokens"
+        )
+        stdout().print(f"KL of logits    {found.divergence:.5f} nats a token")
 
 
 def _diff(a: Path, b: Path) -> None:
