@@ -32,9 +32,27 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def adapter_fingerprints(model) -> dict[str, str]:
+    """SHA-256 of each adapter's tensors, by the adapter's name; of a model without adapters there is none."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return {}
+    from peft import get_peft_model_state_dict
+
+    found = {}
+    for name in configs:
+        digest = hashlib.sha256()
+        for key, tensor in sorted(get_peft_model_state_dict(model, adapter_name=name).items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found[name] = digest.hexdigest()
+    return found
+
+
 def model_facts(model, folder: Path | None, label: str) -> dict:
     """As `Evaluation.model` keeps them; the hashes are None for a model that came from no folder."""
     config = Path(folder) / "config.json" if folder else None
+    adapters = adapter_fingerprints(model)
     return {
         "label": label,
         "path": str(folder) if folder else None,
@@ -43,6 +61,7 @@ def model_facts(model, folder: Path | None, label: str) -> dict:
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
         "quantization": quantization_fields(model.config),
+        **({"adapters": adapters} if adapters else {}),
     }
 
 

@@ -1,6 +1,7 @@
 """What the commands that run a model share: options, loading, streaming, and the figures of a run."""
 
 import copy
+import importlib.util
 import json
 import sys
 import time
@@ -50,6 +51,14 @@ SHIPPED = "the tiny one that ships"
 ModelOption = Annotated[
     Path | None,
     typer.Option("--model", "-m", help="A checkpoint folder.", show_default=SHIPPED, rich_help_panel=MODEL),
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The folder of an adapter of peft on this model, as `train --lora` writes it.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
 DequantizeOption = Annotated[
     bool, typer.Option("--dequantize", help="Turn FP8 weights into --dtype while loading.", rich_help_panel=MODEL)
@@ -124,16 +133,22 @@ def load_model(
     device: str,
     dequantize: bool,
     expert_memory: str | None = None,
+    adapter: Path | None = None,
 ) -> PreTrainedModel:
     """The model of a folder, ready to generate.
 
+    Args:
+        adapter: the folder of one, whose products are added to the model's.
+
     Raises:
-        ValueError: no usable config or weights, ``dequantize`` of a checkpoint that is not FP8, or an ``expert_memory``
+        ValueError: no usable config or weights, no adapter or one that is not for this model, ``dequantize`` of a checkpoint that is not FP8, or an ``expert_memory``
             that is no size, too small, or for experts that are not mapped from files.
     """
     if expert_memory is not None:
         parse_size(expert_memory)  # before anything is loaded
     _check_folder(folder)
+    if adapter is not None:
+        _check_adapter(adapter)
     config = read_config(folder)  # says what is wrong, in one line, before transformers looks
     fp8 = getattr(config, "quantization_config", None) is not None
     if dequantize and not fp8:
@@ -145,12 +160,18 @@ def load_model(
     options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if dequantize else {}
     if attention is not None:
         options["attn_implementation"] = attention
+    if adapter is not None and config.num_nextn_predict_layers:
+        options["num_nextn_predict_layers"] = (
+            0  # nothing here predicts by them, and few adapters have tensors for them
+        )
     if not stderr().is_terminal:
         transformers.logging.disable_progress_bar()
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value, device_map=device_map, **options)
     if expert_memory is not None:
         model.set_expert_memory(expert_memory)
+    if adapter is not None:
+        model.load_adapter(str(adapter))
     stderr().print(f"[dim]{escape(str(folder))} loaded in {time.perf_counter() - start:.1f} s[/]")
     return model.eval()
 
@@ -240,6 +261,18 @@ def _check_folder(folder: Path) -> None:
     refuse_file(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: found no such folder, wanted a checkpoint folder")
+
+
+def _check_adapter(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: no adapter's folder, or peft is not installed.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        found = "no adapter_config.json" if folder.is_dir() else "no such folder"
+        raise ValueError(f"--adapter {folder}: found {found}, wanted the folder of an adapter, as peft writes it")
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('--adapter needs peft: pip install "modeling_deepseek_moe[peft]"')
 
 
 def generation_settings(

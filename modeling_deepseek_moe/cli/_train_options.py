@@ -14,38 +14,52 @@ from transformers.utils import logging
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
+from modeling_deepseek_moe.cli._train_lora import LoraOptions
 
 logger = logging.get_logger(__name__)
+ADAPTER = "adapter_model.safetensors"
 DTYPES = ("float32", "bfloat16")
 # Other defaults than Trainer's, which logs every 500 steps: a short training is to have something to report.
+MODEL_DEFAULTS = {"dtype": "float32", "load_balance_gamma": 0.001, "balance_alpha": 0.0001, "mtp_weight": 0.3}
+ADAPTER_DEFAULTS = {"dtype": "bfloat16", "load_balance_gamma": 0.0, "balance_alpha": 0.0, "mtp_weight": 0.0}
 DEFAULTS = {"logging_steps": 10, "logging_first_step": True}
 
 
 @dataclass
-class RunOptions:
-    """Everything that is not one of transformers' `TrainingArguments`."""
+class RunOptions(LoraOptions):
+    """Everything that is not one of transformers' `TrainingArguments`.
+
+    ``dtype``, ``load_balance_gamma``, ``balance_alpha`` and ``mtp_weight`` are what a whole model is trained with unless they
+    are given. With an adapter the base is bf16 and the recipe is off: routers and their biases are no part of it.
+    """
 
     model: str | None = None
     config: str | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
-    dtype: str = "float32"
+    dtype: str | None = None
     bf16_moments: bool = False
     train_file: str | None = None
     eval_file: str | None = None
     max_length: int = 1024
     packing: bool = False
     assistant_only_loss: bool = True
-    load_balance_gamma: float = 0.001
+    load_balance_gamma: float | None = None
     load_balance_until: float = 1.0
-    balance_alpha: float = 0.0001
-    mtp_weight: float = 0.3
+    balance_alpha: float | None = None
+    mtp_weight: float | None = None
     mtp_later_weight: float = 0.1
     mtp_switch_at: float = 10 / 14.8
     fp8: bool = False
     fp8_wgrad: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.trains_adapter:
+            self._check_adapter()
+        for name, value in (ADAPTER_DEFAULTS if self.trains_adapter else MODEL_DEFAULTS).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if (self.model is None) == (self.config is None):
             found = "neither" if self.model is None else "both"
             raise ValueError(
@@ -59,6 +73,22 @@ class RunOptions:
             raise ValueError(f"dtype={self.dtype!r} is not supported, wanted one of {', '.join(DTYPES)}")
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} is too short, wanted at least 2: a token and the next")
+
+    def _check_adapter(self):
+        kind = "qlora" if self.qlora else "lora"
+        if self.config is not None:
+            raise ValueError(
+                f"found {kind} and config, wanted a model: an adapter is trained on weights that are there"
+            )
+        if self.fp8:
+            raise ValueError(
+                f"found {kind} and fp8, wanted one: fp8 trains the weights that an adapter leaves as they are"
+            )
+        if self.load_balance_gamma:
+            raise ValueError(
+                f"found load_balance_gamma={self.load_balance_gamma} and {kind}, wanted one: the biases of routers are no part "
+                "of an adapter, and would be lost"
+            )
 
 
 def read_options(recipe: Path | None, arguments: list[str]) -> tuple[RunOptions, TrainingArguments]:
@@ -103,8 +133,11 @@ def _read_recipe(recipe: Path, known: set[str]) -> dict[str, Any]:
     }
 
 
-def checkpoint_to_resume(training: TrainingArguments) -> str | None:
+def checkpoint_to_resume(training: TrainingArguments, adapter: bool = False) -> str | None:
     """The folder that ``resume_from_checkpoint`` means, ``true`` being the newest of ``output_dir``; ``None`` for none.
+
+    Args:
+        adapter: it is to hold an adapter, not a model.
 
     Raises:
         ValueError: there is none, or it is not whole; the newest that is whole is named.
@@ -122,10 +155,10 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
                 "training begins at step 0"
             )
         checkpoint = others.pop()
-    fault = _fault(checkpoint)
+    fault = _fault(checkpoint, adapter)
     if fault is None:
         return str(checkpoint)
-    whole = next((str(other) for other in reversed(others) if _fault(other) is None), None)
+    whole = next((str(other) for other in reversed(others) if _fault(other, adapter) is None), None)
     way_out = f"; --resume_from_checkpoint {whole} is whole" if whole else ""
     raise ValueError(f"{checkpoint}: found {fault}, wanted a whole checkpoint to resume from{way_out}")
 
@@ -136,14 +169,19 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def _fault(checkpoint: Path) -> str | None:
+def _fault(checkpoint: Path, adapter: bool) -> str | None:
     """What is wrong with a checkpoint of `Trainer`, which writes trainer_state.json last."""
     if not checkpoint.is_dir():
         return "no such folder"
+    if adapter and not (checkpoint / ADAPTER).is_file():
+        return f"no {ADAPTER}"
     try:
         if not isinstance(read_json(checkpoint / "trainer_state.json").get("global_step"), int):
             return "a trainer_state.json without global_step"
-        CheckpointReader.open(checkpoint)
+        if adapter:
+            CheckpointReader([checkpoint / ADAPTER])
+        else:
+            CheckpointReader.open(checkpoint)
     except (CheckpointError, OSError) as error:
         return f"it damaged or cut short ({error})"
     for name in ("optimizer.pt", "scheduler.pt"):

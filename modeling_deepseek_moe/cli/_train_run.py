@@ -8,15 +8,18 @@ from transformers import (
     AutoModelForCausalLM,
     FineGrainedFP8Config,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_deepseek_moe.cli._console import stdout
+from modeling_deepseek_moe.cli._console import count, stderr, stdout
 from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import Collator, Rows, load_documents, pack
+from modeling_deepseek_moe.cli._train_lora import add_adapter, four_bit
 from modeling_deepseek_moe.cli._train_options import RunOptions, checkpoint_to_resume, read_options
 from modeling_deepseek_moe.config import own_format
 from modeling_deepseek_moe.formats import WeightFormat
@@ -40,8 +43,16 @@ class LogLastStep(TrainerCallback):
 
 
 def load(options: RunOptions) -> tuple[PreTrainedModel, WeightFormat | None]:
-    """The model to train in ``dtype``, and the format of the release that it was."""
+    """The model to train in ``dtype``, and the format of the release that it was.
+
+    Beneath an adapter the weights stay what they are, or become 4-bit codes; MTP layers that are not trained are not loaded.
+    """
     dtype = getattr(torch, options.dtype)
+    if options.trains_adapter:
+        settings = {"quantization_config": four_bit(dtype)} if options.qlora else {}
+        if not options.mtp_weight:
+            settings["num_nextn_predict_layers"] = 0
+        return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **settings), None
     if options.model is None:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.config), dtype=dtype), None
     config = AutoConfig.from_pretrained(options.model)
@@ -69,17 +80,19 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
     options, training = read_options(recipe, arguments)
     set_seed(training.seed)
     tokenizer = load_tokenizer(Path(options.tokenizer or options.model), options.trust_remote_code)
-    resume = checkpoint_to_resume(training)
-    vocab_size = AutoConfig.from_pretrained(options.model or options.config).get_text_config().vocab_size
-    files = {"train": options.train_file, "eval": options.eval_file}
-    rows = {}
-    for part, file in files.items():
-        if file is not None:
-            documents = load_documents(file, tokenizer, options.max_length, options.assistant_only_loss, vocab_size)
-            rows[part] = Rows(pack(documents, options.max_length) if options.packing else [[d] for d in documents])
+    resume = checkpoint_to_resume(training, options.trains_adapter)
+    rows = _rows(options, tokenizer)
     model, form = load(options)
     if options.fp8:
         prepare_fp8_training(model, Fp8TrainingConfig(options.fp8_wgrad))
+    if options.trains_adapter:
+        model = add_adapter(model, options)
+        if training.gradient_checkpointing:
+            model.enable_input_require_grads()  # reentrant checkpoints have no gradient where the embedding is frozen
+        trained = model.get_nb_trainable_parameters()[0]
+        stderr().print(f"[dim]an adapter of {count(trained)} parameters; routers and their biases stay as they are[/]")
+    if "paged" in training.optim.value and training.device.type == "cpu":
+        stderr().print(f"[dim]optim={training.optim.value}: its states are not paged on a CPU[/]")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(
         model,
@@ -95,13 +108,32 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
         stdout().print(f"eval loss {trainer.evaluate()['eval_loss']:.4f}")  # every rank has its part
     trainer.save_state()
     if trainer.is_world_process_zero():
-        settings = {"quantize": form.name} if form else {}
-        model.save_pretrained(training.output_dir, like=options.model and _local(options.model), **settings)
+        kind = _write(options, training, model, form)
         tokenizer.save_pretrained(training.output_dir)
-        kind = f"{form.title} release" if form else options.dtype
         stdout().print(
             f"wrote {training.output_dir} ({kind}); deepseek-moe report {training.output_dir} draws it", markup=False
         )
+
+
+def _rows(options: RunOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
+    """Of the files to train on and to evaluate on, those that were given."""
+    vocab_size = AutoConfig.from_pretrained(options.model or options.config).get_text_config().vocab_size
+    rows = {}
+    for part, file in (("train", options.train_file), ("eval", options.eval_file)):
+        if file is not None:
+            documents = load_documents(file, tokenizer, options.max_length, options.assistant_only_loss, vocab_size)
+            rows[part] = Rows(pack(documents, options.max_length) if options.packing else [[d] for d in documents])
+    return rows
+
+
+def _write(options: RunOptions, training: TrainingArguments, model: PreTrainedModel, form: WeightFormat | None) -> str:
+    """The model, or its adapter alone, into ``output_dir``; what that is, in a word or two."""
+    if options.trains_adapter:
+        model.save_pretrained(training.output_dir)
+        return "an adapter"
+    settings = {"quantize": form.name} if form else {}
+    model.save_pretrained(training.output_dir, like=options.model and _local(options.model), **settings)
+    return f"{form.title} release" if form else options.dtype
 
 
 def _local(name: str) -> str | None:

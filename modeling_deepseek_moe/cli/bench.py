@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
@@ -48,6 +48,7 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to use.", show_default="as torch does")] = None,
     expert_memory: _model.ExpertMemoryOption = None,
+    adapter: _model.AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Measure loading, reading a prompt, and decoding on this machine's CPU.
@@ -76,7 +77,7 @@ def bench(
             with stderr().status("writing random weights"):
                 _write_random(path, layers, folder)
         start = time.perf_counter()
-        model = _load(folder, expert_memory)
+        model = _load(folder, expert_memory, adapter)
         load = time.perf_counter() - start
         fields = _measure(model, *lengths, tokens, repeat) | {"load_seconds": load}
     if as_json:
@@ -131,11 +132,9 @@ def _write_random(path: Path, layers: int | None, folder: Path) -> None:
     model.save_pretrained(folder, quantize="fp8")
 
 
-def _load(folder: Path, expert_memory: str | None) -> PreTrainedModel:
-    auto = _model.Dtype.AUTO
-    return _model.load_model(
-        folder, dtype=auto, attention=None, device="cpu", dequantize=False, expert_memory=expert_memory
-    )
+def _load(folder: Path, expert_memory: str | None, adapter: Path | None) -> PreTrainedModel:
+    how: dict[str, Any] = {"dtype": _model.Dtype.AUTO, "attention": None, "device": "cpu", "dequantize": False}
+    return _model.load_model(folder, **how, expert_memory=expert_memory, adapter=adapter)
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -98,6 +98,7 @@ def chat(
     top_k: _model.TopKOption = None,
     seed: _model.SeedOption = None,
     template_args: _model.TemplateArgumentsOption = None,
+    adapter: _model.AdapterOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
     trust_remote_code: _model.TrustRemoteCodeOption = False,
@@ -128,9 +129,8 @@ def chat(
         )
     arguments = _model.read_template_arguments(template_args) or {}
     check_arguments(tokenizer, arguments)
-    loaded = _model.load_model(
-        model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
-    )
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
+    loaded = _model.load_model(model, **how, expert_memory=expert_memory, adapter=adapter)
     settings = _model.generation_settings(loaded, max_new_tokens, temperature, top_p, top_k)
     if seed is not None:
         torch.manual_seed(seed)

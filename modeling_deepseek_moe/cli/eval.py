@@ -115,6 +115,7 @@ def eval(  # noqa: A001  the command's name
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     template_args: _model.TemplateArgumentsOption = None,
+    adapter: _model.AdapterOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
     trust_remote_code: _model.TrustRemoteCodeOption = False,
@@ -153,7 +154,7 @@ def eval(  # noqa: A001  the command's name
     asked: dict[str, Any] = {"suite": suite.value, "benchmarks": benchmarks, "data": data or "hub", "changes": changes}
     prepare(tokenizer, **asked)
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
-    loaded = _model.load_model(model, **how, expert_memory=expert_memory)
+    loaded = _model.load_model(model, **how, expert_memory=expert_memory, adapter=adapter)
     asked |= {"folder": model, "label": label, "out": out, "limit": limit, "batch_size": batch_size}
     done = evaluate(loaded, tokenizer, **asked, cache=cache.value, seed=seed, command=_command())
     _show(done, out, label, as_json)

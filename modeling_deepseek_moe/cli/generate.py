@@ -5,7 +5,7 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -33,6 +33,7 @@ def generate(
     top_p: _model.TopPOption = None,
     top_k: _model.TopKOption = None,
     seed: _model.SeedOption = None,
+    adapter: _model.AdapterOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
     dequantize: _model.DequantizeOption = False,
     trust_remote_code: _model.TrustRemoteCodeOption = False,
@@ -59,9 +60,8 @@ def generate(
         model, prompt = Path(prompt), None
     model = _model.folder_or_tiny(model)
     tokenizer, input_ids = _prompt(model, prompt, token_ids, trust_remote_code)
-    loaded = _model.load_model(
-        model, dtype=dtype, attention=attention, device=device, dequantize=dequantize, expert_memory=expert_memory
-    )
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
+    loaded = _model.load_model(model, **how, expert_memory=expert_memory, adapter=adapter)
     _check_ids(input_ids, loaded.config.vocab_size)
     settings = _model.generation_settings(loaded, max_new_tokens, temperature, top_p, top_k)
     if seed is not None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.writer import parse_size
+from modeling_deepseek_moe.cli import _plan_train
 from modeling_deepseek_moe.cli._console import plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.cli._model import SHIPPED, folder_or_tiny
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
@@ -28,25 +29,35 @@ from modeling_deepseek_moe.planning import (
 DEFAULT_CONTEXT = 8192
 STYLES = {IN_MEMORY: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
 
+ContextOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens in the cache: prompt and answer.", show_default="8192, or the model's most"),
+]
+DiskSpeedOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the disk that the weights will lie on, e.g. 3GB (a second).",
+        show_default="measured if the weights are there, else 2GB",
+    ),
+]
+
 
 def plan(
     path: Annotated[
         Path | None, typer.Argument(help="A config.json, or a folder with one.", show_default=SHIPPED)
     ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens in the cache: prompt and answer.", show_default="8192, or the model's most"),
-    ] = None,
-    disk_speed: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the disk that the weights will lie on, e.g. 3GB (a second).",
-            show_default="measured if the weights are there, else 2GB",
-        ),
-    ] = None,
+    context: ContextOption = None,
+    disk_speed: DiskSpeedOption = None,
+    train: _plan_train.TrainOption = None,
+    lora_rank: _plan_train.RankOption = None,
+    batch_size: _plan_train.BatchSizeOption = None,
+    seq_length: _plan_train.SeqLengthOption = None,
+    optim: _plan_train.OptimOption = None,
+    gradient_checkpointing: _plan_train.CheckpointingOption = False,
+    train_dtype: _plan_train.TrainDtypeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say whether a model will run on this machine, and how fast.
+    """Say whether a model will run on this machine, and how fast; or, with --train, what memory it takes to train it.
 
     Needs nothing but the config, so ask before the download. Memory bandwidth is measured (about a second);
     divided by the bytes that a token reads it bounds the tokens per second of a single conversation, and most of that
@@ -58,16 +69,19 @@ def plan(
       [cyan]deepseek-moe plan DeepSeek-V3[/]
       [cyan]deepseek-moe plan DeepSeek-V3/config.json --context 131072[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --disk-speed 7GB[/]
+      [cyan]deepseek-moe plan DeepSeek-V2-Lite --train qlora --batch-size 1 --gradient-checkpointing[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --json | jq .verdict[/]
     """
-    path = folder_or_tiny(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise ValueError(
-            f"{path}: found no such file or folder. If it is a repository: "
-            f"hf download {path} config.json --local-dir {path.name}"
-        )
+    path = _existing(folder_or_tiny(path))
     given = None if disk_speed is None else parse_size(disk_speed)
     config = read_config(path)
+    options = {"rank": lora_rank, "batch_size": batch_size, "seq_length": seq_length, "optim": optim}
+    setup = _plan_train.read_setup(
+        config, train, train_dtype, **options, gradient_checkpointing=gradient_checkpointing
+    )
+    if setup is not None:
+        _plan_train.plan_training(config, setup, as_json)
+        return
     breakdown = parameter_breakdown(config)
     with stderr().status("measuring memory bandwidth"):
         machine = probe_machine()
@@ -86,6 +100,19 @@ def plan(
         console.print(
             f"[yellow]{made.context:,} tokens are more than the model's {config.max_position_embeddings:,}.[/]"
         )
+
+
+def _existing(path: Path) -> Path:
+    """
+    Raises:
+        ValueError: there is nothing, and the name is like that of a repository.
+    """
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(
+            f"{path}: found no such file or folder. If it is a repository: "
+            f"hf download {path} config.json --local-dir {path.name}"
+        )
+    return path
 
 
 def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console) -> None:

@@ -25,6 +25,9 @@ def train(
     data             [cyan]--train_file[/] and [cyan]--eval_file[/], JSON (lines), Parquet or text, rows with "messages" (and "tools"),
                      "text" or "input_ids" (and masks); [cyan]--max_length[/] 1024; [cyan]--packing[/] whole documents to a row,
                      kept apart; [cyan]--assistant_only_loss[/] true: of chats, what the assistant says.
+    adapter          [cyan]--lora[/] on the weights as they are, bf16 or FP8, or [cyan]--qlora[/] on 4-bit ones (bitsandbytes' NF4);
+                     [cyan]--lora_rank[/] 16, [cyan]--lora_alpha[/] twice that, [cyan]--lora_dropout[/] 0, [cyan]--lora_init[/] as peft has it,
+                     [cyan]--lora_targets[/] all, or attention, dense, shared, experts or names of layers. The recipe is off.
     recipe           [cyan]--load_balance_gamma[/] 0.001 and [cyan]--load_balance_until[/] 1.0; [cyan]--balance_alpha[/] 0.0001;
                      [cyan]--mtp_weight[/] 0.3, [cyan]--mtp_later_weight[/] 0.1, [cyan]--mtp_switch_at[/] 0.676; 0 turns each off;
                      [cyan]--fp8[/] false and [cyan]--fp8_wgrad[/] true.
@@ -34,11 +37,14 @@ def train(
       [cyan]deepseek-moe train recipe.yaml[/]
       [cyan]deepseek-moe train recipe.yaml --learning_rate 1e-5[/]
       [cyan]deepseek-moe train --model DeepSeek-V2-Lite --train_file chat.jsonl --output_dir runs/sft[/]
+      [cyan]deepseek-moe train --model DeepSeek-V2-Lite --train_file chat.jsonl --output_dir runs/qlora --qlora --max_steps 300[/]
       [cyan]deepseek-moe report runs/sft[/]   afterwards
     """
     # Trainer's module imports every optional library that is installed: only this command pays for that.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from modeling_deepseek_moe.cli import _train_run
+    from modeling_deepseek_moe.cli import _train_memory, _train_run
+
+    _train_memory.spare_memory()
 
     arguments = list(context.args)
     if recipe is not None and str(recipe).startswith("--"):
