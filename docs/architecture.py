@@ -10,11 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # What each part of the package is about.
 FAMILIES = {
-    "files": "checkpoint weights release origin loading saving quantizer resizing offloaded hub inspection anatomy planning",
+    "files": "checkpoint weights release origin loading saving quantizer resizing offloaded hub inspection anatomy planning "
+    "training_memory bnb",
     "mathematics": "layers rope masks cross_entropy attention_chunks attention moe block mtp objective modeling config "
     "field_checks tokens chat_template training",
     "machine": "ops formats quantized engine streaming cache paged machine cgroups",
-    "around": "_version compat terminal pages adapters bitsandbytes_packing registration tiny __init__ cli eval conversion",
+    "around": "_version compat terminal pages adapters registration tiny __init__ cli eval conversion",
 }
 PATHS = {
     "a token": ("modeling", "block", "attention", "moe", "ops"),

@@ -11,7 +11,7 @@ DOCS = ROOT / "docs"
 TEXT = (DOCS / "architecture.md").read_text(encoding="utf-8")
 # what each answer names, and the file that has it
 ANSWERS = {
-    "a weight format": ("modeling_deepseek_moe/formats.py", "FORMATS = ("),
+    "a weight format": ("modeling_deepseek_moe/formats/__init__.py", "FORMATS = ("),
     "a backend for an operation": ("modeling_deepseek_moe/ops/_dispatch.py", "def choose("),
     "a model type": ("modeling_deepseek_moe/config.py", "FAMILIES"),
     "a conversion": ("conversion/_table.py", "CONVERSIONS"),

@@ -51,6 +51,55 @@ def test_trl_trains_this_class(folder, tmp_path, kind, by):
     assert kind == "SFT" or losses[0] == pytest.approx(0.6931, abs=1e-3)
 
 
+def test_trl_trains_an_adapter_on_four_bits(tmp_path):
+    """QLoRA by `SFTTrainer` itself, on the release in FP8: experts too, and what it saves loads on the release."""
+    import trl
+    from datasets import Dataset
+    from transformers import BitsAndBytesConfig
+
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    pytest.importorskip("bitsandbytes")
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        dsm.tiny_checkpoint(), quantization_config=four_bit, dtype=torch.bfloat16, num_nextn_predict_layers=0
+    )
+    arguments = trl.SFTConfig(
+        str(tmp_path),
+        max_steps=6,
+        logging_steps=1,
+        learning_rate=5e-3,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        max_length=64,
+        optim="paged_adamw_8bit",
+        gradient_checkpointing=True,
+        model_init_kwargs={"architecture": AutoModelForCausalLM},
+    )
+    targets = ["kv_b_proj", *(f"shared_experts.{name}_proj" for name in ("gate", "up", "down"))]
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, target_parameters=experts, task_type="CAUSAL_LM")
+    rows = Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in ROWS[:1] * 4])
+    trainer = trl.SFTTrainer(model, args=arguments, train_dataset=rows, peft_config=config)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
+    trainer.save_model()
+    base = AutoModelForCausalLM.from_pretrained(dsm.tiny_checkpoint(), num_nextn_predict_layers=0)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    found = {name: parameter for name, parameter in loaded.named_parameters() if "lora_B" in name}
+    for part in (".kv_b_proj.", ".shared_experts.up_proj.", ".experts.lora_B", ".experts.base_layer.lora_B"):
+        moved = [bool(parameter.detach().abs().sum() > 0) for name, parameter in found.items() if part in name]
+        assert moved and all(moved), part
+
+
 def train(folder, out, who, reentrant):
     if who == "plain":
         config = transformers.DeepseekV3Config.from_pretrained(folder)
