@@ -4,13 +4,13 @@ Legend: T tokens, E experts, K experts per token, D hidden size, I expert width.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from engine_cases import FP8, Experts, random_fp8, random_routing
 
 from modeling_deepseek_moe.ops import _native, four_bit
-from modeling_deepseek_moe.ops._structs import FOUR_BIT, NESTED, Nested
+from modeling_deepseek_moe.ops._structs import NESTED, Nested
 from modeling_deepseek_moe.ops.absorbed_attention import cpu as attention
 from modeling_deepseek_moe.ops.block_fp8 import cpu as fp8
 from modeling_deepseek_moe.ops.experts import cpu as experts
@@ -25,8 +25,23 @@ from modeling_deepseek_moe.ops.routing import cpu as routing
 Call = tuple[Callable, tuple]
 
 
-def every_call(tokens: int, hidden: int, width: int, magnitude: float = 1.0, kept: list | None = None) -> dict:
-    """``{name: (operator, arguments)}``, in every dtype; addresses point into what is added to ``kept``."""
+# One with each packing, of which one has nested scales: the others differ from them in a table.
+TWO_KINDS = ("int4", "nf4" + NESTED)
+
+
+def every_call(
+    tokens: int,
+    hidden: int,
+    width: int,
+    magnitude: float = 1.0,
+    kept: list | None = None,
+    kinds: Iterable[str] = TWO_KINDS,
+) -> dict:
+    """``{name: (operator, arguments)}``, in every dtype; addresses point into what is added to ``kept``.
+
+    Args:
+        kinds: of four-bit codes.
+    """
     generator = torch.Generator().manual_seed(tokens * 1000 + hidden + width)
 
     def random(*shape):
@@ -56,7 +71,7 @@ def every_call(tokens: int, hidden: int, width: int, magnitude: float = 1.0, kep
         for kind, home in homes.items():
             label = f"{'fp8' if kind == FP8 else 'bf16'}-{name}"
             calls |= expert_calls(random, label, kind, home, x, chosen, with_addresses=kept is not None)
-        for kind in FOUR_BIT:
+        for kind in kinds:
             calls |= four_bit_calls(random, kind, x, chosen, width, magnitude, kept)
     return calls
 

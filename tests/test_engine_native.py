@@ -211,11 +211,11 @@ def record(file: Path, monkeypatch) -> int:
     kept = []
     with use_backend("cpu:baseline"):
         for tokens, hidden, width in ((1, 150, 70), (2, 129, 33), (3, 64, 191), (5, 200, 128), (20, 65, 131)):
-            run(every_call(tokens, hidden, width, kept=kept))
+            run(every_call(tokens, hidden, width, kept=kept, kinds=_structs.FOUR_BIT))
         # denormals, and as many weights as several threads share
-        run(every_call(2, 150, 70, 1e-40, kept=kept))
-        run(every_call(1, 500, 700, kept=kept))
-        run(every_call(40, 300, 200, kept=kept))
+        run(every_call(2, 150, 70, 1e-40, kept=kept, kinds=_structs.FOUR_BIT))
+        run(every_call(1, 500, 700, kept=kept, kinds=_structs.FOUR_BIT))
+        run(every_call(40, 300, 200, kept=kept, kinds=_structs.FOUR_BIT))
     calls.append(calls.pop(0))  # a call whose last argument is a result comes last
     file.write_bytes(b"".join(calls))
     return len(calls)
