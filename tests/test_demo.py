@@ -18,6 +18,7 @@ from modeling_deepseek_moe.cli._demo_measure import decode_speeds, fastest_threa
 from modeling_deepseek_moe.cli._demo_train import Budget, lessons, make_demo_trainer, sharing
 from modeling_deepseek_moe.tiny.score import ANSWER, held_out
 
+pytestmark = pytest.mark.pages  # a command of the README
 STEPS = 50  # at 20 it has not begun to divide
 SMALL = {"HELD_OUT": 12, "SHORT": 32, "LONG": 160, "DECODE_TOKENS": 2, "SAMPLE_TOKENS": 4}
 
