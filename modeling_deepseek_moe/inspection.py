@@ -16,7 +16,7 @@ from typing import cast
 import torch
 
 from modeling_deepseek_moe.anatomy import PARTS, ParameterBreakdown, describe, parameter_breakdown, read_config
-from modeling_deepseek_moe.bnb.formats import is_bitsandbytes, split_part
+from modeling_deepseek_moe.bnb.formats import BLOCK, is_bitsandbytes, split_part
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.index import resolve_shards
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
@@ -143,6 +143,21 @@ def _bitsandbytes_problems(release: Release, needs_head: bool) -> Iterator[Probl
         if math.prod(info.shape) != wanted:
             why = f"{wanted} values for {list(spec.shape)} by the config"
             yield Problem("shape", info.name, info, f"shape {list(info.shape)} in {info.dtype}", why)
+        if info.dtype in (torch.uint8, torch.int8):
+            yield from _scale_problem(release, name, info, math.ceil(count / BLOCK), spec.shape[0])
+
+
+def _scale_problem(release: Release, name: str, info: TensorInfo, blocks: int, rows: int) -> Iterator[Problem]:
+    """The scales of codes: one for each of a 4-bit weight's blocks, or for each row of int8."""
+    if info.dtype == torch.uint8:
+        scale, wanted = f"{name}.absmax", blocks
+    else:
+        scale, wanted = f"{name.removesuffix('weight')}SCB", rows
+    found = release.infos.get(scale)
+    if found is None:
+        yield Problem("scale", info.name, info, f"codes without {scale}", f"{wanted} scales")
+    elif math.prod(found.shape) != wanted:
+        yield Problem("scale", found.name, found, f"shape {list(found.shape)}", f"{wanted} scales for {name}")
 
 
 def _mixed_experts(release: Release, folder: Path) -> Iterator[Finding]:

@@ -166,5 +166,13 @@ def test_plan_and_inspect_tell_what_lies_there(folders, tmp_path, kind):
     found = dsm.inspect_checkpoint(tmp_path)
     assert found.is_loadable and not found.findings and found.total.nbytes == held
     assert verify(tmp_path).is_sound
+    scales = f"{LAYER.removesuffix('weight')}SCB" if kind == "int8" else f"{LAYER}.absmax"
+    edited(tmp_path, lambda tensors: tensors.update({scales: tensors[scales][:-1].clone()}))
+    [finding] = dsm.inspect_checkpoint(tmp_path).findings
+    assert finding.fatal and finding.kind == "scale" and scales in finding.message
+    edited(tmp_path, lambda tensors: tensors.pop(scales))
+    [finding] = dsm.inspect_checkpoint(tmp_path).findings
+    assert finding.fatal and finding.kind == "scale" and scales in finding.message
     edited(tmp_path, lambda tensors: tensors.pop(EXPERT))
-    assert [finding.kind for finding in dsm.inspect_checkpoint(tmp_path).findings if finding.fatal] == ["missing"]
+    assert "missing" in [finding.kind for finding in dsm.inspect_checkpoint(tmp_path).findings if finding.fatal]
+    assert not dsm.inspect_checkpoint(tmp_path).is_loadable

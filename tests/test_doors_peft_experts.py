@@ -11,8 +11,10 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.ops._dispatch import use_backend
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 peft = pytest.importorskip("peft")
 ROUTED = {"target_modules": [], "target_parameters": EXPERTS}
@@ -298,3 +300,15 @@ def test_decoding_with_adapted_experts_is_one_call_that_sees_every_change(base, 
     handle.remove()
     assert seen
     assert torch.equal(decoded(model), first)
+
+
+def test_what_streaming_and_dequantising_cannot_do_is_said():
+    model = dsm.DeepseekV3ForCausalLM.from_pretrained(dsm.tiny_checkpoint())
+    with pytest.raises(
+        ValueError, match=r"dequantize\(\): found weights in 'fp8'.*FineGrainedFP8Config\(dequantize=True\)"
+    ):
+        model.dequantize()
+    assert isinstance(model.model.layers[2].mlp.experts, MappedExperts)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"]))
+    with pytest.raises(ValueError, match=r"mapped experts with an adapter around them.*before the adapter is made"):
+        model.set_expert_memory("8MB")

@@ -15,6 +15,7 @@ from modeling_deepseek_moe.engine.plan import Plan
 from modeling_deepseek_moe.engine.runs import SLOT
 from modeling_deepseek_moe.moe import balance, experts, router, training_state
 from modeling_deepseek_moe.moe import layer as moe_layer
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 pytestmark = needs_engine
@@ -237,8 +238,8 @@ def test_report_names_what_is_foreign_and_why(model):
     tuned = with_lora("o_proj")(model)
     lines = dict(tuned.engine_report().lines())
     assert lines["layers.0-2.self_attn"] is None
-    kind = type(tuned.model.model.layers[0].self_attn.o_proj)  # peft's own, or that for codes
-    name = kind.__name__ if kind.__name__ == "LoraLinear" else "peft.tuners.lora.layer.Linear"
+    has_codes = isinstance(model.model.layers[0].self_attn.o_proj.base_layer, QuantizedLinear)
+    name = "LoraLinear" if has_codes else "peft.tuners.lora.layer.Linear"  # peft has none for codes
     assert lines["layers.0-2.self_attn.o_proj"] == f"needs plain linear layers, found {name}"
     assert lines["layers.1.mlp"] == "gate: cannot call the hooks of a DeepseekTopkRouter"
     assert lines["layers.0,2.mlp"] is None

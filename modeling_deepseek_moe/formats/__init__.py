@@ -18,6 +18,7 @@ else the format wants to be there: tensors that follow from the weight's shape.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -55,6 +56,12 @@ FP8 = WeightFormat(
 )
 
 
+def _of_kind(kind: str) -> dict[str, Any]:
+    """What a row of four bits computes with; ``kind`` is one of `four_bit.KINDS`, and names the engine's kernels."""
+    own = {name: partial(getattr(four_bit, name), kind=kind) for name in ("encode", "decode", "encode_with")}
+    return {**own, "kernel": kind, "linear": partial(product.linear, kind=kind)}
+
+
 # Kimi-K2-Thinking's experts, K2.5's: compressed-tensors' pack-quantized
 INT4 = WeightFormat(
     name="int4",
@@ -66,11 +73,7 @@ INT4 = WeightFormat(
     block=(1, four_bit.INT4.group),
     scale_dtype=torch.bfloat16,
     scale_suffix="_scale",
-    encode=partial(four_bit.encode, kind="int4"),
-    decode=partial(four_bit.decode, kind="int4"),
-    encode_with=partial(four_bit.encode_with, kind="int4"),
-    kernel="int4",
-    linear=partial(product.linear, kind="int4"),
+    **_of_kind("int4"),
     code_suffix="_packed",
     others={"_shape": partial(torch.tensor, dtype=torch.int32, device="cpu")},
     whole_groups=True,
@@ -86,11 +89,7 @@ NF4 = replace(
     block=(1, four_bit.NF4.group),
     scale_dtype=torch.float32,
     scale_suffix=".absmax",
-    encode=partial(four_bit.encode, kind="nf4"),
-    decode=partial(four_bit.decode, kind="nf4"),
-    encode_with=partial(four_bit.encode_with, kind="nf4"),
-    kernel="nf4",
-    linear=partial(product.linear, kind="nf4"),
+    **_of_kind("nf4"),
     code_suffix="",
     others=quant_state.others("nf4"),
     in_a_column=True,
@@ -127,11 +126,7 @@ FORMATS = (
         code_dtype=torch.uint8,
         block=(1, four_bit.MXFP4.group),
         scale_dtype=torch.float8_e8m0fnu,
-        encode=partial(four_bit.encode, kind="mxfp4"),
-        decode=partial(four_bit.decode, kind="mxfp4"),
-        encode_with=partial(four_bit.encode_with, kind="mxfp4"),
-        kernel="mxfp4",
-        linear=partial(product.linear, kind="mxfp4"),
+        **_of_kind("mxfp4"),
         code_suffix="",
         others={},
         announce=None,
@@ -141,11 +136,7 @@ FORMATS = (
         NF4,
         name="fp4",
         fields={"bnb_4bit_quant_type": "fp4"},
-        encode=partial(four_bit.encode, kind="fp4"),
-        decode=partial(four_bit.decode, kind="fp4"),
-        encode_with=partial(four_bit.encode_with, kind="fp4"),
-        kernel="fp4",
-        linear=partial(product.linear, kind="fp4"),
+        **_of_kind("fp4"),
         others=quant_state.others("fp4"),
         announce=partial(quant_state.announce, "fp4"),
     ),

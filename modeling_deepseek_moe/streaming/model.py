@@ -27,19 +27,24 @@ class StreamingMixin(ModelMixin):
 
         For experts that are mapped from their files: on the CPU. Results are the same to the last bit. What was
         held before is dropped, and figures begin at zero. A copy of the model is mapped until it is given a budget.
+        Experts that an adapter is on afterwards are read from the mapped files, outside of the budget.
 
         Args:
             budget: bytes, or text such as ``"8GB"``; ``None``: no memory of their own, the mapped files are read.
                 More than the experts take is not used; more than is available is told in a warning.
 
         Raises:
-            ValueError: the model has no mapped experts, or the budget is smaller than two of them.
+            ValueError: the model has no mapped experts, or an adapter on them, or the budget is smaller than two of them.
         """
         layers = _mapped_layers(self)
         if budget is None:
             _detach(layers)
             return
         if not layers:
+            if any(isinstance(module, MappedExperts) for module in self.modules()):
+                raise ValueError(
+                    "found mapped experts with an adapter around them, wanted none: call it before the adapter is made"
+                )
             raise ValueError("found no experts mapped from files, wanted an FP8 checkpoint loaded on the CPU")
         _attach(self, layers, parse_size(budget if isinstance(budget, str) else int(budget)))
         cache, available = layers[0].mlp.experts.stream.cache, probe_machine(measure=False).ram_available
