@@ -77,11 +77,15 @@ def _grown(cached: torch.Tensor | None, new: torch.Tensor, used: int, capacity: 
     return buffer
 
 
-def prepare_cache(cache: Cache | None, config, device: torch.device) -> int | None:
-    """Look over what a model was passed, and give a plain `DynamicCache` on a CPU layers with spare capacity, in place.
+def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
+    """Look over what a model was passed, and give a plain `DynamicCache` layers with spare capacity, in place.
+
+    Args:
+        query_length: of the new tokens.
 
     Returns:
-        The tokens that it holds; ``None`` if that is a tensor whose value a graph being compiled cannot know.
+        The tokens that it holds; ``None`` if that is a tensor whose value a graph being compiled cannot know, or one
+        token could learn only by waiting for a device.
 
     Raises:
         ValueError: it was laid out for expanded keys and values before a model saw it: its first layer holds, or has
@@ -100,11 +104,12 @@ def prepare_cache(cache: Cache | None, config, device: torch.device) -> int | No
                 f"{wanted[0]} head of {wanted[1]} and {wanted[2]}: only latents are cached. Pass a cache that no other "
                 "code has laid out or filled; it takes its shapes from the first call of the model"
             )
-    if device.type == "cpu" and not compiling and type(cache) is DynamicCache and not cache.offloading:
+    if not compiling and type(cache) is DynamicCache and not cache.offloading:
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layer_class_to_replicate = LatentLayer
         cache.layers[:] = [LatentLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     length = cache.get_seq_length()
     if isinstance(length, torch.Tensor):
-        return None if compiling else int(length)
+        waits = query_length == 1 and length.device.type != "cpu"
+        return None if compiling or waits else int(length)
     return length

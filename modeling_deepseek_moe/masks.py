@@ -77,7 +77,9 @@ def _same_sequence(
     offset = cache.get_query_offset() if cache is not None else 0
     index = torch.arange(length, device=position_ids.device) + offset
     start = (index - position_ids).expand(batch, -1)
-    if not is_torchdynamo_compiling() and not bool((start > 0).any()):
+    # one look for a prompt, which pays with a mask less; none for a token that is decoded: it would wait for the device
+    may_look = not is_torchdynamo_compiling() and (length > 1 or start.device.type == "cpu")
+    if may_look and not bool((start > 0).any()):
         return None
     if padding is not None:
         masked_before = F.pad((padding == 0).cumsum(-1), (1, 0))  # [B, K + 1]

@@ -124,7 +124,7 @@ class Plan:
         if not all(_is_same(module.for_engine(), operands) for module, operands in self._adapted):
             return False
         for module, stream in self._mapped:
-            if module.stream is not stream:
+            if not isinstance(module, MappedExperts) or module.stream is not stream:  # moved to a device, and back
                 return False
             module.check_files()
         return True

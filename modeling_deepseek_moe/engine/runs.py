@@ -9,10 +9,11 @@ from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
 from modeling_deepseek_moe.attention import ABSORBED
+from modeling_deepseek_moe.engine import card
 from modeling_deepseek_moe.engine.fused import run_by_halves
 from modeling_deepseek_moe.engine.plan import Plan, Stages
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._dispatch import CPU, REFERENCE, may_use, use_backend
+from modeling_deepseek_moe.ops._dispatch import CPU, REFERENCE, TRITON, may_use, use_backend
 from modeling_deepseek_moe.ops._operands import every_module_is_hooked
 from modeling_deepseek_moe.ops.decode_step.cpu import FEW_TOKENS
 
@@ -37,6 +38,10 @@ def runs(
     mask, compiling = context["attention_mask"], is_torchdynamo_compiling()
     one_for_all_heads = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == 1)
     tokens = hidden_states.shape[0] * hidden_states.shape[1]
+    if hidden_states.is_cuda and one_for_all_heads and context["mla_path"] == ABSORBED:
+        plain = not (torch.is_autocast_enabled("cuda") or context["output_attentions"])
+        if plain and may_use(TRITON, card.unsupported_reason(layers, hidden_states, cache)):
+            return [partial(card.run, layers)]
     if tokens > FEW_TOKENS or hidden_states.device.type != "cpu" or not one_for_all_heads:
         if not compiling:
             model.__dict__[SLOT] = None  # a prompt: what comes after it is looked over again

@@ -6,6 +6,8 @@ arXiv:2408.15664; DeepSeek-V3 report, 2.1.2. Legend: T tokens, E experts, K expe
 import torch
 import torch.nn.functional as F
 
+from modeling_deepseek_moe.ops.experts import counts
+
 
 def expert_load(topk_indices: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Tokens that each expert got, ``[E]`` int64.
@@ -15,11 +17,10 @@ def expert_load(topk_indices: torch.Tensor, num_experts: int, token_mask: torch.
         token_mask: ``[T]`` bool, the tokens that count (``None``: all).
     """
     slots = topk_indices.flatten()
-    if token_mask is None:
-        return torch.bincount(slots, minlength=num_experts)
-    # masked tokens go to one bin more: picking the others out would wait for the device
-    slots = slots.masked_fill(~token_mask.repeat_interleave(topk_indices.shape[1]), num_experts)
-    return torch.bincount(slots, minlength=num_experts + 1)[:num_experts]
+    if token_mask is not None:
+        # masked tokens go to one bin more: picking the others out would wait for the device
+        slots = slots.masked_fill(~token_mask.repeat_interleave(topk_indices.shape[1]), num_experts)
+    return counts(slots, num_experts + 1)[:num_experts]
 
 
 def max_violation(load: torch.Tensor) -> torch.Tensor:
@@ -61,9 +62,9 @@ def balance_loss(
         num_sequences: S.
     """
     num_experts, top_k = scores_TE.shape[1], topk_indices.shape[1]
-    tokens_S = torch.bincount(sequence_T, minlength=num_sequences + 1)[:num_sequences].clamp_min(1)
+    tokens_S = counts(sequence_T, num_sequences + 1)[:num_sequences].clamp_min(1)
     slots = (sequence_T[:, None] * num_experts + topk_indices).flatten()
-    chosen_SE = torch.bincount(slots, minlength=(num_sequences + 1) * num_experts).view(-1, num_experts)
+    chosen_SE = counts(slots, (num_sequences + 1) * num_experts).view(-1, num_experts)
     f_SE = chosen_SE[:num_sequences] * (num_experts / top_k) / tokens_S[:, None]
     normed_TE = F.normalize(scores_TE, p=1.0, dim=-1, eps=1e-20)
     sums_SE = normed_TE.new_zeros(num_sequences + 1, num_experts).index_add(0, sequence_T, normed_TE)

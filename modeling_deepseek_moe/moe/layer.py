@@ -1,9 +1,9 @@
-"""One mixture-of-experts layer: router, routed experts, shared experts, and nothing else."""
+"""One mixture-of-experts layer: router, routed experts and shared experts, with or without a norm after them."""
 
 import torch
 from torch import nn
 
-from modeling_deepseek_moe.layers import DeepseekMLP
+from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.moe.training_state import TrainingPass
@@ -29,3 +29,14 @@ class DeepseekMoE(nn.Module):
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routed = self.experts(hidden_TD, topk_indices, topk_weights).view(hidden_states.shape)
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
+
+
+class NormedMoE(DeepseekMoE):
+    """A mixture whose sum is normed before it joins the residual (A.X-K1)."""
+
+    def __init__(self, config, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.post_mlp_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, training_pass: TrainingPass | None = None) -> torch.Tensor:
+        return self.post_mlp_layernorm(super().forward(hidden_states, training_pass))

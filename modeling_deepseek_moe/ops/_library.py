@@ -1,16 +1,22 @@
-"""The torch operators of this package, ``torch.ops.deepseek_moe.*``: what `torch.compile` sees of the CPU engine."""
+"""The torch operators of this package, ``torch.ops.deepseek_moe.*``: what `torch.compile` sees of the CPU engine and of kernels."""
 
 from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 LIBRARY = torch.library.Library("deepseek_moe", "DEF")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN_OR_FAKE = (*PLAIN, FakeTensor)  # and those that have shapes alone
 
 
-def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Register a CPU operator and its shape function, and return a function that calls it; ``operator`` is its attribute.
+def define(schema: str, implementation: Callable | None, fake: Callable, cuda: Callable | None = None) -> Callable:
+    """Register an operator and its shape function, and return a function that calls it; ``operator`` is its attribute.
+
+    Args:
+        implementation: on a CPU; ``None``: it has none.
+        cuda: on CUDA; ``None``: it has none. An attribute of the function too.
 
     An operator's way through torch's dispatcher takes 5 µs, of the 10 to 20 that a small layer takes: outside tracing
     and profiling the function calls ``implementation`` itself. (`torch.library.custom_op` would take twice as long.) There is no
@@ -18,17 +24,20 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CPU")
+    for function, key in ((implementation, "CPU"), (cuda, "CUDA")):
+        if function is not None:
+            LIBRARY.impl(name, function, key)
     torch.library.register_fake(f"deepseek_moe::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.deepseek_moe, name).default
 
-    @wraps(implementation)
+    @wraps(implementation or cuda)
     def call(*arguments, **named):
-        if named or _needs_dispatcher(arguments):
+        if implementation is None or named or _needs_dispatcher(arguments):
             return operator(*arguments, **named)
         return implementation(*arguments)
 
     setattr(call, "operator", operator)  # noqa: B010 - a function's own attribute
+    setattr(call, "cuda", cuda)  # noqa: B010
     return call
 
 

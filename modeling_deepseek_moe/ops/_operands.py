@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as every_module_is_hooked  # torch has no public name for it
 
 from modeling_deepseek_moe.bnb.packing import is_packed
-from modeling_deepseek_moe.ops._library import PLAIN
+from modeling_deepseek_moe.ops._library import PLAIN, PLAIN_OR_FAKE
 from modeling_deepseek_moe.ops._structs import NESTED, Matrix
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 from modeling_deepseek_moe.ops.four_bit.reference import KINDS, NESTED_GROUP, NestedScales
 
 KERNEL = "block_fp8"  # a format's, see `formats.WeightFormat`
 BLOCK = (128, 128)  # of FP8 weights: the engine's, and the release's
+KEPT = "_kept_weight"  # where a layer carries what it was dequantised to
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -36,7 +37,7 @@ def is_linear(layer: nn.Module) -> bool:
 def is_plain(layer: nn.Module) -> bool:
     """Whether it is ``torch.nn.Linear`` itself, with a weight of torch's own and nothing attached to its call."""
     # a quantiser, or sharding, may leave the class and replace the weight by a tensor subclass of its own
-    if type(layer) is not nn.Linear or type(layer._parameters.get("weight")) not in PLAIN:
+    if type(layer) is not nn.Linear or type(layer._parameters.get("weight")) not in PLAIN_OR_FAKE:
         return False
     return not is_hooked(layer) and not every_module_is_hooked()
 
@@ -156,6 +157,40 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
         return _dequantized(layer.weight).to(like.dtype)
     # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
+
+
+class _Kept:
+    """A quantised weight as it was dequantised, until it is another. Copies and pickles of it are ``None``."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        self.of = _identity(layer, dtype)
+        # read by a later call with gradients too, which tensors made in inference mode are not for
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight = layer.dequantized(dtype)
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _identity(layer: nn.Module, dtype: torch.dtype) -> tuple:
+    tensors = layer.weight, layer.scale
+    own = ((id(t), t.untyped_storage()._cdata, None if t.is_inference() else t._version) for t in tensors)
+    return dtype, *own
+
+
+def kept_weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
+    """As `weight_of`; on an accelerator a quantised weight is dequantised once, and kept in the dtype of ``like``.
+
+    For a weight that every token would dequantise as a whole. While a graph is compiled it is what was kept before.
+    """
+    if like.device.type == "cpu" or not (is_quantized(layer) and is_linear(layer)):
+        return weight_of(layer, like)
+    kept = layer.__dict__.get(KEPT)
+    if torch.compiler.is_compiling():
+        return weight_of(layer, like) if kept is None or kept.of[0] != like.dtype else kept.weight
+    if kept is None or kept.of != _identity(layer, like.dtype):
+        kept = layer.__dict__[KEPT] = _Kept(layer, like.dtype)
+    return kept.weight
 
 
 def _called(module: nn.Module) -> str:

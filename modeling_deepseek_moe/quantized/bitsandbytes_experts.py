@@ -7,7 +7,7 @@ Legend: E experts, D hidden size, I expert width, N rows and K columns of a matr
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -164,9 +164,13 @@ class BitsAndBytesExperts(BitsAndBytesMatrices):
         return found
 
     def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
+        return self.matrices_by(lambda stack: stack[index])
+
+    def matrices_by(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, QuantizedMatrix]:
+        """As `matrices`, of the expert that ``pick`` takes out of a stack ``[E, ...]``."""
         own, found = self._parameters, {}
         for projection, (rows, columns) in self.shapes.items():
-            codes, scales, *nested = (own[parameter_of(projection, part)][index] for part in self.layout(projection))
+            codes, scales, *nested = (pick(own[parameter_of(projection, part)]) for part in self.layout(projection))
             codes = codes.view(rows, -1)
             if self.is_four_bit and columns % BLOCK == 0:
                 scales = scales.view(rows, -1)

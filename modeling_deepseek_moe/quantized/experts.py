@@ -3,7 +3,7 @@
 Legend: T tokens, E experts, K experts per token, D hidden size, I expert width, R rows routed to one expert.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -94,11 +94,15 @@ class StackedQuantizedExperts(QuantizedExperts):
                 self.dtype_kept += (f"{name}{suffix}",)
 
     def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
+        return self.matrices_by(lambda stack: stack[index])
+
+    def matrices_by(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, QuantizedMatrix]:
+        """As `matrices`, of the expert that ``pick`` takes out of a stack ``[E, ...]``."""
         own, suffix = self._parameters, self.weight_format.scale_parameter
-        gate, up = own["gate_up_proj"][index].split(self.intermediate_dim)
-        gate_scale, up_scale = own[f"gate_up_proj{suffix}"][index].split(self.scale_rows)
+        gate, up = pick(own["gate_up_proj"]).split(self.intermediate_dim)
+        gate_scale, up_scale = pick(own[f"gate_up_proj{suffix}"]).split(self.scale_rows)
         return {
             "gate_proj": QuantizedMatrix(gate, gate_scale),
             "up_proj": QuantizedMatrix(up, up_scale),
-            "down_proj": QuantizedMatrix(own["down_proj"][index], own[f"down_proj{suffix}"][index]),
+            "down_proj": QuantizedMatrix(pick(own["down_proj"]), pick(own[f"down_proj{suffix}"])),
         }

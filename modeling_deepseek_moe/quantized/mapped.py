@@ -11,7 +11,7 @@ from modeling_deepseek_moe.checkpoint.headers import TensorInfo
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.ops.experts import LowRank
-from modeling_deepseek_moe.quantized.experts import QuantizedExperts, QuantizedMatrix
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts, QuantizedMatrix, StackedQuantizedExperts
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -19,8 +19,9 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class MappedExperts(QuantizedExperts):
     """Experts that stay in the checkpoint's memory-mapped files: no copy, no load time, no private memory.
 
-    Codes and scales are no parameters: they have no place in ``state_dict`` and never leave the CPU. What the module
-    holds for its E·3 matrices is where they are; views are made as they are asked for. Saving writes the mapped bytes.
+    Codes and scales are no parameters: they have no place in ``state_dict``. What the module holds for its E·3 matrices is
+    where they are; views are made as they are asked for. Saving writes the mapped bytes. Moved to another device (``.to``,
+    `Trainer`, a pipeline) it becomes what it would have been, had it been loaded there: stacked experts with the same bytes.
 
     Args:
         codes: where the codes of ``gate_proj``, ``up_proj`` and ``down_proj`` are, of one expert after the other.
@@ -41,6 +42,7 @@ class MappedExperts(QuantizedExperts):
         files: MappedFiles,
     ):
         super().__init__(config, weight_format)
+        self._config = config
         self._files = files
         kept = () if isinstance(scales, torch.Tensor) else scales
         self._paths = tuple(dict.fromkeys(info.file for info in (*codes, *kept)))
@@ -64,6 +66,41 @@ class MappedExperts(QuantizedExperts):
         self._scale_places = None if isinstance(scales, torch.Tensor) else places(scales)
         self._addresses: torch.Tensor | None = None
         self.stream = None  # a `streaming.layer.LayerStream`, if experts are held in memory of their own
+
+    def _apply(self, fn, recurse=True):
+        moved = fn(torch.empty(0, device="cpu"))
+        if moved.device.type == "cpu":
+            return super()._apply(fn, recurse)
+        self.restack(moved.device)
+        return self
+
+    def restack(self, device: torch.device | str) -> None:
+        """Become stacked experts in memory of ``device``, with the same bytes: they are copied expert by expert.
+
+        Raises:
+            CheckpointError: a file was truncated or rewritten.
+        """
+        self._files.check_unchanged()
+        with torch.device(device):
+            stacked = self.empty_stacks()
+        for index in range(self.num_experts):
+            pairs = zip(stacked.matrices(index).values(), self.matrices(index).values(), strict=True)
+            for target, source in ((t, s) for matrices in pairs for t, s in zip(*matrices, strict=True)):
+                # as bytes: what copies them knows no dtype that it could round; scales in memory may be wider than on the disk
+                raw = target.view(torch.uint8)
+                raw.copy_(source.to(target.dtype).contiguous().view(torch.uint8).view_as(raw))
+        stacked.train(self.training)
+        if self.stream is not None:
+            self.stream.cache.close()
+        # Not a new module: hooks, parents and whatever else refers to this one stay as they are.
+        hooks = {name: value for name, value in self.__dict__.items() if "_hooks" in name}
+        self.__class__ = type(stacked)
+        self.__dict__.clear()
+        self.__dict__.update(stacked.__dict__ | hooks)
+
+    def empty_stacks(self) -> QuantizedExperts:
+        """Stacked experts of this layer's shapes, without values, on the current device."""
+        return StackedQuantizedExperts(self._config, self.weight_format)
 
     @property
     def files(self) -> MappedFiles:

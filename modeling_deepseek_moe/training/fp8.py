@@ -4,6 +4,7 @@ Parameters stay the floating-point ones of the modules, so optimizers, checkpoin
 """
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,22 +30,41 @@ class Fp8TrainingConfig:
 
 
 class OptimizerSteps:
-    """How often any optimizer of the process has stepped, while this object lives.
+    """How often any optimizer of the process has stepped, while this object lives, and what it quantised since.
 
     Some optimizers write weights past autograd's version counter, and FSDP2 hides its own writes from it.
     """
 
     def __init__(self):
         self.count = 0
+        self._lost: list[
+            torch.Tensor
+        ] = []  # of weights on accelerators, one flag for each module: whether a value was lost
         reference = weakref.ref(self)
 
         def step(*_):
             steps = reference()
             if steps is not None:
                 steps.count += 1
+                steps.check()
 
         self._handle = register_optimizer_step_post_hook(step)
         weakref.finalize(self, self._handle.remove)
+
+    def watch(self, weights: Iterable[Fp8Weight]) -> None:
+        """Note whether one of these is not finite; those of the CPU were looked at as they were quantised."""
+        scales = [weight.scale.flatten() for weight in weights if weight.scale.device.type != "cpu"]
+        if scales:
+            self._lost.append(torch.cat(scales).isnan().any())
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a weight of the step that is over had NaN or Inf. The one look at a device in a step.
+        """
+        lost, self._lost = self._lost, []
+        if lost and bool(torch.stack([flag.to(lost[0].device) for flag in lost]).any()):
+            raise ValueError("FP8 training: found NaN or Inf (in fp32) in a weight, wanted finite values")
 
     def __deepcopy__(self, memo):
         return OptimizerSteps()
@@ -64,7 +84,13 @@ class _Fp8Trained:
         key = (self.steps.count, *((weight.data_ptr(), weight._version) for weight in weights))
         if self._codes is None or self._codes[0] != key:
             self._codes = (key, make())
+            self.steps.watch(_leaves(self._codes[1]))
         return self._codes[1]
+
+
+def _leaves(quantized) -> list[Fp8Weight]:
+    """The weights in what a module quantised: one, or tuples of them for each expert."""
+    return [quantized] if isinstance(quantized, Fp8Weight) else [weight for expert in quantized for weight in expert]
 
 
 class Fp8TrainedLinear(_Fp8Trained, nn.Linear):

@@ -21,16 +21,15 @@ class Fp8Weight(NamedTuple):
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> "Fp8Weight":
-        return cls(*block_fp8.quantize(weight.detach()))
+        return cls(*block_fp8.quantize(weight.detach(), checked=False))
 
     def fprop(self, x: "Kept") -> torch.Tensor:
         """``x [R, K] · Wᵀ → [R, N]`` fp32."""
-        return block_fp8.gemm(x.codes, x.scale, self.codes, block_fp8.row_scales(self.scale, len(self.codes)))
+        return block_fp8.gemm(x.codes, x.scale, self.codes, self.scale)
 
     def dgrad(self, dy: torch.Tensor) -> torch.Tensor:
         """``dy [R, N] · W → [R, K]`` fp32."""
-        scale = block_fp8.row_scales(self.scale.T, self.codes.shape[1])
-        return block_fp8.gemm(*block_fp8.quantize_tiles(dy), self.codes.T.contiguous(), scale)
+        return block_fp8.gemm(*block_fp8.quantize_tiles(dy), self.codes.T.contiguous(), self.scale.T)
 
 
 class Kept(NamedTuple):
@@ -64,8 +63,7 @@ def wgrad(dy: torch.Tensor, x: torch.Tensor, fp8: bool) -> torch.Tensor:
     if not fp8:
         with torch.autocast(dy.device.type, enabled=False):
             return dy.bfloat16().float().T @ x.bfloat16().float()
-    dy_tiles = block_fp8.quantize_tiles(dy.T.contiguous())
-    return block_fp8.gemm(*dy_tiles, *block_fp8.quantize_tiles(x.T.contiguous(), power_of_two=True))
+    return block_fp8.gemm(*block_fp8.quantize_tiles(dy.T), *block_fp8.quantize_tiles(x.T, power_of_two=True))
 
 
 class Fp8LinearFunction(torch.autograd.Function):

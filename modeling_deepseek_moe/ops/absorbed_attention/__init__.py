@@ -6,13 +6,19 @@ q̃ = W_UKᵀ q_nope;  p = softmax((c_kv q̃ + k_pe q_pe) · scaling + mask);  o
 import torch
 from torch import nn
 
-from modeling_deepseek_moe.ops._dispatch import CPU, may_use
-from modeling_deepseek_moe.ops._operands import is_of_four_bits, operand_of, scale_of, unsupported_linear, weight_of
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
+from modeling_deepseek_moe.ops._operands import (
+    is_of_four_bits,
+    kept_weight_of,
+    operand_of,
+    scale_of,
+    unsupported_linear,
+)
 from modeling_deepseek_moe.ops._structs import NESTED
-from modeling_deepseek_moe.ops.absorbed_attention import cpu, reference
+from modeling_deepseek_moe.ops.absorbed_attention import cpu, reference, triton
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 
-__all__ = ["absorbed_attention"]
+__all__ = ["absorbed_attention", "triton"]
 
 
 def absorbed_attention(
@@ -41,11 +47,14 @@ def absorbed_attention(
             parts, kind = four_bit.parts_of(operand.scales), operand.kind.removesuffix(NESTED)
             return cpu.decode_four_bit(*tensors, operand.codes, parts, kind, scaling), None
     in_place = in_place and operand is None
-    weight = kv_b_proj.weight if in_place else weight_of(kv_b_proj, q_nope)
+    weight = kv_b_proj.weight if in_place else kept_weight_of(kv_b_proj, q_nope)
     if plain and may_use(CPU, cpu.unsupported_reason(*tensors, weight)):
         return cpu.decode(*tensors, weight, scale_of(kv_b_proj) if in_place else None, scaling), None
+    if plain and may_use(TRITON, triton.unsupported_reason(*tensors, weight)):
+        scale = scale_of(kv_b_proj) if in_place else None
+        return triton.decode(*tensors, triton.bounds_of(mask, len(q_nope)), weight, scale, scaling), None
     if in_place:
-        weight = weight_of(kv_b_proj, q_nope)
+        weight = kept_weight_of(kv_b_proj, q_nope)
     heads, nope = q_nope.shape[1], q_nope.shape[3]
     w_uk, w_uv = weight.view(heads, -1, weight.shape[-1]).tensor_split((nope,), dim=1)
     return reference.absorbed_attention(*tensors, w_uk, w_uv, scaling, dropout, output_attentions)

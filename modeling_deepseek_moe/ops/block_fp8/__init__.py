@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from modeling_deepseek_moe.ops._dispatch import CPU, choose
-from modeling_deepseek_moe.ops.block_fp8 import cpu, reference
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, choose, may_use
+from modeling_deepseek_moe.ops.block_fp8 import cpu, reference, triton
 from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -27,6 +27,7 @@ __all__ = [
     "row_scales",
     "scale_shape",
     "scales",
+    "triton",
 ]
 
 
@@ -43,18 +44,22 @@ def dequantize(
     reason = cpu.unsupported_weight(weight, block)
     if reason is None and dtype not in cpu.OUTPUTS:
         reason = f"dequantises to {', '.join(str(output) for output in cpu.OUTPUTS)}, not {dtype}"
-    if choose("FP8 dequantize", {CPU: reason}) == CPU:
-        return cpu.dequantize(weight, scale_inv, dtype)
+    on_a_gpu = triton.unsupported_dequantize(weight, block, dtype)
+    backend = choose("FP8 dequantize", {CPU: reason, TRITON: on_a_gpu})
+    if backend != "reference":
+        return (cpu if backend == CPU else triton).dequantize(weight, scale_inv, dtype)
     return reference.dequantize(weight, scale_inv, dtype, block)
 
 
 def quantize(
-    weight: torch.Tensor, block: tuple[int, int] = BLOCK, power_of_two: bool = False
+    weight: torch.Tensor, block: tuple[int, int] = BLOCK, power_of_two: bool = False, checked: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A ``[N, K]`` weight → E4M3 codes ``[N, K]`` and fp32 scales, scale = amax(block) / 448, all in fp32.
 
     Args:
         power_of_two: scale = 2^⌈log2(amax / 448)⌉, as releases with ``scale_fmt: ue8m0`` have them.
+        checked: ``False`` where the caller looks for NaN scales later: on an accelerator looking waits for it, and what
+            is not finite gets the scale NaN instead of an error.
 
     Raises:
         ValueError: the weight is not a finite floating-point matrix.
@@ -62,7 +67,7 @@ def quantize(
     _check_float(weight)
     if choose("FP8 quantize", {CPU: cpu.unsupported_values(weight, block)}) == CPU:
         return cpu.quantize(weight.detach(), True, power_of_two)
-    return reference.quantize(weight, block, power_of_two)
+    return reference.quantize(weight, block, power_of_two, checked or weight.device.type == "cpu")
 
 
 def scales(weight: torch.Tensor, block: tuple[int, int] = BLOCK, power_of_two: bool = False) -> torch.Tensor:
@@ -89,11 +94,15 @@ def quantize_tiles(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.T
             no further error.
     """
     _check_float(x)
+    if may_use(TRITON, triton.unsupported_tiles(x)):
+        return triton.quantize_tiles(x, power_of_two, False)
     return reference.quantize_tiles(x, power_of_two)
 
 
 def dequantize_tiles(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The values ``[R, K]`` of what `quantize_tiles` made."""
+    if may_use(TRITON, triton.unsupported_tile_codes(codes, dtype)):
+        return triton.dequantize(codes, scale, dtype, 1)
     return reference.dequantize_tiles(codes, scale, dtype)
 
 
@@ -109,19 +118,23 @@ def gemm(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch
     a tensor core loses within those 128 is not imitated: they are summed in fp32.
 
     Args:
-        a_scale: ``[M, ⌈K/128⌉]`` fp32; ``b_scale`` ``[N, ⌈K/128⌉]``.
+        a_scale: ``[M, ⌈K/128⌉]`` fp32; ``b_scale`` likewise, or of blocks of 128 × 128, ``[⌈N/128⌉, ⌈K/128⌉]``.
 
     Raises:
         ValueError: codes or scales of other shapes.
     """
+    of_blocks = b_scale.shape[0] != b.shape[0]
     for name, codes, scale in (("A", a, a_scale), ("B", b, b_scale)):
-        wanted = (codes.shape[0], math.ceil(codes.shape[1] / BLOCK[1]))
+        rows = scale_shape(codes.shape)[0] if name == "B" and of_blocks else codes.shape[0]
+        wanted = (rows, math.ceil(codes.shape[1] / BLOCK[1]))
         if codes.dtype != FP8_DTYPE or tuple(scale.shape) != wanted:
             found = f"{codes.dtype} {list(codes.shape)} with scales {list(scale.shape)}"
             raise ValueError(f"FP8 gemm: {name} is {found}, wanted {FP8_DTYPE} with scales {list(wanted)}")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"FP8 gemm: found K of {a.shape[1]} and {b.shape[1]}, wanted one K")
-    return reference.gemm(a, a_scale, b, b_scale)
+    if may_use(TRITON, triton.unsupported_reason(a, a_scale, b, b_scale)):
+        return triton.gemm(a, a_scale, b, b_scale, torch.float32)
+    return reference.gemm(a, a_scale, b, row_scales(b_scale, len(b)) if of_blocks else b_scale)
 
 
 def linear(
@@ -133,7 +146,8 @@ def linear(
 ) -> torch.Tensor:
     """``x [..., K] · Wᵀ + bias → [..., N]`` in ``x.dtype``; W is dequantised a tile of rows at a time.
 
-    Differentiable in ``x`` and ``bias``; the codes and scales are constants.
+    Differentiable in ``x`` and ``bias``; the codes and scales are constants. On cards from SM89 on, 256 rows of x or more are
+    quantised in tiles of 1 × 128 first, as the releases' recipe has it (``activation_scheme: dynamic``).
     """
     _check(weight, scale_inv, block)
     if not x.ndim or x.shape[-1] != weight.shape[1]:
@@ -143,11 +157,13 @@ def linear(
         found = f"{list(bias.shape)} on {bias.device}"
         raise ValueError(f"bias has shape {found}, wanted [{weight.shape[0]}] on {x.device}")
     reason = cpu.unsupported_weight(weight, block) or cpu.unsupported_activations(x)
-    if choose("FP8 linear", {CPU: reason}) == CPU:
+    backend = choose("FP8 linear", {CPU: reason, TRITON: triton.unsupported_linear(x, weight, block)})
+    if backend != "reference":
+        native = cpu if backend == CPU else triton
         needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
         if not (torch.is_grad_enabled() and needs_grad):
-            return cpu.linear(x, weight, scale_inv, bias)
-        return quantized_linear(x, weight, scale_inv, bias, block[0], cpu.dequantize, cpu.linear)
+            return native.linear(x, weight, scale_inv, bias)
+        return quantized_linear(x, weight, scale_inv, bias, block[0], native.dequantize, native.linear)
 
     def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return reference.dequantize(codes, scales, dtype, block)

@@ -47,15 +47,18 @@ def dequantize(
     return out
 
 
-def scales(weight_NK: torch.Tensor, block: tuple[int, int], power_of_two: bool) -> torch.Tensor:
+def scales(weight_NK: torch.Tensor, block: tuple[int, int], power_of_two: bool, checked: bool = True) -> torch.Tensor:
+    """``checked``: whether to raise for what is not finite, which waits for the device; else its blocks get the scale NaN."""
     blocks = _blocks(weight_NK, block)
     amax = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)).amax(dim=-1).float()
-    if not torch.isfinite(amax).all():
+    if not checked:
+        amax = torch.where(torch.isfinite(amax), amax, torch.nan)
+    elif not torch.isfinite(amax).all():
         raise ValueError(f"found NaN or Inf (in fp32) in a weight {list(weight_NK.shape)}, wanted finite values")
     scale = amax / E4M3_MAX
     if power_of_two:
         scale = up_to_power_of_two(scale)
-    return torch.where(scale > 0, scale, 1.0)  # a block of zeros, or of nothing that fp32 can scale, keeps scale 1
+    return torch.where(scale == 0, 1.0, scale)  # a block of zeros, or of nothing that fp32 can scale, keeps scale 1
 
 
 def up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
@@ -65,9 +68,11 @@ def up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, ((bits + 0x007FFFFF) & 0x7F800000).view(torch.float32), scale)
 
 
-def quantize(weight_NK: torch.Tensor, block: tuple[int, int], power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight_NK: torch.Tensor, block: tuple[int, int], power_of_two: bool, checked: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = weight_NK.shape
-    scale = scales(weight_NK, block, power_of_two)
+    scale = scales(weight_NK, block, power_of_two, checked)
     blocks = _blocks(weight_NK, block).float() / scale[:, None, :, None]
     codes = blocks.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(2).flatten(0, 1)
     return codes[:n, :k].contiguous(), scale
@@ -94,7 +99,7 @@ def _blocks(weight_NK: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 
 def quantize_tiles(x_RK: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
     rows, k = x_RK.shape
-    x = F.pad(x_RK.float(), (0, -k % TILE)).view(rows, -1, TILE)
+    x = F.pad(x_RK.float(), (0, -k % TILE)).reshape(rows, -1, TILE)
     scale = x.abs().amax(-1) / E4M3_MAX
     if power_of_two:
         scale = up_to_power_of_two(scale)

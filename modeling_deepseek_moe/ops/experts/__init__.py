@@ -2,7 +2,8 @@
 
 What it computes is defined in `reference`, expert by expert; `cpu` does a whole layer in one call, on weights that are
 FP8, four bits or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the layer with its gradients,
-`low_rank` the layer with an adapter's matrices next to its own.
+`low_rank` the layer with an adapter's matrices next to its own; `triton` does it on a CUDA card,
+`triton_trained` with its gradients.
 Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
@@ -13,19 +14,21 @@ from torch import nn
 from torch.func import functional_call
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, BackendError, may_use, requested_backend
 from modeling_deepseek_moe.ops._library import PLAIN
-from modeling_deepseek_moe.ops.experts import cpu
+from modeling_deepseek_moe.ops.experts import cpu, triton, unsorted
 from modeling_deepseek_moe.ops.experts.cpu import accumulate
 from modeling_deepseek_moe.ops.experts.low_rank import Codes, Copies, LowRank, Pair, Stacks, routed_low_rank
 from modeling_deepseek_moe.ops.experts.operands import STACKS, Operands, kind_of, operands, unsupported_reason
-from modeling_deepseek_moe.ops.experts.reference import Slots, run_experts
+from modeling_deepseek_moe.ops.experts.reference import Slots, counts, run_experts
 from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
+from modeling_deepseek_moe.ops.experts.triton_trained import GroupedSwiGlu
 
 __all__ = [
     "IMPLEMENTATION",
     "STACKS",
     "Copies",
+    "GroupedSwiGlu",
     "Implementations",
     "LowRank",
     "Operands",
@@ -33,6 +36,7 @@ __all__ = [
     "RoutedSwiGlu",
     "Slots",
     "accumulate",
+    "counts",
     "cpu",
     "kind_of",
     "may_run_natively",
@@ -40,6 +44,8 @@ __all__ = [
     "routed_quantized",
     "routed_swiglu",
     "run_experts",
+    "runs_on_card",
+    "triton",
     "unsupported_reason",
 ]
 
@@ -70,6 +76,17 @@ def may_run_natively(
     return may_use(CPU, reason)
 
 
+def runs_on_card(reason: str | None) -> bool:
+    """Whether the Triton kernels compute a layer of experts, which they cannot for that reason.
+
+    Raises:
+        BackendError: they were asked for by name, and cannot.
+    """
+    if reason is not None and requested_backend() == TRITON:
+        raise BackendError(f"routed experts: backend {TRITON!r} {reason}")
+    return may_use(TRITON, reason)
+
+
 def routed_swiglu(
     module: nn.Module,
     hidden_TD: torch.Tensor,
@@ -79,7 +96,8 @@ def routed_swiglu(
 ) -> torch.Tensor:
     """Stacked floating-point experts, ``[T, D]``: the ``experts_implementation`` that the family's models have by default.
 
-    The CPU engine without gradients; on a CPU with them the experts one by one; elsewhere transformers' own kernels.
+    The CPU engine without gradients; on a CPU with them the experts one by one; on a card the Triton kernels, or else
+    transformers' own.
 
     Args:
         module: a `DeepseekExperts`, or one that is parametrised.
@@ -93,6 +111,13 @@ def routed_swiglu(
         return cpu.run(hidden_TD, topk_indices, topk_weights, weights)
     dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_TD.dtype
     gate_up, down = weights.stacks[:2]
+    given, of_dtype = (hidden_TD.to(dtype), weights._replace(dtype=dtype)) if autocast else (hidden_TD, weights)
+    if runs_on_card(triton.refuses(module, of_dtype, given, topk_weights, True)) and not (
+        requested_backend() != TRITON and triton.torch_is_faster(of_dtype, given, topk_indices.numel())
+    ):
+        if triton.needs_gradients(hidden_TD, topk_weights, gate_up, down):
+            return GroupedSwiGlu.apply(given, topk_indices, topk_weights, gate_up, down)
+        return triton.run(given, topk_indices, topk_weights, of_dtype)
     if (
         device_type == "cpu"
         and not torch.compiler.is_compiling()  # how many rows an expert gets is no constant of a graph
@@ -130,6 +155,11 @@ def routed_quantized(
     weights = operands(module)
     if may_run_natively(module, weights, hidden_TD, topk_weights):
         return cpu.run(hidden_TD, topk_indices, topk_weights, weights)
+    if runs_on_card(triton.refuses(module, weights, hidden_TD, topk_weights)):
+        return triton.run(hidden_TD, topk_indices, topk_weights, weights)
+
+    if unsorted.may_run(hidden_TD, topk_weights):
+        return unsorted.run(module, hidden_TD, topk_indices, topk_weights)
 
     def expert(index: int, x_RD: torch.Tensor) -> torch.Tensor:
         return module.expert(module.matrices(index).values(), x_RD)

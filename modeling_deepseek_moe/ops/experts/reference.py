@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 
 
+def counts(values: torch.Tensor, bins: int) -> torch.Tensor:
+    """How often each of ``0 ... bins - 1`` is among integers, ``[bins]`` int64. `torch.bincount` would wait for a device."""
+    return values.new_zeros(bins, dtype=torch.int64).scatter_add_(0, values.long(), torch.ones_like(values).long())
+
+
 class Slots(NamedTuple):
     """Which token and which expert meet, in the experts' order.
 
@@ -27,8 +32,8 @@ class Slots(NamedTuple):
         order = experts.argsort(stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(experts, minlength=num_experts + 1)[:num_experts].tolist()
-        return cls(order, places.view(topk_indices.shape), counts)
+        # the one wait for a device: how many rows an expert gets is the shape of what it computes
+        return cls(order, places.view(topk_indices.shape), counts(experts, num_experts + 1)[:num_experts].tolist())
 
     def experts(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """Each expert that was hit, its rows among the slots, and their tokens ``[R]``."""

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 from modeling_deepseek_moe.ops import four_bit
-from modeling_deepseek_moe.ops._dispatch import CPU, choose
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, choose
 from modeling_deepseek_moe.ops._native import unsupported_activations
-from modeling_deepseek_moe.ops.four_bit import cpu
+from modeling_deepseek_moe.ops.four_bit import cpu, triton
 from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 Scales = torch.Tensor | four_bit.NestedScales
@@ -37,20 +37,27 @@ def linear(
         raise ValueError(f"input has {features} features, the {kind} weight [{len(codes)}, {columns}] wants {columns}")
     reason = cpu.unsupported_codes(kind, codes, scales, block) or unsupported_activations(x)
     decode = partial(four_bit.decode, block=block, kind=kind)
-    if choose("four-bit linear", {CPU: reason}) != CPU:
+    on_a_gpu = triton.unsupported_codes(kind, codes, scales, block) or triton.unsupported_linear(x)
+    backend = choose("four-bit linear", {CPU: reason, TRITON: on_a_gpu})
+    if backend == "reference":
         if isinstance(scales, four_bit.NestedScales):
             scales = four_bit.expand(scales)  # a tile's are a range of rows, and nested ones lie in runs over all
         return quantized_linear(x, codes, scales, bias, block[0], decode)
+    native = cpu if backend == CPU else triton
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     if not (torch.is_grad_enabled() and needs_grad):
-        return cpu.linear(x, codes, cpu.parts_of(scales), bias, kind)
+        return native.linear(x, codes, cpu.parts_of(scales), bias, kind)
     if isinstance(scales, four_bit.NestedScales):
         scales = four_bit.expand(scales)
 
     def run(x, codes, scales, bias):
-        return cpu.linear(x, codes, [scales], bias, kind)
+        return native.linear(x, codes, [scales], bias, kind)
 
     def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return cpu.dequantize(codes, [scales], dtype, kind) if dtype in cpu.OUTPUTS else decode(codes, scales, dtype)
+        return (
+            native.dequantize(codes, [scales], dtype, kind)
+            if dtype in native.OUTPUTS
+            else decode(codes, scales, dtype)
+        )
 
     return quantized_linear(x, codes, scales, bias, block[0], dequantize, run)

@@ -6,11 +6,15 @@ import torch
 import torch.nn.functional as F
 
 TILE_ELEMENTS = 1 << 20  # weights decoded at a time
+DEVICE_TILE_ELEMENTS = (
+    1 << 26
+)  # on an accelerator, where a launch takes as long as decoding a tile, and memory is larger than a cache
 
 
-def tiles(n: int, k: int, rows: int) -> Iterator[tuple[int, int]]:
+def tiles(n: int, k: int, rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Ranges of the N rows, whole multiples of ``rows`` each, of at most about `TILE_ELEMENTS` weights."""
-    step = max(1, TILE_ELEMENTS // max(1, k * rows)) * rows
+    elements = TILE_ELEMENTS if device.type == "cpu" else DEVICE_TILE_ELEMENTS
+    step = max(1, elements // max(1, k * rows)) * rows
     return ((start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -27,7 +31,7 @@ class QuantizedLinear(torch.autograd.Function):
         if run is not None:
             return run(x, codes, scales, bias)
         y = x.new_empty((*x.shape[:-1], len(codes)))
-        for start, end in tiles(len(codes), x.shape[-1], rows):
+        for start, end in tiles(len(codes), x.shape[-1], rows, codes.device):
             tile = decode(codes[start:end], scales[start // rows : -(-end // rows)], x.dtype)
             y[..., start:end] = F.linear(x, tile, None if bias is None else bias[start:end].to(x.dtype))
         return y
@@ -38,7 +42,7 @@ class QuantizedLinear(torch.autograd.Function):
         dx = db = None
         if ctx.needs_input_grad[0]:
             dx = dy.new_zeros((*dy.shape[:-1], ctx.features))
-            for start, end in tiles(len(codes), ctx.features, ctx.rows):
+            for start, end in tiles(len(codes), ctx.features, ctx.rows, codes.device):
                 tile = ctx.decode(codes[start:end], scales[start // ctx.rows : -(-end // ctx.rows)], dy.dtype)
                 dx += dy[..., start:end] @ tile
         if ctx.needs_input_grad[3]:

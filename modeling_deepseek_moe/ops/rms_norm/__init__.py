@@ -2,14 +2,26 @@
 
 import torch
 
-from modeling_deepseek_moe.ops._dispatch import CPU, may_use
-from modeling_deepseek_moe.ops.rms_norm import cpu, reference
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
+from modeling_deepseek_moe.ops.rms_norm import cpu, reference, triton
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x [..., D]``, ``weight [D]`` → ``[..., D]``; rounded to the dtype of ``x`` before the product with ``weight``."""
     if may_use(CPU, cpu.unsupported_reason(x, weight)):
         return cpu.rms_norm(x, weight, eps)
+    if may_use(TRITON, triton.unsupported_reason(x, weight)):
+        return triton.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x + residual``, both ``[..., D]``, and its RMSNorm."""
+    if x.shape == residual.shape and may_use(TRITON, triton.unsupported_reason(x, weight, residual)):
+        return triton.add_rms_norm(x, residual, weight, eps)
+    total = x + residual
+    return total, rms_norm(total, weight, eps)

@@ -3,9 +3,9 @@
 import torch
 
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
 from modeling_deepseek_moe.ops.linear import linear
-from modeling_deepseek_moe.ops.routing import cpu
+from modeling_deepseek_moe.ops.routing import cpu, triton
 from modeling_deepseek_moe.ops.routing.reference import Routing, choose, scores
 
 __all__ = ["Routing", "route", "scores"]
@@ -21,9 +21,14 @@ def route(
     """
     # autocast would take this matmul to bf16, and one token in twelve to other experts
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        weight_ED = weight_ED if weight_ED.dtype == torch.bfloat16 else weight_ED.float()
-        logits_TE = linear(hidden_TD.float(), weight_ED)
+        if may_use(TRITON, triton.unsupported_hidden(hidden_TD, weight_ED)):
+            logits_TE = triton.logits(hidden_TD, weight_ED)
+        else:
+            weight_ED = weight_ED if weight_ED.dtype == torch.bfloat16 else weight_ED.float()
+            logits_TE = linear(hidden_TD.float(), weight_ED)
     # fp64 is for comparing with other software, bit by bit where that routes in torch
     if may_use(CPU, _native.unsupported_activations(hidden_TD) or cpu.unsupported_reason(logits_TE)):
         return logits_TE, *cpu.route(logits_TE, bias_E, *routing)
+    if may_use(TRITON, triton.unsupported_reason(logits_TE, bias_E)):
+        return logits_TE, *triton.route(logits_TE, bias_E, *routing)
     return logits_TE, *choose(logits_TE, bias_E, routing)

@@ -4,9 +4,11 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.ops import experts
-from modeling_deepseek_moe.ops._dispatch import CPU, may_use
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
 from modeling_deepseek_moe.ops._operands import scale_of, unsupported_linear
+from modeling_deepseek_moe.ops.block_fp8 import triton as fp8
 from modeling_deepseek_moe.ops.linear import project
+from modeling_deepseek_moe.ops.swiglu import triton
 
 __all__ = ["swiglu", "unsupported_reason"]
 
@@ -18,7 +20,35 @@ def swiglu(
     layers = (gate_proj, up_proj, down_proj)
     if may_use(CPU, unsupported_reason(x, *layers, act_fn)):
         return experts.cpu.swiglu(x, *(layer.weight for layer in layers), *(scale_of(layer) for layer in layers))
-    return project(down_proj, act_fn(project(gate_proj, x)) * project(up_proj, x))
+    if may_use(TRITON, _unsupported_codes(x, gate_proj, up_proj, act_fn)):
+        return project(down_proj, fp8.gate_up(x, *_codes(gate_proj), *_codes(up_proj)))
+    gate, up = project(gate_proj, x), project(up_proj, x)
+    if experts.cpu.is_silu(act_fn) and may_use(TRITON, triton.unsupported_reason(gate, up)):
+        return project(down_proj, triton.activate(gate, up))
+    return project(down_proj, act_fn(gate) * up)
+
+
+def _codes(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.weight, scale_of(layer)
+
+
+def _unsupported_codes(x: torch.Tensor, gate_proj: nn.Module, up_proj: nn.Module, act_fn: nn.Module) -> str | None:
+    """Why gate and up, both FP8, cannot be multiplied with few rows in one kernel; ``None`` if they can."""
+    layers = gate_proj, up_proj
+    reason = next(filter(None, map(unsupported_linear, layers)), None)
+    if reason is None and any(layer.weight.dtype != fp8.FP8_DTYPE for layer in layers):
+        reason = "takes FP8 codes"
+    if reason is None and gate_proj.weight.shape != up_proj.weight.shape:
+        reason = "needs gate and up of one shape"
+    if reason is None and not experts.cpu.is_silu(act_fn):
+        reason = f"has silu for its activation function, found {type(act_fn).__name__}"
+    if reason is None and x.numel() > fp8.FEW_ROWS * x.shape[-1]:
+        reason = f"is for up to {fp8.FEW_ROWS} rows, found {x.numel() // x.shape[-1]}"
+    if reason is None and torch.is_grad_enabled() and x.requires_grad:
+        reason = "computes no gradients"
+    return reason or next(
+        filter(None, (fp8.unsupported_linear(x, layer.weight, (128, 128)) for layer in layers)), None
+    )
 
 
 def unsupported_reason(

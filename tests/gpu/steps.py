@@ -1,0 +1,130 @@
+"""What steps of whole models launch and wait for on a card: run as a program, with the guard loaded before torch is.
+
+Models have V2-Lite's or V3's dimensions, one dense layer and one or two of experts: the difference is a layer of experts.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+
+import torch
+from gpu.fake import DEVICE, Watch, card, equal_slots, fake_mode, fake_model, on_other_devices
+from transformers import DynamicCache, StaticCache
+
+from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, prepare_fp8_training
+from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.training.attach import attach_state
+
+MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+LITE = {
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "q_lora_rank": None,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+V3 = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+SMALL = LITE | {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "n_routed_experts": 8}
+CONFIGS = {"lite": (DeepseekV2Config, LITE), "small": (DeepseekV2Config, SMALL), "v3": (DeepseekV3Config, V3)}
+PROMPT = 2  # tokens that are cached before one is decoded
+
+
+def config_of(shape: str, layers: int):
+    kind, fields = CONFIGS[shape]
+    return kind(**fields, **MLA, num_hidden_layers=layers)
+
+
+def decode(model, watch: Watch, cache_class: str, rows: int = 1) -> None:
+    """One token of each row after a prompt, as `generate` asks for it."""
+    cache = DynamicCache(config=model.config)
+    if cache_class == "static":
+        cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        prefill(model, Watch(), cache, rows)
+        ids = torch.zeros(rows, 1, dtype=torch.long, device=DEVICE)
+        mask = torch.ones(rows, PROMPT + 1, dtype=torch.long, device=DEVICE)
+        positions = torch.full((rows, 1), PROMPT, device=DEVICE)
+        with watch:
+            call(model, ids, cache, attention_mask=mask, position_ids=positions)
+
+
+def prefill(model, watch: Watch, cache=None, rows: int = 1) -> None:
+    ids = torch.zeros(rows, 16 if cache is None else PROMPT, dtype=torch.long, device=DEVICE)
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    with torch.no_grad(), watch:
+        call(model, ids, cache, attention_mask=torch.ones_like(ids))
+
+
+def call(model, ids, cache, **kwargs):
+    return model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1, **kwargs)
+
+
+def train(model, watch: Watch) -> None:
+    """Forward and backward of a micro-batch."""
+    model.train()
+    ids = torch.zeros(2, 16, dtype=torch.long, device=DEVICE)
+    with watch:
+        loss = model(ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+        loss.backward()
+
+
+def train_fp8(model, watch: Watch) -> None:
+    """As `train`, with products in FP8."""
+    train(prepare_fp8_training(model), watch)
+
+
+def train_balanced(model, watch: Watch) -> None:
+    """As `train`, with the router's loads counted and a balance loss."""
+    attach_state(model).balance_alpha = 1e-4
+    train(model, watch)
+
+
+STEPS = {
+    "decode": lambda model, watch: decode(model, watch, "growing"),
+    "decode-rows": lambda model, watch: decode(model, watch, "growing", rows=8),
+    "decode-static": lambda model, watch: decode(model, watch, "static"),
+    "prefill": prefill,
+    "train": train,
+    "train-balanced": train_balanced,
+    "train-fp8": train_fp8,
+}
+WAITS = ("train-fp8",)  # steps that look at the routing on the host, once a layer
+
+
+def measure(name: str) -> dict:
+    """Of a step named ``shape/weights/step``, with ``/triton`` if that is there: launches of a layer of experts and of the rest, and what waits."""
+    shape, weights, step, *triton = name.split("/")
+    watches = []
+    for layers in (2, 3):
+        with fake_mode(), card(9, 0, triton=bool(triton)):
+            model = fake_model(config_of(shape, layers), fp8=weights == "fp8")
+            elsewhere = on_other_devices(model)
+            watch = Watch()
+            watches.append(watch)
+            try:
+                with equal_slots() if step in WAITS else nullcontext():
+                    STEPS[step](model, watch)
+            except Exception as error:
+                return {"error": f"{type(error).__name__}: {error}", **watch.told(), "elsewhere": elsewhere}
+    short, long = watches
+    return {
+        "error": None,
+        "elsewhere": elsewhere,
+        "layer": long.count - short.count,
+        "rest": 2 * short.count - long.count,
+        "kernels": dict(long.kernels - short.kernels),
+        **long.told(),
+    }
+
+
+def main() -> None:
+    json.dump({name: measure(name) for name in sys.argv[1:]}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
