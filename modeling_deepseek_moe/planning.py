@@ -11,6 +11,7 @@ from modeling_deepseek_moe.anatomy import ParameterBreakdown
 from modeling_deepseek_moe.formats import FP8, WeightFormat
 from modeling_deepseek_moe.machine import Machine
 from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.planning_drafts import ACCEPTANCE, Drafting, Read, weigh_drafts
 
 # What a process needs besides weights and cache: the interpreter with torch and transformers (0.5 GB resident), and
 # the largest passing buffers (scores and expanded keys of a prefill chunk). An estimate on the safe side.
@@ -76,6 +77,7 @@ class Plan:
     advice: tuple[str, ...]
     disk_bytes_per_second: float = DISK_EXAMPLE
     budgets: tuple[Budget, ...] = ()  # of a model that does not fit
+    drafting: Drafting | None = None  # with MTP layers, held as the first option that runs
 
     @property
     def verdict(self) -> str:
@@ -84,14 +86,21 @@ class Plan:
         return next(verdict for verdict in (IN_MEMORY, FROM_DISK, TOO_LARGE) if verdict in verdicts)
 
 
-def make_plan(breakdown: ParameterBreakdown, machine: Machine, context: int, disk: float | None = None) -> Plan:
+def make_plan(
+    breakdown: ParameterBreakdown,
+    machine: Machine,
+    context: int,
+    disk: float | None = None,
+    acceptance: float = ACCEPTANCE,
+) -> Plan:
     """Weigh every way to run a model of this breakdown on this machine with ``context`` tokens in the cache.
 
     Args:
         disk: bytes per second that a disk gives; `DISK_EXAMPLE` if no one knows.
+        acceptance: the share of MTP drafts that are taken to be right.
 
     Raises:
-        ValueError: ``context`` or ``disk`` is not positive.
+        ValueError: ``context`` or ``disk`` is not positive, or ``acceptance`` no probability.
     """
     if context < 1:
         raise ValueError(f"context={context} must be at least 1")
@@ -111,7 +120,33 @@ def make_plan(breakdown: ParameterBreakdown, machine: Machine, context: int, dis
         advice=tuple(_advice(breakdown, options, machine)),
         disk_bytes_per_second=disk,
         budgets=tuple(_budgets(breakdown, machine, context, options, disk)),
+        drafting=_drafting(breakdown, machine, context, options, disk, acceptance),
     )
+
+
+def _drafting(
+    breakdown: ParameterBreakdown,
+    machine: Machine,
+    context: int,
+    options: tuple[Option, ...],
+    disk: float,
+    acceptance: float,
+) -> Drafting | None:
+    """Of the first option that runs."""
+    option = next((option for option in options if option.verdict != TOO_LARGE), None)
+    if option is None:
+        return None
+    forms = {form.name: form for form in (breakdown.weight_format, FP8) if form}
+    form = forms.get(option.weights)
+    routed = breakdown.active["routed experts"].nbytes(form)
+    missing = option.disk_bytes_per_token / routed if routed else 0.0
+
+    def seconds(read: Read) -> float:
+        """In memory one for each byte: only a ratio is asked for."""
+        taken = _seconds(read.nbytes, machine, read.missed, disk) if missing else None
+        return read.nbytes if taken is None else taken
+
+    return weigh_drafts(breakdown, form, breakdown.cache_bytes(context), missing, seconds, acceptance)
 
 
 def _budgets(

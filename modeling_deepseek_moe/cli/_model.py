@@ -332,7 +332,9 @@ class Meter(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         if not self.times:
             self.prompt_tokens = value.numel()
-        self.times.append(time.perf_counter())
+            self.times.append(time.perf_counter())
+        else:
+            self.times += [time.perf_counter()] * value.numel()  # several where drafts were accepted
         self.streamer.put(value)
 
     def end(self) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from modeling_deepseek_moe.config import DeepseekMoeConfig
+
 ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What a part's layers are called in an adapter, by the end of their paths: a bare gate_proj stands for the routed experts.
@@ -83,6 +85,20 @@ def parse_targets(text: str) -> tuple[str, ...]:
             f"({', '.join(NAMES)}), divided by commas"
         )
     return names
+
+
+def check_rank(options: LoraOptions, config: DeepseekMoeConfig) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ValueError: a rank that a routed expert's matrix, which is to be adapted, does not have.
+    """
+    most = min(config.hidden_size, config.moe_intermediate_size) if config.n_routed_experts else options.rank
+    if options.rank > most and not {ALL, "experts"}.isdisjoint(parse_targets(options.lora_targets or ALL)):
+        raise ValueError(
+            f"lora_rank: found {options.rank}, wanted at most {most}: the matrix of a routed expert is {config.hidden_size} × "
+            f"{config.moe_intermediate_size}; or lora_targets without experts"
+        )
 
 
 def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:

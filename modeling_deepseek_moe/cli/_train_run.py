@@ -19,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_deepseek_moe.cli._console import count, stderr, stdout
 from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import Collator, Rows, load_documents, pack
-from modeling_deepseek_moe.cli._train_lora import add_adapter, four_bit
+from modeling_deepseek_moe.cli._train_lora import add_adapter, check_rank, four_bit
 from modeling_deepseek_moe.cli._train_options import RunOptions, checkpoint_to_resume, read_options
 from modeling_deepseek_moe.config import own_format
 from modeling_deepseek_moe.formats import WeightFormat
@@ -78,6 +78,8 @@ def make_callbacks(options: RunOptions, model: PreTrainedModel) -> list[TrainerC
 def run(recipe: Path | None, arguments: list[str]) -> None:
     """The whole command."""
     options, training = read_options(recipe, arguments)
+    if options.trains_adapter:
+        check_rank(options, AutoConfig.from_pretrained(options.model))
     set_seed(training.seed)
     tokenizer = load_tokenizer(Path(options.tokenizer or options.model), options.trust_remote_code)
     resume = checkpoint_to_resume(training, options.trains_adapter)

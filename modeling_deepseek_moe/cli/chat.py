@@ -11,7 +11,7 @@ from rich.markup import escape
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseek_moe.chat_template import check_arguments
-from modeling_deepseek_moe.cli import _model
+from modeling_deepseek_moe.cli import _model, _mtp
 from modeling_deepseek_moe.cli._console import plural, stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
 
@@ -27,9 +27,11 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         settings: GenerationConfig,
         arguments: dict | None = None,
+        use_mtp: dict[str, int | str] | None = None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.arguments = arguments or {}  # the chat template's own
+        self.use_mtp = use_mtp or {}
         self.system: str | None = None
         self.reset()
 
@@ -70,6 +72,7 @@ class Conversation:
                 generation_config=self.settings,
                 **{CACHE_NAME: self.cache},
                 streamer=meter,
+                **self.use_mtp,
             )
         except BaseException:
             self._forget()  # layers may have got different numbers of tokens
@@ -105,6 +108,8 @@ def chat(
     attention: _model.AttentionOption = None,
     device: _model.DeviceOption = "auto",
     expert_memory: _model.ExpertMemoryOption = None,
+    mtp: _mtp.MtpOption = False,
+    drafts: _mtp.DraftsOption = None,
     stats: _model.StatsOption = False,
 ) -> None:
     """Talk to a model, in the chat template of its tokenizer.
@@ -118,6 +123,7 @@ def chat(
       [cyan]deepseek-moe chat -m DeepSeek-V3 --system "Answer in French." --temperature 0.6[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3.1 --template-args '{"thinking": true}'[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --expert-memory 16GB --stats[/]
+      [cyan]deepseek-moe chat -m DeepSeek-V3 --mtp[/]
       [cyan]printf 'Hi!\\nAnd in German?\\n' | deepseek-moe chat -m DeepSeek-V3[/]
     """
     model = _model.folder_or_tiny(model)
@@ -129,12 +135,13 @@ def chat(
         )
     arguments = _model.read_template_arguments(template_args) or {}
     check_arguments(tokenizer, arguments)
+    use_mtp = _mtp.asked(model, mtp, drafts, adapter)
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
     loaded = _model.load_model(model, **how, expert_memory=expert_memory, adapter=adapter)
     settings = _model.generation_settings(loaded, max_new_tokens, temperature, top_p, top_k)
     if seed is not None:
         torch.manual_seed(seed)
-    conversation = Conversation(loaded, tokenizer, settings, arguments)
+    conversation = Conversation(loaded, tokenizer, settings, arguments, use_mtp)
     conversation.system = system
     conversation.reset()
     _converse(conversation, stats)
@@ -178,6 +185,8 @@ def _turn(conversation: Conversation, text: str, interactive: bool, stats: bool)
         console.print(f"[bold red]error:[/] {escape(str(error))}")
     else:
         console.print(f"[dim]{meter.summary(conversation.cache)}[/]", soft_wrap=True)
+        if conversation.use_mtp:
+            console.print(f"[dim]{_mtp.summary(conversation.model)}[/]", soft_wrap=True)
         if stats:
             console.print(f"[dim]{_model.expert_summary(conversation.model, meter)}[/]", soft_wrap=True)
 

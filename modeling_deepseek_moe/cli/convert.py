@@ -58,6 +58,14 @@ KeepOption = Annotated[
 KeepFp8Option = Annotated[
     str | None, typer.Option(help="to-4bit --format int4: parts that stay in FP8, likewise.", show_default=False)
 ]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        help="to-4bit: fp8 or 4bit, bf16-to-fp8: fp8, for lm_head too, which releases keep in bf16: a third of what "
+        "a small model reads for a token.",
+        show_default=False,
+    ),
+]
 TextOption = Annotated[
     Path | None,
     typer.Option(
@@ -100,6 +108,7 @@ def convert(
     mtp_from: MtpFromOption = None,
     keep: KeepOption = None,
     keep_fp8: KeepFp8Option = None,
+    head: HeadOption = None,
     text: TextOption = None,
     sha256: Sha256Option = None,
     check: CheckOption = None,
@@ -124,7 +133,7 @@ def convert(
 
     adapters, weights = tuple(adapter or ()) or None, tuple(weight or ()) or None
     sizes = max_shard_size, dtype, scales_from, format, world_size
-    options = Options(*sizes, adapters, weights, action, mtp_from, keep, keep_fp8)
+    options = Options(*sizes, adapters, weights, action, mtp_from, keep, keep_fp8, head)
     _table.check_options(name, options)
     _refuse_useless(name, out, dry_run, sha256 or check, text)
     if name == "verify":

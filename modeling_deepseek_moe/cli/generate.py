@@ -11,7 +11,7 @@ import torch
 import typer
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from modeling_deepseek_moe.cli import _model
+from modeling_deepseek_moe.cli import _model, _mtp
 from modeling_deepseek_moe.cli._console import stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.tokens import encode_text
@@ -40,26 +40,27 @@ def generate(
     attention: _model.AttentionOption = None,
     device: _model.DeviceOption = "auto",
     expert_memory: _model.ExpertMemoryOption = None,
+    mtp: _mtp.MtpOption = False,
+    drafts: _mtp.DraftsOption = None,
     stats: _model.StatsOption = False,
 ) -> None:
     """Continue a text with a model, word by word as it is made.
 
-    The text goes to stdout, figures (tokens, tokens per second, cache) to stderr. For a conversation see "chat".
-    On a CPU, the FP8 experts of a model larger than memory are read from the disk as they are needed.
-
-    Without a prompt it answers a small question; FOLDER in the prompt's place is --model FOLDER.
+    The text goes to stdout, figures (tokens, tokens per second, cache) to stderr. For a conversation see "chat". On a
+    CPU, experts of a model larger than memory are read from the disk as they are needed. Without a prompt it answers a small question; FOLDER in the prompt's place is --model FOLDER.
 
     Examples:
       [cyan]deepseek-moe generate[/]
       [cyan]deepseek-moe generate --model DeepSeek-V2-Lite "Once upon a time" --temperature 0[/]
       [cyan]deepseek-moe generate -m DeepSeek-V3 -n 64 --seed 7 < prompt.txt > answer.txt[/]
-      [cyan]deepseek-moe generate -m DeepSeek-V3 "Once" -n 16 --expert-memory 16GB --stats[/]
+      [cyan]deepseek-moe generate -m DeepSeek-V3 "Once" --mtp --expert-memory 16GB --stats[/]
       [cyan]deepseek-moe generate -m no-tokenizer-here --token-ids 0,1,2[/]
     """
     if model is None and prompt is not None and (Path(prompt) / "config.json").is_file():
         model, prompt = Path(prompt), None
     model = _model.folder_or_tiny(model)
     tokenizer, input_ids = _prompt(model, prompt, token_ids, trust_remote_code)
+    use_mtp = _mtp.asked(model, mtp, drafts, adapter)
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
     loaded = _model.load_model(model, **how, expert_memory=expert_memory, adapter=adapter)
     _check_ids(input_ids, loaded.config.vocab_size)
@@ -75,10 +76,17 @@ def generate(
         generation_config=settings,
         **{CACHE_NAME: cache},
         streamer=meter,
+        **use_mtp,
     )
-    stderr().print(f"[dim]{meter.summary(cache)}[/]", soft_wrap=True)
-    if stats:
-        stderr().print(f"[dim]{_model.expert_summary(loaded, meter)}[/]", soft_wrap=True)
+    _summarise(loaded, meter, cache, with_drafts=bool(use_mtp), with_experts=stats)
+
+
+def _summarise(model, meter: _model.Meter, cache: DynamicCache, with_drafts: bool, with_experts: bool) -> None:
+    lines = [meter.summary(cache)]
+    lines += [_mtp.summary(model)] if with_drafts else []
+    lines += [_model.expert_summary(model, meter)] if with_experts else []
+    for line in lines:
+        stderr().print(f"[dim]{line}[/]", soft_wrap=True)
 
 
 def _prompt(folder: Path, prompt: str | None, token_ids: str | None, trust_remote_code: bool):

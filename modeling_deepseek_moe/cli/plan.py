@@ -11,7 +11,7 @@ from rich.table import Table
 
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.writer import parse_size
-from modeling_deepseek_moe.cli import _plan_train
+from modeling_deepseek_moe.cli import _plan_gpu, _plan_train
 from modeling_deepseek_moe.cli._console import plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.cli._model import SHIPPED, folder_or_tiny
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
@@ -25,6 +25,7 @@ from modeling_deepseek_moe.planning import (
     Plan,
     make_plan,
 )
+from modeling_deepseek_moe.planning_drafts import ACCEPTANCE, Drafting
 
 DEFAULT_CONTEXT = 8192
 STYLES = {IN_MEMORY: "green", FROM_DISK: "yellow", TOO_LARGE: "red"}
@@ -40,6 +41,9 @@ DiskSpeedOption = Annotated[
         show_default="measured if the weights are there, else 2GB",
     ),
 ]
+AcceptanceOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Of MTP drafts: the share that turns out right (generate --mtp tells).")
+]
 
 
 def plan(
@@ -48,6 +52,10 @@ def plan(
     ] = None,
     context: ContextOption = None,
     disk_speed: DiskSpeedOption = None,
+    acceptance: AcceptanceOption = ACCEPTANCE,
+    gpu: _plan_gpu.MemoryOption = None,
+    gpu_speed: _plan_gpu.SpeedOption = None,
+    link_speed: _plan_gpu.LinkOption = None,
     train: _plan_train.TrainOption = None,
     lora_rank: _plan_train.RankOption = None,
     batch_size: _plan_train.BatchSizeOption = None,
@@ -66,9 +74,8 @@ def plan(
 
     Examples:
       [cyan]hf download deepseek-ai/DeepSeek-V3 config.json --local-dir DeepSeek-V3[/]
-      [cyan]deepseek-moe plan DeepSeek-V3[/]
-      [cyan]deepseek-moe plan DeepSeek-V3/config.json --context 131072[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --disk-speed 7GB[/]
+      [cyan]deepseek-moe plan DeepSeek-V3 --gpu 24GB --gpu-speed 930GB --link-speed 25GB[/]
       [cyan]deepseek-moe plan DeepSeek-V2-Lite --train qlora --batch-size 1 --gradient-checkpointing[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --json | jq .verdict[/]
     """
@@ -76,9 +83,8 @@ def plan(
     given = None if disk_speed is None else parse_size(disk_speed)
     config = read_config(path)
     options = {"rank": lora_rank, "batch_size": batch_size, "seq_length": seq_length, "optim": optim}
-    setup = _plan_train.read_setup(
-        config, train, train_dtype, **options, gradient_checkpointing=gradient_checkpointing
-    )
+    options["gradient_checkpointing"] = gradient_checkpointing
+    setup = _plan_train.read_setup(config, train, train_dtype, **options)
     if setup is not None:
         _plan_train.plan_training(config, setup, as_json)
         return
@@ -87,19 +93,24 @@ def plan(
         machine = probe_machine()
     measured = measure_disk(path) if given is None else None
     disk = measured.bytes_per_second if measured else given
-    made = make_plan(breakdown, machine, context or min(DEFAULT_CONTEXT, config.max_position_embeddings), disk)
+    context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
+    made = make_plan(breakdown, machine, context, disk, acceptance)
+    splits = _plan_gpu.splits(config, breakdown, made, gpu, gpu_speed, link_speed)
     if as_json:
         fields = {"architecture": describe(config), "parameters": parameters_dict(breakdown), "verdict": made.verdict}
-        print_json(fields | asdict(made))
+        print_json(fields | asdict(made) | {"gpu_and_cpu": [asdict(split) for split in splits]})
         return
     console = stdout()
     show_architecture(describe(config), breakdown, console)
     console.print()
     _show(made, breakdown, "measured now" if measured else "assumed" if given is None else "as given", console)
-    if made.context > config.max_position_embeddings:
-        console.print(
-            f"[yellow]{made.context:,} tokens are more than the model's {config.max_position_embeddings:,}.[/]"
-        )
+    _plan_gpu.show(splits, console)
+    _warn_of_length(made.context, config.max_position_embeddings, console)
+
+
+def _warn_of_length(context: int, most: int, console: Console) -> None:
+    if context > most:
+        console.print(f"[yellow]{context:,} tokens are more than the model's {most:,}.[/]")
 
 
 def _existing(path: Path) -> Path:
@@ -159,6 +170,20 @@ def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console
         _show_budgets(made, disk, console)
     for line in made.advice:
         console.print(line)
+    if made.drafting is not None:
+        console.print(_mtp_line(made.drafting))
+
+
+def _mtp_line(found: Drafting) -> str:
+    """What a step of MTP decoding costs and gives, and from which acceptance on it pays."""
+    drafts = plural(found.drafts, "draft")
+    read = f"a step of {drafts} reads {size(found.verify_bytes + found.draft_bytes)} and takes {found.cost:.2f} × a token's time"
+    gives = f"for {found.tokens_per_step:.2f} tokens at an acceptance of {found.acceptance:.2f}: × {found.speedup:.2f}"
+    if found.break_even is None:
+        ends = "It would not pay even if every draft were right"
+    else:
+        ends = f"It pays above an acceptance of {found.break_even:.2f}" + ("" if found.pays else ", so not here")
+    return f"MTP (generate --mtp): {read}, {gives}. {ends}."
 
 
 def _show_budgets(made: Plan, disk: str, console: Console) -> None:

@@ -1,0 +1,193 @@
+"""The loop: draft, verify in one pass, keep what stands; rows of a batch go on at their own pace.
+
+A step of k drafted tokens runs the model over k + 1 tokens a row, which the kernels for few tokens compute, and gives
+one to k + 1. How many tokens a step drafts shrinks where the rows' longest end is near.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.decoding.choose import Choice
+from modeling_deepseek_moe.decoding.columns import Columns
+from modeling_deepseek_moe.decoding.draft import MtpDraft
+from modeling_deepseek_moe.decoding.rows import Rows
+from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling
+from modeling_deepseek_moe.ops.linear import project
+
+
+@dataclass
+class MtpStats:
+    """What a run came to. ``accepted`` of ``drafted`` tokens stood; ``steps`` passes of the model gave ``tokens``, row by row."""
+
+    steps: int = 0
+    row_steps: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Of a row that is still being written."""
+        return self.tokens / self.row_steps if self.row_steps else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class Decoding:
+    """One call of ``generate``."""
+
+    def __init__(self, model: nn.Module, rows: Rows, main: Columns, draft: MtpDraft, samples: bool, choice: Choice):
+        self.model, self.rows, self.main, self.draft = model, rows, main, draft
+        self.samples, self.choice, self.stats = samples, choice, MtpStats()
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def read(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """One pass of the model: the hidden states ``[B, q, D]`` of new tokens ``[B, q]``."""
+        new = input_ids.shape[1]
+        mask = self.main.mask(new)
+        if mask is not None:
+            mask = mask.to(input_ids.device)
+        outputs = self.model.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=self.main.positions(new),
+            use_cache=True,
+            **{CACHE_NAME: self.main.cache},
+        )
+        return outputs.last_hidden_state
+
+    def first(self, input_ids: torch.Tensor, put: Callable) -> None:
+        """Read the prompt, and say the first token."""
+        hidden = self.read(input_ids)
+        batch, length = input_ids.shape
+        counts = torch.full((batch,), length, device=input_ids.device)
+        self.main.keep(counts, length)
+        token = self._pick(self.rows.process(self._logits(hidden[:, -1]), []))
+        following = torch.cat((input_ids[:, 1:], token[:, None]), dim=1)
+        self._pending.append((hidden, following, counts))
+        for row in range(batch):
+            put(row, self.rows.add(row, [int(token[row])]))
+
+    def step(self, count: int, put: Callable) -> None:
+        """Draft ``count`` tokens a row, verify them, and keep what stands."""
+        last = self.rows.last
+        drafted, probabilities = self._drafted(count)
+        hidden = self.read(torch.cat((last, *(token[:, None] for token in drafted)), dim=1))
+        logits = self._logits(hidden)
+        scores = torch.stack([self.rows.process(logits[:, i], drafted[:i]) for i in range(count + 1)], dim=1)
+        tokens = torch.stack(drafted, dim=1) if drafted else last[:, :0]
+        if not self.samples:
+            accepted, after = accept_greedily(scores, tokens)
+        elif drafted:
+            accepted, after = accept_sampling(scores, tokens, torch.stack(probabilities, dim=1))
+        else:
+            accepted, after = torch.zeros_like(last[:, 0]), self._pick(scores[:, 0])
+        counts = accepted + 1
+        new = torch.cat((tokens, after[:, None]), dim=1).scatter(1, accepted[:, None], after[:, None])
+        self.main.keep(counts, count + 1)
+        width = int(counts.max())
+        self._pending.append((hidden[:, :width], new[:, :width], counts))
+        self._write(new.tolist(), counts.tolist(), count, put)
+
+    def _write(self, tokens: list[list[int]], counts: list[int], drafted: int, put: Callable) -> None:
+        self.stats.steps += 1
+        for row, count in enumerate(counts):
+            added = self.rows.add(row, tokens[row][:count])
+            if added:
+                put(row, added)
+                self.stats.row_steps += 1
+                self.stats.tokens += len(added)
+                self.stats.drafted += drafted
+                self.stats.accepted += count - 1
+
+    def _drafted(self, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        if not count:
+            return [], []
+        probabilities: list[torch.Tensor] = []
+
+        def choose(logits: torch.Tensor, ahead: list[torch.Tensor]) -> torch.Tensor:
+            scores = self.rows.process(logits, ahead)
+            if not self.samples:
+                return scores.argmax(dim=-1)
+            probabilities.append(scores.softmax(dim=-1))
+            return torch.multinomial(probabilities[-1], 1)[:, 0]
+
+        hidden, tokens, counts = _joined(self._pending)
+        self._pending.clear()
+        self.draft.count = count
+        return list(self.draft.propose(hidden, tokens, counts, choose)), probabilities
+
+    def _pick(self, scores: torch.Tensor) -> torch.Tensor:
+        if not self.samples:
+            return scores.argmax(dim=-1)
+        return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return project(self.model.lm_head, hidden)
+
+
+def _joined(pending: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Steps that were not drafted for, one after the other: of these a row accepted one token each."""
+    hidden, tokens, counts = zip(*pending, strict=True)
+    if len(pending) == 1:
+        return pending[0]
+    return torch.cat(hidden, dim=1), torch.cat(tokens, dim=1), torch.stack(counts).sum(0)
+
+
+def decode(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    drafts: int,
+    is_automatic: bool,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer=None,
+    **model_kwargs,
+) -> tuple[torch.Tensor, MtpStats, object]:
+    """A `transformers` decoding method.
+
+    Args:
+        drafts: tokens that a step drafts at most.
+        is_automatic: stop drafting where it takes longer than it saves.
+
+    Returns:
+        Tokens ``[B, T]``, what it came to, and the cache.
+    """
+    cache = model_kwargs[CACHE_NAME]
+    batch, device = len(input_ids), input_ids.device
+    past = int(cache.get_seq_length())
+    mask = model_kwargs.get("attention_mask")
+    padding = None if mask is None else mask.bool()
+    pad = generation_config._pad_token_tensor
+    limit = generation_config.max_length
+    pad = None if pad is None else int(pad)
+    rows = Rows(input_ids, limit, pad, logits_processor, stopping_criteria, drafts + 1)
+    main = Columns(cache, batch, device, padding)
+    draft = MtpDraft(model, drafts, batch, None if padding is None else padding[:, past:])
+    decoding = Decoding(model, rows, main, draft, bool(generation_config.do_sample), Choice(drafts, is_automatic))
+    put = partial(_put, streamer)
+    decoding.first(input_ids[:, past:], put)
+    while not rows.is_finished:
+        # the cache has a column for each token but the last
+        room = limit - 1 - main.length - 1
+        with decoding.choice.step(min(drafts, max(0, room)), decoding.stats) as count:
+            decoding.step(count, put)
+    if streamer is not None:
+        streamer.end()
+    return rows.result(), decoding.stats, cache
+
+
+def _put(streamer, row: int, tokens: list[int]) -> None:
+    if streamer is not None:
+        for token in tokens:
+            streamer.put(torch.tensor([token]))

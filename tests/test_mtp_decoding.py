@@ -1,0 +1,289 @@
+"""``generate(use_mtp=...)``: the model's own text, in fewer passes."""
+
+import pytest
+import torch
+from releases import SHAPES
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    FineGrainedFP8Config,
+    GenerationConfig,
+    TextStreamer,
+)
+
+import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.decoding.choose import DRAFTED_STEPS, PLAIN_STEPS, Choice
+from modeling_deepseek_moe.decoding.loop import MtpStats
+from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling
+from modeling_deepseek_moe.tiny.corpus import FAMILIES
+from modeling_deepseek_moe.tiny.score import held_out
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(dsm.tiny_checkpoint(), padding_side="left")
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp8"])
+def model(request):
+    """The shipped checkpoint: its FP8 codes mapped as they are, or dequantised."""
+    settings = {"dtype": torch.float32}
+    if request.param == "fp32":
+        settings["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(dsm.tiny_checkpoint(), **settings).eval()
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Random weights, three MTP layers: drafts are as good as guesses."""
+    torch.manual_seed(0)
+    config = SHAPES["v3-mtp"]()
+    config.num_nextn_predict_layers = 3
+    return dsm.DeepseekV3ForCausalLM(config).eval()
+
+
+def prompts(tokenizer, count: int) -> list[str]:
+    problems = [problem for family in FAMILIES for problem in held_out(family, count)]
+    return [
+        tokenizer.apply_chat_template(p.messages[:-1], tokenize=False, add_generation_prompt=True) for p in problems
+    ]
+
+
+def encoded(tokenizer, texts: list[str]):
+    return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+
+
+def noise(batch: int, length: int, vocabulary: int, padded: bool = True) -> dict[str, torch.Tensor]:
+    """Rows of random tokens, which no draft foresees, and where it is wrong at other times in each row."""
+    generator = torch.Generator().manual_seed(batch * 100 + length)
+    ids = torch.randint(3, vocabulary, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(batch if padded else 0):
+        mask[row, : row % (length - 1)] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def same(model, inputs, **settings) -> tuple[torch.Tensor, MtpStats]:
+    settings = {"max_new_tokens": LENGTH, "do_sample": False} | settings
+    wanted = model.generate(**inputs, **{name: value for name, value in settings.items() if name != "use_mtp"})
+    found = model.generate(**inputs, **{"use_mtp": True} | settings)
+    assert torch.equal(wanted, found)
+    return found, model.mtp_stats
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_two_tokens_a_pass_and_the_same_text(model, tokenizer, batch):
+    texts, stats = prompts(tokenizer, 8), []
+    for start in range(0, 16, batch):
+        stats.append(same(model, encoded(tokenizer, texts[start : start + batch]))[1])
+    tokens, passes = (sum(getattr(s, name) for s in stats) for name in ("tokens", "row_steps"))
+    assert tokens / passes >= 1.8
+    assert all(s.acceptance >= 0.8 and s.steps >= s.tokens / batch / 2 for s in stats)
+
+
+@pytest.mark.long
+def test_the_same_text_of_200_prompts(model, tokenizer):
+    texts = prompts(tokenizer, 40)[:200]
+    assert len(texts) == 200
+    for batch in (1, 8):
+        for start in range(0, 200, batch):
+            same(model, encoded(tokenizer, texts[start : start + batch]), max_new_tokens=48)
+
+
+@pytest.mark.parametrize("drafts", [True, 2, 5])
+@pytest.mark.parametrize("batch", [3, 9])
+def test_rows_that_accept_unlike_numbers(model, batch, drafts):
+    _, stats = same(model, noise(batch, 12, 657), use_mtp=drafts, eos_token_id=None)
+    assert stats.tokens == batch * (LENGTH - 1) and 0 < stats.accepted < stats.drafted
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 3, 5])
+def test_any_depth(deep, drafts):
+    """Layers beyond the first read drafted tokens, and those again that were accepted."""
+    for batch, length in ((1, 1), (1, 9), (5, 9)):
+        same(deep, noise(batch, length, 60, padded=length > 1), use_mtp=drafts, eos_token_id=None)
+
+
+def test_layers_see_what_training_has_them_see(deep):
+    """Where drafts are always right, the draft of every depth is what that layer says over the whole text at once."""
+    ids = noise(1, 30, 60, padded=False)["input_ids"]
+    with torch.no_grad():
+        hidden = deep.model(ids[:, :-3]).last_hidden_state
+        wanted, state = [], hidden
+        for depth in range(3):
+            logits, state = deep.mtp_logits(depth, ids[:, 1 + depth : 28 + depth], state)
+            wanted.append(logits[0])
+        from modeling_deepseek_moe.decoding.draft import MtpDraft
+
+        draft, seen = MtpDraft(deep, 3, 1, None), []
+        start = 0
+        for width in (6, 1, 3, 2, 4, 1):
+            given = iter(range(3))
+
+            def follow(logits, ahead, end=start + width, given=given):
+                depth = next(given)
+                seen.append((depth, end - 1, logits[0]))
+                return ids[:, end + 1 + depth]
+
+            stop = start + width
+            list(draft.propose(hidden[:, start:stop], ids[:, start + 1 : stop + 1], torch.tensor([width]), follow))
+            start = stop
+    for depth, position, logits in seen:
+        torch.testing.assert_close(logits, wanted[depth][position], rtol=1e-4, atol=1e-4)
+
+
+def test_caches(model, tokenizer):
+    inputs = encoded(tokenizer, prompts(tokenizer, 1)[:3])
+    same(model, inputs, cache_implementation="static")
+    wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+    cache = DynamicCache(config=model.config)
+    one = encoded(tokenizer, prompts(tokenizer, 1)[:1])
+    found = model.generate(
+        **one, max_new_tokens=8, do_sample=False, use_mtp=True, return_dict_in_generate=True, **{CACHE_NAME: cache}
+    )
+    assert cache.get_seq_length() >= found.sequences.shape[1] - 1 and getattr(found, CACHE_NAME) is cache
+    assert cache.layers[0].keys.shape[2] == cache.get_seq_length()
+    # a second call goes on from what is cached
+    mask = torch.ones_like(found.sequences)
+    again = model.generate(
+        found.sequences, attention_mask=mask, max_new_tokens=4, do_sample=False, use_mtp=True, **{CACHE_NAME: cache}
+    )
+    assert torch.equal(again, model.generate(found.sequences, attention_mask=mask, max_new_tokens=4, do_sample=False))
+    assert wanted.shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 20},
+        {"stop_strings": ["is ", "."]},
+        {"eos_token_id": [1, 275, 16]},
+        {"stop_strings": ["5"], "eos_token_id": None},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+    ],
+    ids=str,
+)
+def test_settings_of_generate(model, tokenizer, settings):
+    if "stop_strings" in settings:
+        settings = settings | {"tokenizer": tokenizer}
+    for use_mtp in (True, 3):
+        same(model, encoded(tokenizer, prompts(tokenizer, 1)[:4]), use_mtp=use_mtp, **settings)
+
+
+def test_streams_experts(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(dsm.tiny_checkpoint(), dtype=torch.float32)
+    inputs = encoded(tokenizer, prompts(tokenizer, 1)[:1])
+    wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+    model.set_expert_memory("2MB")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, use_mtp=True), wanted)
+    assert model.expert_stats().bytes_read > 0
+
+
+def test_streamers_get_each_token_once(model, tokenizer, capsys):
+    inputs = encoded(tokenizer, prompts(tokenizer, 1)[:1])
+    made = [
+        (
+            model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, streamer=TextStreamer(tokenizer), **more),
+            capsys.readouterr().out,
+        )[1]
+        for more in ({}, {"use_mtp": True})
+    ]
+    assert made[0] == made[1] != ""
+
+
+def test_greedy_takes_first_choices():
+    scores = torch.tensor([[[0.0, 1, 0], [2, 1, 0], [0, 0, 3]], [[0.0, 1, 0], [2, 1, 0], [0, 0, 3]]])
+    accepted, after = accept_greedily(scores, torch.tensor([[1, 0], [1, 2]]))
+    assert accepted.tolist() == [2, 1] and after.tolist() == [2, 0]
+
+
+def test_sampled_tokens_have_the_models_distribution():
+    """Two tokens in a row, whatever they were drafted from: chi-square of their 16 pairs."""
+    torch.manual_seed(1)
+    count, vocabulary = 60000, 4
+    p = torch.randn(3, vocabulary).mul(1.5).softmax(-1)
+    q = torch.randn(2, vocabulary).mul(1.5).softmax(-1)
+    drafted = torch.stack([torch.multinomial(row, count, replacement=True) for row in q], dim=1)
+    accepted, after = accept_sampling(p.log().expand(count, -1, -1), drafted, q.expand(count, -1, -1))
+    first = torch.where(accepted > 0, drafted[:, 0], after)
+    two = accepted > 0  # whose second token is known too
+    second = torch.where(accepted > 1, drafted[:, 1], after)
+    for tokens, wanted in ((first, p[0]), (second[two], p[1]), (after[accepted == 2], p[2])):
+        found = torch.bincount(tokens, minlength=vocabulary).double()
+        expected = wanted.double() * len(tokens)
+        assert ((found - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of a chi-square of 3 degrees
+    # and most drafts stand that may: Σ min(p, q)
+    assert abs((accepted > 0).double().mean() - torch.minimum(p[0], q[0]).sum()) < 0.01
+
+
+def test_sampling_a_model(model, tokenizer):
+    """The second token, which is drafted, over many rows: as often as the model alone says it."""
+    inputs = encoded(tokenizer, [prompts(tokenizer, 1)[0]] * 500)
+    settings = {"max_new_tokens": 3, "do_sample": True, "temperature": 3.0, "top_k": 4, "eos_token_id": None}
+    torch.manual_seed(2)
+    plain, mtp = (model.generate(**inputs, **settings, **more)[:, -2:] for more in ({}, {"use_mtp": True}))
+    assert 0 < model.mtp_stats.accepted < model.mtp_stats.drafted
+    for column in range(2):
+        counts = [torch.bincount(rows[:, column], minlength=657).double() for rows in (plain, mtp)]
+        both = counts[0] + counts[1]
+        common = both >= 10
+        # 0.1 % of chi-squares of few tokens lie above
+        statistic = ((counts[0] - counts[1])[common] ** 2 / both[common]).sum()
+        assert statistic < 2.5 * common.sum() + 20
+
+
+def test_automatic_choice_goes_by_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("modeling_deepseek_moe.decoding.choose.time.perf_counter", lambda: now[0])
+    for seconds, pays in ((1.5, True), (2.5, False)):
+        choice, stats, drafted = Choice(1, True), MtpStats(), []
+        for _ in range(PLAIN_STEPS + DRAFTED_STEPS + 4):
+            with choice.step(1, stats) as count:
+                now[0] += seconds if count else 1.0
+                stats.tokens, stats.row_steps = stats.tokens + 1 + count, stats.row_steps + 1
+            drafted.append(count)
+        assert choice.pays is pays
+        assert drafted == [0] * PLAIN_STEPS + [1] * DRAFTED_STEPS + [int(pays)] * 4
+
+
+def test_automatic_text_is_the_same(model, tokenizer):
+    same(model, encoded(tokenizer, prompts(tokenizer, 1)[:3]), use_mtp="auto", max_new_tokens=40)
+
+
+def test_by_the_generation_config(model, tokenizer):
+    inputs = encoded(tokenizer, prompts(tokenizer, 1)[:1])
+    config = GenerationConfig(max_new_tokens=LENGTH, do_sample=False, use_mtp=True, eos_token_id=1, pad_token_id=2)
+    wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+    assert torch.equal(model.generate(**inputs, generation_config=config), wanted)
+    samples = model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=3, use_mtp=True)
+    assert samples.shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_mtp": 0.5}, "use_mtp=0.5 is not one of True, 'auto', a number"),
+        ({"use_mtp": -1}, "use_mtp=-1 is not one of"),
+        ({"use_mtp": True, "num_beams": 2}, "num_beams=2 does not go with it"),
+        ({"use_mtp": True, "output_scores": True}, "output_scores=True does not go with it"),
+        ({"use_mtp": True, "prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 does not go with it"),
+        ({"use_mtp": True, "use_cache": False}, "use_cache=False does not go with it"),
+    ],
+)
+def test_what_cannot_be_is_refused(model, settings, said):
+    with pytest.raises(ValueError, match=said):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, **settings)
+
+
+def test_a_model_without_layers_is_refused():
+    model = dsm.DeepseekV3ForCausalLM(SHAPES["v3"]())
+    with pytest.raises(
+        ValueError, match=r"use_mtp=True: found a model without MTP layers .*convert mtp --action graft"
+    ):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, use_mtp=True)
