@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.config import DeepseekMoeConfig
+from modeling_deepseek_moe.conversion._conversion import Options
+from modeling_deepseek_moe.conversion._source import Source
 from modeling_deepseek_moe.formats import RELEASED, WeightFormat
 
 WIDE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -26,7 +29,22 @@ def with_dtype(config: dict, dtype: str, quantization: dict | None = None) -> di
     gone = ("quantization_config", "dtype", *([] if quantization is None else [RELEASED]))
     config = {key: value for key, value in config.items() if key not in gone}
     config["torch_dtype"] = dtype
+    if isinstance(config.get("text_config"), dict):  # a text model in a larger one
+        return config | {"text_config": with_dtype(config["text_config"], dtype, quantization)}
     return config if quantization is None else config | {"quantization_config": quantization}
+
+
+def check_head(source: Source, config: DeepseekMoeConfig, options: Options) -> None:
+    """Whether ``--head`` has a head to quantise.
+
+    Raises:
+        ValueError: the head is the embedding.
+    """
+    if options.head is not None and config.tie_word_embeddings:
+        raise ValueError(
+            f"--head {options.head}: {source.folder}: found tie_word_embeddings=True, wanted a head of its own: its weight is "
+            "the embedding's, which is looked up row by row"
+        )
 
 
 class CodesAndScales:

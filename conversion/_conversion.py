@@ -23,6 +23,7 @@ class Options(NamedTuple):
     mtp_from: Path | None = None
     keep: str | None = None
     keep_fp8: str | None = None
+    head: str | None = None
 
 
 def flag(option: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from modeling_deepseek_moe import formats
+from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.contents import refuse_other_makers
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
@@ -20,8 +21,15 @@ from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.scales import WANTED_SCALES, first_unusable
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.weights import TensorSpec, release_tensors
 
 TILE_BYTES, AHEAD_BYTES = 4 << 20, 32 << 20
+
+
+def quantization_of(config: dict) -> dict | None:
+    """What ``config.json`` announces, of the model or of the text model in it."""
+    text = config.get("text_config")
+    return config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
 
 
 class Source:
@@ -46,11 +54,21 @@ class Source:
             CheckpointError: the config announces one that is not supported.
         """
         try:
-            announced = self.config.get("quantization_config")
+            announced = quantization_of(self.config)
             fields = announced and {"quant_method": formats.FP8.method, **announced}
             return formats.all_of_config(fields) or (formats.FP8,)
         except ValueError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from None
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """What a release with this config holds, by its own names.
+
+        Raises:
+            ValueError: no config of a model type that is known, or fields that are refused.
+        """
+        config = read_config(self.folder)
+        return {config.names.released(name): spec for name, spec in release_tensors(config).items()}
 
     @property
     def weight_format(self) -> WeightFormat:

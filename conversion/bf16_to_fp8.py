@@ -8,12 +8,14 @@ import torch
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, with_dtype
+from modeling_deepseek_moe.config import DeepseekMoeConfig
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, check_head, with_dtype
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
-from modeling_deepseek_moe.conversion._source import Source, as_is
+from modeling_deepseek_moe.conversion._source import Source, as_is, quantization_of
 from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.formats.announcements import head_has_codes
 from modeling_deepseek_moe.formats.blocks import any_in_blocks
-from modeling_deepseek_moe.weights import release_tensors
+from modeling_deepseek_moe.weights import HEAD_KEY
 
 
 def plan(source: Source, options: Options) -> Output:
@@ -21,15 +23,17 @@ def plan(source: Source, options: Options) -> Output:
 
     Given scales must reproduce the weight bit for bit from its codes: those of another model are refused.
     """
-    specs = release_tensors(read_config(source.folder))
+    config = read_config(source.folder)
+    specs = source.specs
     given = Source(options.scales_from) if options.scales_from else None
+    with_head = _with_head(source, config, options, given)
     form = _form(options, given, source)
     plans, found = [], 0
     for info in source.reader.values():
         spec = specs.get(info.name)
         if (row := next(formats.of_codes(info.dtype), None)) is not None:
             raise CheckpointError(f"{info.file}: tensor {info.name}: found {row.title} already, wanted a wider dtype")
-        if spec is None or not spec.quantized:
+        if spec is None or not (spec.quantized or (with_head and HEAD_KEY.match(info.name))):
             plans.append(as_is(source, info))
             continue
         found += 1
@@ -42,8 +46,24 @@ def plan(source: Source, options: Options) -> Output:
         plans += CodesAndScales(make).plans(info.name, info.shape, form)
     if not found:
         raise CheckpointError(f"{source.folder}: found no weight that a release keeps in FP8")
-    announced = form.quantization_config() if given is None else given.config["quantization_config"]
+    announced = form.quantization_config(with_head=with_head) if given is None else quantization_of(given.config)
     return Output(plans, with_dtype(source.config, "bfloat16", announced), () if given is None else (given,))
+
+
+def _with_head(source: Source, config: DeepseekMoeConfig, options: Options, given: Source | None) -> bool:
+    """Whether the head becomes codes too: it is asked for, or the ``--scales-from`` release has it so.
+
+    Raises:
+        ValueError: ``--head`` is not fp8, or there is no head of its own.
+    """
+    if options.head not in (None, "fp8"):
+        raise ValueError(f"--head {options.head} is not known, wanted fp8")
+    check_head(source, config, options)
+    if given is None:
+        return options.head is not None
+    if options.head is not None:
+        raise ValueError("--head goes without --scales-from, whose release says which weights are codes")
+    return head_has_codes(quantization_of(given.config))
 
 
 def _form(options: Options, given: Source | None, source: Source) -> WeightFormat:
@@ -60,7 +80,7 @@ def _form(options: Options, given: Source | None, source: Source) -> WeightForma
     if given is None:
         return wanted or formats.remembered(source.config.get(formats.RELEASED), formats.FP8)
     form = given.weight_format
-    if form.encode_with is None or not given.config.get("quantization_config") or wanted not in (None, form):
+    if form.encode_with is None or not quantization_of(given.config) or wanted not in (None, form):
         raise CheckpointError(
             f"{given.folder}: found {form.name}, wanted {wanted.name if wanted else 'a release with scales to take'}"
         )
@@ -133,6 +153,6 @@ def quantize_with(weight: torch.Tensor, scale: torch.Tensor, form: WeightFormat,
 CONVERSION = Conversion(
     "bf16-to-fp8",
     plan,
-    ("max_shard_size", "scales_from", "format"),
+    ("max_shard_size", "scales_from", "format", "head"),
     no_inverse="E4M3 keeps 3 bits of a mantissa: what rounding took is gone, unless the weights came from FP8",
 )

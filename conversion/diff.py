@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, TensorInfo
-from modeling_deepseek_moe.conversion._source import Source
+from modeling_deepseek_moe.conversion._source import Source, quantization_of
 
 CHUNK = 1 << 22  # values compared at a time in fp64
 
@@ -42,7 +42,7 @@ def differences(a: Source, b: Source) -> Iterator[Difference]:
 
 
 def _announced(a: Source, b: Source) -> Iterator[Difference]:
-    one, two = (source.config.get("quantization_config") or {} for source in (a, b))
+    one, two = (quantization_of(source.config) or {} for source in (a, b))
     if not isinstance(one, dict) or not isinstance(two, dict):
         one, two = {"": one}, {"": two}
     for field in sorted(one.keys() | two.keys()):

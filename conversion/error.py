@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseek_moe import formats
-from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
+from modeling_deepseek_moe.conversion._blocks import WIDE
 from modeling_deepseek_moe.conversion._errors import WeightErrors
-from modeling_deepseek_moe.conversion._source import Source
-from modeling_deepseek_moe.weights import TensorSpec, release_tensors
+from modeling_deepseek_moe.conversion._source import Source, quantization_of
+from modeling_deepseek_moe.weights import HEAD_KEY, TensorSpec
 
 ROWS = 128  # compared at a time: whole blocks of every format
 WINDOW = 256  # tokens that are read together
@@ -29,7 +29,7 @@ class LogitsError(NamedTuple):
 
 
 def weight_errors(a: Source, b: Source, report: Callable[[int], None] = lambda nbytes: None) -> WeightErrors:
-    """Of every weight that a release keeps in FP8, whichever formats it has in both.
+    """Of every weight that a release keeps in FP8, whichever formats it has in both; of the head where B has codes there.
 
     Args:
         report: told of bytes of A that are read.
@@ -38,13 +38,15 @@ def weight_errors(a: Source, b: Source, report: Callable[[int], None] = lambda n
         CheckpointError: B lacks a weight, or has it in another shape.
     """
     (one, two), errors = (_Weights(source) for source in (a, b)), WeightErrors()
-    for name, spec in release_tensors(read_config(a.folder)).items():
-        if not spec.quantized or name not in one.infos:
+    for name, spec in a.specs.items():
+        made = two.infos.get(name)
+        is_wanted = spec.quantized or (HEAD_KEY.match(name) and made is not None and made.dtype not in WIDE.values())
+        if not is_wanted or name not in one.infos:
             continue
         if name not in two.infos:
             raise CheckpointError(f"{b.folder}: tensor {name}: found absent, wanted it as in {a.folder}")
-        for values, made in zip(one.rows(name, spec), two.rows(name, spec), strict=True):
-            errors.add(spec.part, values, made)
+        for values, others in zip(one.rows(name, spec), two.rows(name, spec), strict=True):
+            errors.add(spec.part, values, others)
         report(one.infos[name].nbytes)
     return errors
 
@@ -56,7 +58,7 @@ class _Weights:
         self._source = source
         self.infos = {formats.weight_name(name): info for name, info in source.reader.items()}
         try:
-            self._foreign = formats.foreign_of_config(source.config.get("quantization_config"))
+            self._foreign = formats.foreign_of_config(quantization_of(source.config))
         except ValueError as error:
             raise CheckpointError(f"{source.folder / 'config.json'}: {error}") from None
 

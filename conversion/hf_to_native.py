@@ -11,6 +11,7 @@ from modeling_deepseek_moe.conversion import mtp
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._native import EXPERT, MTP_FILE, cut_dim, native_name
 from modeling_deepseek_moe.conversion._source import Source, as_is
+from modeling_deepseek_moe.weights import HEAD_KEY
 
 MAX_RANKS = 4096  # more than any cluster that serves one model has
 
@@ -28,6 +29,11 @@ def plan(source: Source, options: Options) -> Output:
     for name, info in source.reader.items():
         if name in mtp_names:
             continue
+        if HEAD_KEY.match(name) and source.is_codes(info):
+            raise CheckpointError(
+                f"{info.file}: tensor {name}: found codes, wanted the head in bf16, as DeepSeek's own code has it: convert with "
+                "fp8-to-bf16 and bf16-to-fp8 first"
+            )
         native, dim, expert = native_name(name), cut_dim(name), EXPERT.search(name)
         if expert:
             owner = int(expert[1]) // (experts // world_size)

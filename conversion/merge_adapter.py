@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.conversion._adapter import Adapter
@@ -21,9 +20,8 @@ from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales
 from modeling_deepseek_moe.conversion._changes import Change, LowRank, Step, Tokens, Whole, round_once
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._report import Report, Tally
-from modeling_deepseek_moe.conversion._source import Source, as_is
+from modeling_deepseek_moe.conversion._source import Source, as_is, quantization_of
 from modeling_deepseek_moe.formats import FORMATS, split_scale, weight_name
-from modeling_deepseek_moe.weights import release_tensors
 
 
 class Weighted(NamedTuple):
@@ -56,7 +54,7 @@ def plan(source: Source, options: Options) -> Output:
             changes.setdefault(name, []).extend(Weighted(change, weight, adapter.folder) for change in own)
     for name, own in changes.items():
         _refuse_lost(name, own)
-    specs = release_tensors(read_config(source.folder))
+    specs = source.specs
     plans, report = [], Report()
     for info in source.reader.values():
         weight, suffix = split_scale(weight_name(info.name))
@@ -81,7 +79,7 @@ def _refuse_foreign(source: Source) -> None:
     Raises:
         CheckpointError: codes of a format that another library loads and writes.
     """
-    announced = source.config.get("quantization_config")
+    announced = quantization_of(source.config)
     method = announced.get("quant_method") if isinstance(announced, dict) else None
     if method in {row.method for row in FORMATS if row.foreign}:
         raise CheckpointError(

@@ -13,13 +13,13 @@ from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, with_dtype
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, check_head, with_dtype
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._errors import WeightErrors
 from modeling_deepseek_moe.conversion._source import Source, as_is
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.formats.announcements import with_group
-from modeling_deepseek_moe.weights import TensorSpec, linear_modules, release_tensors
+from modeling_deepseek_moe.weights import HEAD_KEY, TensorSpec, linear_modules
 
 PARTS = {
     "attention": "attention",
@@ -28,6 +28,7 @@ PARTS = {
     "routed": "routed experts",
     "mtp": "mtp",
 }
+HEADS = ("fp8", "4bit")
 
 
 def plan(source: Source, options: Options) -> Output:
@@ -38,7 +39,8 @@ def plan(source: Source, options: Options) -> Output:
         CheckpointError: weights that have four bits already, or are not of the config's shape.
     """
     config, forms, errors = read_config(source.folder), _Forms(options), WeightErrors()
-    specs = release_tensors(config)
+    check_head(source, config, options)
+    specs = source.specs
     source.check_scales_have_weights()
     plans, found = [], 0
     for info in source.reader.values():
@@ -46,7 +48,7 @@ def plan(source: Source, options: Options) -> Output:
             continue  # goes with its weight
         name = formats.weight_name(info.name)
         spec = specs.get(name)
-        if spec is None or not spec.quantized:
+        if spec is None or not (spec.quantized or forms.of(name, spec)):
             plans.append(as_is(source, info))
             continue
         own, form = source.format_of(info), forms.of(name, spec)
@@ -81,10 +83,20 @@ class _Forms:
                 f"--keep-fp8 {options.keep_fp8} goes with --format int4: a config of {self.four.name} announces no second "
                 "format; --keep leaves parts in bf16"
             )
+        self._head = dict(zip(HEADS, (self.eight, self.four), strict=True)).get(options.head)
+        if options.head not in (None, *HEADS):
+            raise ValueError(f"--head {options.head} is not known, wanted one of {', '.join(HEADS)}")
+        if self._head is not None and self._head.method != self.four.method:
+            raise ValueError(
+                f"--head {options.head} goes with --format int4: a config of {self.four.name} announces no second format; "
+                "--head 4bit has the head in the format of the rest"
+            )
         if both := self._wide & self._fp8:
             raise ValueError(f"--keep and --keep-fp8 both name {min(both)}, wanted it in one of them")
 
     def of(self, name: str, spec: TensorSpec) -> WeightFormat | None:
+        if HEAD_KEY.match(name):
+            return self._head if self._head is not None and self._head.fits(spec.shape) else None
         if not spec.quantized or spec.part in self._wide:
             return None
         if spec.part in self._fp8:
@@ -94,7 +106,7 @@ class _Forms:
     def announced(self, config) -> dict:
         """The ``quantization_config`` of such a release."""
         wide = linear_modules(config, lambda name, spec: self.of(name, spec) is None)
-        fields = self.four.quantization_config(wide)
+        fields = self.four.quantization_config(wide, with_head=self._head is not None)
         fp8 = linear_modules(config, lambda name, spec: self.of(name, spec) is self.eight)
         return with_group(fields, self.eight.quantization_config(), fp8) if fp8 else fields
 
@@ -144,7 +156,7 @@ def _wide(source: Source, info: TensorInfo) -> Iterator[torch.Tensor]:
 CONVERSION = Conversion(
     "to-4bit",
     plan,
-    ("max_shard_size", "format", "keep", "keep_fp8"),
+    ("max_shard_size", "format", "keep", "keep_fp8", "head"),
     required={"format": "such as --format int4"},
     no_inverse="four bits keep one of sixteen values: fp8-to-bf16 gives what the codes stand for",
 )

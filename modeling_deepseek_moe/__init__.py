@@ -1,7 +1,7 @@
 """DeepSeek MoE models for transformers. Importing this package registers them; nothing else has a side effect.
 
-``AutoModelForCausalLM.from_pretrained`` then loads DeepSeek-V2, V2-Lite, V3, R1, Moonlight and Kimi-K2 checkpoints
-as they were released.
+``AutoModelForCausalLM.from_pretrained`` then loads DeepSeek-V2, V2-Lite, V3, R1, Moonlight and Kimi-K2 checkpoints, and
+those of the other model types in `families`, as they were released.
 """
 
 import importlib
@@ -14,7 +14,15 @@ from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import write_checkpoint
 from modeling_deepseek_moe.compat import warn_untested
-from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from modeling_deepseek_moe.families import (
+    AXK1Config,
+    Glm4MoeLiteConfig,
+    KimiK2Config,
+    KimiK25Config,
+    SarvamMLAConfig,
+    YoutuConfig,
+)
 from modeling_deepseek_moe.inspection import Inspection, inspect_checkpoint
 from modeling_deepseek_moe.machine import Machine, probe_machine
 from modeling_deepseek_moe.modeling import (
@@ -33,6 +41,28 @@ from modeling_deepseek_moe.modeling import (
     KimiK2ForSequenceClassification,
     KimiK2ForTokenClassification,
     KimiK2Model,
+)
+from modeling_deepseek_moe.named_models import (
+    AXK1ForCausalLM,
+    AXK1ForSequenceClassification,
+    AXK1ForTokenClassification,
+    AXK1Model,
+    Glm4MoeLiteForCausalLM,
+    Glm4MoeLiteForSequenceClassification,
+    Glm4MoeLiteForTokenClassification,
+    Glm4MoeLiteModel,
+    KimiK25ForCausalLM,
+    KimiK25ForSequenceClassification,
+    KimiK25ForTokenClassification,
+    KimiK25Model,
+    SarvamMLAForCausalLM,
+    SarvamMLAForSequenceClassification,
+    SarvamMLAForTokenClassification,
+    SarvamMLAModel,
+    YoutuForCausalLM,
+    YoutuForSequenceClassification,
+    YoutuForTokenClassification,
+    YoutuModel,
 )
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.planning import make_plan
@@ -75,6 +105,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AXK1Config",
+    "AXK1ForCausalLM",
+    "AXK1ForSequenceClassification",
+    "AXK1ForTokenClassification",
+    "AXK1Model",
     "BackendError",
     "BalanceLossCallback",
     "CheckpointError",
@@ -94,17 +129,37 @@ __all__ = [
     "DeepseekV3ForTokenClassification",
     "DeepseekV3Model",
     "Fp8TrainingConfig",
+    "Glm4MoeLiteConfig",
+    "Glm4MoeLiteForCausalLM",
+    "Glm4MoeLiteForSequenceClassification",
+    "Glm4MoeLiteForTokenClassification",
+    "Glm4MoeLiteModel",
     "Inspection",
     "KimiK2Config",
     "KimiK2ForCausalLM",
     "KimiK2ForSequenceClassification",
     "KimiK2ForTokenClassification",
     "KimiK2Model",
+    "KimiK25Config",
+    "KimiK25ForCausalLM",
+    "KimiK25ForSequenceClassification",
+    "KimiK25ForTokenClassification",
+    "KimiK25Model",
     "LoadBalanceCallback",
     "Machine",
     "MoeTelemetryCallback",
     "MtpLossCallback",
     "ParameterBreakdown",
+    "SarvamMLAConfig",
+    "SarvamMLAForCausalLM",
+    "SarvamMLAForSequenceClassification",
+    "SarvamMLAForTokenClassification",
+    "SarvamMLAModel",
+    "YoutuConfig",
+    "YoutuForCausalLM",
+    "YoutuForSequenceClassification",
+    "YoutuForTokenClassification",
+    "YoutuModel",
     "__version__",
     "bf16_moments",
     "inspect_checkpoint",

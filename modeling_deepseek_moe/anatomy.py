@@ -21,11 +21,8 @@ from modeling_deepseek_moe.checkpoint.contents import describe as describe_conte
 from modeling_deepseek_moe.checkpoint.contents import refuse_file, refuse_other_makers
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
-from modeling_deepseek_moe.config import (
-    FAMILIES,
-    DeepseekMoeConfig,
-    quantization_fields,
-)
+from modeling_deepseek_moe.config import DeepseekMoeConfig, quantization_fields
+from modeling_deepseek_moe.families import FAMILIES
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.weights import release_tensors
@@ -113,6 +110,10 @@ class ParameterBreakdown:
     stored: dict[str, Size]
     active: dict[str, Size]
     mtp_copies: int  # parameters of the MTP layers that repeat embedding and head
+    mtp_routed: Size  # routed experts of the MTP layers, a part of ``stored["mtp"]``
+    mtp_embedding: Size  # and their copies of the embedding
+    mtp_layers: int
+    experts: tuple[int, int]  # of a layer: chosen for a token, and all
     cache_values_per_token: int  # layers · (kv_lora_rank + qk_rope_head_dim)
     weight_format: WeightFormat | None  # as released
     itemsize: int  # bytes of an unquantised weight, as released
@@ -152,21 +153,27 @@ def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
     fields = quantization_fields(config)
     rows, scheme = announced(fields) or (None,), scheme_of(fields)
     stored = dict.fromkeys(PARTS, Size())
-    mtp_copies = 0
+    mtp_copies, mtp_routed, mtp_embedding = 0, Size(), Size()
     for name, spec in release_tensors(config).items():
         count = math.prod(spec.shape)
         fp32 = count if name.endswith("e_score_correction_bias") else 0
-        number = scheme(name.removesuffix(".weight")) if has_codes(fields, name, spec.quantized) else None
+        theirs = config.names.released(name)
+        number = scheme(theirs.removesuffix(".weight")) if has_codes(fields, theirs, spec.quantized) else None
         form = formats.FP8 if number is None else rows[number] or formats.FP8
         if number is None or not form.fits(spec.shape):
-            stored[spec.part] += Size(count, fp32=fp32)
+            found = Size(count, fp32=fp32)
         elif form.name == (rows[0] or formats.FP8).name:
-            stored[spec.part] += Size(count, count, math.prod(form.scale_shape(spec.shape)), fp32, 1)
+            found = Size(count, count, math.prod(form.scale_shape(spec.shape)), fp32, 1)
         else:
             nbytes = form.nbytes(count, math.prod(form.scale_shape(spec.shape)), 1)
-            stored[spec.part] += Size(count, fp32=fp32, others=count, other_bytes=nbytes)
-        if spec.part == "mtp" and name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
-            mtp_copies += count
+            found = Size(count, fp32=fp32, others=count, other_bytes=nbytes)
+        stored[spec.part] += found
+        if spec.part == "mtp":
+            mtp_copies += count * name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+            if ".mlp.experts." in name:
+                mtp_routed += found
+            elif name.endswith(".embed_tokens.weight"):
+                mtp_embedding += found
 
     active = {part: size for part, size in stored.items() if part != "mtp"}
     active["embedding"] = Size(config.hidden_size)
@@ -179,6 +186,10 @@ def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
         stored=stored,
         active=active,
         mtp_copies=mtp_copies,
+        mtp_routed=mtp_routed,
+        mtp_embedding=mtp_embedding,
+        mtp_layers=config.num_nextn_predict_layers or 0,
+        experts=(config.num_experts_per_tok or 0, config.n_routed_experts or 0),
         cache_values_per_token=config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim),
         weight_format=rows[0],
         itemsize=dtype.itemsize,

@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
-from modeling_deepseek_moe.moe.layer import DeepseekMoE
+from modeling_deepseek_moe.moe.layer import DeepseekMoE, NormedMoE
 from modeling_deepseek_moe.moe.training_state import TrainingPass
 
 
@@ -16,8 +16,10 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.self_attn = DeepseekAttention(config, layer_idx)
-        is_moe = config.is_moe_layer(layer_idx)
-        self.mlp = DeepseekMoE(config, layer_idx) if is_moe else DeepseekMLP(config, config.intermediate_size)
+        if config.is_moe_layer(layer_idx):
+            self.mlp = (NormedMoE if config.has_post_mlp_norm else DeepseekMoE)(config, layer_idx)
+        else:
+            self.mlp = DeepseekMLP(config, config.intermediate_size)
         self.input_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

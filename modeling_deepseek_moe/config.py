@@ -1,10 +1,11 @@
 """One configuration for the DeepSeek MoE family, read from the fields that the releases carry.
 
-`DeepseekV2Config`, `DeepseekV3Config` and `KimiK2Config` differ only in ``model_type`` and defaults. Every field
+`DeepseekV2Config` and `DeepseekV3Config` differ only in ``model_type`` and defaults; `families` has the others. Every field
 that changes the computation is honoured or refused by name; unknown fields are kept and saved again. On disk the
 release's spelling is used: ``rope_theta`` + ``rope_scaling``, ``num_nextn_predict_layers``, ``quant_method: fp8``.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from modeling_deepseek_moe import field_checks, formats
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.field_checks import MAX_EXPERTS, MAX_LAYERS  # noqa: F401 (the bounds of a config)
+from modeling_deepseek_moe.release_names import ReleaseNames
 
 # The name under which this package registers its own loader of the formats' `quant_method`s with transformers, in memory
 # only: the quantizer that transformers uses for other models' "fp8" stays as it is. `METHOD_FIELD` is the release's own.
@@ -28,6 +30,7 @@ QUANT_METHOD, METHOD_FIELD = "deepseek_moe", "release_quant_method"
 FOREIGN_METHODS = ("bitsandbytes", "torchao")
 BARE_ERRORS = (TypeError, AttributeError, KeyError, ArithmeticError, RecursionError)
 SCORING_FUNCS = ("sigmoid", "softmax")
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # on disk
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
@@ -43,6 +46,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
         ValueError: an unknown ``scoring_func``, ``topk_method`` or ``hidden_act``, or counts that do not divide.
     """
 
+    names: ClassVar[ReleaseNames] = ReleaseNames()
+    has_post_mlp_norm: ClassVar[bool] = False
+    # Fields that mean something in other models, and the one value that says what is computed here.
+    only: ClassVar[dict[str, Any]] = {"pretraining_tp": 1, "ep_size": 1, "mlp_bias": False}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE_NAME]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "n_routed_experts",
@@ -152,6 +159,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         folder = kwargs.get("name_or_path")
         where = f"{folder}/config.json: " if folder else ""
         try:
+            config_dict = cls.read_release(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, ValueError) as error:
             raise ValueError(f"{where}{error}") from error
@@ -159,6 +167,27 @@ class DeepseekMoeConfig(PreTrainedConfig):
             # what transformers says of a field that it did not look at first
             said = f"{type(error).__name__}: {error}"
             raise ValueError(f"{where}{cls._culprit(config_dict)}, wanted what a config has there ({said})") from error
+
+    @classmethod
+    def read_release(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a release's ``config.json`` as this class has them.
+
+        Raises:
+            ValueError: a field is there in two spellings, with two values.
+        """
+        read = dict(fields)
+        for theirs, ours in cls.names.fields.items():
+            if theirs in read and read.get(ours, read[theirs]) != read[theirs]:
+                said = f"{theirs}={field_checks.brief(read[theirs])} and {ours}={field_checks.brief(read[ours])}"
+                raise ValueError(f"{said} must be equal: they are one field")
+            if theirs in read:
+                read[ours] = read.pop(theirs)
+        return read
+
+    def write_release(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of `read_release`, of what `to_dict` or `to_diff_dict` gave."""
+        spelled = {ours: theirs for theirs, ours in self.names.fields.items()}
+        return {spelled.get(name, name): value for name, value in fields.items()}
 
     @classmethod
     def _culprit(cls, fields: dict[str, Any]) -> str:
@@ -184,7 +213,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
             raise ValueError(
                 f"qk_rope_head_dim={self.qk_rope_head_dim} must be even and at least 2: it turns in pairs"
             )
-        for name, supported in (("pretraining_tp", 1), ("ep_size", 1), ("mlp_bias", False)):
+        for name, supported in self.only.items():
             if getattr(self, name, None) not in (None, supported):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported, only {supported}")
         if getattr(self, "index_topk", None):
@@ -239,6 +268,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
             output["rope_theta"] = rope.pop("rope_theta", self.default_theta)
             kind = rope.pop("rope_type", "default")
             rope.pop("type", None)
+            if "partial_rotary_factor" in rope:  # which transformers moves there
+                output["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
             output["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
         for derived in ("qk_head_dim", "head_dim"):
             output.pop(derived, None)
@@ -247,12 +278,17 @@ class DeepseekMoeConfig(PreTrainedConfig):
             output["quantization_config"] = on_disk(quantization)
         return output
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As `PreTrainedConfig.to_json_string`, in the release's spelling."""
+        fields = json.loads(super().to_json_string(use_diff))
+        return json.dumps(self.write_release(fields), indent=2, sort_keys=True) + "\n"
+
     def to_diff_dict(self) -> dict[str, Any]:
         # Every architecture field is written, changed or not: other engines' defaults are not this package's.
         output, complete = super().to_diff_dict(), self.to_dict()
         inherited = {field.name for field in fields(PreTrainedConfig)}
         names = [field.name for field in fields(self) if field.name not in inherited]
-        output.update({name: complete[name] for name in (*names, "rope_theta", "rope_scaling") if name in complete})
+        output.update({name: complete[name] for name in (*names, *ROPE_FIELDS) if name in complete})
         if "quantization_config" in complete:
             output["quantization_config"] = complete["quantization_config"]
         return output
@@ -292,21 +328,6 @@ class DeepseekV3Config(DeepseekMoeConfig):
     topk_group: int | None = 4
     routed_scaling_factor: float | int = 2.5
     q_lora_rank: int | None = 1536
-
-
-@strict
-class KimiK2Config(DeepseekV3Config):
-    """Kimi-K2: DeepSeek-V3's architecture under another ``model_type``."""
-
-    model_type = "kimi_k2"
-    vocab_size: int = 163840
-    num_nextn_predict_layers: int = 0
-    num_attention_heads: int = 64
-    n_routed_experts: int | None = 384
-    first_k_dense_replace: int = 1
-    n_group: int | None = 1
-    topk_group: int | None = 1
-    routed_scaling_factor: float | int = 2.827
 
 
 def in_memory(fields: Mapping) -> dict:
@@ -368,11 +389,3 @@ def _check_quantization(fields: Any) -> None:
 def _one_of(name: str, value: Any, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not supported, wanted one of {', '.join(map(str, allowed))}")
-
-
-# Every model type, by what its classes' names begin with: registering, inspecting and planning go by this table.
-FAMILIES: dict[str, type[DeepseekMoeConfig]] = {
-    "DeepseekV2": DeepseekV2Config,
-    "DeepseekV3": DeepseekV3Config,
-    "KimiK2": KimiK2Config,
-}

@@ -25,6 +25,7 @@ from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.release import Problem, Release
 from modeling_deepseek_moe.weights import EXPERT_KEY, TensorSpec, release_tensors
 
+GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # what the architectures with a head are called
 CLASSIFIER = "score."  # the head of a classification model, which no release has
 
 
@@ -117,7 +118,7 @@ def inspect_checkpoint(
         config.num_nextn_predict_layers = 0
     in_unread = {release.canonical(name) for name, file in shards.items() if file in unread}
     architectures = config.architectures or ["ForCausalLM"]
-    needs_head = architectures[0].endswith("ForCausalLM") and not config.tie_word_embeddings
+    needs_head = architectures[0].endswith(GENERATING) and not config.tie_word_embeddings
     refused = set()
     foreign = is_bitsandbytes(quantization_fields(config))
     problems = _bitsandbytes_problems if foreign else partial(Release.problems, read_values=False)
@@ -222,7 +223,7 @@ def _finding(problem: Problem, folder: Path) -> Finding:
 def _tally(release: Release, specs: dict[str, TensorSpec], refused: set[str], found: Inspection) -> None:
     """Count every tensor by dtype and by part; those that belong to no part are ``other``."""
     parts = {part: Tally() for part in (*PARTS, "scales", "other")}
-    for name, info in release.infos.items():
+    for name, info in (release.infos | release.carried).items():
         weight, suffix = split_part(name)
         if name in specs:
             part = specs[name].part
@@ -232,7 +233,7 @@ def _tally(release: Release, specs: dict[str, TensorSpec], refused: set[str], fo
             part = "head"
         else:
             part = "other"
-            if info.name not in refused:
+            if info.name not in refused and name not in release.carried:
                 message = f"{info.name}: {info.dtype} {list(info.shape)} has no place in this model"
                 found.findings.append(Finding("ignored", info.file.name, message, fatal=False))
         dtype = str(info.dtype).removeprefix("torch.")

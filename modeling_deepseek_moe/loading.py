@@ -40,7 +40,10 @@ from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat, split_scale
+from modeling_deepseek_moe.hybrid.model import place_experts, unhook_experts
+from modeling_deepseek_moe.hybrid.placement import device_map_of
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
@@ -50,6 +53,8 @@ from modeling_deepseek_moe.terminal import shown
 from modeling_deepseek_moe.weights import EXPERT_KEY, LazyStack, LazyTensor, stack_sources
 
 logger = logging.get_logger(__name__)
+
+BIAS = ".e_score_correction_bias"
 
 
 @dataclass
@@ -89,11 +94,14 @@ def release_for(model: PreTrainedModel, files: Sequence[str | os.PathLike], igno
 
 
 def fit_model(model: PreTrainedModel, release: Release) -> None:
-    """Leave out what the caller did not want, and MTP layers that the release does not have.
+    """Leave out what the caller did not want, and MTP layers and router biases that the release does not have.
 
     Derived checkpoints often lost the MTP module while their config still announces it.
     """
     config = model.config
+    for gate in (module for module in model.modules() if isinstance(module, DeepseekTopkRouter)):
+        if config.names.is_optional(BIAS) and not any(name.endswith(BIAS) for name in release.infos):
+            gate.register_buffer(BIAS.removeprefix("."), None)
     folder = release.reader.files[0].parent
     left_out = release.leave_out_layers()
     said = ""
@@ -226,6 +234,7 @@ class ReleaseLoadingMixin(ModelMixin):
             recognize_experts(model, config, release)
             state_dict = saved_state_dict(model, release, _is_on_cpu(load_config.device_map))
         result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        place_experts(model, load_config.device_map)
         for module in stacked_experts(model).values():
             module.requires_grad_(False)
         # Saving falls back on the registered conversions, not on those that this load happened to need: none.
@@ -266,14 +275,26 @@ class ReleaseLoadingMixin(ModelMixin):
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
                 reader = _open_folder(path, subfolder)
+            if kwargs.get("device_map") is not None and path is not None and wish is None:
+                kwargs["device_map"] = device_map_of(cls, path, kwargs)
             loading = Loading(
                 reader, bool(kwargs.get("output_loading_info")), wish=wish, device_map=kwargs.get("device_map")
             )
             token = _current.set(loading)
             try:
-                return super().from_pretrained(path, *args, **kwargs)
+                loaded = super().from_pretrained(path, *args, **kwargs)
+                unhook_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
+                return loaded
+            except torch.OutOfMemoryError as error:
+                failure = str(error)  # not the error: its traceback holds what was loaded
             finally:
                 _current.reset(token)
+        gc.collect()
+        raise torch.OutOfMemoryError(
+            f"{path}: the device's memory is exhausted while loading, nothing of the model is kept: {failure}. A device map such "
+            'as {"": 0, "model.layers.*.mlp.experts": "cpu"} leaves routed experts on the CPU, which computes them; '
+            'device_map="auto" chooses it where the model does not fit what is free.'
+        )
 
     def to(self, *args, **kwargs):
         """As `PreTrainedModel.to`; a model that still has tensors without data says which way it gets them.

@@ -1,7 +1,6 @@
 """The models: embedding, decoder layers, norm, heads. A token's path from ``input_ids`` to logits reads top-down.
 
-`DeepseekMoeModel` and its heads are the one implementation; the classes at the end only bind it to the names and
-configs of the releases.
+`DeepseekMoeModel` and its heads are the one implementation; the classes at the end, and `named_models`, only bind it.
 """
 
 import re
@@ -26,10 +25,13 @@ from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.bnb.model import BitsAndBytesMixin
 from modeling_deepseek_moe.cache import prepare_cache
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
-from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config, KimiK2Config
+from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
+from modeling_deepseek_moe.decoding.mixin import MtpGenerationMixin
 from modeling_deepseek_moe.engine.report import EngineReportMixin
 from modeling_deepseek_moe.engine.runs import recomputable, runs
+from modeling_deepseek_moe.families import KimiK2Config
+from modeling_deepseek_moe.hybrid.model import HybridMixin
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
 from modeling_deepseek_moe.masks import build_mask
@@ -46,7 +48,6 @@ from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.resizing import ResizingMixin
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin
-from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 
 class DeepseekMoePreTrainedModel(
@@ -54,7 +55,7 @@ class DeepseekMoePreTrainedModel(
     ReleaseLoadingMixin,
     ReleaseSavingMixin,
     ResizingMixin,
-    StreamingMixin,
+    HybridMixin,
     EngineReportMixin,
     BitsAndBytesMixin,
     PreTrainedModel,
@@ -113,6 +114,11 @@ class DeepseekMoePreTrainedModel(
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif not any(parameter.dtype.itemsize == 1 for parameter in module.parameters(recurse=False)):
             super()._init_weights(module)  # FP8 codes are loaded, never initialised
+        embedding_std = getattr(self.config, "embedding_initializer_range", None)
+        if embedding_std is not None and isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=embedding_std)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])  # a slice has not the mark of what was loaded
 
     def init_parallel_plans(self) -> None:
         super().init_parallel_plans()
@@ -182,7 +188,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        past_length = prepare_cache(cache, self.config, inputs_embeds.device)
+        past_length = prepare_cache(cache, self.config, inputs_embeds.shape[1])
         if self.training_state is not None and self.training and "training_pass" not in kwargs:
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             sequences = sequence_ids(shape, device, attention_mask, position_ids)
@@ -236,23 +242,28 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         hidden_states: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """The hidden states of MTP layer ``depth`` (0 first); see `DeepseekMtpLayer.forward` for the arguments.
+
+        Args:
+            cache: of this layer alone.
 
         Raises:
             ValueError: the model has no MTP layer of that depth.
         """
         if not 0 <= depth < len(self.mtp_layers):
             raise ValueError(f"MTP depth {depth} asked for, the model has {len(self.mtp_layers)} MTP layers")
-        context = self._layer_context(hidden_states, attention_mask, position_ids, None, 0, None, **kwargs)
+        past_length = prepare_cache(cache, self.config, input_ids.shape[1])
+        context = self._layer_context(hidden_states, attention_mask, position_ids, cache, past_length, None, **kwargs)
         layer = self.mtp_layers[depth]
         if context.get("training_pass") is not None:
             layer = partial(recomputable, layer)
-        return layer(input_ids, hidden_states, **context)
+        return layer(input_ids, hidden_states, **{CACHE_NAME: cache}, **context)
 
 
-class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, ContinuousLatentMixin, GenerationMixin):
+class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, MtpGenerationMixin, ContinuousLatentMixin, GenerationMixin):
     """The language model: `DeepseekMoeModel` and ``lm_head``."""
 
     model_class: type[DeepseekMoeModel]
@@ -326,7 +337,11 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, ContinuousLatentMixin, 
     def mtp_logits(self, depth: int, input_ids, hidden_states, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, S, vocab_size]`` of MTP layer ``depth``, and its hidden states, which the next depth takes."""
         hidden_states = self.model.mtp(depth, input_ids, hidden_states, **kwargs)
-        return project(self.model.mtp_layers[depth].shared_head.head, hidden_states), hidden_states
+        return self.mtp_head(depth, hidden_states), hidden_states
+
+    def mtp_head(self, depth: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits ``[..., vocab_size]`` of what `DeepseekMoeModel.mtp` gave for that depth."""
+        return project(self.model.mtp_layers[depth].shared_head.head, hidden_states)
 
 
 # The names of the releases. `architectures` on disk is written from them.

@@ -29,6 +29,10 @@ class SharedModule(nn.Module):
         self._owner = (owner,)  # in a tuple it is no submodule
 
     @property
+    def owner(self) -> nn.Module:
+        return self._owner[0]
+
+    @property
     def weight(self) -> nn.Parameter:
         return self._owner[0].weight
 
@@ -36,7 +40,8 @@ class SharedModule(nn.Module):
         return self._owner[0](x)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        for name, parameter in self._owner[0].named_parameters(recurse=False):  # a quantised one has scales too
+            destination[prefix + name] = parameter if keep_vars else parameter.detach()
 
     def _load_from_state_dict(self, *args):
         pass  # the owner's key is loaded

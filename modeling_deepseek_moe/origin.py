@@ -2,7 +2,8 @@
 
 Weights loaded on a CPU are views into mapped files. A file that is cut short or written to under the model is an error
 at the start of the next call. And a release may hold tensors in another dtype than it is computed in, such as norms in
-fp32 (DeepSeek-V3.1-Terminus): what was not changed is written back as the file has it.
+fp32 (DeepSeek-V3.1-Terminus): what was not changed is written back as the file has it. So is what no layer here reads, such as
+a vision tower.
 """
 
 from itertools import chain
@@ -28,7 +29,9 @@ class Origin:
             dtype: what the model is computed in.
         """
         self._files = None if release is None else release.reader.mapped
+        self._carried_files = self._files  # these stay: nothing of the model may be read from the files any more
         self._released: dict[str, torch.Tensor] = {}
+        self._carried = {info.name: release.reader.view(info) for info in release.carried.values()} if release else {}
         if release is None or dtype != (release.announced_dtype or dtype):
             return  # computed in another dtype than the release says: the caller's wish, for the file too
         for name, info in release.infos.items():
@@ -71,6 +74,16 @@ class Origin:
             )
             return {}
         return {name: self._released[name] for name, tensor in wanted.items() if is_same(self._released[name], tensor)}
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        """What the release has and the model has no place for, by its names there.
+
+        Raises:
+            CheckpointError: the files that hold it changed after they were opened.
+        """
+        if self._carried and self._carried_files is not None:
+            self._carried_files.check_unchanged()
+        return self._carried
 
     def __deepcopy__(self, memo) -> "Origin":
         return self

@@ -12,6 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
+from modeling_deepseek_moe.hybrid.placement import AUTOMATIC, device_of
 from modeling_deepseek_moe.loading import release_for
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
@@ -60,7 +61,6 @@ class DeepseekQuantizer(HfQuantizer):
                 setattr(model.config, name, value)
             return
         prefix = "model." if model.base_model is model else ""
-        on_cpu = _stays_on_cpu(device_map)
         for name, module in list(model.named_modules()):
             form = release.format_of(f"{prefix}{name}.weight") if isinstance(module, nn.Linear) else None
             if form is not None:
@@ -68,7 +68,7 @@ class DeepseekQuantizer(HfQuantizer):
                     new = QuantizedLinear(module.in_features, module.out_features, module.bias is not None, form)
                 model.set_submodule(name, new)
             elif isinstance(module, DeepseekExperts) and (
-                experts := _quantized_experts(release, prefix + name, on_cpu)
+                experts := _quantized_experts(release, prefix + name, _stays_on_cpu(_map_of(device_map, name)))
             ):
                 model.set_submodule(name, experts)
 
@@ -123,12 +123,13 @@ def _quantized_experts(release: Release, name: str, on_cpu: bool) -> nn.Module |
     return mapped
 
 
+def _map_of(device_map, name: str):
+    """What a device map says of one module."""
+    return device_of(device_map, name) if isinstance(device_map, dict) else device_map
+
+
 def _stays_on_cpu(device_map) -> bool:
-    if isinstance(device_map, dict):
-        return all(str(device) == "cpu" for device in device_map.values())
+    """Whether a module does, by what the device map says of it."""
     if device_map is None or str(device_map) == "cpu":
         return True
-    return (
-        str(device_map) in ("auto", "balanced", "balanced_low_0", "sequential")
-        and not torch.accelerator.is_available()
-    )
+    return str(device_map) in AUTOMATIC and not torch.accelerator.is_available()

@@ -4,14 +4,14 @@ The built-in classes stay reachable by name, e.g. ``transformers.DeepseekV3ForCa
 """
 
 import transformers
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from modeling_deepseek_moe import modeling, quantizer  # noqa: F401 (importing quantizer registers it)
-from modeling_deepseek_moe.config import FAMILIES
+from modeling_deepseek_moe import modeling, named_models, quantizer  # noqa: F401 (importing quantizer registers it)
+from modeling_deepseek_moe.families import FAMILIES
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION, routed_swiglu
 
 HEADS = {
@@ -29,17 +29,29 @@ NAMES = {
 }
 
 
+def model_class(name: str) -> type:
+    """The model of that name."""
+    return getattr(modeling if hasattr(modeling, name) else named_models, name)
+
+
 def register() -> None:
     """Register configs, models and expert conversions (the latter serve adapters and sharded saves)."""
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_swiglu)
     for family, config in FAMILIES.items():
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        is_part = bool(config.names.prefix)  # of a larger model, whose type and conversions are that one's
         for head, auto_class in HEADS.items():
-            auto_class.register(config, getattr(modeling, family + head), exist_ok=True)
-            # For a type of its own, transformers would look the name up among its own classes.
-            if config.model_type not in CONFIG_MAPPING_NAMES:
-                NAMES[head][config.model_type] = family + head
-        register_checkpoint_conversion_mapping(config.model_type, _conversions(), overwrite=True)
+            auto_class.register(config, model_class(family + head), exist_ok=True)
+            # Under a model type of its own, transformers would look the name up among its own classes.
+            if family + head not in NAMES[head].values():
+                is_own = config.model_type in CONFIG_MAPPING_NAMES
+                NAMES[head][family if is_own else config.model_type] = family + head
+            if is_part:
+                register_checkpoint_conversion_mapping(family + head, _conversions(), overwrite=True)
+        if not is_part:
+            # transformers' own where it has the type, which its own class needs too: a type not registered here would get none
+            mapping = get_checkpoint_conversion_mapping(config.model_type) or _conversions()
+            register_checkpoint_conversion_mapping(config.model_type, mapping, overwrite=True)
 
 
 def _conversions() -> list[WeightConverter]:

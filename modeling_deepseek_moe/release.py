@@ -52,7 +52,8 @@ class Release:
         self.scales: list[Scales] = []  # once they are checked, those of each format
         self._biases: dict[str, torch.Tensor] = {}  # of the routers, likewise
         # a headless model is saved without the prefix
-        self.lacks_prefix = not any(name.startswith("model.") for name in reader)
+        self._names = config.names
+        self.lacks_prefix = not any(self._names.own(name).startswith("model.") for name in reader)
         infos = reader.values()
         if any(".experts.gate_up_proj" in name or ".experts.down_proj" in name for name in reader):
             experts = config.n_routed_experts
@@ -63,10 +64,14 @@ class Release:
             if first is not info:
                 raise CheckpointError(f"{info.file}: tensor {info.name}: found {first.name} too, wanted one of them")
         self.weight_formats = tuple(weight_formats) or own_formats(config)
+        # what no layer reads and saving keeps: not those among them that this model does read
+        carried = [name for name in self.infos if self._names.is_carried(name)]
+        wanted = release_tensors(config) if carried else {}
+        self.carried = {name: self.infos.pop(name) for name in carried if name not in wanted}
 
     def canonical(self, name: str) -> str:
         """The name in a whole model of the weight, if they are codes of one, or of any other tensor."""
-        name = weight_name(name)
+        name = self._names.own(weight_name(name))
         return (
             f"model.{name}"
             if self.lacks_prefix and name.partition(".")[0] in ("layers", "embed_tokens", "norm")
@@ -140,6 +145,9 @@ class Release:
         numbers = {name: int(match[1]) for name in self.infos if (match := LAYER_KEY.match(name))}
         dropped = {name: number for name, number in numbers.items() if number in unwanted}
         self.infos = {name: info for name, info in self.infos.items() if name not in dropped}
+        for name in list(self.carried):
+            if (match := LAYER_KEY.match(name)) and int(match[1]) in unwanted:
+                del self.carried[name]
         return sorted(set(dropped.values()))
 
     @cached_property
@@ -185,6 +193,8 @@ class Release:
         expected = release_tensors(self.config)
         if self.lacks_prefix or not needs_head:
             expected.pop("lm_head.weight", None)
+        if not any(map(self._names.is_optional, self.infos)):
+            expected = {name: spec for name, spec in expected.items() if not self._names.is_optional(name)}
         yield from self._surplus(expected)
         scales: dict[torch.dtype, dict[str, TensorInfo]] = {}
         others: dict[str, tuple[int, ...]] = {}

@@ -7,12 +7,21 @@ from torch import nn
 from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.mtp import SharedModule
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class ResizingMixin(ModelMixin):
     """The MTP layers' vocabulary follows the model's. Mixed into the models before `PreTrainedModel`."""
 
     @torch.no_grad()
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        head = self.get_output_embeddings()
+        if head is not None and head.weight.dtype not in FLOATS:
+            raise ValueError(
+                f"resize_token_embeddings: lm_head: found codes in {head.weight.dtype}, wanted floating-point weights to add rows "
+                "to: load the folder with quantization_config=FineGrainedFP8Config(dequantize=True), or with lm_head among "
+                "bitsandbytes' llm_int8_skip_modules"
+            )
         # the one place that sees both ends of a resize: what is resized, and what came of it
         owners = (self.get_input_embeddings(), self.get_output_embeddings())
         copies = [

@@ -25,6 +25,7 @@ from modeling_deepseek_moe.config import QUANT_METHOD
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.hub import auto_map, shim_files
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.mtp import SharedModule
 from modeling_deepseek_moe.offloaded import with_offloaded
 from modeling_deepseek_moe.origin import is_same
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesMatrices
@@ -93,7 +94,7 @@ class ReleaseSavingMixin(ModelMixin):
         form = self._format_held(form, release)
         write_checkpoint(
             save_directory,
-            _as_stored(self, _plans(self, tensors, form, release), form),
+            self._plans(tensors, form, release),
             max_shard_size=max_shard_size,
             texts=self._texts(form, remote_code, save_directory),
             show_progress=logging.is_progress_bar_enabled(),
@@ -104,6 +105,14 @@ class ReleaseSavingMixin(ModelMixin):
                 **{name: kwargs.get(name) for name in ("repo_id", "token", "private", "commit_message")},
             )
         return None
+
+    def _plans(self, tensors: dict, form: WeightFormat | None, release: Release | None) -> list[TensorPlan]:
+        """Everything that is written, under the release's names."""
+        origin, names = self.base_model.origin, self.config.names
+        origin.check(self)
+        stored = _as_stored(self, _plans(self, tensors, form, release), form)
+        plans = [replace(plan, name=names.released(plan.name)) for plan in stored]
+        return plans + [TensorPlan.of(name, tensor) for name, tensor in origin.carried().items()]
 
     def _refuse_mapped(self, save_directory: str | os.PathLike, asked: Iterable[str], own: bool) -> None:
         """
@@ -210,6 +219,7 @@ class ReleaseSavingMixin(ModelMixin):
         if for_trainer and fields["rope_scaling"] is not None:
             fields["rope_parameters"] = config.rope_parameters
             del fields["rope_scaling"], fields["rope_theta"]
+        fields = config.write_release(fields)
         texts = {}
         if remote_code:
             fields["auto_map"] = auto_map(type(self))
@@ -274,7 +284,8 @@ def _plans(
 
 def _forms_held(model) -> dict[str, WeightFormat]:
     """The formats of a model's layers that hold codes, by the layers' names; bitsandbytes' name their tensors themselves."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedExperts)]
+    modules = ((name, m.owner if isinstance(m, SharedModule) else m) for name, m in model.named_modules())
+    layers = [(name, m) for name, m in modules if isinstance(m, QuantizedLinear | QuantizedExperts)]
     return {name: m.weight_format for name, m in layers if not isinstance(m, BitsAndBytesMatrices)}
 
 

@@ -1,6 +1,7 @@
 """Every tensor of a release, from the config alone; and the one place where model and release names differ.
 
-The model stacks a layer's routed experts; a release stores them one by one. Everything else has the same name.
+The model stacks a layer's routed experts; a release stores them one by one. Everything else has the same name, but for what a
+family spells otherwise (`ReleaseNames`).
 """
 
 import re
@@ -10,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from modeling_deepseek_moe.checkpoint.headers import TensorInfo
-from modeling_deepseek_moe.config import DeepseekMoeConfig
+from modeling_deepseek_moe.config import DeepseekMoeConfig, quantization_fields
+from modeling_deepseek_moe.formats.announcements import head_has_codes
 
 # model tensor -> the release's projections of one expert, in the order in which they fill its rows
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -18,6 +20,8 @@ EXPERT_KEY = re.compile(r"^(.*\.mlp\.experts)\.([0-9]{1,9})\.(gate_proj|up_proj|
 STACK_KEY = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_\w+)?$")
 NUMBER = re.compile(r"(?<=\.)[0-9]+")
 LAYER_KEY = re.compile(r"^model\.layers\.([0-9]{1,9})\.")
+# The head and its copies of MTP layers: codes where a config says so of the head.
+HEAD_KEY = re.compile(r"^(lm_head|model\.layers\.[0-9]{1,9}\.shared_head\.head)\.weight$")
 MTP_KEY = re.compile(r"^model\.layers\.([0-9]{1,9})\.(embed_tokens|enorm|hnorm|eh_proj|shared_head)\.")
 
 
@@ -32,6 +36,7 @@ class TensorSpec(NamedTuple):
 def release_tensors(config: DeepseekMoeConfig) -> dict[str, TensorSpec]:
     """All tensors of a release with this config by name, scales left out (a format names its own)."""
     hidden, vocab = config.hidden_size, config.vocab_size
+    with_head = head_has_codes(quantization_fields(config))
     tensors = {"model.embed_tokens.weight": TensorSpec((vocab, hidden), "embedding")}
     depth = config.num_hidden_layers
     for layer in range(depth + config.num_nextn_predict_layers):
@@ -43,14 +48,14 @@ def release_tensors(config: DeepseekMoeConfig) -> dict[str, TensorSpec]:
                 "hnorm.weight": TensorSpec((hidden,), "mtp"),
                 "eh_proj.weight": TensorSpec((hidden, 2 * hidden), "mtp"),
                 "shared_head.norm.weight": TensorSpec((hidden,), "mtp"),
-                "shared_head.head.weight": TensorSpec((vocab, hidden), "mtp"),
+                "shared_head.head.weight": TensorSpec((vocab, hidden), "mtp", with_head),
             }
             mtp = {spec: spec._replace(part="mtp") for spec in set(specs.values())}
             specs = {name: mtp[spec] for name, spec in specs.items()}
         tensors |= {f"model.layers.{layer}.{name}": spec for name, spec in specs.items()}
     tensors["model.norm.weight"] = TensorSpec((hidden,), "norms")
     if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = TensorSpec((vocab, hidden), "head")
+        tensors["lm_head.weight"] = TensorSpec((vocab, hidden), "head", with_head)
     return tensors
 
 
@@ -71,6 +76,8 @@ def _decoder_layer(config: DeepseekMoeConfig, layer: int) -> Iterator[tuple[str,
         yield from ((f"mlp.experts.{expert}.{name}", spec) for name, spec in experts)
     if config.n_shared_experts:
         yield from _swiglu("mlp.shared_experts.", hidden, width * config.n_shared_experts, "shared experts")
+    if config.has_post_mlp_norm:
+        yield "mlp.post_mlp_layernorm.weight", TensorSpec((hidden,), "norms")
 
 
 def _attention(config: DeepseekMoeConfig) -> Iterator[tuple[str, TensorSpec]]:
@@ -108,8 +115,8 @@ def linear_modules(config: DeepseekMoeConfig, is_wanted: Callable[[str, TensorSp
     """
     kinds: dict[str, dict[str, bool]] = {}
     for name, spec in release_tensors(config).items():
-        module = name.removesuffix(".weight")
-        if module != name and len(spec.shape) == 2 and not module.endswith("embed_tokens"):
+        module = config.names.released(name).removesuffix(".weight")
+        if name.endswith(".weight") and len(spec.shape) == 2 and not module.endswith("embed_tokens"):
             kinds.setdefault(NUMBER.sub(r"\\d+", re.escape(module)), {})[module] = is_wanted(name, spec)
     found: list[str] = []
     for pattern, modules in kinds.items():

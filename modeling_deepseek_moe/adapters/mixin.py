@@ -22,11 +22,13 @@ from modeling_deepseek_moe.adapters.refusals import check_config, check_packed
 from modeling_deepseek_moe.adapters.stored import (
     MERGE,
     accept_projections,
+    loaded_adapter,
     make_room,
     names_in,
     own_name,
     refuse_homeless,
     refuse_some_experts,
+    refuse_unfit,
 )
 from modeling_deepseek_moe.adapters.targets import Targets, has_stacks, injected, plain_names
 from modeling_deepseek_moe.bnb.packing import keep_readable
@@ -44,6 +46,7 @@ class _Known:
     def __init__(self):
         self.tuner: weakref.ref | None = None
         self.targets: dict[str, Targets] = {}
+        self.trained: set[str] = set()  # parameters that were, before the first adapter froze them
         self.merge = Merge()
 
     def __reduce__(self):
@@ -68,7 +71,7 @@ class AdapterMixin(ModelMixin):
             check_packed(nn.Module.named_modules(self))
             undo.pop_all()
         if "_adapter_hook" not in self.__dict__:
-            self.__dict__["_adapter_hook"] = self.register_load_state_dict_pre_hook(accept_projections)
+            self.__dict__["_adapter_hook"] = self.register_load_state_dict_pre_hook(_accept)
         self.__dict__["peft_config"] = configs
         keep_readable(self)
 
@@ -147,7 +150,12 @@ class AdapterMixin(ModelMixin):
             expected_keys = sorted({*(expected_keys or ()), *rooms.values()})  # asked for before there was room
             # transformers puts in the adapter's name, and knows of no module of DoRA's below it
             magnitudes = WeightRenaming(rf"(lora_magnitude_vector\.{re.escape(adapter)})$", r"\1.weight")
-            load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or ()), magnitudes])
+            given, mapping = load_config, [*(load_config.weight_mapping or ()), magnitudes]
+            load_config = replace(given, weight_mapping=mapping, ignore_mismatched_sizes=True)
+            found = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+            if not given.ignore_mismatched_sizes:
+                refuse_unfit(", ".join(map(str, checkpoint_files or ())), found[0].mismatched_keys)
+            return found
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     @contextmanager
@@ -157,6 +165,23 @@ class AdapterMixin(ModelMixin):
             undo.callback(_restorer(self, name))
             yield
             undo.pop_all()
+
+
+def _accept(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """A `load_state_dict` pre-hook: peft is about to load an adapter's tensors.
+
+    Raises:
+        ValueError: one that does not fit. An adapter that peft has put in for them, to be used as it is, is taken off again.
+    """
+    adapter = loaded_adapter(model, state_dict)
+    config, targets = model.peft_config[adapter], _known(model).targets.get(adapter)
+    with ExitStack() as undo:
+        if targets is not None and not targets.is_loaded and config.inference_mode:
+            undo.callback(_take_off, model, adapter)
+        accept_projections(model, adapter, state_dict, prefix)
+        undo.pop_all()
+    if targets is not None:
+        targets.is_loaded = True
 
 
 def _note_tuner(parent: nn.Module, name: str, child: nn.Module) -> None:
@@ -195,6 +220,8 @@ def _prepare(model: nn.Module, known: _Known, configs: dict) -> bool:
             found.give_back()
             continue
         modules = plain_names(model) if modules is None else modules
+        if not known.targets:
+            known.trained = {name for name, parameter in _parameters(modules) if parameter.requires_grad}
         with ExitStack() as undo:
             undo.callback(configs.pop, adapter)
             known.targets[adapter] = _targets(model, modules, config)
@@ -264,6 +291,29 @@ def _restorer(model: nn.Module, name: str):
             parameter.requires_grad_(is_trained)
 
     return restore
+
+
+def _take_off(model: nn.Module, name: str) -> None:
+    """An adapter whose tensors were not loaded; the only one leaves the model as it was without."""
+    from peft.functional import delete_adapter
+
+    if len(model.peft_config) > 1:
+        delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config[name].peft_type.value.lower()}_")
+        del model.peft_config[name]
+        return
+    trained = _known(model).trained
+    _unwrap(model)
+    del model.peft_config
+    for own, parameter in _parameters(plain_names(model)):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(own in trained)
+
+
+def _parameters(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, module in modules.items():
+        yield from (
+            (f"{name}.{own}", parameter) for own, parameter in module._parameters.items() if parameter is not None
+        )
 
 
 def _unwrap(model: nn.Module) -> None:

@@ -65,8 +65,38 @@ def refuse_some_experts(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def accept_projections(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """A `load_state_dict` pre-hook: adapters of dense and shared MLPs get their layers.
+def refuse_unfit(source: str, unfit: Iterable[tuple[str, Iterable[int], Iterable[int]]]) -> None:
+    """
+    Args:
+        source: the adapter's file, or its name.
+        unfit: tensors' names, with the shapes that they have and would have to have.
+
+    Raises:
+        ValueError: there are any.
+    """
+    unfit = sorted(unfit)
+    if not unfit:
+        return
+    name, found, wanted = unfit[0]
+    others = f", and {len(unfit) - 1} tensors more" if unfit[1:] else ""
+    of_all, one_by_one = "", ""
+    if STACK_KEY.search(name):
+        of_all = " for all experts"
+        one_by_one = f"; of one with entries for some experts alone, {MERGE}, and experts one by one"
+    raise ValueError(
+        f"{shown(source, keep='')}: tensor {shown(name, keep='')}: found {list(found)}, wanted {list(wanted)}{of_all}{others}: "
+        f"an adapter of a model of other shapes, or of another rank than its config tells{one_by_one}"
+    )
+
+
+def loaded_adapter(model: nn.Module, state_dict: dict) -> str:
+    """Which of a model's adapters a state dict is of: peft names it in the keys of layers that it knows, one a call."""
+    named = next((match[1] for key in state_dict if (match := ADAPTER_NAME.search(key))), None)
+    return named or next(reversed(model.peft_config))
+
+
+def accept_projections(model: nn.Module, adapter: str, state_dict: dict, prefix: str) -> None:
+    """Adapters of dense and shared MLPs get their layers before a state dict is loaded.
 
     Of an adapter with one entry per expert peft puts gate, up and down on the routed experts alone; here its matrices for
     the other MLPs would find no layer and be dropped.
@@ -74,22 +104,22 @@ def accept_projections(model: nn.Module, state_dict: dict, prefix: str, *_) -> N
     Raises:
         ValueError: an adapter of experts in another number, rank or size; a tensor that has no place in the model.
     """
-    # peft names the adapter in the keys of layers that it knows: one adapter a call
-    named = next((match[1] for key in state_dict if (match := ADAPTER_NAME.search(key))), None)
-    adapter = named or next(reversed(model.peft_config))
     entries = [(key.removeprefix(prefix), key) for key in state_dict if key.startswith(prefix)]
-    parameters = dict(model.named_parameters())
-    for name, key in entries:
-        if STACK_KEY.search(name) and name in parameters and parameters[name].shape != state_dict[key].shape:
-            raise ValueError(
-                f"{name}: found {list(state_dict[key].shape)}, wanted {list(parameters[name].shape)} for all experts. Of an "
-                f"adapter with one entry per expert some may lack theirs: {MERGE}, and experts one by one"
-            )
     rooms = make_room(model, ((name, adapter, state_dict[key].dtype) for name, key in entries))
     for name, key in entries:
         if name in rooms:
             state_dict[prefix + rooms[name]] = state_dict.pop(key)
-    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    parameters, own = dict(model.named_parameters()), re.compile(rf"\.{re.escape(adapter)}(\.|$)")
+    stored = {rooms.get(name, name): state_dict[prefix + rooms.get(name, name)].shape for name, _ in entries}
+    refuse_unfit(
+        f"adapter {adapter}",
+        (
+            (name, shape, parameters[name].shape)
+            for name, shape in stored.items()
+            if own.search(name) and name in parameters and parameters[name].shape != shape
+        ),
+    )
+    known = {*parameters, *(name for name, _ in model.named_buffers())}
     refuse_homeless(model, (name for name, _ in entries if ".lora_" in name and rooms.get(name, name) not in known))
 
 

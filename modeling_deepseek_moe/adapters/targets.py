@@ -74,6 +74,7 @@ class Targets:
         notes: what a user would not expect.
         reaches_experts: whether stacks of experts are among them.
         is_done: those of experts have their layers.
+        is_loaded: its layers have got tensors that were stored.
     """
 
     config: Any
@@ -82,6 +83,7 @@ class Targets:
     notes: list[str] = field(default_factory=list)
     reaches_experts: bool = False
     is_done: bool = False
+    is_loaded: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, modules: dict[str, nn.Module], config) -> "Targets":
@@ -138,6 +140,7 @@ class Targets:
     def _divide(self, wanted: set[str], experts: list[str], linears: list[str]) -> None:
         self.apart = {target for target in wanted if _means_linears(target, experts, linears)}
         self.config.target_modules = wanted - self.apart
+        _check_pair(self.config.target_modules)
 
     def _read_as_peft(self) -> None:
         """For a model type that peft has no reading of: that of its kin."""
@@ -183,6 +186,21 @@ class Targets:
                 suffix(target, f"{name}.{own}") for name, module in modules.items() for own in module._parameters
             ):
                 self.notes.append(f"{shown(target, keep='')}: matches nothing")
+
+
+def _check_pair(wanted: set[str]) -> None:
+    """
+    Raises:
+        ValueError: of the routed experts' gate and up, which share a stack, one is meant without the other.
+    """
+    named = {leaf: sorted(target for target in wanted if suffix(leaf, target)) for leaf in PROJECTIONS[:2]}
+    for leaf, other in (PROJECTIONS[:2], PROJECTIONS[1::-1]):
+        if named[leaf] and not named[other]:
+            raise ValueError(
+                f"target_modules: found {shown(named[leaf][0], keep='')}, which is no linear layer of the model and so the "
+                f"routed experts', without {other}, wanted both, since they share a stack; or a layer by its name, such as "
+                f"shared_experts.{leaf}"
+            )
 
 
 def _means_linears(target: str, experts: list[str], linears: list[str]) -> bool:

@@ -19,8 +19,8 @@ from modeling_deepseek_moe.ops.four_bit import NESTED_GROUP, NestedScales
 METHOD = "bitsandbytes"
 BLOCK = 64  # values that share a scale, row by row through a matrix
 UNLESS_SAID = ("lm_head",)  # what bitsandbytes leaves alone where no skip list is given
-# Linear layers that releases keep in floating point: of an MTP layer.
-WIDE = (".eh_proj.weight", ".shared_head.head.weight")
+# Linear layers that releases keep in floating point: of an MTP layer, and the head.
+WIDE = (".eh_proj.weight", ".shared_head.head.weight", "lm_head.weight")
 # What its modules write next to a weight, or next to the name of their own.
 PARTS = re.compile(r"^(.*\.weight)(\.(?:nested_)?(?:absmax|quant_map)|\.quant_state\.bitsandbytes__\w+)$")
 ROW_PARTS = re.compile(r"^(.*)(\.SCB|\.weight_format)$")
@@ -139,7 +139,8 @@ def scheme_of(fields: Mapping | None) -> Callable[[str], int | None]:
     """As `announcements.scheme_of`, of bitsandbytes' weights too: ``None`` for a module that keeps floating-point ones."""
     if fields is None or not is_bitsandbytes(fields):
         return announcements.scheme_of(fields)
-    skipped = list(fields.get("llm_int8_skip_modules") or UNLESS_SAID)
+    said = fields.get("llm_int8_skip_modules")
+    skipped = list(UNLESS_SAID if said is None else said)
     return lambda module: 0 if should_convert_module(module, skipped) else None
 
 

@@ -11,7 +11,7 @@ from modeling_deepseek_moe.bnb.formats import BLOCK
 from modeling_deepseek_moe.bnb.loading import read_apart
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.field_checks import brief
-from modeling_deepseek_moe.ops.four_bit import NESTED_GROUP
+from modeling_deepseek_moe.ops.four_bit import KINDS, NESTED_GROUP
 from modeling_deepseek_moe.release import Release
 
 Wanted = dict[str, tuple[int, torch.dtype]]  # number of values and dtype, by what follows a module's name
@@ -35,6 +35,7 @@ def check_layers(model: PreTrainedModel, prefix: str, release: Release) -> None:
         if kind is not None:
             info = _info(release, f"{full}.weight.quant_state.bitsandbytes__{kind}")
             check_state(release, info, kind, shape, nested)
+            check_table(release, _info(release, f"{full}.weight.quant_map"), kind)
 
 
 def _wanted(shape: tuple[int, int], kind: str | None, nested: bool) -> Wanted:
@@ -91,3 +92,22 @@ def check_state(release: Release, info: TensorInfo, kind: str, shape: tuple[int,
     if found != wanted:
         raise CheckpointError(f"{info.file}: tensor {info.name}: found {brief(found)}, wanted {wanted}")
     return state
+
+
+def check_table(release: Release, info: TensorInfo, kind: str) -> None:
+    """That codes stand for the values of their kind, as everything that computes with them takes them to, bitsandbytes too.
+
+    Raises:
+        CheckpointError: they stand for others.
+    """
+    values = torch.tensor(KINDS[kind].values)
+    found = read_apart(release.reader, info)
+    if (
+        found.shape != values.shape
+        or found.dtype != values.dtype
+        or not torch.allclose(found, values, rtol=0, atol=1e-6)
+    ):
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name}: found {brief(found.tolist())}, wanted the {len(values)} values of {kind}: codes of "
+            "other values cannot be computed with"
+        )

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from transformers import PreTrainedModel
 
-from modeling_deepseek_moe.bnb.layers import check_layers, check_state
+from modeling_deepseek_moe.bnb.layers import check_layers, check_state, check_table
 from modeling_deepseek_moe.bnb.loading import prefix_of, read_apart, stacked_experts
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import MAP, BitsAndBytesExperts, parameter_of
@@ -93,6 +93,7 @@ class _SavedExperts:
             return {}
         info = self._info(index, projection, f"weight.quant_state.bitsandbytes__{module.weight_format.name}")
         name = module.weight_format.name
+        check_table(self._release, self._info(index, projection, "weight.quant_map"), name)
         return check_state(self._release, info, name, module.shapes[projection], module.nested)
 
     def mapped(self, config) -> MappedBitsAndBytesExperts:

@@ -7,11 +7,16 @@ this family's releases have one, and a list of the modules that keep floating-po
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from transformers.quantizers.quantizers_utils import should_convert_module
+
 COMPRESSED_TENSORS = "compressed-tensors"
 BLOCK = "weight_block_size"
 MIXED = "mixed-precision"  # where each group names its own format
 LINEAR = "Linear"
 NO_CODES = "none"  # activations that are not quantised
+# transformers' name for `ignored` where fields are flat; a release without it keeps its head in floating point.
+SKIPPED = "modules_to_not_convert"
+HEAD = "lm_head"
 
 
 def schemes(fields: Mapping) -> list[dict]:
@@ -79,7 +84,13 @@ def scheme_of(fields: Mapping | None) -> Callable[[str], int | None]:
     fields = fields or {}
     ignored = _patterns("ignore", fields.get("ignore"))
     if fields.get("quant_method") != COMPRESSED_TENSORS:
-        return lambda module: None if any(pattern.match(module) for pattern in ignored) else 0
+        skipped = _names(SKIPPED, fields.get(SKIPPED))
+
+        def only(module: str) -> int | None:
+            kept = any(pattern.match(module) for pattern in ignored) or not should_convert_module(module, skipped)
+            return None if kept else 0
+
+        return only
     groups = [group.get("targets") for group in fields["config_groups"].values()]
     named = [_patterns("targets", names) for names in groups]
     default = next((index for index, names in enumerate(groups) if names and LINEAR in names), None)
@@ -93,12 +104,27 @@ def scheme_of(fields: Mapping | None) -> Callable[[str], int | None]:
     return scheme
 
 
-def _patterns(field: str, names: object) -> list[re.Pattern]:
+def head_has_codes(fields: Mapping | None) -> bool:
+    """Whether a ``quantization_config`` says of the head that it is codes, which no release of DeepSeek's or Kimi's does.
+
+    Raises:
+        ValueError: as `scheme_of`.
+    """
+    if not fields or (fields.get("quant_method") != COMPRESSED_TENSORS and fields.get(SKIPPED) is None):
+        return False
+    return scheme_of(fields)(HEAD) is not None
+
+
+def _names(field: str, names: object) -> list[str]:
     names = names or ()
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"quantization_config: {field}={_brief(names)} is not supported, wanted names")
+    return list(names)
+
+
+def _patterns(field: str, names: object) -> list[re.Pattern]:
     patterns = []
-    for name in names:
+    for name in _names(field, names):
         try:
             patterns.append(re.compile(name[3:] if name.startswith("re:") else re.escape(name) + "$"))
         except re.error as error:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from modeling_deepseek_moe.formats import blocks
-from modeling_deepseek_moe.formats.announcements import BLOCK
+from modeling_deepseek_moe.formats.announcements import BLOCK, SKIPPED
 from modeling_deepseek_moe.ops import four_bit
 from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
@@ -142,11 +142,17 @@ class WeightFormat:
         plain = four_bit.expand(scales) if isinstance(scales, four_bit.NestedScales) else scales
         return quantized_linear(x, codes, plain, bias, self.block[0], partial(self.decode, block=self.block))
 
-    def quantization_config(self, ignored: Sequence[str] = ()) -> dict:
-        """What a release in this format says of itself; ``ignored`` are the modules without codes, names or ``re:`` patterns."""
+    def quantization_config(self, ignored: Sequence[str] = (), with_head: bool = False) -> dict:
+        """What a release in this format says of itself.
+
+        Args:
+            ignored: the modules without codes, names or ``re:`` patterns.
+            with_head: whether the head is codes too, which fields that list no such modules have to say.
+        """
         if self.announce is not None:
             return self.announce(self.fields, self.block, ignored)
-        return {**self.fields, "quant_method": self.method, BLOCK: list(self.block)}
+        skipped = {SKIPPED: []} if with_head else {}
+        return {**self.fields, **skipped, "quant_method": self.method, BLOCK: list(self.block)}
 
     def _value(self, field: str) -> object:
         return self.fields.get(field, self.implied.get(field))
