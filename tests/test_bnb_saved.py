@@ -112,6 +112,18 @@ BREAKS = {
         lambda t: t.update({f"{EXPERT}.nested_quant_map": torch.zeros(256)}),
         r"nested_quant_map: found another table",
     ),
+    "other values": (
+        lambda t: t[f"{EXPERT}.quant_map"].mul_(2),
+        r"up_proj.weight.quant_map: found .*wanted the 16 values of nf4",
+    ),
+    "no values": (
+        lambda t: t.pop(f"{EXPERT}.quant_map"),
+        r"up_proj.weight.quant_map: found no such tensor",
+    ),
+    "a layer's other values": (
+        lambda t: t[f"{LAYER}.quant_map"].neg_(),
+        r"o_proj.weight.quant_map: found .*wanted the 16 values of nf4",
+    ),
     "no state": (
         lambda t: t.update({f"{EXPERT}.quant_state.bitsandbytes__nf4": torch.zeros(8, dtype=torch.uint8)}),
         r"bitsandbytes__nf4: found no state",

@@ -192,6 +192,55 @@ def test_peft_is_told_by_name_what_cannot_be_used(rename, message, release, tmp_
         peft.PeftModel.from_pretrained(load(release), tmp_path)
 
 
+FOREIGN = {
+    "hidden_size": ({"target_modules": ATTENTION}, r"self_attn\.o_proj\.lora_B\.\w+\.weight: found \[128, 2\], wanted \[64, 2\]"),
+    "n_routed_experts": (KINDS["experts"], r"mlp\.experts\.\S+: found \[64, 64\], wanted \[32, 64\] for all experts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FOREIGN)
+def test_adapters_of_other_shapes_leave_the_model_as_it_was(field, release, tmp_path):
+    config = SHAPES["v3"]()
+    setattr(config, field, 2 * getattr(config, field))
+    write_release(tmp_path / "other", config)
+    kind, said = FOREIGN[field]
+    adapted(load(tmp_path / "other"), **kind).save_pretrained(tmp_path / "adapter")
+    model = load(release)
+    before, modules = logits(model), [name for name, _ in model.named_modules()]
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    for source, door in (
+        (r"adapter/adapter_model\.safetensors: tensor ", model.load_adapter),
+        ("adapter default: tensor ", lambda folder: peft.PeftModel.from_pretrained(model, folder)),
+    ):
+        with pytest.raises(ValueError, match=source + r"\S*" + said):
+            door(tmp_path / "adapter")
+        assert torch.equal(logits(model), before) and not hasattr(model, "peft_config")
+        assert [name for name, _ in model.named_modules()] == modules
+        assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    wrapped = adapted(model, **KINDS["attention"])
+    first = logits(wrapped)
+    with pytest.raises(ValueError, match="adapter second: tensor"):
+        wrapped.load_adapter(tmp_path / "adapter", "second")
+    torch.testing.assert_close(logits(wrapped), first, rtol=0, atol=1e-6)
+    assert list(wrapped.peft_config) == ["default"]
+    # an adapter that was there stays
+    with pytest.raises(ValueError, match=r"adapter default: tensor|no place in the model"):
+        peft.set_peft_model_state_dict(wrapped, load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert list(wrapped.peft_config) == ["default"]
+    torch.testing.assert_close(logits(wrapped), first, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "targets", [["up_proj"], ["shared_experts.gate_proj", "up_proj"], ["layers.9.mlp.shared_experts.up_proj"]]
+)
+def test_gate_and_up_of_routed_experts_go_together(targets, release):
+    model = load(release)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"target_modules: found \S*up_proj, .* without gate_proj, wanted both"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
+    assert torch.equal(logits(model), before) and not hasattr(model, "peft_config")
+
+
 def test_what_is_for_layers_left_out_is_said(releases, tmp_path, caplog):
     adapted(load(releases / "v3-mtp"), **KINDS["mlp"]).save_pretrained(tmp_path)
     model = load(releases / "v3-mtp", num_nextn_predict_layers=0)

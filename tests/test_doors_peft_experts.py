@@ -212,6 +212,24 @@ def test_what_looks_at_neurons_or_trains_stacks_beside_an_adapter_is_served(rele
         torch.testing.assert_close(parameter.grad, grads[1][name].grad, rtol=1e-3, atol=1e-4)
 
 
+UNFIT = [("use_dora", True), ("lora_dropout", 0.1), ("lora_bias", True)] + [
+    ("init_lora_weights", value) for value in ("pissa", "olora", "orthogonal")
+]
+
+
+@pytest.mark.parametrize(("field", "value"), UNFIT)
+def test_what_peft_has_not_for_stacks_is_refused_with_the_way_out(field, value, releases):
+    kind = {"r": 2, field: value}
+    with pytest.raises((ValueError, AttributeError)):  # of the stacks, which have no weight
+        peft.get_peft_model(plain(releases / "plain"), peft.LoraConfig(**ROUTED, **kind))
+    model = load(releases / "plain")
+    with pytest.raises(ValueError, match=rf"experts: found {field}={value}.*attention and the shared experts alone"):
+        peft.get_peft_model(model, peft.LoraConfig(**ROUTED, **kind))
+    assert not hasattr(model, "peft_config")
+    way_out = peft.LoraConfig(target_modules=["o_proj", "shared_experts.down_proj"], **kind)
+    assert peft.get_peft_model(model, way_out).get_nb_trainable_parameters()[0] > 0
+
+
 class Largest(TorchDispatchMode):
     """The most elements of a tensor that any operation made."""
 

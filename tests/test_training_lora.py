@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 from typer.testing import CliRunner
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.cli import _model, app
-from modeling_deepseek_moe.cli._train_lora import PARTS, find_targets
+from modeling_deepseek_moe.cli._train_lora import PARTS, LoraOptions, check_rank, find_targets
 from modeling_deepseek_moe.cli._train_run import read_options
 from modeling_deepseek_moe.tiny.corpus import problems
 
@@ -180,6 +180,28 @@ def test_a_checkpoint_of_the_other_kind_is_no_place_to_resume_from(folder, tmp_p
 def test_options_that_cannot_be_meant(flags, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         read_options(None, ["--model", "a", "--train_file", "b", *flags])
+
+
+@pytest.mark.parametrize("flags", [["--lora"], ["--qlora", "--lora_targets", "attention, experts"]])
+def test_a_rank_above_the_experts_is_refused_before_anything_is_loaded(folder, tmp_path, flags):
+    config = AutoConfig.from_pretrained(folder / "fp8")
+    config.save_pretrained(tmp_path)  # and no weights
+    most = min(config.hidden_size, config.moe_intermediate_size)
+    options = [
+        "--model",
+        tmp_path,
+        "--train_file",
+        folder / "chat.jsonl",
+        "--use_cpu",
+        "true",
+        "--lora_rank",
+        most + 1,
+    ]
+    result = CliRunner().invoke(app, ["train", *map(str, options), *flags])
+    assert result.exit_code == 2
+    assert f"lora_rank: found {most + 1}, wanted at most {most}" in " ".join(result.output.split())
+    check_rank(LoraOptions(lora=True, lora_rank=most), config)
+    check_rank(LoraOptions(lora=True, lora_rank=most + 1, lora_targets="attention,shared"), config)
 
 
 def test_an_adapter_needs_a_model():
