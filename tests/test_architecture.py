@@ -13,7 +13,7 @@ TEXT = (DOCS / "architecture.md").read_text(encoding="utf-8")
 ANSWERS = {
     "a weight format": ("modeling_deepseek_moe/formats/__init__.py", "FORMATS = ("),
     "a backend for an operation": ("modeling_deepseek_moe/ops/_dispatch.py", "def choose("),
-    "a model type": ("modeling_deepseek_moe/config.py", "FAMILIES"),
+    "a model type": ("modeling_deepseek_moe/families.py", "FAMILIES"),
     "a conversion": ("conversion/_table.py", "CONVERSIONS"),
     "a benchmark": ("benchmarks/common.py", "def interleave("),
 }

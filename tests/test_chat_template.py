@@ -3,11 +3,14 @@
 import json
 
 import pytest
+from chat_templates import K2, MARKS, V31
 from eval_harness import small_model, tokenizer, write_math
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from modeling_deepseek_moe.chat_template import check_arguments, end_mark, prompt_end, taken_arguments
 from modeling_deepseek_moe.cli.app import app
+from modeling_deepseek_moe.cli.chat import Conversation
 from modeling_deepseek_moe.eval.code import handover
 from modeling_deepseek_moe.eval.protocols import read_protocols
 from modeling_deepseek_moe.eval.results import read_evaluation, read_questions
@@ -133,3 +136,34 @@ def test_arguments_that_are_no_object(tmp_path, command, given, message):
 )
 def test_thoughts_are_no_program(prompt, text, want):
     assert handover.said({"prompt": prompt, "text": text}) == want
+
+
+GLM = (  # as GLM-4.7's: tools before all, a choice of its own under another name
+    "[gMASK]{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
+    + TURNS
+    + "{% if add_generation_prompt %}[assistant]{{ '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    "template, arguments, mark",
+    [
+        pytest.param(V31, {"thinking": True}, "<think>", id="v3.1-thinking"),
+        pytest.param(V31, {}, "</think>", id="v3.1"),
+        pytest.param(K2, {"tools": [TOOL]}, "", id="kimi-k2-tools"),
+        pytest.param(GLM, {"tools": [TOOL], "enable_thinking": False}, "</think>", id="glm-tools"),
+        pytest.param(GLM, {}, "<think>", id="glm"),
+    ],
+)
+def test_what_a_chat_is_given_reaches_its_prompts(template, arguments, mark):
+    made = tokenizer()
+    made.chat_template = MARKS.sub("", template)
+    check_arguments(made, arguments)
+    settings = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+    conversation = Conversation(small_model(), made, settings, arguments)
+    for turn in ("Hello", "And then?"):
+        conversation.answer(turn)
+        prompt = made.decode(conversation.seen[:-1])
+        assert turn in prompt and end_mark(prompt) == mark
+        assert ('"weather"' in prompt) == ("tools" in arguments)

@@ -297,15 +297,15 @@ def test_tensors_of_inference_mode_are_copied():
 
 
 def test_only_plain_caches_are_changed(one_model):
-    config, cpu = one_model.config, torch.device("cpu")
+    config = one_model.config
     latents = torch.randn(1, 1, 4, config.kv_lora_rank), torch.randn(1, 1, 4, config.qk_rope_head_dim)
     cache = DynamicCache(config=config)
     cache.update(*latents, 0)
     before = cache.layers[0].keys.clone()
-    assert prepare_cache(cache, config, cpu) == 4 and type(cache.layers[0]) is LatentLayer
+    assert prepare_cache(cache, config, 1) == 4 and type(cache.layers[0]) is LatentLayer
     assert torch.equal(cache.layers[0].keys, before)
     empty = DynamicCache()
-    assert prepare_cache(empty, config, cpu) == 0
+    assert prepare_cache(empty, config, 1) == 0
     empty.update(*latents, 0)
     assert type(empty.layers[0]) is LatentLayer
 
@@ -313,7 +313,7 @@ def test_only_plain_caches_are_changed(one_model):
         pass
 
     mine = Mine(config=config)
-    assert prepare_cache(mine, config, cpu) == 0 and type(mine.layers[0]) is DynamicLayer
+    assert prepare_cache(mine, config, 1) == 0 and type(mine.layers[0]) is DynamicLayer
 
 
 # ---- when the engine runs layers, and when it does not ----

@@ -32,9 +32,11 @@ def compiled(module, compiler):
 
 
 def test_every_operator_is_called():
-    """By what runs over `every_call`."""
+    """By what runs over `every_call`: those that a CPU has."""
     operators = {
-        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name[:13] == "deepseek_moe:"
+        name.partition("::")[2]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name[:13] == "deepseek_moe:" and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     }
     called = {function.operator._schema.name.partition("::")[2] for function, _ in CALLS.values()}
     assert called == operators, f"add calls of {operators - called} to engine_calls.every_call"

@@ -55,6 +55,13 @@ def test_a_machine_without_llama_cpp_has_no_bar_of_it(figures):
     assert all(set(found) == {figures.OURS, figures.PLAIN} for found in figures.speeds(result).values())
 
 
+def test_the_table_of_four_bits_is_the_results(figures):
+    page = (ROOT / "docs" / "four-bit.md").read_text(encoding="utf-8").splitlines()
+    lines = figures.four_bit_lines()
+    assert len(lines) == 3 * len(figures.FOUR_BIT)
+    assert [line for line in lines if line not in page] == [], "`benchmarks/figures.py`: four_bit_lines"
+
+
 def test_an_interval_is_students(figures):
     drawn = figures.spread("", [101.0, 102.0, 103.0, 104.0], [100.0] * 4)
     half = 3.182 * math.sqrt(5 / 3) / 2

@@ -10,8 +10,7 @@ import pytest
 import torch
 from peer.transformers_tests import load
 
-from modeling_deepseek_moe import modeling
-from modeling_deepseek_moe.registration import FAMILIES, HEADS
+from modeling_deepseek_moe.registration import FAMILIES, HEADS, model_class
 
 common = load("test_modeling_common")
 ConfigTester = load("test_configuration_common").ConfigTester
@@ -48,7 +47,7 @@ class ModelTester:
 
     def __init__(self, family: str, fields: dict):
         self.config_class = FAMILIES[family]
-        self.causal_lm_class = getattr(modeling, f"{family}ForCausalLM")
+        self.causal_lm_class = model_class(f"{family}ForCausalLM")
         self.fields = self.sizes | fields
         for name, value in self.fields.items():
             setattr(self, name, value)
@@ -71,7 +70,7 @@ class CommonTests(common.ModelTesterMixin, TrainingTesterMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.all_model_classes = tuple(getattr(modeling, cls.family + head) for head in HEADS)
+        cls.all_model_classes = tuple(model_class(cls.family + head) for head in HEADS)
 
     def setUp(self):
         self.model_tester = ModelTester(self.family, self.fields)
