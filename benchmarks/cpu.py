@@ -4,6 +4,7 @@
     python benchmarks/cpu.py --quick             one thread count and few rounds: about 5 minutes
     python benchmarks/cpu.py --only ops          one part; the others stay as they are in the result file
     python benchmarks/cpu.py --only e2e --llama-bench llama.cpp/build/bin/llama-bench --gguf model-bf16.gguf
+    DEEPSEEK_MOE_BACKEND=cpu:avx2 python benchmarks/cpu.py --only e2e_four_bit   on a lower instruction set
 
 Within a part all contestants take turns, and readers that do nothing but read memory take turns with them: a share of
 the bandwidth compares with what those reached in the same seconds, the best of them, and may so pass 100 % by noise.
@@ -17,6 +18,7 @@ Parts:
     mla      latent attention of one new token, 16 and 128 heads, contexts 1k and 8k
     e2e      a model of 2.25B parameters in DeepSeek-V2-Lite's dims: decoding at 128 and 8192 tokens, prompts of 512 and
              4096 tokens, and 512 more after 4096
+    e2e_four_bit  the same model in INT4 and NF4, and FP8 with a head of FP8, by `deepseek-moe convert`: 5 GB more
 
 The last lines hold the figures against what the engine is to reach. OMP_WAIT_POLICY is left as it is set and written
 down: threads that sleep at once (PASSIVE) cost a few percent on a quiet machine; where another program uses a core,
@@ -34,7 +36,7 @@ import cpu_report
 import torch
 import transformers
 
-PARTS = ("ops", "experts", "four_bit", "mla", "e2e")
+PARTS = ("ops", "experts", "four_bit", "mla", "e2e", "e2e_four_bit")
 
 
 def parse() -> argparse.Namespace:
@@ -48,11 +50,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS, action="append", help="this part (may be given again)")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "cpu.json", help="the result file")
     parser.add_argument(
-        "--model-folder", type=Path, help="where the model of e2e is written, 2.7 GB, or found (default: temporary)"
+        "--model-folder",
+        type=Path,
+        help="where the model of e2e is written, 2.7 GB, or found, others next to it (default: temporary)",
     )
-    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench, to run with e2e")
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench, for both e2e parts")
     parser.add_argument(
         "--gguf", type=Path, action="append", default=[], help="a model for it, of the same dims (may be repeated)"
+    )
+    parser.add_argument(
+        "--llama-contexts",
+        type=int,
+        nargs="+",
+        default=[128, 8192],
+        help="of e2e_four_bit: tokens before those that llama.cpp decodes, minutes for many (default: 128 8192)",
     )
     options = parser.parse_args()
     if bool(options.llama_bench) != bool(options.gguf):

@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict:
     return {"rows": found, "agreement": agreement, "notes": notes, "config": CONFIG}
 
 
-def write_model(folder: Path) -> str:
+def write_model(folder: Path, config: dict = CONFIG) -> str:
     """Random weights, saved as an FP8 release, unless they are there."""
     if (folder / "config.json").exists():
         return f", weights found in {folder.name}"
@@ -80,19 +80,19 @@ def write_model(folder: Path) -> str:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = dsm.DeepseekV3ForCausalLM(dsm.DeepseekV3Config(**CONFIG))
+        model = dsm.DeepseekV3ForCausalLM(dsm.DeepseekV3Config(**config))
     finally:
         torch.set_default_dtype(before)
     model.save_pretrained(folder, quantize="fp8")
     return ""
 
 
-def build_plain(folder: Path) -> torch.nn.Module:
+def build_plain(folder: Path, config: dict = CONFIG) -> torch.nn.Module:
     """Plain transformers' model, with the FP8 weights dequantised to bf16."""
     dequantize = FineGrainedFP8Config(dequantize=True)
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=dequantize)
     with torch.device("meta"):
-        plain = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**CONFIG)).eval()
+        plain = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**config)).eval()
     plain.load_state_dict(source.state_dict(), assign=True)
     # what `from_pretrained` would make of a rotary embedding that was built without memory
     plain.model.rotary_emb = type(plain.model.rotary_emb)(plain.config)

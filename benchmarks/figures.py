@@ -37,6 +37,9 @@ LINEAR, EXPERTS, MODEL = (
     "6 of 64 experts, one token",
     "A model, decoding at 128 tokens",
 )
+# Result files of models in four bits by instruction set, one machine, and the columns of docs/four-bit.md
+FOUR_BIT = {"AVX-512": "cpu"}
+FOUR_BIT_COLUMNS = ("FP8, head bf16", "FP8, head FP8", "INT4, head INT4", "NF4, head NF4")
 # Student's t of a two-sided 95 % interval, by the number of runs
 T = {4: 3.182, 8: 2.365}
 LEARNING_RATES = ("4.2e-4", "1e-3")  # the first is DeepSeek-V2-Lite's
@@ -55,6 +58,20 @@ def speeds(result: dict) -> dict[str, dict[str, float]]:
         if case in found and name is not None:
             found[case].setdefault(name, row["tokens_s"])  # of this package: the run in turns with transformers
     return found
+
+
+def four_bit_lines() -> list[str]:
+    """The table of docs/four-bit.md: tokens per second, and the share of the bandwidth where it was measured."""
+    lines = []
+    for isa, file in FOUR_BIT.items():
+        cases: dict[str, dict[str, str]] = {}
+        for row in results(file)["e2e_four_bit"]["rows"]:
+            share = f", {row['share_of_read']:.0%}".replace("%", " %") if "share_of_read" in row else ""
+            if "tokens_s" in row:
+                cases.setdefault(row["case"], {})[row["contestant"]] = f"{row['tokens_s']:.1f}{share}"
+        for case, found in cases.items():
+            lines.append(f"| {isa}: {case} | {' | '.join(found.get(name, '') for name in FOUR_BIT_COLUMNS)} |")
+    return lines
 
 
 def speed_chart() -> Grid:

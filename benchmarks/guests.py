@@ -1,12 +1,14 @@
 """What decoding costs with a guest in the model: LoRA on one projection, bitsandbytes' 4-bit layers, torch.compile.
 
     python benchmarks/guests.py                  everything: about five minutes on two cores, 16 GB of memory
-    python benchmarks/guests.py --only lora      one part; the others stay as they are in the result file
+    python benchmarks/guests.py --only experts   one part; the others stay as they are in the result file
 
 Parts, each with contestants in turns on the same weights (the model of `cpu.py`'s e2e, one token after the other from 128
 cached ones on):
     lora     FP8 and bf16, plain and with LoRA (rank 8) on ``o_proj``: what the adapter leaves of the speed
-    experts  FP8 and bf16, plain and with LoRA (rank 16) on all routed experts; and plain transformers with peft on the same
+    experts  FP8 and bf16, plain and with LoRA (rank 16) on all routed experts; and plain transformers with peft on the same; of
+             a dense layer and one of experts in V2-Lite's dims with a small vocabulary, which takes 5 GB of memory: what a token
+             takes, the largest tensor that an operation makes for it, and how much more memory the process holds meanwhile
     bnb      NF4 linear layers, here and in plain transformers; experts are bf16 in both
     compile  a compiled step on a static cache, FP8, compared with the eager one on a growing cache
 """
@@ -24,12 +26,18 @@ import torch
 import transformers
 from cpu_e2e import CONFIG, build_plain, write_model
 from decode import filled_caches
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, StaticCache
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 CONTEXT, TOKENS = 128, 6
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+# a layer of experts, and little in the denominator besides
+ONE_LAYER = CONFIG | {"num_hidden_layers": 2, "vocab_size": 8192}
+STATUS, REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def load(folder: Path, **settings) -> torch.nn.Module:
@@ -50,9 +58,45 @@ def with_experts(model: torch.nn.Module) -> torch.nn.Module:
     return peft.get_peft_model(model, config).eval()
 
 
-def tokens_of(model, cache) -> None:
+def tokens_of(model, cache, adapter: bool | None = None) -> None:
+    """Some tokens, one after the other; with the model's adapter turned on or off first, if that is told."""
+    if adapter is not None:
+        (model.enable_adapter_layers if adapter else model.disable_adapter_layers)()
     for _ in range(TOKENS):
-        model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), **{CACHE_NAME: cache}, logits_to_keep=1)
+        model(torch.randint(0, model.config.vocab_size, (1, 1)), **{CACHE_NAME: cache}, logits_to_keep=1)
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor that any operation of torch made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+                self.nbytes = max(self.nbytes, tensor.nbytes)
+        return out
+
+
+def held(field: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most since `REFS` was written to."""
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def trace(model: torch.nn.Module) -> dict[str, int]:
+    """Of one token: its largest tensor, and the memory above what was held before, which the engine's own is part of."""
+    cache, token = filled_caches(model.config, CONTEXT)[0], torch.tensor([[7]])
+    call = partial(model, token, **{CACHE_NAME: cache}, logits_to_keep=1)
+    call()  # its experts are in memory
+    with Largest() as largest:
+        call()
+    gc.collect()
+    REFS.write_text("5")
+    before = held("VmRSS")
+    call()
+    return {"largest_tensor_bytes": largest.nbytes, "peak_bytes_above": held("VmHWM") - before}
 
 
 def race(models: dict[str, torch.nn.Module], rounds: int) -> dict[str, common.Timing]:
@@ -86,18 +130,28 @@ def lora(folder: Path, options: argparse.Namespace) -> list[dict]:
 
 
 def lora_on_experts(folder: Path, options: argparse.Namespace) -> list[dict]:
-    found = []
+    dequantize, found = FineGrainedFP8Config(dequantize=True), []
     for kind, load_one in (
         ("FP8", load),
-        ("bf16", partial(load, quantization_config=FineGrainedFP8Config(dequantize=True))),
-        ("plain transformers, bf16", build_plain),
+        ("bf16", partial(load, quantization_config=dequantize)),
+        ("plain transformers, bf16", partial(build_plain, config=ONE_LAYER)),
     ):
-        # one kind after the other: their weights fill the memory
-        models = {kind: load_one(folder), f"{kind}, LoRA on experts": with_experts(load_one(folder))}
-        # a dense difference of all experts takes seconds a token
-        rounds = options.rounds if kind != "plain transformers, bf16" else min(options.rounds, 2)
-        found += rows(race(models, rounds), {f"{kind}, LoRA on experts": kind})
-        del models
+        name, is_plain = f"{kind}, LoRA on experts", kind.startswith("plain")
+        adapted = with_experts(load_one(folder))
+        if is_plain:  # one model with its adapter on and off: two, and a dense difference of all experts, are too much
+            calls = {kind: (adapted, False), name: (adapted, True)}
+        else:
+            calls = {kind: (load_one(folder), None), name: (adapted, None)}
+        contestants = {
+            one: partial(tokens_of, model, filled_caches(model.config, CONTEXT)[0], adapter)
+            for one, (model, adapter) in calls.items()
+        }
+        times = common.interleave(contestants, min(options.rounds, 2) if is_plain else options.rounds, warm_up=1)
+        found += rows(times, {name: kind})
+        found[-1] |= trace(adapted) | {
+            "expert_bytes": 3 * 2 * ONE_LAYER["hidden_size"] * ONE_LAYER["moe_intermediate_size"]
+        }
+        del adapted, calls, contestants
         gc.collect()
     return found
 
@@ -147,7 +201,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", choices=PARTS, action="append", help="this part (may be given again)")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "guests.json")
-    parser.add_argument("--model-folder", type=Path, help="where the model is written, or found (default: temporary)")
+    parser.add_argument("--model-folder", type=Path, help="where models are written, or found (default: temporary)")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -155,14 +209,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.model_folder or Path(temporary) / "model"
-        write_model(folder)
+        parent = options.model_folder or Path(temporary)
         for part in options.only or PARTS:
+            folder = parent / ("one-layer" if part == "experts" else "model")
+            write_model(folder, ONE_LAYER if part == "experts" else CONFIG)
             with torch.inference_mode(part != "bnb"), torch.no_grad():
                 found = PARTS[part](folder, options)
             result[part] = {"machine": common.machine(), "rows": found}
             for row in found:
                 ratio = f"  {row['ratio']:.3f} of {row['compared_with']}" if "ratio" in row else ""
+                if "peak_bytes_above" in row:
+                    parts = ("largest_tensor_bytes", "peak_bytes_above", "expert_bytes")
+                    ratio += "".join(f"  {field} {row[field]:,}" for field in parts)
                 extra = f"  {row['four_bit_layers']} layers, {row['bytes']:,} bytes" if "bytes" in row else ""
                 print(f"{part:8} {row['contestant']:26} {row['tokens_s']:7.2f} tokens/s{ratio}{extra}", flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)

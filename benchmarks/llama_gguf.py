@@ -1,10 +1,12 @@
-"""A checkpoint of DeepSeek's family as a GGUF file in Q8_0, for `cpu.py --llama-bench`.
+"""A checkpoint of DeepSeek's family as a GGUF file in Q8_0 or Q4_0, for `cpu.py --llama-bench`.
 
     pip install gguf
-    python benchmarks/llama_gguf.py /tmp/model-e2e /tmp/model-e2e.gguf
+    python benchmarks/llama_gguf.py /tmp/model-e2e /tmp/q8_0.gguf
+    llama-quantize --allow-requantize /tmp/q8_0.gguf /tmp/q4_k_m.gguf Q4_K_M   which gguf for Python has no writer of
 
 For measuring speed alone: the file has no tokenizer, and llama.cpp's own converter makes better ones. The weights are the
-checkpoint's, dequantised and rounded to Q8_0 (int8 and a scale for 32: 8.5 bits each); what llama.cpp wants in fp32 stays so.
+checkpoint's, dequantised and rounded to Q8_0 (int8 and a scale for 32: 8.5 bits each) or Q4_0 (4.5 bits, but for the head
+in Q8_0, where `llama-quantize` takes Q6_K); what llama.cpp wants in fp32 stays so.
 """
 
 import argparse
@@ -99,6 +101,7 @@ def main() -> None:
         "checkpoint", type=Path, help="a folder: V3's architecture, FP8 or bf16; `cpu.py --model-folder`"
     )
     parser.add_argument("gguf", type=Path, help="the file to write, replaced if it is there")
+    parser.add_argument("--type", choices=("q8_0", "q4_0"), default="q8_0", help="of the matrices (default: q8_0)")
     parser.add_argument("--bf16-head", action="store_true", help="leave the head in bf16, as FP8 releases do")
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(
@@ -107,11 +110,11 @@ def main() -> None:
     unfinished = options.gguf.with_name(options.gguf.name + ".unfinished")
     writer = gguf.GGUFWriter(unfinished, "deepseek2", use_temp_file=True)
     describe(writer, model.config)
-    for name, tensor in tqdm(list(tensors(model)), desc="to Q8_0", unit="tensor"):
+    types = gguf.GGMLQuantizationType
+    head = types.BF16 if options.bf16_head else types.Q8_0
+    for name, tensor in tqdm(list(tensors(model)), desc=f"to {options.type.upper()}", unit="tensor"):
         values = tensor.float().numpy()
-        kind = gguf.GGMLQuantizationType.F32 if name.endswith(KEPT) else gguf.GGMLQuantizationType.Q8_0
-        if options.bf16_head and name == "output.weight":
-            kind = gguf.GGMLQuantizationType.BF16
+        kind = types.F32 if name.endswith(KEPT) else head if name == "output.weight" else types[options.type.upper()]
         writer.add_tensor(name, np.ascontiguousarray(gguf.quantize(values, kind)), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

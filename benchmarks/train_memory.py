@@ -182,7 +182,9 @@ def run(name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=CASES, action="append", help="one case; again for others")
+    parser.add_argument(
+        "--only", choices=CASES, action="append", help="one case, the others stay as they are; again for others"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folders", nargs=2, type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -212,8 +214,10 @@ def main() -> None:
         cells = [f"{row[part]:.2f}" if part == "ratio" else f"{row[part] / 1e6:,.0f}" for part in parts]
         table.add_row(name, *cells, row["peak_at"])
     Console(width=140).print(table)
-    if not given.only:
-        print(f"written to {common.save('train_memory', {'rows': rows})}")
+    file = common.RESULTS / "train_memory.json"
+    before = json.loads(file.read_text())["rows"] if given.only and file.exists() else []
+    known = {row["case"]: row for row in (*before, *rows)}
+    print(f"written to {common.save('train_memory', {'rows': [known[name] for name in CASES if name in known]})}")
 
 
 if __name__ == "__main__":

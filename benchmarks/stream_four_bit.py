@@ -1,0 +1,162 @@
+"""The same experts streamed from the disk in FP8 and in INT4: bytes read per token, and tokens per second, in turns.
+
+    python benchmarks/stream_four_bit.py [--folder FOLDER] [--fp8 FOLDER --int4 FOLDER]
+
+Without folders it writes 6.5 GB of random FP8 in DeepSeek-V3's shapes with two layers of 64 experts (44 MB each), and has
+``deepseek-moe convert to-4bit --format int4`` make its INT4 of it (24.8 MB an expert, scales included); both are deleted in
+the end. Every run is a process of its own with cold files, and is given the same tokens and the same memory for experts. The budget is in bytes, so that INT4 has more experts
+in it: ``missed`` are the bytes of experts that a token needed and memory had not, ``all`` those that it needed.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+from load import write_random_release
+from rich.console import Console
+from rich.table import Table
+from stream import CONFIG, EMBEDDING, GB, child, texts
+
+import modeling_deepseek_moe as dsm
+
+LAYERS = 3  # 2 of them of experts
+
+
+def write_both(place: Path) -> dict[str, Path]:
+    folders = {"FP8": place / "fp8", "INT4": place / "int4"}
+    write_random_release(
+        folders["FP8"], dsm.DeepseekV3Config(**CONFIG | {"num_hidden_layers": LAYERS}), EMBEDDING, "4GB"
+    )
+    code = "from modeling_deepseek_moe.cli import main; main()"
+    command = [sys.executable, "-c", code, "convert", "to-4bit", *map(str, folders.values()), "--format", "int4"]
+    subprocess.run([*command, "--keep-fp8", "attention,dense,shared"], check=True)
+    return folders
+
+
+def measure(folders: dict[str, Path], budgets: list[int], rounds: int, place: Path) -> list[dict]:
+    vocabulary = dsm.read_config(folders["FP8"]).vocab_size
+    settings = {name: {"runs": texts(vocabulary), "logits": str(place / f"{name}.pt")} for name in folders}
+    for name, folder in folders.items():
+        child("mapped", folder, **settings[name])
+    rows = []
+    for _ in range(rounds):
+        for budget in budgets:
+            for name, folder in folders.items():
+                row = child("streamed", folder, budget=budget, ahead=True, **settings[name])
+                rows.append(figures(name, row))
+                print(rows[-1], flush=True)
+    return rows
+
+
+def figures(name: str, row: dict) -> dict:
+    decode = row["decode"]
+    return {
+        "weights": name,
+        "budget": row["budget"],
+        "tokens_per_s": decode["tokens_per_s"],
+        "bytes_per_token": decode["bytes_read"] / decode["tokens"],
+        "missed_per_token": decode["bytes_missed"] / decode["tokens"],
+        "needed_per_token": decode["bytes_missed"] / decode["tokens"] / (1 - decode["hit_rate"]),
+        "hit_rate": decode["hit_rate"],
+        "share_of_limit": decode["share_of_limit"],
+        "disk_bytes_per_s": row["disk_bytes_per_s"],
+        "stall_share": decode["stall_seconds"] / decode["seconds"],
+        "bit_equal": row["bit_equal"],
+    }
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """Medians of the rounds, and INT4 over FP8 where the budget is the same."""
+    found = []
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        medians = {}
+        for name in ("FP8", "INT4"):
+            same = [row for row in rows if (row["weights"], row["budget"]) == (name, budget)]
+            numbers = [key for key, value in same[0].items() if isinstance(value, float)]
+            medians[name] = {key: statistics.median(row[key] for row in same) for key in numbers}
+            found.append(
+                {
+                    "weights": name,
+                    "budget": budget,
+                    **medians[name],
+                    "bit_equal": all(row["bit_equal"] for row in same),
+                }
+            )
+        ratios = {
+            key: medians["INT4"][key] / medians["FP8"][key]
+            for key in ("tokens_per_s", "bytes_per_token", "needed_per_token")
+        }
+        found[-1] |= {f"{key}_over_fp8": ratio for key, ratio in ratios.items()}
+    return found
+
+
+def report(medians: list[dict]) -> None:
+    table = Table(title="experts streamed from the disk")
+    for column in (
+        "",
+        "GB",
+        "tok/s",
+        "MB per token",
+        "all MB",
+        "hit",
+        "limit",
+        "disk GB/s",
+        "tok/s ÷ FP8",
+        "bytes ÷ FP8",
+    ):
+        table.add_column(column, justify="right")
+    for row in medians:
+        ratios = [
+            f"{row[key]:.2f}" if key in row else "" for key in ("tokens_per_s_over_fp8", "bytes_per_token_over_fp8")
+        ]
+        table.add_row(
+            row["weights"],
+            f"{row['budget'] / GB:.1f}",
+            f"{row['tokens_per_s']:.2f}",
+            f"{row['bytes_per_token'] / 1e6:.0f}",
+            f"{row['needed_per_token'] / 1e6:.0f}",
+            f"{row['hit_rate']:.0%}",
+            f"{row['share_of_limit']:.0%}",
+            f"{row['disk_bytes_per_s'] / GB:.2f}",
+            *ratios,
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured; a folder in it is made and deleted")
+    parser.add_argument("--fp8", type=Path, help="a release in FP8, in place of one that is written")
+    parser.add_argument("--int4", type=Path, help="its INT4")
+    parser.add_argument("--budgets", default="1,2", help="GB of memory for experts")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--write", type=Path, help="only write the two releases here, and keep them")
+    parser.add_argument("--name", default="stream-four-bit", help="of the results file")
+    options = parser.parse_args()
+    if (options.fp8 is None) != (options.int4 is None):
+        parser.error("--fp8 and --int4 go together")
+    if options.write:
+        write_both(options.write)
+        return
+    budgets = [int(float(text) * GB) for text in options.budgets.split(",")]
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        place = Path(temporary)
+        folders = {"FP8": options.fp8, "INT4": options.int4} if options.fp8 else write_both(place)
+        rows = measure(folders, budgets, options.rounds, place)
+        sizes = {
+            name: sum(file.stat().st_size for file in path.glob("*.safetensors")) for name, path in folders.items()
+        }
+    medians = summarise(rows)
+    report(medians)
+    config = CONFIG | {"num_hidden_layers": LAYERS} if options.fp8 is None else None
+    result = {"medians": medians, "rows": rows, "file_bytes": sizes, "config": config, "at": time.strftime("%F")}
+    print("written to", common.save(options.name, result))
+
+
+if __name__ == "__main__":
+    main()
