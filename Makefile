@@ -13,7 +13,7 @@ OLD_VENV := .venv-$(OLDEST)
 C_FILES := $(wildcard modeling_deepseek_moe/ops/csrc/*.[ch] tests/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pages test-oldest peer types lint format wheel clean
+.PHONY: help demo test pages kernels test-oldest peer types lint format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: lint $(DOORS) ## Check style and types, and run the tests
 
 pages: $(DOORS) ## Run the blocks of the README and of the recipes in docs, as printed (three minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages -n 2 --dist loadfile $(ARGS)
+
+kernels: $(DOORS) ## Check what runs on GPUs, without one: the interpreter, the compiler, tensors that claim a device
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "kernels and not long" -n 2 --dist loadfile $(ARGS)
 
 test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformers that is supported
 	$(OLD_VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # What each part of the package is about.
 FAMILIES = {
-    "files": "checkpoint weights release origin loading saving quantizer resizing offloaded hub inspection anatomy planning "
+    "files": "checkpoint weights release release_names origin loading saving quantizer resizing offloaded hub inspection anatomy planning planning_drafts "
     "training_memory bnb",
-    "mathematics": "layers rope masks cross_entropy attention_chunks attention moe block mtp objective modeling config "
-    "field_checks tokens chat_template training",
-    "machine": "ops formats quantized engine streaming cache paged machine cgroups",
+    "mathematics": "layers rope masks cross_entropy attention_chunks attention moe block mtp decoding objective modeling config families "
+    "named_models field_checks tokens chat_template training",
+    "machine": "ops formats quantized engine streaming hybrid cache paged machine cgroups",
     "around": "_version compat terminal pages adapters registration tiny __init__ cli eval conversion",
 }
 PATHS = {
@@ -31,8 +31,8 @@ STYLE = (
 
 
 def layers() -> list[str]:
-    """``LAYERS`` of the layering test, lowest first; the command line and the folders above it last."""
-    tree = ast.parse((ROOT / "tests" / "test_layering.py").read_text(encoding="utf-8"))
+    """``LAYERS`` of `tests/layers.py`, lowest first; the command line and the folders above it last."""
+    tree = ast.parse((ROOT / "tests" / "layers.py").read_text(encoding="utf-8"))
     [table] = [
         node.value
         for node in tree.body
