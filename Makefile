@@ -10,10 +10,12 @@ DOORS := $(if $(filter .venv,$(VENV)),.venv/.doors)
 # The oldest transformers that is tested, in an environment of its own; all else is as in constraints.txt.
 OLDEST := 5.23.0
 OLD_VENV := .venv-$(OLDEST)
+# What `make test` leaves to targets of their own.
+QUICK := not long and not benchmark and not pages and not kernels and not slow
 C_FILES := $(wildcard modeling_deepseek_moe/ops/csrc/*.[ch] tests/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pages kernels test-oldest peer types lint format wheel clean
+.PHONY: help demo test slow pages kernels test-oldest peer types lint format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +42,10 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model (two
 	touch $@
 
 test: lint $(DOORS) ## Check style and types, and run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+slow: $(DOORS) ## Run the tests that start and kill processes or compile graphs (five minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not long and not pages" -n 2 --dist loadfile $(ARGS)
 
 pages: $(DOORS) ## Run the blocks of the README and of the recipes in docs, as printed (three minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages -n 2 --dist loadfile $(ARGS)

@@ -279,6 +279,7 @@ def v3_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_inspecting_the_layout_of_v3(v3_folder):
     """Seconds, and little memory."""
     start = time.perf_counter()
@@ -292,6 +293,7 @@ def test_inspecting_the_layout_of_v3(v3_folder):
     assert seconds < 30  # about 2 s on an idle core
 
 
+@pytest.mark.slow
 def test_loading_the_layout_of_v3(v3_folder, monkeypatch):
     """Seconds too: each header is parsed once, and no expert's codes become a tensor. `benchmarks/load.py` times it."""
     calls = Counter()

@@ -118,6 +118,7 @@ write_checkpoint(sys.argv[1], [TensorPlan("w", torch.float32, (2, 4), stay)])
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_lock(tmp_path, models):
     folder = tmp_path / "out"
     models[0].save_pretrained(folder, **ONE)
@@ -185,6 +186,7 @@ print(json.dumps({"found": found, "left": left}))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_before_every_rename(tmp_path, models):
     """The next load finds the old checkpoint or the new one, with its own config, whichever rename was the last."""
     for model, name, settings in ((models[0], "before", ONE), (models[1], "after", TWO)):

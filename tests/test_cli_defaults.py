@@ -64,6 +64,7 @@ def test_the_question_is_put_as_the_model_is_spoken_to():
     assert text == f"Question: {generate.QUESTION}\nAnswer:"
 
 
+@pytest.mark.slow
 def test_an_empty_pipe_is_refused():
     program = "from modeling_deepseek_moe.cli import main; main()"
     command = [sys.executable, "-c", program, "generate"]

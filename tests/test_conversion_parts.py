@@ -337,6 +337,7 @@ print(kills, "kills", finished, "finished between them")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_twenty_times(release, tmp_path):
     arguments = [sys.executable, "-c", KILLS, release[0], tmp_path / "wanted", tmp_path / "out"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -136,6 +136,7 @@ def test_bf16_to_fp8_and_plain_transformers(tmp_path):
     assert torch.isfinite(resident).all()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(release, tmp_path):
     folder, _ = release
     ok("fp8-to-bf16", folder, tmp_path / "wanted", "--max-shard-size", "200kB")

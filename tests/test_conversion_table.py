@@ -91,6 +91,7 @@ def test_an_inverse_gives_every_byte_back(release, tmp_path, name):
     assert fields[0] == fields[1]
 
 
+@pytest.mark.slow
 def test_run_as_a_module(release, tmp_path):
     arguments = [sys.executable, "-m", "modeling_deepseek_moe.conversion", "reshard", release, tmp_path / "out"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)

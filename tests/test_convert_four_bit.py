@@ -209,6 +209,7 @@ def test_errors_by_part(source, tmp_path, kind):
     assert 0.05 < found["all"] < 0.15
 
 
+@pytest.mark.slow
 def test_what_it_costs_the_tiny_checkpoint(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(dsm.tiny_checkpoint())
     read = [problem for family in FAMILIES for problem in held_out(family, 8)]

@@ -213,6 +213,7 @@ def ten_losses(model, out, **settings):
     return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
+@pytest.mark.slow
 def test_qlora_trains_as_plain_is_evaluated_in_between_and_loads(folder, tmp_path):
     settings = {"quantization_config": four_bit(compute=torch.bfloat16), "dtype": torch.bfloat16}
     wanted = ten_losses(qlora(plain(folder, **settings)), tmp_path)

@@ -63,6 +63,7 @@ def exported(module, inputs, **settings):
 
 
 @pytest.mark.parametrize(("kind", "strict"), [("v3", False), ("v2", True)])
+@pytest.mark.slow
 def test_export_of_any_length(folder, kind, strict):
     model, plain = load(folder(kind)), load(folder(kind), cls=PLAIN[kind])
     (ids,) = torch.tensor([prompts(7)])
@@ -85,6 +86,7 @@ def test_export_of_bf16_that_has_run(folder):
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_export_with_a_static_cache(folder):
     model, plain = load(folder("v3")), load(folder("v3"), cls=PLAIN["v3"])
     (ids,) = torch.tensor([prompts(9)])
@@ -124,6 +126,7 @@ def test_export_of_fp8_experts_is_refused(folder, strict):
     ("kind", "fp8", "backend"),
     [("v3", False, "eager"), ("v3", False, "aot_eager"), ("v2", False, "eager"), ("v3", True, "aot_eager")],
 )
+@pytest.mark.slow
 def test_cold_compile(folder, kind, fp8, backend):
     torch._dynamo.reset()
     ids = torch.tensor(prompts(11))

@@ -64,6 +64,7 @@ def test_what_is_not_masked_is_attended_to(models, holes, implementation, static
 
 
 @pytest.mark.parametrize("models", ["v3"], indirect=True)
+@pytest.mark.slow
 def test_in_a_graph_as_without(models):
     torch._dynamo.reset()
     model, length = models[0], PROMPT + 2

@@ -134,6 +134,7 @@ def train(folder, out, who, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.slow
 def test_ddp_with_checkpointing_has_the_losses_of_plain(tmp_path, reentrant):
     write_release(tmp_path / "release", SHAPES["v3-mtp"]())
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path, str(int(reentrant))]

@@ -181,6 +181,7 @@ def close(found, wanted, compiler):
 
 @COMPILERS
 @torch.no_grad()
+@pytest.mark.slow
 def test_model(model, compiler):
     """A prompt in one graph, mapped experts included, of a model that has not run before; then one for every step."""
     ids = torch.arange(20, 32)[None]

@@ -20,6 +20,7 @@ pytestmark = needs_engine
 
 
 @pytest.mark.parametrize("isa", BACKENDS[-2:], ids=INSTRUCTION_SETS[-2:])
+@pytest.mark.slow
 def test_threads_change_no_bit(isa):
     """Sizes at which every operator takes as many threads as it may (see ``dsm_threads``)."""
     kept = []
@@ -117,6 +118,7 @@ busy @ busy, busy.exp()  # torch's OpenMP threads exist from here on
 """
 
 
+@pytest.mark.slow
 def test_forked_after_use():
     """By hand, twice over, and by the workers of a DataLoader; the parent keeps its threads."""
     out = in_python(
@@ -145,6 +147,7 @@ print("done")
     assert out == "done\n"
 
 
+@pytest.mark.slow
 def test_forked_before_use(tmp_path):
     """The engine is first loaded in the forked process, which knows of the fork all the same."""
     out = in_python(

@@ -177,6 +177,7 @@ class Knows(LM):
 
 
 @pytest.mark.parametrize("task, k", [("dsv32_gpqa_diamond", 8), ("dsv3_gpqa_diamond", 1)])
+@pytest.mark.slow
 def test_every_repeat_through_lm_eval_has_its_order(tmp_path, task, k):
     manager = TaskManager(
         include_path=str(TASKS), include_defaults=False, metadata={"data": str(write_gpqa(tmp_path, 6))}

@@ -262,6 +262,7 @@ return worst;
 """
 
 
+@pytest.mark.slow
 def test_a_whole_benchmark_is_usable_at_once(tmp_path, page, record_property):
     """12,032 questions with 3,000-character outputs: seconds until the list can be used, until a search and an opening."""
     made = make_questions(BENCHMARK, chars=3000)

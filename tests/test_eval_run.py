@@ -136,6 +136,7 @@ def test_task_files_say_what_the_protocols_say():
     assert checked == 22
 
 
+@pytest.mark.slow
 def test_a_run_and_its_folder(tmp_path):
     write_math(tmp_path, 5)
     options = {"suite": "r1", "benchmarks": ["math500"], "data": str(tmp_path), "changes": Changes(max_tokens=12, k=3)}
@@ -182,6 +183,7 @@ def test_likelihoods_of_letters(tmp_path):
     assert done.tasks[0].harness["acc,none"] == pytest.approx(right / 3)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_file(tmp_path):
     command = [
         sys.executable,

@@ -223,6 +223,7 @@ def test_the_table_of_calls(machine):
     assert {n for first, last in spans for n in range(first, last + 1)} == set(tables[0].values())
 
 
+@pytest.mark.slow
 def test_capabilities_are_not_inherited():
     """A judge that may hand its capabilities down hands none to a program, not even as root."""
     if os.geteuid() != 0:
@@ -241,6 +242,7 @@ print(run_python("print([line.split()[1] for line in open('/proc/self/status') i
     assert done.stdout.count("'0000000000000000'") == 5
 
 
+@pytest.mark.slow
 def test_a_program_ends_with_its_judge(tmp_path):
     program = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nprint('on', flush=True)\ntime.sleep(60)"
     judge = (

@@ -145,6 +145,7 @@ def test_static_cache_costs_the_length_in_use(float_model, monkeypatch):
     assert set(seen) == {9, 10}
 
 
+@pytest.mark.slow
 def test_compiled_forward_is_one_graph(float_model):
     ids, mask = prompt()
     compiled = torch.compile(float_model, fullgraph=True, backend="aot_eager")
@@ -156,6 +157,7 @@ def test_compiled_forward_is_one_graph(float_model):
 
 
 @pytest.mark.parametrize("length", [1, 11])
+@pytest.mark.slow
 def test_compiled_static_cache_step(float_model, length):
     ids, _ = prompt(1)
     compiled = torch.compile(float_model, fullgraph=True, backend="aot_eager")

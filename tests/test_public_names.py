@@ -22,6 +22,7 @@ def test_resolves(name):
     assert name == "__version__" or value.__module__.startswith(dsm.__name__)
 
 
+@pytest.mark.slow
 def test_completion_sees_all_before_any_is_used():
     """In a new interpreter: a lazy name that was used once is in the module's globals and proves nothing."""
     code = "import modeling_deepseek_moe as dsm; print(sorted(set(dsm.__all__) - set(dir(dsm))), 'later' in dir(dsm))"

@@ -168,6 +168,7 @@ def test_memory_goes_with_its_budget(folder, how):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_while_reading(folder):
     """Without a word, and soon."""
     script = (
@@ -260,6 +261,7 @@ def test_a_router_whose_weights_are_not_at_hand(folder):
     assert predictor.rank(hidden) == []
 
 
+@pytest.mark.slow
 def test_compiles_with_a_break(folder, mapped):
     model = load(folder, 5 * SLOT)
     with torch.no_grad():

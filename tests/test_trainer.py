@@ -95,6 +95,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
 
 
 @pytest.mark.parametrize("shard", ["5GB", "100KB"], ids=["one-shard", "shards"])
+@pytest.mark.slow
 def test_resume_continues_as_if_uninterrupted(tmp_path, shard, monkeypatch):
     def run(folder, resume=None, steps=8):
         set_seed(0)

@@ -202,6 +202,7 @@ def skewed(gamma, tmp_path, steps=150):
     return [entry["max_vio"] for entry in record.logs]
 
 
+@pytest.mark.slow
 def test_skewed_router_is_balanced(tmp_path):
     violations = skewed(0.001, tmp_path)
     assert violations[0] > 3

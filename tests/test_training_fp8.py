@@ -251,6 +251,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fp8_wgrad", [True, False], ids=["fp8-wgrad", "bf16-wgrad"])
+@pytest.mark.slow
 def test_trains_like_bf16(tmp_path, plain, fp8_wgrad):
     model, found = run(tmp_path, dsm.Fp8TrainingConfig(fp8_wgrad))
     assert found[-1] < 0.5 * found[0]

@@ -157,6 +157,7 @@ def test_is_a_release_in_fp8():
             assert (file.get_tensor(name).dtype == torch.float8_e4m3fn) == spec.quantized
 
 
+@pytest.mark.slow
 def test_scores_of_the_tiny_checkpoint(tiny):
     model, tokenizer = tiny
     assert accuracy(model, tokenizer, held_out("sum", 40)) >= 0.5
@@ -165,6 +166,7 @@ def test_scores_of_the_tiny_checkpoint(tiny):
     assert mtp_agreement(model, tokenizer, read) >= 0.6
 
 
+@pytest.mark.slow
 def test_its_experts_share_the_load(tiny):
     """By the trained bias, on held-out problems: without it the same router prefers some."""
     _, tokenizer = tiny
