@@ -261,6 +261,8 @@ def test_by_the_generation_config(model, tokenizer):
     config = GenerationConfig(max_new_tokens=LENGTH, do_sample=False, use_mtp=True, eos_token_id=1, pad_token_id=2)
     wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
     assert torch.equal(model.generate(**inputs, generation_config=config), wanted)
+    assert torch.equal(model.generate(inputs["input_ids"], config), wanted)  # by place
+    assert torch.equal(model.generate(**inputs, generation_config=config, use_mtp=False), wanted)
     samples = model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=3, use_mtp=True)
     assert samples.shape[0] == 3
 

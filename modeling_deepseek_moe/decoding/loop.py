@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, QuantizedCache, StoppingCriteriaList
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.choose import Choice
@@ -94,7 +94,8 @@ class Decoding:
         new = torch.cat((tokens, after[:, None]), dim=1).scatter(1, accepted[:, None], after[:, None])
         self.main.keep(counts, count + 1)
         width = int(counts.max())
-        self._pending.append((hidden[:, :width], new[:, :width], counts))
+        if self.choice.pays is not False:  # else nothing is drafted any more
+            self._pending.append((hidden[:, :width], new[:, :width], counts))
         self._write(new.tolist(), counts.tolist(), count, put)
 
     def _write(self, tokens: list[list[int]], counts: list[int], drafted: int, put: Callable) -> None:
@@ -164,6 +165,8 @@ def decode(
         Tokens ``[B, T]``, what it came to, and the cache.
     """
     cache = model_kwargs[CACHE_NAME]
+    if isinstance(cache, QuantizedCache):
+        raise ValueError("use_mtp: found a QuantizedCache, wanted one that gives back what was not accepted")
     batch, device = len(input_ids), input_ids.device
     past = int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")

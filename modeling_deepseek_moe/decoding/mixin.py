@@ -1,6 +1,7 @@
 """``generate(use_mtp=True)``: the door to `decoding` in transformers' own `generate`."""
 
 import copy
+import inspect
 from functools import partial
 
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
@@ -42,10 +43,11 @@ class MtpGenerationMixin(ModelMixin):
         Raises:
             ValueError: the model has no MTP layers, or ``use_mtp`` meets a setting that it does not go with.
         """
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        kwargs |= dict(zip(list(inspect.signature(super().generate).parameters), args, strict=False))
+        config = kwargs.get("generation_config") or self.generation_config
         wanted = getattr(config, "use_mtp", None) if use_mtp is None else use_mtp
         if not wanted:
-            return super().generate(*args, **kwargs)
+            return super().generate(**kwargs, **({} if use_mtp is None else {"use_mtp": False}))
         drafts = self._drafts(wanted)
         for name, allowed in REFUSED.items():
             value = kwargs.get(name, getattr(config, name, None))
@@ -57,7 +59,7 @@ class MtpGenerationMixin(ModelMixin):
         streamer = kwargs.get("streamer")
         method = partial(_decode, drafts=drafts, is_automatic=wanted == AUTO, streamer=streamer)
         _add_stop_strings(config, kwargs)
-        return super().generate(*args, **kwargs, custom_generate=method, use_mtp=False)
+        return super().generate(**kwargs, custom_generate=method, use_mtp=False)
 
     def _drafts(self, wanted: bool | int | str) -> int:
         depth = len(self.base_model.mtp_layers)
