@@ -47,7 +47,8 @@ class MtpGenerationMixin(ModelMixin):
         config = kwargs.get("generation_config") or self.generation_config
         wanted = getattr(config, "use_mtp", None) if use_mtp is None else use_mtp
         if not wanted:
-            return super().generate(**kwargs, **({} if use_mtp is None else {"use_mtp": False}))
+            _switch_off(config, kwargs)
+            return super().generate(**kwargs)
         drafts = self._drafts(wanted)
         for name, allowed in REFUSED.items():
             value = kwargs.get(name, getattr(config, name, None))
@@ -59,7 +60,8 @@ class MtpGenerationMixin(ModelMixin):
         streamer = kwargs.get("streamer")
         method = partial(_decode, drafts=drafts, is_automatic=wanted == AUTO, streamer=streamer)
         _add_stop_strings(config, kwargs)
-        return super().generate(**kwargs, custom_generate=method, use_mtp=False)
+        _switch_off(config, kwargs)
+        return super().generate(**kwargs, custom_generate=method)
 
     def _drafts(self, wanted: bool | int | str) -> int:
         depth = len(self.base_model.mtp_layers)
@@ -89,6 +91,17 @@ def _decode(model, input_ids, generation_config=None, drafts=1, is_automatic=Fal
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: cache})
     return sequences
+
+
+def _switch_off(config: GenerationConfig, kwargs: dict) -> None:
+    """transformers' own drafts, which a config may ask for; it warns of an argument next to a config."""
+    if not getattr(config, "use_mtp", None):
+        return
+    if kwargs.get("generation_config") is None:
+        kwargs["use_mtp"] = False
+    else:
+        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+        kwargs["generation_config"].use_mtp = False
 
 
 def _add_stop_strings(config: GenerationConfig, kwargs: dict) -> None:
