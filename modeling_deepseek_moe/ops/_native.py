@@ -21,10 +21,10 @@ from modeling_deepseek_moe.ops import _structs
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 7  # DSM_VERSION
+VERSION = 8  # DSM_VERSION
 DTYPES = _structs.DTYPES
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
-_NO_MEMORY, _NOT_FINITE = -1, -3
+_NO_MEMORY, _NOT_FINITE, _BAD_INDEX = -1, -3, -4
 # A process forked from this one has none of its OpenMP threads, torch's included: waiting for them would never end.
 _PROCESS = os.getpid()
 
@@ -48,8 +48,13 @@ _SIGNATURES = {
     "dsm_step": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "dsm_rms_norm": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "dsm_mla_decode": (
-        *(c_int, c_int, c_int, c_int64, c_int64, c_void_p),
+        *(c_int, c_int, c_int, c_int64, c_int64, c_int64, c_void_p),
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p),
+    ),
+    "dsm_index": (c_int, c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p),
+    "dsm_sparse_attention": (
+        *(c_int, c_int, c_int, c_int64, c_int64, c_int64, c_void_p),
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_void_p),
     ),
     "dsm_mla_project": (
         *(c_int, c_int, c_int, c_void_p, c_int64, c_void_p),
@@ -175,6 +180,7 @@ def call(function: str, *arguments) -> None:
         BackendError: there is no engine, or this CPU has not the instruction set that `use_backend` names.
         MemoryError: no memory for its workspace.
         FloatingPointError: values that are not finite, where finite ones are wanted.
+        IndexError: indices of what is not there.
     """
     threads = min(torch.get_num_threads(), _most_threads()) if os.getpid() == _PROCESS else 1
     library, reason = _load()
@@ -191,6 +197,8 @@ def call(function: str, *arguments) -> None:
         raise MemoryError(f"{function}: no memory for the workspace")
     if result == _NOT_FINITE:
         raise FloatingPointError(f"{function}: found NaN or Inf, wanted finite values")
+    if result == _BAD_INDEX:
+        raise IndexError(f"{function}: found an index of no key")
     if result:
         raise AssertionError(f"{function} returned {result}")
 

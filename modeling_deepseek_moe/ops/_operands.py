@@ -149,12 +149,47 @@ def scale_of(layer: nn.Module) -> torch.Tensor | None:
     return layer.scale if is_quantized(layer) else None
 
 
+class RowsOfRank(NamedTuple):
+    """This rank's rows of a weight that transformers' tensor parallelism divided by rows, and their scales."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+
+
+def rows_of_rank(layer: nn.Module) -> RowsOfRank | None:
+    """What the call of such a layer multiplies with; ``None`` for any other, and where more is attached to its call."""
+    if "_is_hooked" not in layer.__dict__:
+        return None
+    weight = layer._parameters.get("weight")
+    placements: tuple = getattr(weight, "placements", ())  # of a DTensor, which not every build of torch has
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        return None
+    own = layer.__dict__
+    more = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "_hf_hook" in own
+    if more or layer.bias is not None or not (type(layer) is nn.Linear or is_quantized(layer)):
+        return None
+    return RowsOfRank(weight.to_local(), layer.scale.to_local() if is_quantized(layer) else None)
+
+
+def summed_backward(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """``x``, of which each rank of a layer's `rows_of_rank` uses all for some of the results: its gradient is their sum."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    shared = DTensor.from_local(x, layer.weight.device_mesh, [Replicate()], run_check=False)
+    return shared.to_local(grad_placements=[Partial()])
+
+
 def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
     """The weight ``[N, K]`` that calling the layer multiplies with, in the dtype and on the device of ``like``."""
     if is_linear(layer):
         return layer.dequantized(like.dtype) if is_quantized(layer) else layer.weight.to(like.dtype)
     if is_four_bit(layer):
         return _dequantized(layer.weight).to(like.dtype)
+    rows = rows_of_rank(layer)
+    if rows is not None:
+        return rows.weight.to(like.dtype) if rows.scale is None else layer.weight_format.dequantize(*rows, like.dtype)
     # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
 

@@ -13,6 +13,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4
 # Four-bit codes by the names of `ops.four_bit.KINDS`, and what their scales are.
 FOUR_BIT = {"int4": (4, 1), "nf4": (5, 0), "fp4": (6, 0), "mxfp4": (7, 8), "nf4_nested": (5, 9), "fp4_nested": (6, 9)}
 NESTED = "_nested"
+MASKS = {**DTYPES, torch.bool: 10}
 
 
 class Nested(Structure):
@@ -125,11 +126,11 @@ class MlaProjections(Structure):
 
 
 class Queries(Structure):
-    """One token's queries a sequence, strided over batch and heads."""
+    """A few tokens' queries a sequence, strided over batch, tokens and heads."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("nope", "pe")),
-        *((name, c_int64) for name in ("nope_batch", "nope_head", "pe_batch", "pe_head")),
+        *((name, c_int64) for name in ("nope_batch", "nope_token", "nope_head", "pe_batch", "pe_token", "pe_head")),
     ]
 
 
@@ -148,13 +149,33 @@ class LatentCache(Structure):
 
 
 class Mask(Structure):
-    """Values to add to the scores: ``[B or 1, keys]`` in fp32, or none."""
+    """Values to add to the scores: ``[B or 1, tokens, keys]`` in fp32; none: causal."""
 
-    _fields_ = [("values", c_void_p), ("batch", c_int64)]
+    _fields_ = [("values", c_void_p), ("batch", c_int64), ("token", c_int64)]
 
     @classmethod
     def of(cls, mask: torch.Tensor | None) -> "Mask":
-        return cls() if mask is None else cls(mask.data_ptr(), mask.shape[1] if len(mask) > 1 else 0)
+        return cls() if mask is None else cls(mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0, mask.stride(1))
+
+
+class Indexer(Structure):
+    """Queries, keys and the heads' weights of an indexer, strided but for the weights."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("queries", "keys", "weights")),
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "width", "length")),
+        *((name, c_int64) for name in ("query_batch", "query_token", "query_head", "key_batch")),
+    ]
+
+
+class Visible(Structure):
+    """Which keys a query may see: a mask ``[B, S, T]`` of booleans or of values to add, or none, and whether causal."""
+
+    _fields_ = [
+        ("values", c_void_p),
+        *((name, c_int64) for name in ("batch", "token")),
+        *(("dtype", c_int), ("causal", c_int), ("lowest", c_float)),
+    ]
 
 
 class DecoderLayer(Structure):
@@ -167,10 +188,10 @@ class DecoderLayer(Structure):
 
 
 class Step(Structure):
-    """What the layers share in one step: ``batch`` sequences with ``past`` tokens in their caches, and one new token."""
+    """What the layers share in one step: ``batch`` sequences of ``past`` cached tokens each, and ``tokens`` new ones."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("batch", "hidden", "past")),
+        *((name, c_int64) for name in ("batch", "tokens", "hidden", "past")),
         ("mla", MlaShape),
         *((name, c_void_p) for name in ("cosine", "sine")),
         *(("mask", Mask), ("softmax_scale", c_float)),
@@ -179,7 +200,7 @@ class Step(Structure):
 
 SHARED = (
     *(Matrix, Nested, Norm, Expert, Experts, LowRank, Routing, Moe),
-    *(MlaShape, MlaProjections, Queries, LatentCache, Mask, DecoderLayer, Step),
+    *(MlaShape, MlaProjections, Queries, LatentCache, Mask, Indexer, Visible, DecoderLayer, Step),
 )
 
 

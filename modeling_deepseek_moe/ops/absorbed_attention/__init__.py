@@ -11,7 +11,10 @@ from modeling_deepseek_moe.ops._operands import (
     is_of_four_bits,
     kept_weight_of,
     operand_of,
+    rows_of_rank,
     scale_of,
+    summed_backward,
+    unsupported_format,
     unsupported_linear,
 )
 from modeling_deepseek_moe.ops._structs import NESTED
@@ -37,6 +40,9 @@ def absorbed_attention(
     Args:
         kv_b_proj: the layer whose weight is W_UK and W_UV of one head after the other, ``[H·(n+v), r]``.
     """
+    rows = rows_of_rank(kv_b_proj)
+    if rows is not None:
+        c_kv = summed_backward(c_kv, kv_b_proj)
     tensors = (q_nope, q_pe, c_kv, k_pe, mask)
     plain = not (output_attentions or dropout or torch.is_autocast_enabled(q_nope.device.type))
     in_place = unsupported_linear(kv_b_proj) is None
@@ -47,11 +53,15 @@ def absorbed_attention(
             parts, kind = four_bit.parts_of(operand.scales), operand.kind.removesuffix(NESTED)
             return cpu.decode_four_bit(*tensors, operand.codes, parts, kind, scaling), None
     in_place = in_place and operand is None
-    weight = kv_b_proj.weight if in_place else kept_weight_of(kv_b_proj, q_nope)
+    if in_place:
+        weight, scale = kv_b_proj.weight, scale_of(kv_b_proj)
+    elif rows is not None and (rows.scale is None or unsupported_format(kv_b_proj.weight_format) is None):
+        weight, scale, in_place = *rows, True
+    else:
+        weight, scale = kept_weight_of(kv_b_proj, q_nope), None
     if plain and may_use(CPU, cpu.unsupported_reason(*tensors, weight)):
-        return cpu.decode(*tensors, weight, scale_of(kv_b_proj) if in_place else None, scaling), None
+        return cpu.decode(*tensors, weight, scale, scaling), None
     if plain and may_use(TRITON, triton.unsupported_reason(*tensors, weight)):
-        scale = scale_of(kv_b_proj) if in_place else None
         return triton.decode(*tensors, triton.bounds_of(mask, len(q_nope)), weight, scale, scaling), None
     if in_place:
         weight = kept_weight_of(kv_b_proj, q_nope)

@@ -1,4 +1,4 @@
-"""One new token over the latent cache on the CPU engine: one call, in which the cache is read once for all heads."""
+"""A few new tokens over the latent cache on the CPU engine: one call, in which the cache is read once for all heads."""
 
 from ctypes import byref
 
@@ -10,6 +10,7 @@ from modeling_deepseek_moe.ops._structs import LatentCache, Mask, Matrix, MlaSha
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 
 CACHES = (torch.bfloat16, torch.float32)
+FEW_TOKENS = 8  # of a sequence
 WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn)  # the latter in blocks of 128 x 128
 
 
@@ -25,14 +26,16 @@ def unsupported_reason(
     """Why the engine cannot attend; ``None`` if it can. For the shapes see `decode`; ``kind``: of codes of four bits."""
     if q_nope.device.type != "cpu" or weight.device.type != "cpu":
         return f"needs CPU tensors, found {q_nope.device} and {weight.device}"
-    if q_nope.shape[2] != 1:
-        return f"is for one new token, found {q_nope.shape[2]}"
+    if not 1 <= q_nope.shape[2] <= FEW_TOKENS:
+        return f"is for one new token to {FEW_TOKENS}, found {q_nope.shape[2]}"
     if q_nope.dtype not in CACHES or {q_nope.dtype, q_pe.dtype, k_pe.dtype} != {c_kv.dtype}:
         return f"takes queries and caches in one dtype, bf16 or fp32, found {q_nope.dtype} and {c_kv.dtype}"
     if (weight.dtype not in WEIGHTS and kind is None) or not weight.is_contiguous():
         return f"takes contiguous FP8, bf16 or four-bit weights, found {weight.dtype}"
     if mask is not None and mask.shape[1] != 1:
         return f"takes one mask for all heads, found {mask.shape[1]}"
+    if mask is not None and mask.shape[2] != q_nope.shape[2]:
+        return f"takes a mask with a row for each token, found {mask.shape[2]}"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, c_kv, k_pe, weight)):
         return "computes no gradients"
     return _native.unavailable_reason()
@@ -50,13 +53,13 @@ def _decode(
 ) -> torch.Tensor:
     """
     Args:
-        q_nope, q_pe: ``[B, H, 1, n]`` and, rotated, ``[B, H, 1, p]``.
+        q_nope, q_pe: ``[B, H, q, n]`` and, rotated, ``[B, H, q, p]``.
         c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``, any stride over B.
-        mask: ``[B or 1, 1, 1, kv]``; boolean (True attends) or added to the scores.
+        mask: ``[B or 1, 1, q, kv]``; boolean (True attends) or added to the scores; ``None``: causal.
         weight, scale_inv: ``kv_b_proj [H·(n+v), r]`` and its scales if it is FP8.
 
     Returns:
-        ``[B, 1, H, v]``.
+        ``[B, q, H, v]``.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -84,18 +87,19 @@ def _decode_four_bit(q_nope, q_pe, c_kv, k_pe, mask, codes, scales, kind: str, s
 
 
 def _attend(q_nope, q_pe, c_kv, k_pe, mask, weight: Matrix, scaling: float) -> torch.Tensor:
-    batch, heads, _, nope = q_nope.shape
+    batch, heads, tokens, nope = q_nope.shape
     length, rank = c_kv.shape[2:]
     rope, value = k_pe.shape[3], weight.rows // heads - nope
     q_nope, q_pe = (q if q.stride(3) == 1 else q.contiguous() for q in (q_nope, q_pe))
     c_kv, k_pe = (c if c.stride()[2:] == (c.shape[3], 1) else c.contiguous() for c in (c_kv, k_pe))
     if mask is not None:
-        mask = _native.additive(mask[:, 0, -1, :length])
-    out = q_nope.new_empty((batch, 1, heads, value))
-    queries = Queries(q_nope.data_ptr(), q_pe.data_ptr(), *q_nope.stride()[:2], *q_pe.stride()[:2])
+        mask = _native.additive(mask[:, 0, -tokens:, :length])
+    out = q_nope.new_empty((batch, tokens, heads, value))
+    strides = (stride for q in (q_nope, q_pe) for stride in (q.stride(0), q.stride(2), q.stride(1)))
+    queries = Queries(q_nope.data_ptr(), q_pe.data_ptr(), *strides)
     _native.call(
         "dsm_mla_decode",
-        *(_native.DTYPES[q_nope.dtype], batch, length, byref(MlaShape(heads, nope, rope, rank, value))),
+        *(_native.DTYPES[q_nope.dtype], batch, tokens, length, byref(MlaShape(heads, nope, rope, rank, value))),
         *(byref(queries), byref(LatentCache.of(c_kv, k_pe)), byref(Mask.of(mask))),
         *(byref(weight), scaling, out.data_ptr()),
     )
@@ -104,16 +108,16 @@ def _attend(q_nope, q_pe, c_kv, k_pe, mask, weight: Matrix, scaling: float) -> t
 
 def _check(q_nope, q_pe, c_kv, k_pe, mask, weight: tuple[int, int]) -> None:
     """Before C reads them: raise where a tensor is smaller than the others, or the weight's shape, say."""
-    batch, heads, _, nope = q_nope.shape
+    batch, heads, tokens, nope = q_nope.shape
     length, rank = c_kv.shape[2:]
     wanted = {
-        "q_nope": (q_nope, (batch, heads, 1, nope)),
-        "q_pe": (q_pe, (batch, heads, 1, k_pe.shape[3])),
+        "q_nope": (q_nope, (batch, heads, tokens, nope)),
+        "q_pe": (q_pe, (batch, heads, tokens, k_pe.shape[3])),
         "c_kv": (c_kv, (batch, 1, length, rank)),
         "k_pe": (k_pe, (batch, 1, length, k_pe.shape[3])),
         "mask": (
             mask,
-            None if mask is None else (mask.shape[0] if mask.shape[0] == batch else 1, 1, 1, mask.shape[3]),
+            None if mask is None else (mask.shape[0] if mask.shape[0] == batch else 1, 1, tokens, mask.shape[3]),
         ),
     }
     for name, (tensor, shape) in wanted.items():
@@ -125,8 +129,8 @@ def _check(q_nope, q_pe, c_kv, k_pe, mask, weight: tuple[int, int]) -> None:
         raise ValueError(f"mla_decode: weight is {weight}, wanted {(rows, rank)}")
     if mask is not None and mask.shape[3] < length:
         raise ValueError(f"mla_decode: the mask covers {mask.shape[3]} tokens, the cache holds {length}")
-    if length < 1 or q_nope.dtype not in CACHES:
-        raise ValueError(f"mla_decode: {length} tokens, queries {q_nope.dtype}")
+    if length < tokens or tokens < 1 or q_nope.dtype not in CACHES:
+        raise ValueError(f"mla_decode: {tokens} of {length} tokens, queries {q_nope.dtype}")
     if {q_nope.dtype, q_pe.dtype, k_pe.dtype} != {c_kv.dtype}:
         raise ValueError("mla_decode: wants queries and caches of one dtype")
 
@@ -136,7 +140,7 @@ decode = define(
     "float scaling) -> Tensor",
     _decode,
     lambda q_nope, q_pe, c_kv, k_pe, mask, weight, scale_inv, scaling: q_nope.new_empty(
-        (q_nope.shape[0], 1, q_nope.shape[1], weight.shape[0] // q_nope.shape[1] - q_nope.shape[3])
+        (q_nope.shape[0], q_nope.shape[2], q_nope.shape[1], weight.shape[0] // q_nope.shape[1] - q_nope.shape[3])
     ),
 )
 decode_four_bit = define(
@@ -144,6 +148,6 @@ decode_four_bit = define(
     "Tensor[] scales, str kind, float scaling) -> Tensor",
     _decode_four_bit,
     lambda q_nope, q_pe, c_kv, k_pe, mask, codes, scales, kind, scaling: q_nope.new_empty(
-        (q_nope.shape[0], 1, q_nope.shape[1], codes.shape[0] // q_nope.shape[1] - q_nope.shape[3])
+        (q_nope.shape[0], q_nope.shape[2], q_nope.shape[1], codes.shape[0] // q_nope.shape[1] - q_nope.shape[3])
     ),
 )

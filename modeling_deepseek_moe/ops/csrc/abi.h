@@ -12,7 +12,8 @@ enum { DSM_INT4 = 4, DSM_NF4 = 5, DSM_FP4 = 6, DSM_MXFP4 = 7 };
 /* Scales of four-bit codes, [rows, cols / group]: those of INT4 in bf16, of MXFP4 powers of two by their exponents, of NF4
    and FP4 in fp32 or nested. */
 enum { DSM_E8M0 = 8, DSM_NESTED = 9 };
-enum { DSM_OK = 0, DSM_NO_MEMORY = -1, DSM_BAD_ARGUMENT = -2, DSM_NOT_FINITE = -3 };
+enum { DSM_BOOL = 10 }; /* of a mask */
+enum { DSM_OK = 0, DSM_NO_MEMORY = -1, DSM_BAD_ARGUMENT = -2, DSM_NOT_FINITE = -3, DSM_BAD_INDEX = -4 };
 
 /* A row-major weight [rows, cols]. */
 typedef struct {
@@ -83,10 +84,10 @@ typedef struct {
     Norm q_a_norm, kv_a_norm;
 } MlaProjections;
 
-/* q_nope [batch, heads, nope] and q_pe [batch, heads, rope]; strides in elements */
+/* q_nope [batch, tokens, heads, nope] and q_pe [batch, tokens, heads, rope]; strides in elements */
 typedef struct {
     const void *nope, *pe;
-    int64_t nope_batch, nope_head, pe_batch, pe_head;
+    int64_t nope_batch, nope_token, nope_head, pe_batch, pe_token, pe_head;
 } Queries;
 
 /* c_kv [batch, capacity, kv_lora_rank] and k_pe [batch, capacity, rope]; elements from one sequence to the next */
@@ -95,11 +96,31 @@ typedef struct {
     int64_t c_kv_batch, k_pe_batch;
 } LatentCache;
 
-/* Added to the scores of each sequence's keys: [batch, keys] fp32, or NULL; elements from one sequence to the next. */
+/* Added to the scores of keys: [batch, tokens, keys] fp32; elements from one sequence or token to the next. NULL: a token
+   attends to what comes before it, and to itself. */
 typedef struct {
     const float *values;
-    int64_t batch;
+    int64_t batch, token;
 } Mask;
+
+/* An indexer's: queries [batch, tokens, heads, width], weights [batch, tokens, heads], keys [batch, length, width]; strides in
+   elements. */
+typedef struct {
+    const void *queries, *keys;
+    const float *weights;
+    int64_t batch, tokens, heads, width, length;
+    int64_t query_batch, query_token, query_head, key_batch;
+} Indexer;
+
+/* Which keys a query may see: [batch, tokens, keys], strides in elements, or NULL. Of bytes (DSM_BOOL): 0 hides; else values
+   to add to the scores, of which those below `lowest` hide. Causal: besides, no keys after a query's own, the last query's
+   being the last. */
+typedef struct {
+    const void *values;
+    int64_t batch, token;
+    int dtype, causal;
+    float lowest;
+} Visible;
 
 typedef struct {
     Norm input_norm, post_attention_norm;
@@ -108,12 +129,12 @@ typedef struct {
     Moe moe;
 } DecoderLayer;
 
-/* What the layers share in one step: `batch` sequences of `past` cached tokens each, and one new token. */
+/* What the layers share in one step: `batch` sequences of `past` cached tokens each, and `tokens` new ones. */
 typedef struct {
-    int64_t batch, hidden, past;
+    int64_t batch, tokens, hidden, past;
     MlaShape mla;
-    const float *cosine, *sine; /* [batch, rope / 2] */
-    Mask mask;                  /* over past + 1 keys */
+    const float *cosine, *sine; /* [batch, tokens, rope / 2] */
+    Mask mask;                  /* over past + tokens keys */
     float softmax_scale;
 } Step;
 

@@ -136,3 +136,17 @@ static void accumulate_pv(const float *p, int64_t ldp, int64_t tokens, const Mat
             fma_tokens((const char *)p, stride, tokens, values, count, 1.0f, decay, out + j, ldo, ahead);
     }
 }
+
+/* a panel's columns at a time; what is not a number stays that */
+void SHARED(weigh_heads)(const float *products, int64_t ldp, int64_t heads, const float *weights, int64_t n,
+                         float *out) {
+    for (int64_t c = 0; c < n; c += PANEL) {
+        F sums[PANEL_VECTORS];
+        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) sums[v] = zeros();
+        for (int64_t h = 0; h < heads; h++) UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
+                const F product = load(products + h * ldp + c + v * WIDTH);
+                sums[v] += weights[h] * (F)choose(product < 0.0f, (I){0}, (I)product);
+            }
+        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) store(out + c + v * WIDTH, sums[v]);
+    }
+}

@@ -108,6 +108,8 @@ float dsm_kernels_avx512_amax(const void *x, int dtype, int64_t n, int *finite);
 void dsm_kernels_avx512_encode(const void *x, int dtype, int64_t n, float scale, uint8_t *out);
 float dsm_kernels_avx512_online_softmax(float *scores, int64_t n, int64_t room, float scaling, const float *mask,
                                         float *peak, float *norm);
+void dsm_kernels_avx512_weigh_heads(const float *products, int64_t ldp, int64_t heads, const float *weights, int64_t n,
+                                    float *out);
 void dsm_kernels_avx512_gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out,
                                         float *sums);
 void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
@@ -127,6 +129,6 @@ void dsm_four_bit_gemv(const void *x, size_t stride, int64_t tokens, const Matri
     .packed_bytes = 2, .pack = dsm_bf16_pack, .swiglu = dsm_kernels_avx512_swiglu, .norm = dsm_kernels_avx512_norm,   \
     .write = dsm_kernels_avx512_write, .decode = dsm_bf16_decode, .amax = dsm_bf16_amax,                              \
     .encode = dsm_kernels_avx512_encode, .gemv_transposed = dsm_bf16_gemv_transposed,                                 \
-    .online_softmax = dsm_kernels_avx512_online_softmax
+    .online_softmax = dsm_kernels_avx512_online_softmax, .weigh_heads = dsm_kernels_avx512_weigh_heads
 
 #endif

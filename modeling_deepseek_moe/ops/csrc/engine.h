@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DSM_VERSION 7 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_VERSION 8 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_PV_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
@@ -85,6 +85,9 @@ typedef struct {
        tokens and DSM_BLOCK rows of v, bf16 or fp32; out's rows are whole panels, p's zero after their end */
     void (*accumulate_pv)(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
                           const float *decay, float *out, int64_t ldo, void *scratch, PrefetchStream *ahead);
+    /* out[i] = sum over h < heads of weights[h] * max(products[h * ldp + i], 0), of n columns in whole panels */
+    void (*weigh_heads)(const float *products, int64_t ldp, int64_t heads, const float *weights, int64_t n,
+                        float *out);
 } Kernels;
 
 /* The kernels of an instruction set (an index of `dsm_isa_name`; clipped to what this CPU has) for activations of a
@@ -252,9 +255,9 @@ int dsm_rms_norm(int isa, int threads, int dtype, const void *x, int64_t tokens,
 int dsm_mla_project(int isa, int threads, int dtype, const void *x, int64_t tokens, const MlaShape *shape,
                     const MlaProjections *projections, const float *cosine, const float *sine, void *q, void *c_kv,
                     void *k_pe);
-int dsm_mla_decode(int isa, int threads, int dtype, int64_t batch, int64_t length, const MlaShape *shape,
-                   const Queries *queries, const LatentCache *cache, const Mask *mask, const Matrix *kv_b,
-                   float softmax_scale, void *out);
+int dsm_mla_decode(int isa, int threads, int dtype, int64_t batch, int64_t tokens, int64_t length,
+                   const MlaShape *shape, const Queries *queries, const LatentCache *cache, const Mask *mask,
+                   const Matrix *kv_b, float softmax_scale, void *out);
 int dsm_moe(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden, const Moe *moe, void *out);
 
 #endif

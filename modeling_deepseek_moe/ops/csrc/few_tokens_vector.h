@@ -89,15 +89,16 @@ DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, 
         }
 }
 
-/* Up to ROWS weight rows. One token's rows are one stream. For several, long rows go a segment at a time, so that the
+/* Up to ROWS weight rows. Short ones are one stream for a token or two. For several, long rows go a segment at a time, so that the
    segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
 DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                                int64_t ldo, const int tokens) {
     F sums[ROWS * TOKENS_AT_ONCE];
     I found[ROWS], any = {0};
     const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
-    /* one short row after the other is read a fifth faster; a long row of x leaves the first cache and is better shared */
-    const int shared = w->dtype == DSM_FP8 && (tokens > 1 || cols > SHORT_ROW);
+    /* one short row after the other is read up to half faster; long rows of x leave the first cache and are better shared */
+    const int fp8 = w->dtype == DSM_FP8, shared = fp8 && cols > SHORT_ROW(tokens);
+    const int64_t fetched = fp8 && !shared ? NEAR : AHEAD;
     const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
     for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
     for (int64_t r = 0; r < count; r++) found[r] = (I){0};
@@ -109,7 +110,7 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
             const float *scale = dsm_block_scale(w, first + r, k);
             /* rows at once have their scales in common */
             n = shared && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
-            const char *ahead = segment == cols ? row + (n - 1) * pitch + AHEAD
+            const char *ahead = segment == cols ? row + (n - 1) * pitch + fetched
                                 : r + n < count ? row + n * pitch
                                                 : row + segment * itemsize - (count - n) * pitch;
             F *to = sums + r * tokens;

@@ -32,9 +32,11 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 
 #define PACKED_GAIN 0x1p60f
 #define CODE_MASK ((int32_t)0x87f00000)
-#define AHEAD 2048     /* bytes: how far a stream of codes is fetched before it is used */
-#define SEGMENT 1024   /* columns */
-#define SHORT_ROW 4096 /* columns */
+#define AHEAD 2048   /* bytes: how far a stream of codes is fetched before it is used */
+#define NEAR 512     /* the same where rows are one stream: fetched far ahead it is a third slower */
+#define SEGMENT 1024 /* columns */
+/* columns: FP8 rows up to here are read one after the other */
+#define SHORT_ROW(tokens) ((tokens) == 1 ? 4096 : (tokens) == 2 ? 1536 : 0)
 #define ROWS 16
 #define ROWS_AT_ONCE 2 /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
@@ -312,7 +314,7 @@ void SHARED(norm)(const void *x, const void *w, int64_t n, float eps, void *out,
         .gemm = gemm, .swiglu = SHARED(swiglu), .norm = SHARED(norm), .write = SHARED(write),                         \
     .decode = SHARED(decode), .amax = SHARED(amax), .encode = SHARED(encode),                                         \
     .gemv_transposed = SHARED(gemv_transposed), .online_softmax = SHARED(online_softmax),                             \
-    .accumulate_pv = accumulate_pv
+    .accumulate_pv = accumulate_pv, .weigh_heads = SHARED(weigh_heads)
 
 const Kernels KERNELS = {
     VECTOR_KERNELS,

@@ -1,4 +1,4 @@
-/* One decoding step of a decoder: a run of its layers, for one new token of each sequence, in one call.
+/* One decoding step of a decoder: a run of its layers, for one new token of each sequence or a few, in one call.
 
    Between two calls an interpreter finds its own code and data gone from the caches through which the weights went, and
    takes longer over a call than a layer's smaller operations do: hence one. Each step rounds where the layers that it
@@ -13,43 +13,45 @@ static void add(int dtype, char *to, const char *from, int64_t n) {
     for (int64_t i = 0; i < n; i++) dsm_store(to, dtype, i, dsm_load(to, dtype, i) + dsm_load(from, dtype, i));
 }
 
-/* projections, the cache's new row, attention: b->x -> b->o */
+/* projections, the cache's new rows, attention: b->x -> b->o */
 static int attention(int isa, int threads, int dtype, const DecoderLayer *l, const LatentCache *cache, const Step *s,
                      const Buffers *b) {
     const size_t size = dsm_itemsize(dtype);
     const int64_t nope = s->mla.qk_nope_head_dim, rope = s->mla.qk_rope_head_dim, rank = s->mla.kv_lora_rank;
     const int64_t head = nope + rope, query = s->mla.num_heads * head;
-    int result = dsm_mla_project(isa, threads, dtype, b->x, s->batch, &s->mla, &l->projections, s->cosine, s->sine,
-                                 b->q, b->c_kv, b->k_pe);
+    int result = dsm_mla_project(isa, threads, dtype, b->x, s->batch * s->tokens, &s->mla, &l->projections, s->cosine,
+                                 s->sine, b->q, b->c_kv, b->k_pe);
     if (result) return result;
     for (int64_t i = 0; i < s->batch; i++) {
-        memcpy((char *)cache->c_kv + (i * cache->c_kv_batch + s->past * rank) * size, b->c_kv + i * rank * size,
-               rank * size);
-        memcpy((char *)cache->k_pe + (i * cache->k_pe_batch + s->past * rope) * size, b->k_pe + i * rope * size,
-               rope * size);
+        const int64_t from = i * s->tokens;
+        memcpy((char *)cache->c_kv + (i * cache->c_kv_batch + s->past * rank) * size, b->c_kv + from * rank * size,
+               s->tokens * rank * size);
+        memcpy((char *)cache->k_pe + (i * cache->k_pe_batch + s->past * rope) * size, b->k_pe + from * rope * size,
+               s->tokens * rope * size);
     }
-    const Queries queries = {b->q, b->q + nope * size, query, head, query, head};
-    return dsm_mla_decode(isa, threads, dtype, s->batch, s->past + 1, &s->mla, &queries, cache, &s->mask, &l->kv_b,
-                          s->softmax_scale, b->o);
+    const int64_t sequence = s->tokens * query;
+    const Queries queries = {b->q, b->q + nope * size, sequence, query, head, sequence, query, head};
+    return dsm_mla_decode(isa, threads, dtype, s->batch, s->tokens, s->past + s->tokens, &s->mla, &queries, cache,
+                          &s->mask, &l->kv_b, s->softmax_scale, b->o);
 }
 
 /* A layer is three stages: norm, projections and attention; the output projection; norm and experts. Stage 3 i + k is the
-   k-th of layer i. states [batch, hidden] of `dtype` become those after the stages [first, last), and the caches of the
-   layers that attend get row `past`. attended [batch, heads, value]: what attention yields, where the output projection
+   k-th of layer i. states [batch, tokens, hidden] of `dtype` become those after the stages [first, last), and the caches of
+   the layers that attend get rows from `past` on. attended [batch, tokens, heads, value]: what attention yields, where the output projection
    is not of the same run; else NULL. */
 DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t first, int64_t last, void *attended,
                      const DecoderLayer *layers, const LatentCache *caches, const Step *s) {
     const size_t size = dsm_itemsize(dtype);
-    const int64_t batch = s->batch, values = batch * s->hidden, heads = s->mla.num_heads;
+    const int64_t tokens = s->batch * s->tokens, values = tokens * s->hidden, heads = s->mla.num_heads;
     int result = DSM_NO_MEMORY;
-    if (batch < 1 || batch > DSM_STEP_TOKENS || s->past < 0 || first < 0) return DSM_BAD_ARGUMENT;
-    char *o = attended ? NULL : dsm_alloc(batch * heads * s->mla.v_head_dim * size);
+    if (s->batch < 1 || s->tokens < 1 || tokens > DSM_STEP_TOKENS || s->past < 0 || first < 0) return DSM_BAD_ARGUMENT;
+    char *o = attended ? NULL : dsm_alloc(tokens * heads * s->mla.v_head_dim * size);
     Buffers b = {
         .x = dsm_alloc(values * size),
         .y = dsm_alloc(values * size),
-        .q = dsm_alloc(batch * heads * (s->mla.qk_nope_head_dim + s->mla.qk_rope_head_dim) * size),
-        .c_kv = dsm_alloc(batch * s->mla.kv_lora_rank * size),
-        .k_pe = dsm_alloc(batch * s->mla.qk_rope_head_dim * size),
+        .q = dsm_alloc(tokens * heads * (s->mla.qk_nope_head_dim + s->mla.qk_rope_head_dim) * size),
+        .c_kv = dsm_alloc(tokens * s->mla.kv_lora_rank * size),
+        .k_pe = dsm_alloc(tokens * s->mla.qk_rope_head_dim * size),
         .o = attended ? attended : o,
     };
     if (b.x && b.y && b.q && b.c_kv && b.k_pe && b.o) result = DSM_OK;
@@ -57,13 +59,13 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t firs
         const DecoderLayer *l = layers + stage / 3;
         switch (stage % 3) {
         case 0:
-            dsm_rms_norm(isa, threads, dtype, states, batch, s->hidden, &l->input_norm, b.x);
+            dsm_rms_norm(isa, threads, dtype, states, tokens, s->hidden, &l->input_norm, b.x);
             result = attention(isa, threads, dtype, l, caches + stage / 3, s, &b);
             continue;
-        case 1: result = dsm_linear(isa, threads, dtype, b.o, batch, &l->o, NULL, b.y); break;
+        case 1: result = dsm_linear(isa, threads, dtype, b.o, tokens, &l->o, NULL, b.y); break;
         default:
-            dsm_rms_norm(isa, threads, dtype, states, batch, s->hidden, &l->post_attention_norm, b.x);
-            result = dsm_moe(isa, threads, dtype, b.x, batch, s->hidden, &l->moe, b.y);
+            dsm_rms_norm(isa, threads, dtype, states, tokens, s->hidden, &l->post_attention_norm, b.x);
+            result = dsm_moe(isa, threads, dtype, b.x, tokens, s->hidden, &l->moe, b.y);
         }
         if (!result) add(dtype, states, b.y, values);
     }

@@ -1,4 +1,4 @@
-"""A run of a decoder's layers for one new token of each sequence, in one call of the CPU engine.
+"""A run of a decoder's layers for one new token of each sequence, or a few, in one call of the CPU engine.
 
 Called layer by layer, a step spends a fifth of its time in Python and torch: the weights that go through the processor's
 caches push out what the interpreter needs, and it starts cold after every operation.
@@ -25,9 +25,10 @@ class Run:
     Args:
         layers: an array of `DecoderLayer`; whatever they point to is the caller's to keep alive, and to be right about.
         caches: for each layer, buffers ``[B, 1, capacity, r]`` and ``[B, 1, capacity, p]`` of the dtype of the states, of
-            which ``past`` rows are in use; the next row is written by stages that attend. ``None`` where none does.
-        cos, sin: ``[B or 1, 1, p/2]``.
-        mask: ``[B or 1, 1, 1, past + 1]``; boolean (True attends) or added to the scores.
+            which ``past`` rows are in use; the next rows are written by stages that attend. ``None`` where none does.
+        shape: of the states, ``[B, q, D]``; ``B·q`` is at most `FEW_TOKENS`.
+        cos, sin: ``[B or 1, q, p/2]``.
+        mask: ``[B or 1, 1, q, past + q]``; boolean (True attends) or added to the scores; ``None``: causal.
     """
 
     def __init__(
@@ -36,32 +37,32 @@ class Run:
         caches: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
         past: int,
         mla: MlaShape,
-        batch: int,
-        hidden: int,
+        shape: torch.Size,
         cos: torch.Tensor,
         sin: torch.Tensor,
         mask: torch.Tensor | None,
         scaling: float,
     ):
         rows = [LatentCache() if cache is None else LatentCache.of(*cache) for cache in caches]
+        batch, tokens, hidden = shape
         cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
         if mask is not None:
-            mask = _native.additive(mask[:, 0, -1, : past + 1])
-        step = Step(batch, hidden, past, mla, cos.data_ptr(), sin.data_ptr(), Mask.of(mask), scaling)
-        self._batch, self._attended = batch, mla.num_heads * mla.v_head_dim
+            mask = _native.additive(mask[:, 0, -tokens:, : past + tokens])
+        step = Step(batch, tokens, hidden, past, mla, cos.data_ptr(), sin.data_ptr(), Mask.of(mask), scaling)
+        self._attended = batch, tokens, mla.num_heads * mla.v_head_dim
         self._keep = caches, cos, sin, mask
         self._structs = byref(layers), byref((LatentCache * len(rows))(*rows)), byref(step)
 
     def run(self, states: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``states [B, 1, D]`` after the stages ``[first, last)``.
+        """``states [B, q, D]`` after the stages ``[first, last)``.
 
         Returns:
-            The states; and what attention yields, ``[B, 1, H·v]``, where the run ends before its output projection.
+            The states; and what attention yields, ``[B, q, H·v]``, where the run ends before its output projection.
         """
         states = states.clone(memory_format=torch.contiguous_format)
         attended = None
         if last % STAGES == 1:
-            attended = states.new_empty((self._batch, 1, self._attended))
+            attended = states.new_empty(self._attended)
         _native.call(
             "dsm_step",
             *(_native.DTYPES[states.dtype], states.data_ptr(), first, last, _native.pointer(attended), *self._structs),

@@ -13,6 +13,7 @@ from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._library import PLAIN, define
 from modeling_deepseek_moe.ops._operands import every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._structs import FOUR_BIT, NESTED, Experts, LowRank
+from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 from modeling_deepseek_moe.ops.four_bit.reference import KINDS
 
 WEIGHTS = (torch.float8_e4m3fn, torch.bfloat16)
@@ -268,9 +269,14 @@ def _swiglu(x, gate, up, down, gate_scale, up_scale, down_scale) -> torch.Tensor
         _check(name, weight, shape, scale, gate.dtype)
         matrices.append((weight.contiguous(), None if scale is None else _native.fp32(scale)))
     addresses = torch.tensor([[w.data_ptr(), 0 if s is None else s.data_ptr()] for w, s in matrices])
+    return _only_expert(x, addresses, width, gate.dtype)
+
+
+def _only_expert(x: torch.Tensor, addresses: torch.Tensor, width: int, dtype, kind: str | None = None) -> torch.Tensor:
+    """``x [..., D]`` through one expert, by the addresses ``[3, 2]`` of its codes and scales."""
     rows = x.reshape(-1, x.shape[-1])
     indices, weights = torch.zeros((len(rows), 1), dtype=torch.int64), torch.ones((len(rows), 1))
-    return _routed(rows, indices, weights, addresses[None], width, gate.dtype).view(x.shape)
+    return _routed(rows, indices, weights, addresses[None], width, dtype, kind).view(x.shape)
 
 
 # down(silu(gate(x)) · up(x)) for x [..., D]: one expert that every token goes to.
@@ -278,5 +284,34 @@ swiglu = define(
     "swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale)"
     " -> Tensor",
     _swiglu,
+    lambda x, *_: x.new_empty(x.shape),
+)
+
+
+def _swiglu_four_bit(
+    x: torch.Tensor, codes: list[torch.Tensor], scales: list[torch.Tensor], kind: str
+) -> torch.Tensor:
+    """
+    Args:
+        codes: of gate, up and down.
+        scales: `four_bit.cpu.parts_of` the scales of gate, then of up, then of down.
+    """
+    parts, hidden = len(scales) // 3, x.shape[-1]
+    found = [
+        four_bit.matrix("swiglu", kind, matrix, four_bit.scales_of(scales[i * parts : (i + 1) * parts]))
+        for i, matrix in enumerate(codes)
+    ]
+    gate, up, down = (matrix for matrix, _ in found)
+    shapes = [(matrix.rows, matrix.cols) for matrix in (gate, up, down)]
+    if shapes != [(gate.rows, hidden), (gate.rows, hidden), (hidden, gate.rows)]:
+        raise ValueError(f"swiglu: found gate, up and down of {shapes}, wanted ones that fit {hidden} inputs")
+    addresses = torch.tensor([[matrix.data, matrix.scale] for matrix in (gate, up, down)])
+    return _only_expert(x, addresses, gate.rows, codes[0].dtype, kind if parts == 1 else kind + NESTED)
+
+
+# As `swiglu`, of codes of four bits, all of one kind.
+swiglu_four_bit = define(
+    "swiglu_four_bit(Tensor x, Tensor[] codes, Tensor[] scales, str kind) -> Tensor",
+    _swiglu_four_bit,
     lambda x, *_: x.new_empty(x.shape),
 )

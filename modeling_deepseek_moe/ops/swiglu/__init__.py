@@ -5,8 +5,10 @@ from torch import nn
 
 from modeling_deepseek_moe.ops import experts
 from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
-from modeling_deepseek_moe.ops._operands import scale_of, unsupported_linear
+from modeling_deepseek_moe.ops._operands import is_of_four_bits, operand_of, scale_of, unsupported_linear
+from modeling_deepseek_moe.ops._structs import NESTED
 from modeling_deepseek_moe.ops.block_fp8 import triton as fp8
+from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.ops.swiglu import triton
 
@@ -18,7 +20,13 @@ def swiglu(
 ) -> torch.Tensor:
     """``x [..., D] → [..., D]``: in one call of the engine where that can read the three weights, which it does once."""
     layers = (gate_proj, up_proj, down_proj)
-    if may_use(CPU, unsupported_reason(x, *layers, act_fn)):
+    if all(map(is_of_four_bits, layers)):
+        if may_use(CPU, _unsupported_four_bit(x, *layers, act_fn)):
+            operands = [operand_of(layer) for layer in layers]
+            scales = [part for operand in operands for part in four_bit.parts_of(operand.scales)]
+            kind = operands[0].kind.removesuffix(NESTED)
+            return experts.cpu.swiglu_four_bit(x, [operand.codes for operand in operands], scales, kind)
+    elif may_use(CPU, unsupported_reason(x, *layers, act_fn)):
         return experts.cpu.swiglu(x, *(layer.weight for layer in layers), *(scale_of(layer) for layer in layers))
     if may_use(TRITON, _unsupported_codes(x, gate_proj, up_proj, act_fn)):
         return project(down_proj, fp8.gate_up(x, *_codes(gate_proj), *_codes(up_proj)))
@@ -65,3 +73,19 @@ def unsupported_reason(
     if torch.is_autocast_enabled("cpu"):
         return "does not run under autocast"
     return experts.cpu.unsupported_reason(x, act_fn, *(layer.weight for layer in layers))
+
+
+def _unsupported_four_bit(
+    x: torch.Tensor, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module
+) -> str | None:
+    """As `unsupported_reason`, of weights that are codes of four bits."""
+    layers = (gate_proj, up_proj, down_proj)
+    for layer in layers:
+        reason = unsupported_linear(layer) or four_bit.unsupported_operand(*operand_of(layer))
+        if reason is not None:
+            return reason
+    if len({operand_of(layer).kind for layer in layers}) > 1:
+        return "needs weights of one format"
+    if torch.is_autocast_enabled("cpu"):
+        return "does not run under autocast"
+    return experts.cpu.unsupported_reason(x, act_fn)
