@@ -1,7 +1,8 @@
 """What a GPU does with this package, in under eight minutes: `python benchmarks/gpu.py [--budget SECONDS] [--out FOLDER]`.
 
 Parts run in order, the most important first; each writes its JSON as it ends, so a run that is cut short leaves what it had.
-A smaller budget drops parts from the bottom. A part that fails is recorded with its error, and the next one runs.
+A smaller budget drops parts from the bottom. A part that fails is recorded with its error, and the next one runs. At the end
+charts are drawn of what there is; ``python benchmarks/gpu_plot.py FOLDER`` draws them of a run that was cut short.
 
 On a machine without a network carry the wheel of transformers 5.23 or later (13 MB) and this package; huggingface_hub 1.33,
 tokenizers 0.23.2, torch 2.11 and Triton 3.6 suffice. Where Triton is missing, the parts that need it say so.
@@ -85,12 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks/gpu.py: found no CUDA device, wanted one: nothing was measured", file=sys.stderr)
         return 2
     import gpu_parts
+    import gpu_plot
 
     device = torch.device("cuda", torch.cuda.current_device())
     parts = [Part("machine", 1, machine), *(Part(*row) for row in gpu_parts.PARTS)]
     kept = fitting(parts, options.budget)
     print(f"parts: {', '.join(part.name for part in kept)}; left out: {len(parts) - len(kept)}", flush=True)
     results = run(parts, device, options.out, options.budget)
+    for file in gpu_plot.write(results, options.out):
+        print(file)
     failed = [result["part"] for result in results if "error" in result]
     print(f"{len(results)} parts in {options.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))

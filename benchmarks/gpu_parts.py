@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
+import gpu_hybrid
 import gpu_models
 import torch
 import torch.nn.functional as F
@@ -188,12 +189,13 @@ def many_tokens(device: torch.device) -> dict:
 
 PARTS = (
     ("limits", 20, limits),
-    ("parity", 60, parity),
-    ("decode_experts", 70, decode_experts),
+    ("parity", 45, parity),
+    ("decode_experts", 60, decode_experts),
     ("attention", 40, gpu_models.attention),
-    ("end_to_end", 130, gpu_models.end_to_end),
-    ("many_tokens", 30, many_tokens),
+    ("end_to_end", 115, gpu_models.end_to_end),
+    ("many_tokens", 25, many_tokens),
     ("plain_transformers", 50, gpu_models.plain_transformers),
+    ("hybrid", 50, gpu_hybrid.hybrid),
     ("training", 50, gpu_models.training),
-    ("trace", 15, gpu_models.trace),
+    ("trace", 10, gpu_models.trace),
 )

@@ -16,7 +16,7 @@ from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.cache import LatentLayer
 from modeling_deepseek_moe.compat import takes_cache
-from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _triton, absorbed_attention, block_fp8, experts, mla_project, moe, rms_norm
@@ -24,6 +24,7 @@ from modeling_deepseek_moe.ops._dispatch import TRITON, may_use
 from modeling_deepseek_moe.ops._operands import is_hooked, kept_weight_of, scale_of, unsupported_linear
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.sparse_attention import DeepseekSparseAttention
 
 
 class Step(NamedTuple):
@@ -50,6 +51,8 @@ def unsupported_reason(layers: list[nn.Module], hidden_states: torch.Tensor, cac
     reason = _triton.unsupported_reason(hidden_states) or _triton.unsupported_floats(hidden_states)
     if reason is not None:
         return reason
+    if any(isinstance(layer.self_attn, DeepseekSparseAttention) for layer in layers):
+        return "has no kernel for attention with an indexer (index_topk)"
     for layer, cached in zip(layers, cache.layers, strict=False):
         if type(cached) not in (LatentLayer, StaticLayer) or not cached.is_initialized:
             return f"takes growing and static caches that a prompt has filled, found {type(cached).__name__}"
@@ -126,10 +129,25 @@ def _mix(
         return rms_norm.add_rms_norm(hidden_states, mlp(normed), norm.weight, norm.variance_epsilon)
     shape, (residual, rows) = hidden_states.shape, (t.flatten(0, 1) for t in (hidden_states, normed))
     _, weights, indices = mlp.gate(rows)
-    shared = None if mlp.shared_experts is None else mlp.shared_experts(rows)
-    ends = shared, residual, norm.weight, norm.variance_epsilon
-    found = moe.triton.experts_and_norm(rows, indices, weights, *operands.stacks, experts.triton.kind(operands), *ends)
+    name = experts.triton.kind(operands)
+    joined = _joined(mlp.shared_experts, operands, name, indices.numel())
+    shared = None if mlp.shared_experts is None or joined else mlp.shared_experts(rows)
+    ends = shared, residual, norm.weight, norm.variance_epsilon, joined
+    found = moe.triton.experts_and_norm(rows, indices, weights, *operands.stacks, name, *ends)
     return found[0].view(shape), found[1].view(shape)
+
+
+def _joined(shared: nn.Module | None, operands: experts.Operands, name: str, slots: int) -> list[torch.Tensor]:
+    """What the routed experts' kernels read of shared experts that they compute too: weights, then scales; empty if they do not."""
+    if type(shared) is not DeepseekMLP or is_hooked(shared) or not experts.triton.joins(name, slots):
+        return []
+    layers = shared.gate_proj, shared.up_proj, shared.down_proj
+    if not experts.cpu.is_silu(shared.act_fn) or any(unsupported_linear(layer) is not None for layer in layers):
+        return []
+    weights = [layer.weight for layer in layers]
+    if any(weight.dtype != operands.stacks[0].dtype or not weight.is_contiguous() for weight in weights):
+        return []
+    return weights + ([scale_of(layer) for layer in layers] if name == experts.triton.FP8 else [])
 
 
 def _operands(mlp: nn.Module, hidden_states, normed, norm: DeepseekRMSNorm) -> experts.Operands | None:

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from modeling_deepseek_moe.ops._libraries import announce
+
 OLDEST = 80  # Ampere: bf16 in its tensor cores, copies that do not wait
 FP8_CORES = 89  # Ada and Hopper multiply FP8
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,7 +43,10 @@ def refusal(device: torch.device, oldest: int = OLDEST) -> str | None:
     if not _is_installed():
         return "triton is not installed"
     found = capability(device)
-    return f"needs SM{oldest}, found SM{found}" if found < oldest else None
+    if found < oldest:
+        return f"needs SM{oldest}, found SM{found}"
+    announce(str(device), found)
+    return None
 
 
 def unsupported_reason(*tensors: torch.Tensor | None, gradients: bool = False) -> str | None:
@@ -78,6 +83,13 @@ def processors(device: torch.device) -> int:
 def kernels(operation: str, file: str = "triton_kernels") -> ModuleType:
     """The kernels of one of the folders of ``ops``."""
     return importlib.import_module(f"modeling_deepseek_moe.ops.{operation}.{file}")
+
+
+@cache
+def words_of(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """int32 ``[8, 8]``: sixteen values in bf16 as `_triton_groups.table_of` reads them, low bytes, then high ones, each word eight times."""
+    pairs = torch.tensor(values, dtype=torch.float32).to(torch.bfloat16).view(torch.uint8).view(16, 2)
+    return pairs.t().contiguous().view(torch.int32).reshape(8, 1).repeat(1, 8).to(device)
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, warps: int = 4, **constants) -> None:

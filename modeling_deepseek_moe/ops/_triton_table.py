@@ -35,12 +35,20 @@ _MANY = {
     90: Tiles(64, 64, 64, 8, 3),
     120: Tiles(64, 64, 64, 8, 2),
 }
+# four groups of codes at once, one for each warp
+_GROUPS_OF_32 = {card: row._replace(depth=4 * 32) for card, row in _FEW.items()}
+_GROUPS_OF_64 = {card: row._replace(depth=4 * 64, stages=3) for card, row in _FEW.items()}
 # Routed experts: a slot a program; rows of an expert, few of them, and many.
 TABLE: dict[str, dict[int, Tiles]] = {
     "experts_gate_up_slots": _FEW,
     "experts_down_slots": _FEW_DOWN,
+    "experts_gate_up_joined": _FEW | {120: _FEW[120]._replace(stages=2)},  # with shared experts, in bf16
     "experts_gate_up_few": _FEW,
     "experts_down_few": _FEW_DOWN,
+    "experts_gate_up_groups_of_32": _GROUPS_OF_32,
+    "experts_gate_up_groups_of_64": _GROUPS_OF_64 | {120: _GROUPS_OF_64[120]._replace(columns=32)},  # 64 spill there
+    "experts_down_groups_of_32": {card: row._replace(columns=128) for card, row in _GROUPS_OF_32.items()},
+    "experts_down_groups_of_64": _GROUPS_OF_64,
     "experts_gate_up_many": _MANY,
     "experts_down_many": _MANY,
     "grouped": {80: Tiles(128, 128, 32, 8, 3), 90: Tiles(128, 128, 64, 8, 3), 120: Tiles(128, 128, 32, 8, 3)},

@@ -5,8 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
+from modeling_deepseek_moe.ops import _triton
 from modeling_deepseek_moe.ops import _triton_codes as codes
-from modeling_deepseek_moe.ops.four_bit.reference import INT4, MXFP4, NF4
+from modeling_deepseek_moe.ops import _triton_groups as groups
+from modeling_deepseek_moe.ops.four_bit.reference import INT4, KINDS, MXFP4, NF4
 
 
 @triton.jit
@@ -21,6 +23,29 @@ def decode(words_ptr, table_ptr, out_ptr, KIND: tl.constexpr, PART: tl.constexpr
     else:
         values = codes.by_table(words, table_ptr, PART)
     tl.store(out_ptr + tl.arange(0, 2 * W)[None, :], values)
+
+
+@triton.jit
+def decode_groups(words_ptr, table_ptr, out_ptr, KIND: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
+    words = tl.load(words_ptr + tl.arange(0, G * W)[None, :]).to(tl.uint32, bitcast=True)
+    values = groups.values(words, groups.table_of(table_ptr, KIND, W), KIND, G, 1, W)
+    at = tl.arange(0, 8 * G * W)[:, None]
+    order = groups.activations(at, KIND, G, W, 1)
+    tl.store(out_ptr + order, tl.permute(values, (0, 2, 1)))
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "nf4", "fp4"])
+def test_whole_groups(name):
+    """All 256 bytes, each code in the column to which `activations` takes it."""
+    words, kind = torch.arange(256, dtype=torch.uint8).view(torch.int32), KINDS[name]
+    found = torch.empty(512, dtype=torch.bfloat16)
+    decode_groups[(1,)](
+        words, _triton.words_of(kind.values, words.device), found, name, kind.group // 8, 512 // kind.group
+    )
+    low, high = torch.arange(256) % 16, torch.arange(256) // 16
+    nibbles = torch.stack((low, high) if kind.low_first else (high, low), dim=1).flatten()
+    wanted = torch.tensor(kind.values).bfloat16()[nibbles].float() + (136 if name == "int4" else 0)
+    assert torch.equal(found.float(), wanted)
 
 
 def parts(kind: str, table: torch.Tensor, count: int) -> list[torch.Tensor]:

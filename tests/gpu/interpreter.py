@@ -4,6 +4,8 @@ Seen in 3.6.0 to 3.9.0, without a word: bf16 products, sums, comparisons and dot
 truncate, casts to FP8 round and saturate wrongly. What stays wrong, reductions in bf16, raises here.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -98,6 +100,31 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return own.TensorHandle(np.matmul(*factors) + d.data, d.dtype.scalar)
 
 
+class Result(NamedTuple):
+    """What an instruction left in its one register."""
+
+    words: np.ndarray
+
+    def get_result(self, index: int) -> "own.TensorHandle":
+        return own.TensorHandle(self.words, tl.uint32)
+
+
+def create_inline_asm(self, asm, constraints, values, result_types, is_pure, pack):
+    """The two instructions that kernels name: ``(a & b) | c``, and a permutation of the eight bytes of ``b:a``."""
+    a, b, c = (value.data.astype(np.uint32) for value in values)
+    if asm == "lop3.b32 $0, $1, $2, $3, 0xEA;":
+        return Result((a & b) | c)
+    if asm != "prmt.b32 $0, $1, $2, $3;":
+        raise NotImplementedError(f"the interpreter knows no {asm}")
+    eight, found = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.uint32(0)
+    for place in range(4):
+        index = c >> np.uint32(4 * place) & np.uint32(15)
+        byte = (eight >> (index & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(np.uint32) & np.uint32(255)
+        sign = np.where(byte >> np.uint32(7), np.uint32(255), np.uint32(0))
+        found = found | np.where(index >> np.uint32(3), sign, byte).astype(np.uint32) << np.uint32(8 * place)
+    return Result(found.astype(np.uint32))
+
+
 def refuse_bf16(operation) -> None:
     """Make a reduction in bf16 raise."""
     apply = operation.apply_impl
@@ -115,6 +142,7 @@ def repair() -> None:
     own._convert_float = convert
     _Builder.binary_op, _Builder.unary_op = binary_op, unary_op
     _Builder.create_fma, _Builder.create_dot = create_fma, create_dot
+    _Builder.create_inline_asm = create_inline_asm
     _Builder.get_bf16 = lambda self, value: narrow(np.array([value], dtype=np.float32))
     refuse_bf16(own.ReduceOps)
     refuse_bf16(own.ScanOps)

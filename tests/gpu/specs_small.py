@@ -31,30 +31,30 @@ KINDS = {
 }
 
 
-def four_bits(card: int, kind: str, rows: int) -> Spec:
-    block_m, block_n, warps, stages = four_bit.tile(rows, 24576, PROCESSORS[card])
+def four_bits(card: int, kind: str, rows: int, activations: str = "bf16") -> Spec:
+    """As layers in bf16 run, by groups, and in fp16 and fp32."""
+    by_groups = activations == "bf16"
+    tile = four_bit.tile_of_groups if by_groups else four_bit.tile
+    block_m, block_n, warps, stages = tile(rows, 24576, PROCESSORS[card])
     group, scales, stored = KINDS[kind]
-    types = {"x_ptr": "*bf16", "w_ptr": "*i32", "s_ptr": stored, "y_ptr": "*bf16", "M": "i32", "N": "i32", "K": "i32"}
-    constants = {
-        "BM": block_m,
-        "BN": block_n,
-        "BK": 128,
-        "GROUP": group,
-        "TABLE": kind != "int4",
-        "LOW_FIRST": group == 32,
-    }
+    has_table, floats = by_groups or kind != "int4", f"*{activations}"
+    types = {"x_ptr": floats, "w_ptr": "*i32", "s_ptr": stored, "y_ptr": floats, "M": "i32", "N": "i32", "K": "i32"}
+    depth = warps * group if by_groups else 128
+    constants = {"BM": block_m, "BN": block_n, "BK": depth, "GROUP": group}
+    own = {"KIND": kind.removeprefix("nested "), "WHOLE": True}
+    constants |= own if by_groups else {"TABLE": kind != "int4", "LOW_FIRST": group == 32}
     constants |= {"SCALES": scales, "BIAS": False, "bias_ptr": None, "STAGES": stages}
     for name, used, type_ in (
-        ("table_ptr", kind != "int4", "*fp32"),
+        ("table_ptr", has_table, "*i32" if by_groups else "*fp32"),
         *((n, scales == "nested", "*fp32") for n in ("absmax_ptr", "map_ptr", "offset_ptr")),
     ):
         if used:
             types[name] = type_
         else:
             constants[name] = None
-    return Spec(
-        f"few_rows {kind} {rows}", four_bit_kernels.few_rows, types, constants, warps, 3, block_n * 64, ("K", "N")
-    )
+    kernel = four_bit_kernels.few_bf16_rows if by_groups else four_bit_kernels.few_rows
+    title = f"few_rows {kind} {rows}" + ("" if by_groups else f" {activations}")
+    return Spec(title, kernel, types, constants, warps, 3, block_n * depth // 2, ("K", "N"))
 
 
 def route(name: str, how: dict, biased: bool) -> Spec:
@@ -116,6 +116,10 @@ def specs(card: int) -> list[Spec]:
     found = [route("V3", V3, True), route("V2-Lite", V2_LITE, False), logits("bf16"), logits("fp32")]
     found += [norm(features, add) for features in (2048, 8192) for add in (False, True)]
     found += [latents(queries) for queries in (False, True)]
-    found += [*(four_bits(card, kind, 1) for kind in KINDS), four_bits(card, "int4", 32)]
+    found += [
+        *(four_bits(card, kind, 1) for kind in KINDS),
+        four_bits(card, "int4", 32),
+        four_bits(card, "nf4", 1, "fp16"),
+    ]
     types = {"gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*bf16", "size": "i32"}
     return [*found, Spec("swiglu", swiglu.activate, types, {"BLOCK": 1024}, 4, 3, aligned=("size",))]

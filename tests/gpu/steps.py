@@ -5,10 +5,12 @@ Models have V2-Lite's or V3's dimensions, one dense layer and one or two of expe
 
 import json
 import sys
+from collections import Counter
 from contextlib import nullcontext
 
 import torch
 from gpu.fake import DEVICE, Watch, card, equal_slots, fake_mode, fake_model, on_other_devices
+from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache, StaticCache
 
 from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, prepare_fp8_training
@@ -122,8 +124,47 @@ def measure(name: str) -> dict:
     }
 
 
+def compiled(name: str) -> dict:
+    """Of a decoding step with a static cache, named as for `measure`, in one graph for torch.compile.
+
+    ``graphs``: how many there are. ``unknown``: what has a shape that no one knows before the step. ``operators``: this package's.
+    """
+    shape, weights, _, *triton = name.split("/")
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with fake_mode(), card(9, 0, triton=bool(triton)), torch.no_grad():
+        model = fake_model(config_of(shape, 2), fp8=weights == "fp8")
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        prefill(model, Watch(), cache)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+        given = {"attention_mask": torch.ones(1, 64, dtype=torch.long, device=DEVICE)}
+        given |= {"position_ids": torch.full((1, 1), PROMPT, device=DEVICE)}
+        step = torch.compile(model.forward, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+        try:
+            call(step, ids, cache, **given)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"[:2000]}
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    shapes = {str(node): node.meta["val"].shape for node in nodes if hasattr(node.meta.get("val"), "shape")}
+    own = Counter(str(node.target).split(".")[1] for node in nodes if str(node.target).startswith("deepseek_moe."))
+    return {
+        "error": None,
+        "graphs": len(graphs),
+        "unknown": [node for node, shape in shapes.items() if not all(type(size) is int for size in shape)],
+        "reads": [
+            str(node) for node in nodes if "_local_scalar_dense" in str(node.target) or "nonzero" in str(node.target)
+        ],
+        "operators": dict(own),
+    }
+
+
 def main() -> None:
-    json.dump({name: measure(name) for name in sys.argv[1:]}, sys.stdout)
+    what, *names = sys.argv[1:]
+    json.dump({name: {"measure": measure, "compile": compiled}[what](name) for name in names}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -160,43 +160,105 @@ def _way(slots: int, experts: int) -> str:
     return "many" if slots >= MANY_ROWS * experts else "few"
 
 
-def slot_results(hidden, indices, weights, stacks, name: str) -> torch.Tensor:
+def joins(name: str, slots: int) -> bool:
+    """Whether shared experts of the same format are computed with this many slots: see `slot_results`."""
+    return name in (FP8, BF16) and slots < SORT_FROM
+
+
+def slot_results(
+    hidden, indices, weights, stacks, name: str, shared: list[torch.Tensor] | None = None
+) -> torch.Tensor:
     """``weight_tk · down_k(silu(gate_k x_t) · up_k x_t)`` of every slot, ``[S, D]`` in fp32: see `experts`, which adds them up.
 
     What is served elsewhere is not written.
+
+    Args:
+        shared: gate, up and down of the shared experts, and the three's scales if they are FP8, where `joins` says so: their
+            part for each token follows the slots, ``[S + T, D]``.
     """
     hidden, indices, weights = hidden.contiguous(), indices.contiguous(), weights.contiguous()
-    kernels, device = _triton.kernels("experts"), hidden.device
-    gate_up, down, gate_up_scale, down_scale = stacks
-    (tokens, top_k), (count, double), size = indices.shape, gate_up.shape[:2], hidden.shape[1]
-    slots, width = tokens * top_k, double // 2
+    device, slots, count = hidden.device, indices.numel(), len(stacks[0])
     way, card = _way(slots, count), _triton.capability(device) if device.type == "cuda" else _triton.OLDEST
     if name == FP8 and way == "many" and card >= _triton.FP8_CORES:
         return by_codes(hidden, indices, weights, *stacks)
     order = ends = indices
     if way != "slots":
         order, ends = (torch.empty(n, dtype=torch.int32, device=device) for n in (slots, count))
-        _triton.launch(kernels.plan, (count,), device, indices, order, ends, slots, BLOCK=1024)
-    codes, scales = _words(gate_up, down), _plain_scales(gate_up_scale, down_scale)
+        _triton.launch(_triton.kernels("experts").plan, (count,), device, indices, order, ends, slots, BLOCK=1024)
+    if name in KINDS and way != "many":
+        return _by_groups(hidden, (indices, order, ends), weights, stacks, name, card, way != "slots")
+    return _by_parts(hidden, (indices, order, ends), weights, stacks, name, card, way, shared or [])
+
+
+def _constants(name: str, is_sorted: bool, count: int) -> dict:
+    group = KINDS[name].group if name in KINDS else 128
+    return {"GROUP": group, "SORTED": is_sorted, "EXPERTS": _triton.power_of_two(count) if is_sorted else 1}
+
+
+def _programs(slots: int, count: int, rows: int, is_sorted: bool) -> int:
+    return min(_triton.blocks(slots, rows) + count, slots) if is_sorted else slots
+
+
+def _by_parts(
+    hidden, routed, weights, stacks, name: str, card: int, way: str, shared: list[torch.Tensor]
+) -> torch.Tensor:
+    """`slot_results` of weights that are decoded part by part."""
+    (gate_up, down, *scales), kernels, device = stacks, _triton.kernels("experts"), hidden.device
+    (tokens, size), slots, (count, width) = hidden.shape, routed[0].numel(), (len(gate_up), gate_up.shape[1] // 2)
+    codes, scales = _words(gate_up, down), _plain_scales(*scales)
     by_byte = name in KINDS and not KINDS[name].low_first
-    table = table_of(name, device) if by_byte else indices
+    table = table_of(name, device) if by_byte else routed[0]
+    more, shared_width = (tokens, shared[0].shape[0]) if shared else (0, 0)
+    h = torch.empty((slots, width), dtype=torch.bfloat16, device=device)
+    inner = torch.empty((more, shared_width), dtype=torch.bfloat16, device=device) if shared else None
+    y = torch.empty((slots + more, size), dtype=torch.float32, device=device)
+    gate, up, last = _words(*shared[:3]) if shared else (None, None, None)
+    gate_s, up_s, last_s = shared[3:] if len(shared) > 3 else (None, None, None)
+    constants = _constants(name, way != "slots", count) | {"KIND": "nf4" if by_byte else name, "SHARED": bool(shared)}
+    first = tiles(f"experts_gate_up_{'joined' if shared and name == BF16 else way}", card)
+    second = tiles(f"experts_down_{way}", card)
+    _triton.launch(
+        kernels.gate_up,
+        (_programs(slots, count, first.rows, way != "slots") + more, _triton.blocks(max(width, shared_width), first.columns)),
+        device, hidden, *routed, codes[0], scales[0], table, h, count, width, size,
+        gate, up, gate_s, up_s, inner, slots, shared_width,
+        TOP_K=routed[0].shape[1], **constants, **first.constants(), warps=first.warps,
+    )  # fmt: skip
+    _triton.launch(
+        kernels.down,
+        (_programs(slots, count, second.rows, way != "slots") + more, _triton.blocks(size, second.columns)),
+        device, h, *routed, weights, codes[1], scales[1], table, y, count, width, size,
+        last, last_s, inner, slots, shared_width,
+        **constants, **second.constants(), warps=second.warps,
+    )  # fmt: skip
+    return y
+
+
+def _by_groups(hidden, routed, weights, stacks, name: str, card: int, is_sorted: bool) -> torch.Tensor:
+    """`slot_results` of four-bit codes for few rows of an expert: see `_triton_groups`."""
+    (gate_up, down, *scales), device = stacks, hidden.device
+    kernels, table = _triton.kernels("experts", "triton_group_kernels"), _triton.words_of(KINDS[name].values, device)
+    size, slots, (count, width) = hidden.shape[1], routed[0].numel(), (len(gate_up), gate_up.shape[1] // 2)
+    codes, scales = _words(gate_up, down), _plain_scales(*scales)
     h = torch.empty((slots, width), dtype=torch.bfloat16, device=device)
     y = torch.empty((slots, size), dtype=torch.float32, device=device)
-    routed, sizes = (indices, order, ends), (count, width, size)
-    constants = {
-        "KIND": "nf4" if by_byte else name,
-        "GROUP": KINDS[name].group if name in KINDS else 128,
-        "SORTED": way != "slots",
-        "EXPERTS": 1 if way == "slots" else _triton.power_of_two(count),
-    }
-    for kernel, columns, arguments, own in (
-        (kernels.gate_up, width, (hidden, *routed, codes[0], scales[0], table, h, *sizes), {"TOP_K": top_k}),
-        (kernels.down, size, (h, *routed, weights, codes[1], scales[1], table, y, *sizes), {}),
+    constants = _constants(name, is_sorted, count) | {"KIND": name}
+    for kernel, columns, depth, arguments, own in (
+        (
+            kernels.gate_up,
+            width,
+            size,
+            (hidden, *routed, codes[0], scales[0], table, h),
+            {"TOP_K": routed[0].shape[1]},
+        ),
+        (kernels.down, size, width, (h, *routed, weights, codes[1], scales[1], table, y), {}),
     ):
-        tiling = tiles(f"experts_{'gate_up' if own else 'down'}_{way}", card)
-        programs = slots if way == "slots" else min(_triton.blocks(slots, tiling.rows) + count, slots)
-        grid = programs, _triton.blocks(columns, tiling.columns)
-        _triton.launch(kernel, grid, device, *arguments, **own, **constants, **tiling.constants(), warps=tiling.warps)
+        tiling = tiles(f"experts_{'gate_up' if own else 'down'}_groups_of_{constants['GROUP']}", card)
+        grid = _programs(slots, count, tiling.rows, is_sorted), _triton.blocks(columns, tiling.columns)
+        _triton.launch(
+            kernel, grid, device, *arguments, count, width, size,
+            WHOLE=depth % tiling.depth == 0, **own, **constants, **tiling.constants(), warps=tiling.warps,
+        )  # fmt: skip
     return y
 
 

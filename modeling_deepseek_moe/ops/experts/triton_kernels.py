@@ -7,6 +7,8 @@ takes its values in parts, as a register holds them (`_triton_codes`): the activ
 ``SORTED``: a program has up to BM rows of one expert, in the experts' order that `plan` made; else one slot, and seven
 columns of the tensor cores' eight are idle: with few tokens the weights' way from memory is what takes time.
 
+Shared experts of the same format join in as more slots, one for each token.
+
 Legend: T tokens, K experts per token, S = T·K slots, E experts, D hidden size, I expert width. An index of E or more marks
 a slot that is served elsewhere.
 """
@@ -134,37 +136,21 @@ def step_scales(
 
 
 @triton.jit
-def gate_up(
-    x_ptr, indices_ptr, order_ptr, ends_ptr, w_ptr, s_ptr, table_ptr, h_ptr, E, I, D,  # noqa: E741
-    TOP_K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr, EXPERTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+def swiglu(
+    x_row, g_ptr, u_ptr, gs_ptr, us_ptr, table_ptr, n, here, live, D,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``h[row] = silu(gate x) · up x`` in bf16, ``[S, I]``. Grid: tiles or slots, ⌈I / BN⌉; BN divides 128."""
-    e, row, slot, live = rows_of(indices_ptr, order_ptr, ends_ptr, E, BM, EXPERTS, SORTED)
-    if e >= E:
-        return
+    """``silu(gate x) · up x`` in fp32, ``[BN, BM]``, of rows ``n`` of two matrices; the scales of FP8 begin with their blocks'."""
     PER: tl.constexpr = 1 if KIND == "bf16" else (4 if KIND == "fp8" else 8)  # values of an element
     PARTS: tl.constexpr = 1 if KIND == "bf16" else (2 if KIND == "fp8" else 4)
     PART_STEP: tl.constexpr = BK // PARTS
-    n0 = tl.program_id(1) * BN
-    n = n0 + tl.arange(0, BN)
-    here = n < I
-    gate_row = e.to(tl.int64) * 2 * I + n
-    up_row = gate_row + I
-    gate_s = s_ptr
-    up_s = s_ptr
-    if KIND == "fp8":  # gate and up have blocks of their own
-        scale_row = e.to(tl.int64) * 2 * tl.cdiv(I, 128) + n0 // 128
-        gate_s = s_ptr + scale_row * tl.cdiv(D, 128)
-        up_s = gate_s + tl.cdiv(I, 128) * tl.cdiv(D, 128)
-    x_row = x_ptr + (slot // TOP_K)[None, :] * D
     gate = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     for k0 in tl.range(0, D, BK, num_stages=STAGES):
-        g = stored(w_ptr, gate_row, here, k0 // PER, D // PER, BK // PER, KIND)
-        u = stored(w_ptr, up_row, here, k0 // PER, D // PER, BK // PER, KIND)
-        gs = step_scales(gate_s, gate_row, here, k0, D, BK, PARTS, KIND, GROUP)
-        us = step_scales(up_s, up_row, here, k0, D, BK, PARTS, KIND, GROUP)
+        g = stored(g_ptr, n, here, k0 // PER, D // PER, BK // PER, KIND)
+        u = stored(u_ptr, n, here, k0 // PER, D // PER, BK // PER, KIND)
+        gs = step_scales(gs_ptr, n, here, k0, D, BK, PARTS, KIND, GROUP)
+        us = step_scales(us_ptr, n, here, k0, D, BK, PARTS, KIND, GROUP)
         g_sum = tl.zeros((BN, BM), tl.float32)
         u_sum = tl.zeros((BN, BM), tl.float32)
         for part in tl.static_range(PARTS):
@@ -178,46 +164,122 @@ def gate_up(
         else:
             gate += g_sum
             up += u_sum
-    h = gate / (1 + tl.exp(-gate)) * up
-    tl.store(h_ptr + row[None, :] * I + n[:, None], h.to(tl.bfloat16), mask=live[None, :] & here[:, None])
+    return gate / (1 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def product(
+    x_row, w_ptr, s_ptr, table_ptr, n, here, live, K,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``W x`` in fp32, ``[BN, BM]``, of rows ``n`` of a matrix; as `swiglu`."""
+    PER: tl.constexpr = 1 if KIND == "bf16" else (4 if KIND == "fp8" else 8)
+    PARTS: tl.constexpr = 1 if KIND == "bf16" else (2 if KIND == "fp8" else 4)
+    PART_STEP: tl.constexpr = BK // PARTS
+    y = tl.zeros((BN, BM), tl.float32)
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        w = stored(w_ptr, n, here, k0 // PER, K // PER, BK // PER, KIND)
+        scales = step_scales(s_ptr, n, here, k0, K, BK, PARTS, KIND, GROUP)
+        y_sum = tl.zeros((BN, BM), tl.float32)
+        for part in tl.static_range(PARTS):
+            k = k0 + column(tl.arange(0, PART_STEP), part, KIND)
+            x = tl.load(x_row + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0)
+            y_sum = tl.dot(values(w, scales, table_ptr, part, KIND), x, y_sum)
+        if KIND == "fp8":
+            y += y_sum * scales
+        else:
+            y += y_sum
+    return y
+
+
+@triton.jit
+def gate_up(
+    x_ptr, indices_ptr, order_ptr, ends_ptr, w_ptr, s_ptr, table_ptr, h_ptr, E, I, D,  # noqa: E741
+    gate_ptr, up_ptr, gate_s_ptr, up_s_ptr, shared_ptr, S, WIDTH,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``h[row] = silu(gate x) · up x`` in bf16, ``[S, I]``. Grid: tiles or slots, ⌈I / BN⌉; BN divides 128.
+
+    With SHARED the programs after the S slots are one for each token, of the shared experts: ``shared [T, WIDTH]``. The grid is
+    as wide as the wider of both.
+    """
+    PER: tl.constexpr = 1 if KIND == "bf16" else (4 if KIND == "fp8" else 8)
+    SCALED: tl.constexpr = KIND != "bf16" and KIND != "fp8"
+    n0 = tl.program_id(1) * BN
+    n = n0 + tl.arange(0, BN)
+    block = (n0 // 128) * tl.cdiv(D, 128) if KIND == "fp8" else 0
+    if SHARED and tl.program_id(0) >= S:
+        token = (tl.program_id(0) - S).to(tl.int64)
+        live = tl.arange(0, BM) == 0
+        x_row = x_ptr + (token + 0 * tl.arange(0, BM))[None, :] * D
+        own_gs, own_us = gate_s_ptr, up_s_ptr
+        if KIND == "fp8":
+            own_gs, own_us = gate_s_ptr + block, up_s_ptr + block
+        h = swiglu(
+            x_row, gate_ptr, up_ptr, own_gs, own_us, table_ptr, n, n < WIDTH, live, D, KIND, GROUP, BM, BN, BK, STAGES
+        )  # fmt: skip
+        h_p = shared_ptr + token * WIDTH + n[:, None] + 0 * tl.arange(0, BM)[None, :]
+        tl.store(h_p, h.to(tl.bfloat16), mask=live[None, :] & (n < WIDTH)[:, None])
+    else:
+        e, row, slot, live = rows_of(indices_ptr, order_ptr, ends_ptr, E, BM, EXPERTS, SORTED)
+        if (e < E) & (n0 < I):
+            matrix = e.to(tl.int64) * 2 * I
+            g_ptr = w_ptr + matrix * (D // PER)
+            u_ptr = g_ptr + I.to(tl.int64) * (D // PER)
+            gs_ptr, us_ptr = s_ptr, s_ptr
+            if KIND == "fp8":  # gate and up have blocks of their own
+                gs_ptr = s_ptr + e.to(tl.int64) * 2 * tl.cdiv(I, 128) * tl.cdiv(D, 128) + block
+                us_ptr = gs_ptr + tl.cdiv(I, 128) * tl.cdiv(D, 128)
+            if SCALED:
+                gs_ptr = s_ptr + matrix * (D // GROUP)
+                us_ptr = gs_ptr + I.to(tl.int64) * (D // GROUP)
+            x_row = x_ptr + (slot // TOP_K)[None, :] * D
+            h = swiglu(
+                x_row, g_ptr, u_ptr, gs_ptr, us_ptr, table_ptr, n, n < I, live, D, KIND, GROUP, BM, BN, BK, STAGES
+            )  # fmt: skip
+            tl.store(h_ptr + row[None, :] * I + n[:, None], h.to(tl.bfloat16), mask=live[None, :] & (n < I)[:, None])
 
 
 @triton.jit
 def down(
     h_ptr, indices_ptr, order_ptr, ends_ptr, weights_ptr, w_ptr, s_ptr, table_ptr, y_ptr, E, I, D,  # noqa: E741
-    KIND: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr, EXPERTS: tl.constexpr,
+    down_ptr, down_s_ptr, shared_ptr, S, WIDTH,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``y[slot] = weight · down h[row]`` in fp32, ``[S, D]``, of the slots that are served here. Grid as `gate_up`, ⌈D / BN⌉."""
-    e, row, slot, live = rows_of(indices_ptr, order_ptr, ends_ptr, E, BM, EXPERTS, SORTED)
-    if e >= E:
-        return
+    """``y[slot] = weight · down h[row]`` in fp32, ``[S, D]``, of the slots that are served here. Grid as `gate_up`, ⌈D / BN⌉.
+
+    With SHARED ``y [S + T, D]`` ends with what the shared experts give each token.
+    """
     PER: tl.constexpr = 1 if KIND == "bf16" else (4 if KIND == "fp8" else 8)
-    PARTS: tl.constexpr = 1 if KIND == "bf16" else (2 if KIND == "fp8" else 4)
-    PART_STEP: tl.constexpr = BK // PARTS
+    SCALED: tl.constexpr = KIND != "bf16" and KIND != "fp8"
     n0 = tl.program_id(1) * BN
     n = n0 + tl.arange(0, BN)
     here = n < D
-    w_row = e.to(tl.int64) * D + n
-    block_s = s_ptr
-    if KIND == "fp8":
-        block_s = s_ptr + (e.to(tl.int64) * tl.cdiv(D, 128) + n0 // 128) * tl.cdiv(I, 128)
-    h_row = h_ptr + row[None, :] * I
-    y = tl.zeros((BN, BM), tl.float32)
-    for k0 in tl.range(0, I, BK, num_stages=STAGES):
-        w = stored(w_ptr, w_row, here, k0 // PER, I // PER, BK // PER, KIND)
-        scales = step_scales(block_s, w_row, here, k0, I, BK, PARTS, KIND, GROUP)
-        y_sum = tl.zeros((BN, BM), tl.float32)
-        for part in tl.static_range(PARTS):
-            k = k0 + column(tl.arange(0, PART_STEP), part, KIND)
-            h = tl.load(h_row + k[:, None], mask=live[None, :] & (k < I)[:, None], other=0.0)
-            y_sum = tl.dot(values(w, scales, table_ptr, part, KIND), h, y_sum)
+    if SHARED and tl.program_id(0) >= S:
+        token = (tl.program_id(0) - S).to(tl.int64)
+        live = tl.arange(0, BM) == 0
+        own_s = down_s_ptr
         if KIND == "fp8":
-            y += y_sum * scales
-        else:
-            y += y_sum
-    weight = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)
-    tl.store(y_ptr + slot[None, :] * D + n[:, None], y * weight[None, :], mask=live[None, :] & here[:, None])
+            own_s = down_s_ptr + (n0 // 128) * tl.cdiv(WIDTH, 128)
+        h_row = shared_ptr + (token + 0 * tl.arange(0, BM))[None, :] * WIDTH
+        y = product(h_row, down_ptr, own_s, table_ptr, n, here, live, WIDTH, KIND, GROUP, BM, BN, BK, STAGES)
+        y_p = y_ptr + (S + token) * D + n[:, None] + 0 * tl.arange(0, BM)[None, :]
+        tl.store(y_p, y, mask=live[None, :] & here[:, None])
+    else:
+        e, row, slot, live = rows_of(indices_ptr, order_ptr, ends_ptr, E, BM, EXPERTS, SORTED)
+        if e < E:
+            matrix = e.to(tl.int64) * D
+            own_s = s_ptr
+            if KIND == "fp8":
+                own_s = s_ptr + (e.to(tl.int64) * tl.cdiv(D, 128) + n0 // 128) * tl.cdiv(I, 128)
+            if SCALED:
+                own_s = s_ptr + matrix * (I // GROUP)
+            w_rows, h_row = w_ptr + matrix * (I // PER), h_ptr + row[None, :] * I
+            y = product(h_row, w_rows, own_s, table_ptr, n, here, live, I, KIND, GROUP, BM, BN, BK, STAGES)
+            weight = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)
+            tl.store(y_ptr + slot[None, :] * D + n[:, None], y * weight[None, :], mask=live[None, :] & here[:, None])
 
 
 @triton.jit

@@ -4,6 +4,7 @@ Legend: M rows of x, N output features, K input features.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -43,6 +44,15 @@ def tile(rows: int, columns: int, processors: int) -> tuple[int, int, int, int]:
     return (8, 64, 4, 3) if columns >= 64 * processors else (8, 32, 2, 3)
 
 
+def tile_of_groups(rows: int, columns: int, processors: int) -> tuple[int, int, int, int]:
+    """As `tile`, for rows in bf16: each warp takes a group of codes of all the rows of the weight."""
+    if rows > 8:
+        return 16 if rows <= 16 else 32, 64, 4, 3
+    if columns >= 128 * processors:
+        return 8, 128, 4, 3
+    return (8, 64, 4, 4) if columns >= 64 * processors else (8, 32, 4, 4)
+
+
 @cache
 def _table(kind: str, device: torch.device) -> torch.Tensor:
     """The sixteen values on a device; a constant, made once."""
@@ -76,6 +86,9 @@ def _linear(x, codes, scales: list[torch.Tensor], bias: torch.Tensor | None, kin
         weight = _dequantize(codes, scales, x.dtype, kind)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     y = x.new_empty((*x.shape[:-1], n))
+    if x.dtype == torch.bfloat16:
+        _few_bf16_rows(rows, operands, bias, y, n, kind, constants["SCALES"])
+        return y
     block_m, block_n, warps, stages = tile(len(rows), n, _triton.processors(x.device))
     launch(
         kernels("four_bit").few_rows,
@@ -86,6 +99,22 @@ def _linear(x, codes, scales: list[torch.Tensor], bias: torch.Tensor | None, kin
         **constants,
     )
     return y
+
+
+def _few_bf16_rows(rows, operands, bias, y, n: int, kind: str, scales: str) -> None:
+    group, columns, device = KINDS[kind].group, rows.shape[1], rows.device
+    block_m, block_n, warps, stages = tile_of_groups(len(rows), n, _triton.processors(device))
+    depth = warps * group
+    constants: dict[str, Any] = {"BM": block_m, "BN": block_n, "BK": depth, "GROUP": group, "KIND": kind}
+    constants |= {"SCALES": scales, "BIAS": bias is not None, "WHOLE": columns % depth == 0, "STAGES": stages}
+    launch(
+        kernels("four_bit").few_bf16_rows,
+        (blocks(n, block_n), blocks(len(rows), block_m)),
+        device,
+        *(rows, *operands[:-1], _triton.words_of(KINDS[kind].values, device), bias, y, len(rows), n, columns),
+        warps=warps,
+        **constants,
+    )
 
 
 linear = define(

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from modeling_deepseek_moe.ops import _triton_codes as codes
+from modeling_deepseek_moe.ops import _triton_groups as groups
 
 
 @triton.jit
@@ -87,6 +88,40 @@ def few_rows(
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     y_p = y_ptr + m[None, :].to(tl.int64) * N + n[:, None]
     tl.store(y_p, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def few_bf16_rows(
+    x_ptr, w_ptr, s_ptr, absmax_ptr, map_ptr, offset_ptr, table_ptr, bias_ptr, y_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SCALES: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `few_rows`, of rows in bf16: groups of codes as factors, their scales on the sums. The table is `_triton_groups`'."""
+    G: tl.constexpr = BK // GROUP
+    W: tl.constexpr = GROUP // 8
+    n0 = tl.program_id(0) * BN
+    n = tl.arange(0, BN)
+    here = n0 + n < N
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    table = groups.table_of(table_ptr, KIND, W)
+    w_ptr += n0.to(tl.int64) * (K // 8)
+    first = n0.to(tl.int64) * (K // GROUP)
+    x_p = x_ptr + m[None, :].to(tl.int64) * K + k[:, None]
+    sums = tl.zeros((G, BN, BM), tl.float32)
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        w = groups.words_of(w_ptr, n, here, k0, K, BK, WHOLE)
+        at, mask = groups.scale_places(n, here, k0, K, G, GROUP, WHOLE)
+        s = scales(s_ptr, absmax_ptr, map_ptr, offset_ptr, first + at, mask, SCALES)
+        x = tl.load(x_p + k0, mask=(m < M)[None, :] & (k0 + k < K)[:, None], other=0.0)
+        x = groups.activations(x, KIND, G, W, BM)
+        start = groups.offset(x, KIND, BN)
+        sums += groups.scaled(tl.dot(groups.values(w, table, KIND, G, BN, W), x, start), s)
+    y = tl.sum(sums, 0)
+    if BIAS:
+        y += tl.load(bias_ptr + n0 + n, mask=here, other=0.0).to(tl.float32)[:, None]
+    y_p = y_ptr + m[None, :].to(tl.int64) * N + n0 + n[:, None]
+    tl.store(y_p, y.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & here[:, None])
 
 
 @triton.jit

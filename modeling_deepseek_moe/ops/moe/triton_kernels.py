@@ -24,7 +24,7 @@ def combine_and_norm(
         total += tl.load(y_ptr + slot * D + n, mask=here & served, other=0.0)
     total = total.to(dtype).to(tl.float32)
     if SHARED:
-        total += tl.load(shared_ptr + token * D + n, mask=here, other=0.0).to(tl.float32)
+        total += tl.load(shared_ptr + token * D + n, mask=here, other=0.0).to(dtype).to(tl.float32)
         total = total.to(dtype).to(tl.float32)
     total += tl.load(residual_ptr + token * D + n, mask=here, other=0.0).to(tl.float32)
     rounded = total.to(dtype)
