@@ -112,14 +112,7 @@ class DeepseekAttention(nn.Module):
             ``[B, q, hidden_size]`` and the probabilities ``[B, H, q, kv]`` where the implementation gives them.
         """
         (batch, _, length, _), new = q_nope.shape, (c_kv, k_pe)
-        if cache is not None:
-            c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
-            if past_length is not None and not isinstance(cache, PagedLatents):
-                used = past_length + length
-                c_kv, k_pe = c_kv[:, :, :used], k_pe[:, :, :used]
-        if c_kv.dtype != q_nope.dtype:  # a cache kept in another dtype
-            c_kv, k_pe = c_kv.to(q_nope.dtype), k_pe.to(q_nope.dtype)
-
+        c_kv, k_pe = self._cached(c_kv, k_pe, cache, past_length, q_nope)
         if isinstance(cache, PagedLatents):
             output, weights = self._each_request(q_nope, q_pe, c_kv, k_pe, cache.requests), None
         elif mla_path == ABSORBED:
@@ -147,6 +140,18 @@ class DeepseekAttention(nn.Module):
             output = output[..., :value_dim]
         return project(self.o_proj, output.reshape(batch, length, -1)), weights
 
+    def _cached(self, c_kv, k_pe, cache: Cache | None, past_length: int | None, like: torch.Tensor):
+        """The latents of all tokens in use ``[B, 1, kv, ·]``, those of new ones cached, in the dtype of ``like``."""
+        if cache is not None:
+            length = c_kv.shape[2]
+            c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
+            if past_length is not None and not isinstance(cache, PagedLatents):
+                used = past_length + length
+                c_kv, k_pe = c_kv[:, :, :used], k_pe[:, :, :used]
+        if c_kv.dtype != like.dtype:  # a cache kept in another dtype
+            c_kv, k_pe = c_kv.to(like.dtype), k_pe.to(like.dtype)
+        return c_kv, k_pe
+
     def _wants_equal_dims(self, device: torch.device) -> bool:
         """Whether torch attends by blocks if values are as wide as keys, as its FlashAttention for CPUs does.
 
@@ -160,7 +165,15 @@ class DeepseekAttention(nn.Module):
         if self.config.q_lora_rank is None:
             query = project(self.q_proj, hidden_states)
         else:
-            query = project(self.q_b_proj, self.q_a_layernorm(project(self.q_a_proj, hidden_states)))
+            query = project(self.q_b_proj, self._query_latent(hidden_states))
+        return self._rotated_queries(query, position_embeddings)
+
+    def _query_latent(self, hidden_states):
+        """Normed ``[B, q, q_lora_rank]``."""
+        return self.q_a_layernorm(project(self.q_a_proj, hidden_states))
+
+    def _rotated_queries(self, query, position_embeddings):
+        """``q_nope`` and rotated ``q_pe`` of ``[B, q, H·(n+p)]``."""
         query = query.unflatten(-1, (-1, sum(self.query_dims))).transpose(1, 2)
         q_nope, q_pe = query.split(self.query_dims, dim=-1)
         cos, sin = position_embeddings
@@ -171,6 +184,10 @@ class DeepseekAttention(nn.Module):
         c_kv, k_pe = project(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1).split(self.kv_dims, dim=-1)
         cos, sin = position_embeddings
         return self.kv_a_layernorm(c_kv), apply_rotary(k_pe, cos, sin, self.config.rope_interleave)
+
+    def expanded_keys(self, c_kv: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        """``[B, H, kv, n+p]`` of latents."""
+        return self._expand(c_kv, k_pe)[0]
 
     def _expand(self, c_kv, k_pe):
         """``key [B, H, kv, n+p]`` and ``value [B, H, kv, v]``."""

@@ -1,7 +1,7 @@
-"""A cache layer with spare capacity: appending a token is amortised O(1), where `DynamicLayer` copies the whole cache for it."""
+"""Cache layers with spare capacity: appending a token is amortised O(1), where `DynamicLayer` copies the whole cache for it."""
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, DynamicLayer
 from transformers.utils import is_torchdynamo_compiling
 
 GROWTH = 1.125
@@ -19,13 +19,6 @@ class LatentLayer(DynamicLayer):
         super().__init__(**kwargs)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @classmethod
-    def of(cls, layer: DynamicLayer) -> "LatentLayer":
-        """What ``layer`` holds, in a layer that grows in place."""
-        made = cls()
-        made.__dict__.update(layer.__dict__)
-        return made
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -69,6 +62,55 @@ class LatentLayer(DynamicLayer):
         super().reset()
 
 
+class IndexedLatentLayer(LatentLayer, DynamicIndexedLayer):
+    """`LatentLayer` with the keys of an indexer ``[B, S, d]`` besides, which grow in the same way."""
+
+    indexer_keys: torch.Tensor
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._key_buffer: torch.Tensor | None = None
+        self._key_view: torch.Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        if not self.is_indexer_initialized:
+            self.lazy_initialization_indexer(indexer_key_states)
+        new = indexer_key_states.to(self.indexer_keys.dtype)
+        used = self.indexer_keys.shape[1] if self.indexer_keys.numel() else 0
+        is_own = self._key_view is not None and self.indexer_keys is self._key_view
+        may_write = is_own and (torch.is_inference_mode_enabled() or not self._key_buffer.is_inference())
+        if not may_write or self._key_buffer.shape[1] < used + new.shape[1]:
+            capacity = int((used + new.shape[1]) * GROWTH) + SLACK
+            cached = self.indexer_keys.unsqueeze(1) if used else None
+            self._key_buffer = _grown(cached, new.unsqueeze(1), used, capacity).squeeze(1)
+        self._key_buffer[:, used : used + new.shape[1]] = new
+        self._key_view = self.indexer_keys = self._key_buffer[:, : used + new.shape[1]]
+        return self.indexer_keys
+
+    def advance(self, length: int) -> None:
+        super().advance(length)
+        if self.is_indexer_initialized and self.indexer_keys.shape[1] > length:
+            own = self.indexer_keys is self._key_view
+            self.indexer_keys = self.indexer_keys[:, :length]
+            self._key_view = self.indexer_keys if own else None
+
+    def reset(self) -> None:
+        self._key_buffer = self._key_view = None
+        super().reset()
+
+
+def update_indexer(cache: Cache, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    """Cache an indexer's new ``keys [B, q, d]`` of a layer; returns all. Before the layer's latents, which may be offloaded then.
+
+    Raises:
+        ValueError: the cache has no room for such keys.
+    """
+    make = getattr(cache, "layer_class_to_replicate", None)
+    while make is not None and len(cache.layers) <= layer_idx:
+        cache.layers.append(make())
+    return cache.update_indexer(keys, layer_idx)
+
+
 def _grown(cached: torch.Tensor | None, new: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
     """A buffer ``[B, H, capacity, ·]`` for states like ``new`` that begins with the ``used`` that are cached."""
     buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
@@ -104,12 +146,59 @@ def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
                 f"{wanted[0]} head of {wanted[1]} and {wanted[2]}: only latents are cached. Pass a cache that no other "
                 "code has laid out or filled; it takes its shapes from the first call of the model"
             )
-    if not compiling and type(cache) is DynamicCache and not cache.offloading:
-        if cache.layer_class_to_replicate is DynamicLayer:
-            cache.layer_class_to_replicate = LatentLayer
-        cache.layers[:] = [LatentLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if not compiling and type(cache) is DynamicCache:
+        _give_capacity(cache, config.has_indexers)
+    if config.has_indexers:
+        _check_indexed(cache)
     length = cache.get_seq_length()
     if isinstance(length, torch.Tensor):
         waits = query_length == 1 and length.device.type != "cpu"
         return None if compiling or waits else int(length)
     return length
+
+
+def _give_capacity(cache: DynamicCache, indexed: bool) -> None:
+    """Put layers of this module in the place of transformers' own; where they are offloaded, transformers' of the right kind."""
+    plain = DynamicIndexedLayer if indexed else DynamicLayer
+    kind = IndexedLatentLayer if indexed else LatentLayer
+    kind = plain if cache.offloading else kind
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = kind
+    if cache.offloading and not indexed:
+        return
+    cache.layers[:] = [
+        _of(kind, layer) if type(layer) in (DynamicLayer, plain) and type(layer) is not kind else layer
+        for layer in cache.layers
+    ]
+
+
+def _of(kind: type[DynamicLayer], layer: DynamicLayer) -> DynamicLayer:
+    """What ``layer`` holds, in a layer of another kind."""
+    made = kind()
+    made.__dict__.update(layer.__dict__)
+    return made
+
+
+def _check_indexed(cache: Cache) -> None:
+    """
+    Raises:
+        ValueError: a layer cannot hold an indexer's keys, or was filled without them.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise ValueError(
+            f"cache: found {type(cache).__name__}, wanted one of transformers' caches: attention with an indexer caches its keys"
+        )
+    for number, layer in enumerate(layers):
+        if not hasattr(layer, "update_indexer"):
+            raise ValueError(
+                f"cache: layer {number}: found {type(layer).__name__}, which holds no keys of an indexer, wanted "
+                "DynamicCache(config=model.config), StaticCache(config=model.config, ...), or none"
+            )
+    first = layers[0] if layers else None
+    lacks_keys = first is not None and first.is_initialized and not first.is_indexer_initialized
+    if lacks_keys and (found := int(first.get_seq_length())):
+        raise ValueError(
+            f"cache: layer 0: found {found} tokens without the indexer's keys, wanted those of a model "
+            "with an indexer: pass a cache that no other model has filled"
+        )

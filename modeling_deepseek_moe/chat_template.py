@@ -1,10 +1,11 @@
-"""The arguments that a chat template takes of its own, such as V3.1's ``thinking``, and how the prompt that it makes ends."""
+"""The arguments that a chat template takes of its own, such as V3.1's ``thinking``, how its prompts end, and answers as it takes them."""
 
 import inspect
 
 from transformers import PreTrainedTokenizerBase
 
 THINK, THINK_END = "<think>", "</think>"
+THINKING = ("thinking", "enable_thinking")  # what templates call the choice: DeepSeek's and Kimi's, others'
 _PASSED_ON = ("tools", "documents")  # of `apply_chat_template`'s own, what goes to the template as it is
 
 
@@ -29,6 +30,34 @@ def check_arguments(tokenizer: PreTrainedTokenizerBase, given: dict) -> None:
                 f"template arguments: found {name!r}, which the chat template of {tokenizer.name_or_path or 'the tokenizer'} "
                 "does not read; wanted a variable of it"
             )
+
+
+def thinking_arguments(tokenizer: PreTrainedTokenizerBase, on: bool) -> dict:
+    """The choice between thinking and none, under the name that the chat template has for it.
+
+    Raises:
+        ValueError: the template leaves no choice.
+    """
+    taken = taken_arguments(tokenizer, dict.fromkeys(THINKING, on))
+    if not taken:
+        raise ValueError(
+            f"thinking {'on' if on else 'off'}: found a chat template of {tokenizer.name_or_path or 'the tokenizer'} that "
+            f"reads neither {' nor '.join(THINKING)}, wanted one with that choice"
+        )
+    return taken
+
+
+def answer_message(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> dict[str, str]:
+    """An answer as a message, for the next turn: what was thought apart where the chat template reads it apart, as it may drop it.
+
+    Args:
+        prompt: its end at least, where a thought may have begun.
+    """
+    thinks = THINK_END in text or end_mark(prompt) == THINK
+    if not thinks or "reasoning_content" not in tokenizer.get_chat_template():
+        return {"role": "assistant", "content": text}
+    thought, _, said = text.partition(THINK_END)  # one that was cut off is all thought
+    return {"role": "assistant", "content": said, "reasoning_content": thought.strip().removeprefix(THINK)}
 
 
 def prompt_end(tokenizer: PreTrainedTokenizerBase, arguments: dict) -> str:

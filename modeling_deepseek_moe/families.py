@@ -11,9 +11,9 @@ from huggingface_hub.dataclasses import strict
 
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
 from modeling_deepseek_moe.field_checks import brief
+from modeling_deepseek_moe.layer_types import IndexedConfig, LayerTypesConfig
 from modeling_deepseek_moe.release_names import ReleaseNames
 
-DENSE, SPARSE = "dense", "sparse"
 # What an object around a text model's config says of the text model too.
 SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 EXPERT_FIELDS = (
@@ -21,38 +21,6 @@ EXPERT_FIELDS = (
     *("first_k_dense_replace", "scoring_func", "topk_method", "n_group", "topk_group", "norm_topk_prob"),
     *("routed_scaling_factor", "output_router_logits"),
 )
-
-
-@strict
-class LayerTypesConfig(DeepseekV3Config):
-    """Takes ``mlp_layer_types``, a word for each layer, in place of ``first_k_dense_replace``."""
-
-    def __post_init__(self, **kwargs):
-        if kwargs.get("mlp_layer_types") is not None:
-            self.read_layer_types(kwargs["mlp_layer_types"])
-        super().__post_init__(**kwargs)
-
-    def read_layer_types(self, kinds: Any) -> None:
-        """
-        Raises:
-            ValueError: no such list, fewer words than layers, or sparse layers before dense ones.
-        """
-        layers = self.num_hidden_layers
-        words = kinds[:layers] if isinstance(kinds, list) else []
-        dense = next((index for index, kind in enumerate(words) if kind != DENSE), len(words))
-        if len(words) != layers or any(kind != SPARSE for kind in words[dense:]):
-            raise ValueError(
-                f"mlp_layer_types={brief(kinds)} must be {DENSE!r} for the first layers and {SPARSE!r} for all others of "
-                f"num_hidden_layers={layers}"
-            )
-        self.first_k_dense_replace = dense
-
-    def write_release(self, fields: dict[str, Any]) -> dict[str, Any]:
-        fields = super().write_release(fields)
-        if "mlp_layer_types" in fields:
-            sparse = [self.is_moe_layer(layer) for layer in range(self.num_hidden_layers)]
-            fields["mlp_layer_types"] = [SPARSE if is_sparse else DENSE for is_sparse in sparse]
-        return fields
 
 
 @strict
@@ -275,6 +243,51 @@ class KimiK25Config(KimiK2Config):
         return outer | {"text_config": text}
 
 
+@strict
+class DeepseekV32Config(IndexedConfig):
+    """DeepSeek-V3.2: DeepSeek-V3 with an indexer in every layer, whose rotary pairs are halves."""
+
+    model_type = "deepseek_v32"
+    only: ClassVar[dict[str, Any]] = IndexedConfig.only | {"indexer_types": None}
+    max_position_embeddings: int = 163840
+
+
+@strict
+class GlmMoeDsaConfig(IndexedConfig):
+    """GLM-5 and its successors: wider heads for values, one group of experts; from 5.2 on layers share their indices.
+
+    ``indexer_types`` says of each layer whether it has an indexer; else ``index_topk_pattern``, or ``index_topk_freq`` and
+    ``index_skip_topk_offset``.
+    """
+
+    model_type = "glm_moe_dsa"
+    vocab_size: int = 154880
+    hidden_size: int = 6144
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 78
+    num_attention_heads: int = 64
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    q_lora_rank: int | None = 2048
+    qk_nope_head_dim: int = 192
+    v_head_dim: int = 256
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 202752
+    index_n_heads: int = 32
+    indexer_rope_interleave: bool = True
+    indexer_types: list | None = None
+    index_topk_pattern: str | list | None = None
+    index_topk_freq: int = 1
+    index_skip_topk_offset: int = 2
+
+    def write_release(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Rotary parameters in one object, as these releases have them."""
+        fields = super().write_release(fields)
+        theta, scaling = fields.pop("rope_theta", None), dict(fields.pop("rope_scaling", None) or {})
+        kind = scaling.pop("type", "default")
+        return fields | {"rope_parameters": {"rope_theta": theta, "rope_type": kind, **scaling}}
+
+
 # Every model type, by what its classes' names begin with: registering, inspecting and planning go by this table.
 FAMILIES: dict[str, type[DeepseekMoeConfig]] = {
     "DeepseekV2": DeepseekV2Config,
@@ -285,4 +298,6 @@ FAMILIES: dict[str, type[DeepseekMoeConfig]] = {
     "Youtu": YoutuConfig,
     "SarvamMLA": SarvamMLAConfig,
     "AXK1": AXK1Config,
+    "DeepseekV32": DeepseekV32Config,
+    "GlmMoeDsa": GlmMoeDsaConfig,
 }

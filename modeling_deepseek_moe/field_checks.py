@@ -75,9 +75,9 @@ def check_counts(config: Any) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        _check_count(name, value, low, high)
+        check_count(name, value, low, high)
     if config.n_routed_experts:
-        _check_count("moe_intermediate_size", config.moe_intermediate_size, 1, MAX_WIDTH)
+        check_count("moe_intermediate_size", config.moe_intermediate_size, 1, MAX_WIDTH)
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     if layers > MAX_LAYERS:
         raise ValueError(
@@ -141,7 +141,7 @@ def check_rope(name: str, rope: Any) -> None:
         if field in ROPE_NUMBERS and value is not None:
             _check_number(f"{name}: {field}", value, *ROPE_NUMBERS[field])
         elif field == "original_max_position_embeddings":
-            _check_count(f"{name}: {field}", value, 1, MAX_TOKENS)
+            check_count(f"{name}: {field}", value, 1, MAX_TOKENS)
         elif field in ("short_factor", "long_factor"):
             if not isinstance(value, list | tuple):
                 raise ValueError(f"{name}: {field}={brief(value)} must be a list of numbers")
@@ -190,7 +190,7 @@ def check_names(kind: type, fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={brief(fields[name])} must go: a config has no field of that name")
     labels = fields.get("num_labels")
     if labels is not None:
-        _check_count("num_labels", labels, 1, MAX_WIDTH)
+        check_count("num_labels", labels, 1, MAX_WIDTH)
 
 
 def brief(value: Any) -> str:
@@ -202,7 +202,11 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _check_count(name: str, value: Any, low: int | None, high: int | None) -> None:
+def check_count(name: str, value: Any, low: int | None, high: int | None) -> None:
+    """
+    Raises:
+        ValueError: it is no whole number within the bounds.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name}={brief(value)} must be a whole number")
     if low is not None and value < low:

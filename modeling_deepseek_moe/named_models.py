@@ -4,7 +4,9 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 
 from modeling_deepseek_moe.families import (
     AXK1Config,
+    DeepseekV32Config,
     Glm4MoeLiteConfig,
+    GlmMoeDsaConfig,
     KimiK25Config,
     SarvamMLAConfig,
     YoutuConfig,
@@ -96,3 +98,37 @@ class AXK1ForSequenceClassification(GenericForSequenceClassification, DeepseekMo
 
 class AXK1ForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
     config_class = AXK1Config
+
+
+class DeepseekV32Model(DeepseekMoeModel):
+    config_class = DeepseekV32Config
+
+
+class DeepseekV32ForCausalLM(DeepseekMoeForCausalLM):
+    config_class = DeepseekV32Config
+    model_class = DeepseekV32Model
+
+
+class DeepseekV32ForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
+    config_class = DeepseekV32Config
+
+
+class DeepseekV32ForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
+    config_class = DeepseekV32Config
+
+
+class GlmMoeDsaModel(DeepseekMoeModel):
+    config_class = GlmMoeDsaConfig
+
+
+class GlmMoeDsaForCausalLM(DeepseekMoeForCausalLM):
+    config_class = GlmMoeDsaConfig
+    model_class = GlmMoeDsaModel
+
+
+class GlmMoeDsaForSequenceClassification(GenericForSequenceClassification, DeepseekMoePreTrainedModel):
+    config_class = GlmMoeDsaConfig
+
+
+class GlmMoeDsaForTokenClassification(GenericForTokenClassification, DeepseekMoePreTrainedModel):
+    config_class = GlmMoeDsaConfig

@@ -49,7 +49,7 @@ class Objective:
         items = wanted.sum() if items is None else torch.as_tensor(items, device=labels.device)
         self.items = items.clamp_min(1)
         self.sequences = sequence_ids(labels.shape, labels.device, **self.masks)
-        self.training_pass = TrainingPass(self.state, self.sequences, wanted.float() / self.items)
+        self.training_pass = TrainingPass(self.state, self.sequences, wanted.float() / self.items, self.items)
         self.state.add("tokens", self.training_pass.token_mask.sum())
         self.state.add("balance_loss_labels", wanted.sum())
 

@@ -124,8 +124,13 @@ class ContinuousLatentMixin(ContinuousMixin):
         """As `ContinuousMixin.init_continuous_batching`.
 
         Raises:
-            ValueError: a setting of graphs with fixed shapes was given.
+            ValueError: a setting of graphs with fixed shapes was given, or the model has indexers.
         """
+        if self.config.has_indexers:
+            raise ValueError(
+                f"continuous batching: found model_type={self.config.model_type!r}, whose indexers cache keys of their own, which "
+                "the pages have no place for, wanted a model without: use generate with a batch"
+            )
         asked = continuous_batching_config
         if asked is None:
             asked = getattr(generation_config or self.generation_config, "continuous_batching_config", None)

@@ -318,7 +318,11 @@ class Release:
                     yield Problem("scale", info.name, info, found, f"{codes} next to it")
                 continue
             if ".self_attn.indexer." in name:
-                wanted = "attention without one: sparse attention (DeepSeek-V3.2) is not supported"
+                sparse = "deepseek_v32 and glm_moe_dsa have sparse attention"
+                reason = (
+                    f"indexer_types shares in layer {LAYER_KEY.match(name)[1]}" if self.config.has_indexers else sparse
+                )
+                wanted = f"attention without one by the config (model_type={self.config.model_type!r}: {reason})"
                 yield Problem("surplus", info.name, info, "an indexer's tensor", wanted)
                 continue
             layer = LAYER_KEY.match(name)

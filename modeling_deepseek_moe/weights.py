@@ -63,6 +63,8 @@ def _decoder_layer(config: DeepseekMoeConfig, layer: int) -> Iterator[tuple[str,
     hidden = config.hidden_size
     yield "input_layernorm.weight", TensorSpec((hidden,), "norms")
     yield from ((f"self_attn.{name}", spec) for name, spec in _attention(config))
+    if config.has_indexer(layer):
+        yield from ((f"self_attn.indexer.{name}", spec) for name, spec in _indexer(config))
     yield "post_attention_layernorm.weight", TensorSpec((hidden,), "norms")
     if not config.is_moe_layer(layer):
         yield from _swiglu("mlp.", hidden, config.intermediate_size, "dense")
@@ -99,6 +101,15 @@ def _attention(config: DeepseekMoeConfig) -> Iterator[tuple[str, TensorSpec]]:
     yield "kv_a_layernorm.weight", TensorSpec((rank,), "norms")
     yield from linear("kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
     yield from linear("o_proj", hidden, heads * config.v_head_dim, config.attention_bias)
+
+
+def _indexer(config: DeepseekMoeConfig) -> Iterator[tuple[str, TensorSpec]]:
+    heads, dim = config.index_n_heads, config.index_head_dim
+    yield "wq_b.weight", TensorSpec((heads * dim, config.q_lora_rank), "attention", quantized=True)
+    yield "wk.weight", TensorSpec((dim, config.hidden_size), "attention", quantized=True)
+    yield "k_norm.weight", TensorSpec((dim,), "norms")
+    yield "k_norm.bias", TensorSpec((dim,), "norms")
+    yield "weights_proj.weight", TensorSpec((heads, config.hidden_size), "attention")
 
 
 def _swiglu(prefix: str, hidden: int, width: int, part: str) -> Iterator[tuple[str, TensorSpec]]:
@@ -162,6 +173,24 @@ def unstack(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor
         return
     for names, expert in zip(stack_sources(name, tensor.shape[0]), tensor.unbind(0), strict=True):
         yield from zip(names, expert.chunk(len(names)), strict=True)
+
+
+def stack_boxes(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The release names of what a model tensor of this shape holds, each with the offsets and sizes of its part of it."""
+    stack = STACK_KEY.match(name)
+    if stack is None:
+        yield name, (0,) * len(shape), tuple(shape)
+        return
+    experts, rows, *rest = shape
+    rows //= len(STACKS[stack[2]])
+    for expert, names in enumerate(stack_sources(name, experts)):
+        for part, released in enumerate(names):
+            yield released, (expert, part * rows, *(0 for _ in rest)), (1, rows, *rest)
+
+
+def natural_order(name: str) -> list:
+    """A key to sort names by, with numbers in them by size."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 class LazyStack:

@@ -100,6 +100,47 @@ FIELDS = {
         "rope_theta": 10000,
     },
 }
+# with heads enough that no two keys score zero: of equals plain transformers takes any
+INDEXER = {"index_topk": 8, "index_n_heads": 16, "index_head_dim": 16}
+FIELDS["deepseek_v32"] = (
+    SHAPE
+    | MOE
+    | COUNTS
+    | INDEXER
+    | {
+        "model_type": "deepseek_v32",
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "n_group": 4,
+        "topk_group": 2,
+        "num_nextn_predict_layers": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "rope_theta": 10000,
+        "rope_scaling": YARN,
+    }
+)
+FIELDS["glm_moe_dsa"] = (
+    SHAPE
+    | MOE
+    | COUNTS
+    | INDEXER
+    | {
+        "model_type": "glm_moe_dsa",
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "num_nextn_predict_layers": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+        "rope_interleave": True,
+        "indexer_rope_interleave": True,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "index_topk_freq": 2,
+        "index_skip_topk_offset": 2,
+        "index_topk_pattern": None,
+        "index_share_for_mtp_iteration": True,
+        "indexer_types": ["full", "full", "shared"],
+    }
+)
 TEXT = (
     {name: value for name, value in SHAPE.items() if name != "pad_token_id"}
     | MOE

@@ -10,11 +10,12 @@ import typer
 from rich.markup import escape
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_deepseek_moe.chat_template import check_arguments
-from modeling_deepseek_moe.cli import _model, _mtp
+from modeling_deepseek_moe.chat_template import answer_message
+from modeling_deepseek_moe.cli import _model, _mtp, _template
 from modeling_deepseek_moe.cli._console import plural, stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
 
+PROMPT_END = 32  # tokens, among which is the mark that begins a thought, even letter by letter
 HELP = "/system TEXT sets the system prompt and starts over, /reset starts over, /exit ends."
 
 
@@ -64,7 +65,8 @@ class Conversation:
             )
         cached = self._keep_common(ids)
         input_ids = torch.tensor([ids], device=self.model.device)
-        meter = _model.Meter(_model.text_streamer(self.tokenizer), cached)
+        calling = "tools" in self.arguments
+        meter = _model.Meter(_model.text_streamer(self.tokenizer, special=calling), cached)
         try:
             output = self.model.generate(
                 input_ids,
@@ -78,9 +80,15 @@ class Conversation:
             self._forget()  # layers may have got different numbers of tokens
             raise
         self.seen = output[0].tolist()
-        content = self.tokenizer.decode(self.seen[len(ids) :], skip_special_tokens=True)
-        self.messages = [*messages, {"role": "assistant", "content": content}]
+        said = self.tokenizer.decode(self._without_end(self.seen[len(ids) :]), skip_special_tokens=not calling)
+        prompt_end = self.tokenizer.decode(ids[-PROMPT_END:])
+        self.messages = [*messages, answer_message(self.tokenizer, prompt_end, said)]
         return meter
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """What was said, without the token that ends it."""
+        ends = self.settings.eos_token_id
+        return ids[:-1] if ids and ids[-1] in (ends if isinstance(ends, list) else [ends]) else ids
 
     def _keep_common(self, ids: list[int]) -> int:
         """Cut the cache down to the prefix that ``ids`` shares with it, one token of ``ids`` at least left to feed."""
@@ -100,6 +108,8 @@ def chat(
     top_p: _model.TopPOption = None,
     top_k: _model.TopKOption = None,
     seed: _model.SeedOption = None,
+    thinking: _template.ThinkingOption = None,
+    tools: _template.ToolsOption = None,
     template_args: _model.TemplateArgumentsOption = None,
     adapter: _model.AdapterOption = None,
     dtype: _model.DtypeOption = _model.Dtype.AUTO,
@@ -121,7 +131,8 @@ def chat(
       [cyan]deepseek-moe chat[/]
       [cyan]deepseek-moe chat --model DeepSeek-V2-Lite-Chat[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --system "Answer in French." --temperature 0.6[/]
-      [cyan]deepseek-moe chat -m DeepSeek-V3.1 --template-args '{"thinking": true}'[/]
+      [cyan]deepseek-moe chat -m DeepSeek-V3.2 --thinking --tools tools.json[/]
+      [cyan]deepseek-moe chat -m GLM-4.7-Flash --template-args '{"clear_thinking": false}'[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --expert-memory 16GB --stats[/]
       [cyan]deepseek-moe chat -m DeepSeek-V3 --mtp[/]
       [cyan]printf 'Hi!\\nAnd in German?\\n' | deepseek-moe chat -m DeepSeek-V3[/]
@@ -133,8 +144,7 @@ def chat(
             f"{model}: found a tokenizer without chat template (chat_template in tokenizer_config.json, or "
             "chat_template.jinja); a base model continues text: deepseek-moe generate"
         )
-    arguments = _model.read_template_arguments(template_args) or {}
-    check_arguments(tokenizer, arguments)
+    arguments = _template.template_arguments(tokenizer, template_args, thinking, tools)
     use_mtp = _mtp.asked(model, mtp, drafts, adapter)
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "dequantize": dequantize}
     loaded = _model.load_model(model, **how, expert_memory=expert_memory, adapter=adapter)

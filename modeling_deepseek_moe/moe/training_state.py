@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
+from modeling_deepseek_moe.indexer_loss import IndexerLosses
 from modeling_deepseek_moe.moe.balance import balance_loss, expert_load
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 
@@ -27,11 +29,13 @@ class TrainingState:
         balance_alpha: α of the balance loss; 0 for none.
         balance_by_sequence: each sequence by itself (V3; V2's ``seq_aux``), or all tokens of a batch together.
         mtp_weight: λ of the multi-token prediction loss; 0 for none.
+        indexer_stage: how indexers are trained, ``"dense"`` or ``"sparse"``; ``None``: not.
     """
 
     balance_alpha: float = 0.0
     balance_by_sequence: bool = True
     mtp_weight: float = 0.0
+    indexer_stage: str | None = None
     loads: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [E] int64
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     step: int | None = None  # the optimizer step that `step_loads` are of, over all ranks
@@ -90,10 +94,15 @@ class TrainingPass:
         sequences: ``[B, S_len]`` and their number, as from `sequence_ids`.
         token_weights: ``[B, S_len]`` fp32, each token's part in the mean that is the language model's loss. A sequence's
             balance loss is weighed like its tokens. ``None``: no balance loss.
+        items: how many labels that mean is over. ``None``: indexers are not trained.
     """
 
     def __init__(
-        self, state: TrainingState, sequences: tuple[torch.Tensor, int], token_weights: torch.Tensor | None = None
+        self,
+        state: TrainingState,
+        sequences: tuple[torch.Tensor, int],
+        token_weights: torch.Tensor | None = None,
+        items: torch.Tensor | None = None,
     ):
         self.state = state
         self.sequence_T, self.num_sequences = sequences[0].flatten(), sequences[1]
@@ -101,6 +110,8 @@ class TrainingPass:
         self.balance_loss: torch.Tensor | None = None  # of all layers, weighed, with α: a value without gradient
         self.upstream: torch.Tensor | None = None  # the gradient of the model's loss, once that is known
         self.root = self
+        self.items = items
+        self.indexers = IndexerLosses(state.indexer_stage) if state.indexer_stage and items is not None else None
         self.sequence_weights = None
         if state.balance_alpha and token_weights is not None:
             if not state.balance_by_sequence:
@@ -142,11 +153,24 @@ class TrainingPass:
             root.balance_loss = value if root.balance_loss is None else root.balance_loss + value
         return _InjectAuxLoss.apply(topk_weights, loss, self.root) if loss.requires_grad else topk_weights
 
+    def observe_attention(self, attention: nn.Module, *seen) -> None:
+        """Have the indexer of a layer learn from what attended; ``seen``: as `IndexerLosses.add` takes it, after the weights."""
+        is_first = torch._C._current_graph_task_id() == -1
+        if self.indexers is not None and is_first:
+            hidden_states = seen[0][0]
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            weights = self.token_mask.view(hidden_states.shape[:2]).to(wide) / self.items
+            self.indexers.add(attention, weights, *seen)
+
     def close(self, loss: torch.Tensor) -> torch.Tensor:
-        """``loss``, whose gradient the balance losses of this pass will share."""
-        return (
-            _RecordUpstreamGrad.apply(loss, self) if self.sequence_weights is not None and loss.requires_grad else loss
-        )
+        """``loss``, whose gradient the balance losses of this pass will share, with the indexers' loss."""
+        if self.sequence_weights is not None and loss.requires_grad:
+            loss = _RecordUpstreamGrad.apply(loss, self)
+        if self.indexers is None or self.indexers.value is None:
+            return loss
+        self.state.add("indexer_loss", self.indexers.value * self.items)
+        self.state.add("indexer_loss_labels", self.token_mask.sum())
+        return self.indexers.close(loss)
 
 
 class _RecordUpstreamGrad(torch.autograd.Function):
