@@ -142,7 +142,7 @@ def write_text(model, text: torch.Tensor, acceptance: float, use_mtp: bool | str
         )
     finally:
         script.remove()
-    return watch.seconds_per_token, model.mtp_stats.tokens_per_pass if use_mtp else float("nan")
+    return watch.seconds_per_token, model.draft_stats.tokens_per_pass if use_mtp else float("nan")
 
 
 def texts(model, tokens: int, rounds: int) -> list[dict]:

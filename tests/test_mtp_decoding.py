@@ -15,7 +15,7 @@ from transformers import (
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.choose import DRAFTED_STEPS, PLAIN_STEPS, Choice
-from modeling_deepseek_moe.decoding.loop import MtpStats
+from modeling_deepseek_moe.decoding.loop import DraftStats
 from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling
 from modeling_deepseek_moe.tiny.corpus import FAMILIES
 from modeling_deepseek_moe.tiny.score import held_out
@@ -67,12 +67,12 @@ def noise(batch: int, length: int, vocabulary: int, padded: bool = True) -> dict
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def same(model, inputs, **settings) -> tuple[torch.Tensor, MtpStats]:
+def same(model, inputs, **settings) -> tuple[torch.Tensor, DraftStats]:
     settings = {"max_new_tokens": LENGTH, "do_sample": False} | settings
     wanted = model.generate(**inputs, **{name: value for name, value in settings.items() if name != "use_mtp"})
     found = model.generate(**inputs, **{"use_mtp": True} | settings)
     assert torch.equal(wanted, found)
-    return found, model.mtp_stats
+    return found, model.draft_stats
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
@@ -139,6 +139,8 @@ def test_layers_see_what_training_has_them_see(deep):
 def test_caches(model, tokenizer):
     inputs = encoded(tokenizer, prompts(tokenizer, 1)[:3])
     same(model, inputs, cache_implementation="static")
+    # rows that are at their end leave their columns to those that are not: there is no room for both
+    same(model, noise(4, 12, 657), cache_implementation="static", use_mtp=4, eos_token_id=None)
     wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
     cache = DynamicCache(config=model.config)
     one = encoded(tokenizer, prompts(tokenizer, 1)[:1])
@@ -228,7 +230,7 @@ def test_sampling_a_model(model, tokenizer):
     settings = {"max_new_tokens": 3, "do_sample": True, "temperature": 3.0, "top_k": 4, "eos_token_id": None}
     torch.manual_seed(2)
     plain, mtp = (model.generate(**inputs, **settings, **more)[:, -2:] for more in ({}, {"use_mtp": True}))
-    assert 0 < model.mtp_stats.accepted < model.mtp_stats.drafted
+    assert 0 < model.draft_stats.accepted < model.draft_stats.drafted
     for column in range(2):
         counts = [torch.bincount(rows[:, column], minlength=657).double() for rows in (plain, mtp)]
         both = counts[0] + counts[1]
@@ -238,18 +240,26 @@ def test_sampling_a_model(model, tokenizer):
         assert statistic < 2.5 * common.sum() + 20
 
 
-def test_automatic_choice_goes_by_the_clock(monkeypatch):
+@pytest.mark.parametrize(
+    ("seconds", "tokens", "steps", "pays"),
+    [
+        (1.5, 2, DRAFTED_STEPS, True),
+        (1.5, 1.4, DRAFTED_STEPS, False),
+        (2.5, 2, 2, False),  # which no draft could make up for
+        (2.1, 2, 3, False),
+    ],
+)
+def test_automatic_choice_goes_by_the_clock(monkeypatch, seconds, tokens, steps, pays):
     now = [0.0]
     monkeypatch.setattr("modeling_deepseek_moe.decoding.choose.time.perf_counter", lambda: now[0])
-    for seconds, pays in ((1.5, True), (2.5, False)):
-        choice, stats, drafted = Choice(1, True), MtpStats(), []
-        for _ in range(PLAIN_STEPS + DRAFTED_STEPS + 4):
-            with choice.step(1, stats) as count:
-                now[0] += seconds if count else 1.0
-                stats.tokens, stats.row_steps = stats.tokens + 1 + count, stats.row_steps + 1
-            drafted.append(count)
-        assert choice.pays is pays
-        assert drafted == [0] * PLAIN_STEPS + [1] * DRAFTED_STEPS + [int(pays)] * 4
+    choice, stats, drafted = Choice(1, True), DraftStats(), []
+    for _ in range(PLAIN_STEPS + DRAFTED_STEPS + 4):
+        with choice.step(1, stats) as count:
+            now[0] += seconds if count else 1.0
+            stats.tokens, stats.row_steps = stats.tokens + (tokens if count else 1), stats.row_steps + 1
+        drafted.append(count)
+    assert choice.pays is pays
+    assert drafted == [0] * PLAIN_STEPS + [1] * steps + [int(pays)] * (DRAFTED_STEPS + 4 - steps)
 
 
 def test_automatic_text_is_the_same(model, tokenizer):

@@ -52,7 +52,7 @@ def asked(folder: Path, mtp: bool, drafts: int | None, adapter: Path | None) -> 
 
 def summary(model: PreTrainedModel) -> str:
     """What drafting came to in the last run, in one line."""
-    stats = model.mtp_stats
+    stats = model.draft_stats
     if not stats.drafted:
         return "MTP: nothing was drafted"
     share = f"{stats.acceptance:.0%} of {plural(stats.drafted, 'draft')} stood"

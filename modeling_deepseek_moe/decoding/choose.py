@@ -6,18 +6,21 @@ from collections.abc import Iterator
 
 PLAIN_STEPS = 4  # measured first; the very first is left out, which finds everything cold
 DRAFTED_STEPS = 6
+CLEARLY = 1.2  # one step alone may be disturbed
 
 
 class Choice:
     """How many tokens to draft in each step.
 
-    Automatically: a few plain steps and a few drafted ones are timed, and drafting goes on where it gave more tokens per second.
+    Automatically: a few plain steps and a few drafted ones are timed, and drafting goes on where it gave more tokens per second. It
+    ends earlier where a step takes longer than all the tokens that it could give.
     """
 
     def __init__(self, drafts: int, is_automatic: bool):
         self.drafts, self.is_automatic = drafts, is_automatic
         self._plain: list[float] = []
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        self._drafted: list[float] = []
+        self._tokens, self._steps = 0.0, 0
         self.pays: bool | None = None
 
     @contextlib.contextmanager
@@ -38,8 +41,12 @@ class Choice:
             self._plain.append(seconds)
             return
         self._steps += 1
-        if self._steps > 1:  # the first drafted step reads what was said before, too
-            self._seconds += seconds
-            self._tokens += (stats.tokens - before) / active
+        if self._steps == 1:  # reads what was said before, too
+            return
+        self._drafted.append(seconds)
+        self._tokens += (stats.tokens - before) / active
+        token = min(self._plain[1:])
         if self._steps == DRAFTED_STEPS:
-            self.pays = self._tokens / self._seconds > 1 / min(self._plain[1:])
+            self.pays = self._tokens * token > sum(self._drafted)
+        elif min(self._drafted) > (most + 1) * token * (CLEARLY if len(self._drafted) == 1 else 1):
+            self.pays = False

@@ -26,6 +26,15 @@ class Columns:
         self.length = length
         self.used = torch.full((batch,), length, dtype=torch.long, device=device)
         self.is_ragged = False
+        # of rows that have ended: the columns that are still theirs
+        self._ended = torch.zeros_like(self.used, dtype=torch.bool)
+        self._held = self.used
+
+    @property
+    def room(self) -> int | None:
+        """Columns that can be written; ``None``: any number."""
+        size = self.cache.get_max_length()
+        return None if size < 0 else size - self.length
 
     def mask(self, new: int) -> torch.Tensor | None:
         """``[B, length + new]`` for a pass of ``new`` tokens a row; ``None`` where every column counts."""
@@ -46,15 +55,34 @@ class Columns:
             positions = positions - before.gather(1, positions.clamp(max=self.padding.shape[1]))
         return positions.clamp(min=0)
 
-    def keep(self, counts: torch.Tensor, written: int) -> None:
-        """Of the ``written`` columns of the last pass the first ``counts [B]`` become the rows'."""
+    def keep(self, counts: torch.Tensor, written: int, ended: torch.Tensor | None = None) -> None:
+        """Of the ``written`` columns of the last pass the first ``counts [B]`` become the rows'.
+
+        Args:
+            ended: ``[B]``, true for rows that nothing is read for any more: they leave their columns to the others.
+        """
         if self.is_ragged:
             self._move(counts, written)
         self.used = self.used + counts
+        # this pass wrote its columns from `length` on, into those of rows that had ended too
+        self._held = torch.where(self._ended, self._held.clamp(max=self.length), self.used)
+        if ended is not None:
+            self._ended = ended
+            self.used = self.used.masked_fill(ended, 0)
         longest = int(self.used.max())
         self._take_away(self.length + written - longest)
         self.length = longest
         self.is_ragged = bool((self.used != longest).any())
+
+    def close(self, lengths: list[int]) -> None:
+        """Leave the columns that hold tokens of every row, as a cache has them between two calls: it may be continued.
+
+        Args:
+            lengths: of the rows' text. The last token of the longest is not in a cache yet.
+        """
+        held = min(*self._held.tolist(), *lengths, max(lengths) - 1)
+        self._take_away(self.length - held)
+        self.length = held
 
     def take_back(self, written: int) -> None:
         """None of the last ``written`` columns become the rows'."""
@@ -68,6 +96,9 @@ class Columns:
             for states in (layer.keys, layer.values):
                 new = states[:, :, self.length : self.length + written].clone()
                 states.scatter_(2, to.expand_as(new), new)
+            if getattr(layer, "is_indexer_initialized", False):
+                new = layer.indexer_keys[:, self.length : self.length + written].clone()
+                layer.indexer_keys.scatter_(1, to[:, 0].expand_as(new), new)
 
     def _take_away(self, columns: int) -> None:
         if columns <= 0:
@@ -77,5 +108,7 @@ class Columns:
                 layer.advance(layer.get_seq_length() - columns)  # `crop` would make the next update copy all
             elif isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
                 layer.cumulative_length.sub_(columns)  # a static layer's, as its `crop` does since 5.24
+                if getattr(layer, "is_indexer_initialized", False):
+                    layer.indexer_cumulative_length.sub_(columns)
             else:
                 layer.crop(-columns)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from modeling_deepseek_moe.cache import LatentLayer
+from modeling_deepseek_moe.cache import IndexedLatentLayer, LatentLayer
 from modeling_deepseek_moe.decoding.columns import Columns
 
 Choose = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
@@ -19,12 +19,16 @@ Choose = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 class DraftCache(DynamicCache):
     """The latents of one MTP layer, whichever number the layer has in the model."""
 
-    def __init__(self):
+    def __init__(self, with_indexer: bool):
         super().__init__()
-        self.layer_class_to_replicate = LatentLayer
+        self.layer_class_to_replicate = None
+        self.layers = [IndexedLatentLayer() if with_indexer else LatentLayer()]
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         return super().update(key_states, value_states, 0, *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states, layer_idx, *args, **kwargs):
+        return super().update_indexer(indexer_key_states, 0, *args, **kwargs)
 
 
 class MtpDraft:
@@ -39,7 +43,8 @@ class MtpDraft:
     def __init__(self, model: nn.Module, count: int, batch: int, padding: torch.Tensor | None):
         self._model, self.count = model, count
         depth = min(count, len(model.model.mtp_layers))
-        self._columns = [Columns(DraftCache(), batch, model.device, padding) for _ in range(depth)]
+        caches = [DraftCache(model.config.has_indexers) for _ in range(depth)]
+        self._columns = [Columns(cache, batch, model.device, padding) for cache in caches]
         self._kept: list[torch.Tensor | None] = [None] * depth
 
     def propose(

@@ -4,9 +4,10 @@ A step of k drafted tokens runs the model over k + 1 tokens a row, which the ker
 one to k + 1. How many tokens a step drafts shrinks where the rows' longest end is near.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,14 +16,14 @@ from transformers import GenerationConfig, LogitsProcessorList, QuantizedCache, 
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.choose import Choice
 from modeling_deepseek_moe.decoding.columns import Columns
-from modeling_deepseek_moe.decoding.draft import MtpDraft
+from modeling_deepseek_moe.decoding.draft import Choose
 from modeling_deepseek_moe.decoding.rows import Rows
-from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling
+from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling, certain
 from modeling_deepseek_moe.ops.linear import project
 
 
 @dataclass
-class MtpStats:
+class DraftStats:
     """What a run came to. ``accepted`` of ``drafted`` tokens stood; ``steps`` passes of the model gave ``tokens``, row by row."""
 
     steps: int = 0
@@ -41,12 +42,23 @@ class MtpStats:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
+class Draft(Protocol):
+    """Where drafts come from."""
+
+    count: int  # tokens to draft in a step, at most
+
+    def propose(
+        self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, choose: Choose
+    ) -> Iterator[torch.Tensor]:
+        """As `MtpDraft.propose`; without a call of ``choose`` for a token that was not drawn from anything."""
+
+
 class Decoding:
     """One call of ``generate``."""
 
-    def __init__(self, model: nn.Module, rows: Rows, main: Columns, draft: MtpDraft, samples: bool, choice: Choice):
+    def __init__(self, model: nn.Module, rows: Rows, main: Columns, draft: Draft, samples: bool, choice: Choice):
         self.model, self.rows, self.main, self.draft = model, rows, main, draft
-        self.samples, self.choice, self.stats = samples, choice, MtpStats()
+        self.samples, self.choice, self.stats = samples, choice, DraftStats()
         self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def read(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -77,9 +89,10 @@ class Decoding:
             put(row, self.rows.add(row, [int(token[row])]))
 
     def step(self, count: int, put: Callable) -> None:
-        """Draft ``count`` tokens a row, verify them, and keep what stands."""
+        """Draft ``count`` tokens a row at most, verify them, and keep what stands."""
         last = self.rows.last
         drafted, probabilities = self._drafted(count)
+        count = len(drafted)
         hidden = self.read(torch.cat((last, *(token[:, None] for token in drafted)), dim=1))
         logits = self._logits(hidden)
         scores = torch.stack([self.rows.process(logits[:, i], drafted[:i]) for i in range(count + 1)], dim=1)
@@ -87,16 +100,21 @@ class Decoding:
         if not self.samples:
             accepted, after = accept_greedily(scores, tokens)
         elif drafted:
-            accepted, after = accept_sampling(scores, tokens, torch.stack(probabilities, dim=1))
+            drawn = torch.stack(probabilities, dim=1) if probabilities else certain(tokens, scores.shape[-1])
+            accepted, after = accept_sampling(scores, tokens, drawn)
         else:
             accepted, after = torch.zeros_like(last[:, 0]), self._pick(scores[:, 0])
-        counts = accepted + 1
+        counts = (accepted + 1) * self._open()
         new = torch.cat((tokens, after[:, None]), dim=1).scatter(1, accepted[:, None], after[:, None])
-        self.main.keep(counts, count + 1)
+        self._write(new.tolist(), counts.tolist(), count, put)
+        self.main.keep(counts, count + 1, None if self.rows.is_finished else ~self._open())
         width = int(counts.max())
         if self.choice.pays is not False:  # else nothing is drafted any more
             self._pending.append((hidden[:, :width], new[:, :width], counts))
-        self._write(new.tolist(), counts.tolist(), count, put)
+
+    def _open(self) -> torch.Tensor:
+        """``[B]``: a row that has ended keeps nothing, or it would run ahead of those that go on."""
+        return torch.tensor(self.rows.open, device=self.main.used.device)
 
     def _write(self, tokens: list[list[int]], counts: list[int], drafted: int, put: Callable) -> None:
         self.stats.steps += 1
@@ -149,24 +167,26 @@ def decode(
     *,
     drafts: int,
     is_automatic: bool,
+    make_draft: Callable[[Rows, torch.Tensor | None, int], Draft],
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer=None,
     **model_kwargs,
-) -> tuple[torch.Tensor, MtpStats, object]:
+) -> tuple[torch.Tensor, DraftStats, object]:
     """A `transformers` decoding method.
 
     Args:
         drafts: tokens that a step drafts at most.
         is_automatic: stop drafting where it takes longer than it saves.
+        make_draft: of the rows, which columns ``[B, S]`` of the prompt count (``None``: all) and how many are cached already.
 
     Returns:
         Tokens ``[B, T]``, what it came to, and the cache.
     """
     cache = model_kwargs[CACHE_NAME]
     if isinstance(cache, QuantizedCache):
-        raise ValueError("use_mtp: found a QuantizedCache, wanted one that gives back what was not accepted")
+        raise ValueError("found a QuantizedCache, wanted a cache that gives back drafts which were not accepted")
     batch, device = len(input_ids), input_ids.device
     past = int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")
@@ -176,17 +196,18 @@ def decode(
     pad = None if pad is None else int(pad)
     rows = Rows(input_ids, limit, pad, logits_processor, stopping_criteria, drafts + 1)
     main = Columns(cache, batch, device, padding)
-    draft = MtpDraft(model, drafts, batch, None if padding is None else padding[:, past:])
+    draft = make_draft(rows, padding, past)
     decoding = Decoding(model, rows, main, draft, bool(generation_config.do_sample), Choice(drafts, is_automatic))
     put = partial(_put, streamer)
     decoding.first(input_ids[:, past:], put)
     while not rows.is_finished:
-        # the cache has a column for each token but the last
-        room = limit - 1 - main.length - 1
-        with decoding.choice.step(min(drafts, max(0, room)), decoding.stats) as count:
+        # a pass reads a token more than it drafts
+        room = rows.room if main.room is None else min(rows.room, main.room)
+        with decoding.choice.step(min(drafts, max(0, room - 1)), decoding.stats) as count:
             decoding.step(count, put)
     if streamer is not None:
         streamer.end()
+    main.close(rows.lengths)
     return rows.result(), decoding.stats, cache
 
 

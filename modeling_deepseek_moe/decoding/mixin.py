@@ -1,4 +1,4 @@
-"""``generate(use_mtp=True)``: the door to `decoding` in transformers' own `generate`."""
+"""``generate(use_mtp=True)``, and transformers' own ways of drafting for several rows: the door to `decoding` in `generate`."""
 
 import copy
 import inspect
@@ -8,13 +8,12 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from modeling_deepseek_moe.compat import CACHE_NAME, ModelMixin
-from modeling_deepseek_moe.decoding.loop import MtpStats, decode
+from modeling_deepseek_moe.decoding.loop import DraftStats, decode
+from modeling_deepseek_moe.decoding.sources import ASKED_BY, Source, of_a_batch, of_mtp_layers, refuse_ranks
 
-AUTO = "auto"
 # what the loop does not do, with what each would have to be
 REFUSED = {
     "num_beams": (None, 1),
-    "prompt_lookup_num_tokens": (None, 0),
     "guidance_scale": (None, 1, 1.0),
     "output_scores": (None, False),
     "output_logits": (None, False),
@@ -22,86 +21,91 @@ REFUSED = {
     "output_hidden_states": (None, False),
     "use_cache": (None, True),
 }
+# each would have to be left out
+REFUSED_ARGUMENTS = ("custom_generate", "inputs_embeds", "synced_gpus")
 
 
-class MtpGenerationMixin(ModelMixin):
-    """`generate` with drafts of the model's MTP layers. Mixed into the language models before `GenerationMixin`.
+class DraftingMixin(ModelMixin):
+    """`generate` with drafts. Mixed into the language models before `GenerationMixin`.
 
-    ``mtp_stats`` is what the last call with ``use_mtp`` came to.
+    ``draft_stats`` is what the last call that drafted here came to.
     """
 
-    mtp_stats: MtpStats | None = None
+    draft_stats: DraftStats | None = None
 
     def generate(self, *args, use_mtp: bool | int | str | None = None, **kwargs):
-        """transformers' `generate`, and with ``use_mtp`` several tokens for each pass of the model.
+        """transformers' `generate`, and with drafts several tokens for each pass of the model.
+
+        ``prompt_lookup_num_tokens`` and ``assistant_model`` are as in transformers for one row; for several, which it
+        refuses, the rows accept drafts each at their own pace. The text is the model's own: greedily token by token, and in
+        distribution where tokens are sampled.
 
         Args:
             use_mtp: ``True``: draft as many tokens as there are MTP layers; a number: that many; ``"auto"``: as ``True``, for
-                as long as measuring shows that it is faster. The text is the model's own: greedily token by token, and in
-                distribution where tokens are sampled.
+                as long as measuring shows that it is faster.
 
         Raises:
-            ValueError: the model has no MTP layers, or ``use_mtp`` meets a setting that it does not go with.
+            ValueError: the model has no MTP layers, or drafts meet a setting that they do not go with.
         """
         kwargs |= dict(zip(list(inspect.signature(super().generate).parameters), args, strict=False))
         config = kwargs.get("generation_config") or self.generation_config
         wanted = getattr(config, "use_mtp", None) if use_mtp is None else use_mtp
-        if not wanted:
-            _switch_off(config, kwargs)
+        source = of_mtp_layers(self, wanted) if wanted else of_a_batch(self, config, kwargs)
+        if source is None:
+            _switch_off(config, kwargs, ("use_mtp",))
             return super().generate(**kwargs)
-        drafts = self._drafts(wanted)
-        for name, allowed in REFUSED.items():
-            value = kwargs.get(name, getattr(config, name, None))
-            if value not in allowed:
-                raise ValueError(f"use_mtp={wanted!r}: {name}={value!r} does not go with it, leave out one of them")
-        for name in ("assistant_model", "custom_generate", "inputs_embeds", "synced_gpus"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"use_mtp={wanted!r}: {name} does not go with it, leave out one of them")
-        streamer = kwargs.get("streamer")
-        method = partial(_decode, drafts=drafts, is_automatic=wanted == AUTO, streamer=streamer)
+        refuse_ranks(self, source)
+        _refuse(source, config, kwargs, ASKED_BY if wanted else ())
+        method = partial(_decode, source=source, streamer=kwargs.get("streamer"))
         _add_stop_strings(config, kwargs)
-        _switch_off(config, kwargs)
+        _switch_off(config, kwargs, ("use_mtp", *ASKED_BY))
         return super().generate(**kwargs, custom_generate=method)
 
-    def _drafts(self, wanted: bool | int | str) -> int:
-        depth = len(self.base_model.mtp_layers)
-        if wanted is not True and wanted != AUTO and not (type(wanted) is int and wanted > 0):
-            raise ValueError(f"use_mtp={wanted!r} is not one of True, {AUTO!r}, a number of tokens to draft")
-        if not depth:
-            raise ValueError(
-                f"use_mtp={wanted!r}: found a model without MTP layers (num_nextn_predict_layers="
-                f"{self.config.num_nextn_predict_layers}), wanted at least one; `deepseek-moe convert mtp --action graft` adds a "
-                "release's own"
-            )
-        return wanted if type(wanted) is int else depth
+
+def _refuse(source: Source, config: GenerationConfig, kwargs: dict, others: tuple[str, ...]) -> None:
+    """
+    Args:
+        others: ways of drafting that were not taken.
+    """
+    allowed_of = REFUSED | {name: (None, 0) for name in others if hasattr(config, name)}
+    for name, allowed in allowed_of.items():
+        value = kwargs.get(name, getattr(config, name, None))
+        if value not in allowed:
+            raise ValueError(f"{source.said}: {name}={value!r} does not go with it, leave out one of them")
+    for name in (*REFUSED_ARGUMENTS, *others):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{source.said}: {name} does not go with it, leave out one of them")
 
 
-def _decode(model, input_ids, generation_config=None, drafts=1, is_automatic=False, **kwargs):
+def _decode(model, input_ids, source, generation_config=None, **kwargs):
     """What `generate` calls once it has prepared everything; it hands its ``streamer`` to no method but its own."""
     kwargs.pop("synced_gpus", None)
     sequences, stats, cache = decode(
         model,
         input_ids,
-        drafts=drafts,
-        is_automatic=is_automatic,
+        drafts=source.drafts,
+        is_automatic=source.is_automatic,
+        make_draft=source.make,
         generation_config=generation_config,
         **kwargs,
     )
-    model.mtp_stats = stats
+    model.draft_stats = stats
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: cache})
     return sequences
 
 
-def _switch_off(config: GenerationConfig, kwargs: dict) -> None:
-    """transformers' own drafts, which a config may ask for; it warns of an argument next to a config."""
-    if not getattr(config, "use_mtp", None):
-        return
-    if kwargs.get("generation_config") is None:
-        kwargs["use_mtp"] = False
-    else:
+def _switch_off(config: GenerationConfig, kwargs: dict, names: tuple[str, ...]) -> None:
+    """transformers' own drafts, which arguments or a config ask for; it warns of an argument next to a config."""
+    for name in names:
+        kwargs.pop(name, None)
+    asked = [name for name in names if getattr(config, name, None)]
+    if asked and kwargs.get("generation_config") is None:
+        kwargs |= dict.fromkeys(asked, False)
+    elif asked:
         kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-        kwargs["generation_config"].use_mtp = False
+        for name in asked:
+            setattr(kwargs["generation_config"], name, False)
 
 
 def _add_stop_strings(config: GenerationConfig, kwargs: dict) -> None:

@@ -42,6 +42,19 @@ class Rows:
             return False
         return self._ends_rows or min(self.lengths) >= max(self._stops)
 
+    @property
+    def open(self) -> list[bool]:
+        """Which rows take more tokens."""
+        return [
+            length < self._limit and not (self._ends_rows and stop is not None)
+            for length, stop in zip(self.lengths, self._stops, strict=True)
+        ]
+
+    @property
+    def room(self) -> int:
+        """Tokens that the shortest open row takes."""
+        return self._limit - min(length for length, is_open in zip(self.lengths, self.open, strict=True) if is_open)
+
     def process(self, scores: torch.Tensor, ahead: list[torch.Tensor]) -> torch.Tensor:
         """``scores [B, vocab_size]`` of the next token in fp32, as the processors want them after the tokens ``ahead``."""
         scores = scores.float()
@@ -62,7 +75,7 @@ class Rows:
         added = []
         for token in tokens:
             length = self.lengths[row]
-            if length == self._limit or (self._ends_rows and self._stops[row] is not None):
+            if not self.open[row]:
                 break
             self.tokens[row, length] = token
             self.lengths[row] = length + 1

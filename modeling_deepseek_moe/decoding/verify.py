@@ -6,6 +6,7 @@ token then has the model's distribution p, whatever q is.
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def accept_greedily(scores: torch.Tensor, drafted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,3 +40,8 @@ def accept_sampling(
     # p = q to the last bit and yet refused: rounding of `rand`; any token of p will do
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, probabilities[rows, accepted])
     return accepted, torch.multinomial(rest, 1)[:, 0]
+
+
+def certain(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """``[B, k, vocab_size]``: the distribution of drafts ``[B, k]`` that were looked up, not drawn."""
+    return F.one_hot(tokens, vocab_size).float()

@@ -1,0 +1,119 @@
+"""Where drafts come from: the model's MTP layers, the text itself, or an assistant; what a call of ``generate`` asks for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from modeling_deepseek_moe.decoding.assistant import AssistantDraft
+from modeling_deepseek_moe.decoding.draft import MtpDraft
+from modeling_deepseek_moe.decoding.lookup import LookupDraft
+from modeling_deepseek_moe.decoding.loop import Draft
+from modeling_deepseek_moe.decoding.rows import Rows
+
+AUTO = "auto"
+# transformers' own, where neither the call nor a config says anything else
+NGRAM, ASSISTANT_TOKENS, CONFIDENCE = 2, 20, 0.4
+ASKED_BY = ("prompt_lookup_num_tokens", "assistant_model")
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Args:
+        said: how the caller asked for it.
+        drafts: tokens to draft in a step, at most.
+        make: see `loop.decode`.
+    """
+
+    said: str
+    drafts: int
+    make: Callable[[Rows, torch.Tensor | None, int], Draft]
+    is_automatic: bool = False
+
+
+def of_mtp_layers(model: nn.Module, wanted: bool | int | str) -> Source:
+    """
+    Raises:
+        ValueError: the model has no MTP layers, or ``wanted`` is no way of asking for them.
+    """
+    depth, said = len(model.base_model.mtp_layers), f"use_mtp={wanted!r}"
+    if wanted is not True and wanted != AUTO and not (type(wanted) is int and wanted > 0):
+        raise ValueError(f"{said} is not one of True, {AUTO!r}, a number of tokens to draft")
+    if not depth:
+        raise ValueError(
+            f"{said}: found a model without MTP layers (num_nextn_predict_layers={model.config.num_nextn_predict_layers}), "
+            "wanted at least one; `deepseek-moe convert mtp --action graft` adds a release's own"
+        )
+    drafts = wanted if type(wanted) is int else depth
+
+    def make(rows: Rows, padding: torch.Tensor | None, past: int) -> Draft:
+        return MtpDraft(model, drafts, len(rows.tokens), None if padding is None else padding[:, past:])
+
+    return Source(said, drafts, make, wanted == AUTO)
+
+
+def refuse_ranks(model: nn.Module, source: Source) -> None:
+    """
+    Raises:
+        ValueError: several ranks have the model, and would not draft alike.
+    """
+    said = f"{source.said}: found a model over several ranks"
+    if model.base_model.has_gaps:
+        raise ValueError(
+            f"{said}, whose pipeline has its MTP layers in the last stage only, wanted one without pp_size"
+        )
+    if getattr(model, "_is_fsdp_managed_module", False):
+        raise ValueError(f"{said}, each with a batch of its own (fsdp_size), wanted one batch for all: tp_size")
+    if source.is_automatic and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(f"{said}, which would measure different times, wanted use_mtp=True, or a number")
+
+
+def of_a_batch(model: nn.Module, config: GenerationConfig, kwargs: dict[str, Any]) -> Source | None:
+    """What transformers does for one row alone, for several: prompt lookup and assistants; ``None`` where it is not asked for.
+
+    Raises:
+        ValueError: an assistant with another vocabulary.
+    """
+    count = kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
+    assistant = kwargs.get("assistant_model")
+    if not (count or assistant) or _rows(config, kwargs) < 2:
+        return None
+    if count:
+        if type(count) is not int or count < 1:
+            raise ValueError(f"prompt_lookup_num_tokens={count!r} is no number of tokens to look up")
+        ngram = _setting("max_matching_ngram_size", NGRAM, kwargs, config)
+        return Source(f"prompt_lookup_num_tokens={count}", count, partial(_lookup, count, ngram))
+    found, wanted = assistant.config.get_text_config().vocab_size, model.config.vocab_size
+    if found != wanted or kwargs.get("assistant_tokenizer") is not None:
+        raise ValueError(
+            f"assistant_model: found a vocabulary of {found} tokens, wanted the model's own {wanted} and its tokenizer where there "
+            "are several rows; transformers translates between two tokenizers for one row at a time"
+        )
+    drafts = _setting("num_assistant_tokens", ASSISTANT_TOKENS, kwargs, config, assistant.generation_config)
+    confidence = _setting("assistant_confidence_threshold", CONFIDENCE, kwargs, config, assistant.generation_config)
+    return Source("assistant_model", drafts, partial(_assistant, assistant, drafts, confidence))
+
+
+def _lookup(count: int, ngram: int, rows: Rows, padding: torch.Tensor | None, past: int) -> Draft:
+    return LookupDraft(rows, count, ngram, padding)
+
+
+def _assistant(model, count: int, confidence: float, rows: Rows, padding: torch.Tensor | None, past: int) -> Draft:
+    prompt = rows.tokens[:, : rows.lengths[0]]
+    return AssistantDraft(model, count, confidence, prompt, padding)
+
+
+def _rows(config: GenerationConfig, kwargs: dict[str, Any]) -> int:
+    ids = kwargs.get("input_ids", kwargs.get("inputs"))
+    copies = _setting("num_return_sequences", 1, kwargs, config)
+    return 0 if ids is None else len(ids) * copies
+
+
+def _setting(name: str, otherwise, kwargs: dict[str, Any], *configs: GenerationConfig):
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), otherwise)

@@ -1,0 +1,179 @@
+"""Prompt lookup and assistants for several rows, which transformers does for one: the model's own text, in fewer passes."""
+
+import pytest
+import torch
+from releases import SHAPES
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    FineGrainedFP8Config,
+    MistralConfig,
+    StaticCache,
+)
+from transformers import MistralForCausalLM as Mistral
+
+import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.decoding.lookup import LookupDraft
+from modeling_deepseek_moe.decoding.rows import Rows
+from modeling_deepseek_moe.decoding.verify import accept_sampling, certain
+from modeling_deepseek_moe.tiny.corpus import FAMILIES
+from modeling_deepseek_moe.tiny.score import held_out
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(dsm.tiny_checkpoint(), padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = FineGrainedFP8Config(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        dsm.tiny_checkpoint(), dtype=torch.float32, quantization_config=config
+    )
+    return loaded.eval()
+
+
+@pytest.fixture(scope="module")
+def inputs(tokenizer):
+    problems = [problem for family in FAMILIES for problem in held_out(family, 2)][:6]
+    # each asked twice: the second answer is there to be looked up
+    texts = [
+        tokenizer.apply_chat_template([*p.messages, *p.messages[:-1]], tokenize=False, add_generation_prompt=True)
+        for p in problems
+    ]
+    return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+
+
+def same(model, inputs, **drafts):
+    settings = {"max_new_tokens": LENGTH, "do_sample": False}
+    wanted = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, **drafts), wanted)
+    return model.draft_stats
+
+
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_lookup_of_several_rows(model, inputs, count):
+    stats = same(model, inputs, prompt_lookup_num_tokens=count, max_matching_ngram_size=3)
+    assert 0 < stats.accepted < stats.drafted and stats.tokens_per_pass > 1
+
+
+def test_an_assistant_that_is_the_model_itself_is_right(model, inputs):
+    stats = same(model, inputs, assistant_model=model, num_assistant_tokens=3, assistant_confidence_threshold=0.0)
+    assert stats.acceptance > 0.9 and stats.tokens_per_pass > 2.5
+
+
+def test_an_assistant_of_plain_transformers_that_guesses(model, inputs):
+    torch.manual_seed(0)
+    small = MistralConfig(
+        vocab_size=model.config.vocab_size,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=None,
+    )
+    stats = same(model, inputs, assistant_model=Mistral(small).eval(), assistant_confidence_threshold=0.0)
+    assert stats.drafted > 20 * stats.accepted
+    unsure = same(model, inputs, assistant_model=Mistral(small).eval())
+    assert unsure.drafted < stats.drafted  # it stops where it is unsure
+
+
+def test_plain_transformers_as_an_assistant_reads_padded_rows_as_the_model_does(inputs):
+    """The same random weights in both: every draft stands, through all the rows' paces."""
+    torch.manual_seed(0)
+    ours = dsm.DeepseekV3ForCausalLM(SHAPES["v3"]()).eval()
+    plain = DeepseekV3ForCausalLM(SHAPES["v3"]()).eval()
+    plain.load_state_dict(ours.state_dict())
+    ids = torch.randint(3, 60, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, :2] = 0
+    stats = same(
+        ours,
+        {"input_ids": ids * mask, "attention_mask": mask},
+        assistant_model=plain,
+        num_assistant_tokens=4,
+        assistant_confidence_threshold=0.0,
+    )
+    assert stats.accepted == stats.drafted > 0
+
+
+def test_other_settings(model, tokenizer, inputs):
+    settings = {"max_new_tokens": LENGTH, "do_sample": False, "repetition_penalty": 1.2}
+    for more in ({}, {"stop_strings": ["is ", "."], "tokenizer": tokenizer}, {"cache_implementation": "static"}):
+        wanted = model.generate(**inputs, **settings, **more)
+        assert torch.equal(model.generate(**inputs, **settings, **more, prompt_lookup_num_tokens=4), wanted)
+    one = {name: value[:1] for name, value in inputs.items()}
+    sampled = model.generate(
+        **one, max_new_tokens=4, do_sample=True, num_return_sequences=3, prompt_lookup_num_tokens=4
+    )
+    assert sampled.shape[0] == 3
+
+
+@pytest.mark.parametrize("drafts", [{"use_mtp": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize("is_static", [False, True])
+def test_the_cache_of_rows_that_went_at_their_own_pace_can_be_continued(model, inputs, drafts, is_static):
+    for count in (5, 24):
+        settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": 16, "pad_token_id": 2}
+        cache = StaticCache(config=model.config, max_cache_len=200) if is_static else DynamicCache(config=model.config)
+        found = model.generate(**inputs, **settings, **drafts, **{CACHE_NAME: cache})
+        assert int(cache.get_seq_length()) < found.shape[1]
+        added = found.new_ones(found.shape[0], found.shape[1] - inputs["input_ids"].shape[1])
+        mask = torch.cat((inputs["attention_mask"], added), dim=1)
+        given = {
+            "input_ids": found,
+            "attention_mask": mask,
+            "max_new_tokens": 8,
+            "do_sample": False,
+            "eos_token_id": None,
+        }
+        assert torch.equal(model.generate(**given, **{CACHE_NAME: cache}), model.generate(**given))
+
+
+def test_sampled_tokens_have_the_models_distribution_after_a_certain_draft():
+    torch.manual_seed(1)
+    count, p = 60000, torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drafted = torch.full((count, 1), 1)
+    accepted, after = accept_sampling(p.log().expand(count, 2, -1), drafted, certain(drafted, 4))
+    first = torch.where(accepted > 0, drafted[:, 0], after)
+    found, expected = torch.bincount(first, minlength=4).double(), p.double() * count
+    assert ((found - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of a chi-square of 3 degrees
+
+
+def test_what_is_looked_up():
+    text = torch.tensor([[0, 0, 5, 6, 7, 8, 5, 6], [3, 3, 3, 9, 3, 4, 2, 1], [1, 2, 3, 4, 5, 6, 7, 8]])
+    rows = Rows(text, 20, 0, [], [], 4)
+    padding = torch.ones_like(text).bool()
+    padding[0, :2] = False
+    drafts = torch.stack(list(LookupDraft(rows, 3, 2, padding).propose()), dim=1)
+    assert drafts.tolist() == [[7, 8, 5], [1, 1, 1], [8, 8, 8]]  # the last two: nothing found, their last token
+    assert not list(LookupDraft(Rows(text[2:], 20, 0, [], [], 4), 3, 2, None).propose())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"prompt_lookup_num_tokens": 3, "num_beams": 2},
+            "prompt_lookup_num_tokens=3: num_beams=2 does not go with it",
+        ),
+        ({"prompt_lookup_num_tokens": 3, "output_scores": True}, "output_scores=True does not go with it"),
+        ({"assistant_model": "other"}, "found a vocabulary of 50 tokens, wanted the model's own 657"),
+        ({"assistant_model": "sliding"}, "layer 0: found a DynamicSlidingWindowLayer in its cache"),
+    ],
+)
+def test_what_cannot_be_is_refused(model, settings, said):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    assistants = {"other": (50, None), "sliding": (model.config.vocab_size, 8)}
+    if settings.get("assistant_model") in assistants:
+        vocabulary, window = assistants[settings["assistant_model"]]
+        config = MistralConfig(vocab_size=vocabulary, sliding_window=window, intermediate_size=8, **sizes)
+        settings = settings | {"assistant_model": Mistral(config)}
+    with pytest.raises(ValueError, match=said):
+        model.generate(torch.tensor([[3, 4], [5, 6]]), max_new_tokens=2, **settings)
