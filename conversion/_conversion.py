@@ -24,6 +24,7 @@ class Options(NamedTuple):
     keep: str | None = None
     keep_fp8: str | None = None
     head: str | None = None
+    config: Path | None = None
 
 
 def flag(option: str) -> str:
@@ -65,12 +66,12 @@ class Conversion:
     """
 
     name: str
-    plan: Callable[[Any, Options], Output]  # of the `Source` that `open` makes
+    plan: Callable[[Any, Options], Output]  # of what `open` makes, mostly a `Source`
     options: tuple[str, ...] = ("max_shard_size",)
     required: Mapping[str, str] = field(default_factory=dict)
     inverse: str = ""
     no_inverse: str = ""
-    open: Callable[[Path], Source] = Source
+    open: Callable[[Path], Any] = Source
 
     def __post_init__(self):
         assert bool(self.inverse) != bool(self.no_inverse), f"{self.name}: an inverse, or why there is none"

@@ -39,6 +39,7 @@ from modeling_deepseek_moe.conversion._source import Source
 PIECES = "shards"
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
+OF_A_RUN = ("trainer_state.json",)  # what a training keeps next to a model
 # tensors that an estimate makes: their largest size, the places of the checkpoint, the number in a row
 SAMPLE_BYTES, SAMPLE_SPOTS, SAMPLE_RUN = 256 << 20, 6, 8
 
@@ -70,12 +71,12 @@ class Job:
 
     @cached_property
     def copies(self) -> list[Path]:
-        """Tokenizer, chat template, generation config and the like: all but weights, the config and hidden files."""
+        """Tokenizer, chat template, generation config and the like: all but weights, the config, a training's and hidden files."""
         return sorted(
             path
             for path in self.sources[0].folder.iterdir()
             if path.is_file() and not path.name.startswith(".") and path.name != "config.json"
-            if not path.name.endswith(WEIGHTS)
+            if not path.name.endswith(WEIGHTS) and path.name not in OF_A_RUN
         )
 
     def run(self) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 from modeling_deepseek_moe.checkpoint.writer import parse_size, plan_shards
 from modeling_deepseek_moe.conversion import (
     bf16_to_fp8,
+    consolidate,
     dtype,
     fp8_to_bf16,
     hf_to_native,
@@ -19,7 +20,10 @@ from modeling_deepseek_moe.conversion._job import Job
 
 CONVERSIONS: dict[str, Conversion] = {
     module.CONVERSION.name: module.CONVERSION
-    for module in (fp8_to_bf16, bf16_to_fp8, dtype, reshard, hf_to_native, native_to_hf, mtp, merge_adapter, to_4bit)
+    for module in (
+        *(fp8_to_bf16, bf16_to_fp8, dtype, reshard, hf_to_native, native_to_hf, mtp, merge_adapter, to_4bit),
+        consolidate,
+    )
 }
 READERS = ("diff", "error", "verify")  # they write no checkpoint
 

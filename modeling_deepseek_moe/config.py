@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_deepseek_moe import field_checks, formats
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.distributed import tables
 from modeling_deepseek_moe.field_checks import MAX_EXPERTS, MAX_LAYERS  # noqa: F401 (the bounds of a config)
 from modeling_deepseek_moe.release_names import ReleaseNames
 
@@ -48,6 +49,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     names: ClassVar[ReleaseNames] = ReleaseNames()
     has_post_mlp_norm: ClassVar[bool] = False
+    has_indexers: ClassVar[bool] = False
     # Fields that mean something in other models, and the one value that says what is computed here.
     only: ClassVar[dict[str, Any]] = {"pretraining_tp": 1, "ep_size": 1, "mlp_bias": False}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE_NAME]
@@ -56,32 +58,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
         "num_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
     }
-    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.q_b_proj": "colwise",
-        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
-        "layers.*.self_attn.kv_b_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_experts.gate_proj": "colwise",
-        "layers.*.mlp.shared_experts.up_proj": "colwise",
-        "layers.*.mlp.shared_experts.down_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
-    base_model_ep_plan: ClassVar[dict[str, Any] | None] = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = tables.TENSOR
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = tables.PIPELINE
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = tables.SHARDED
+    base_model_ep_plan: ClassVar[dict[str, Any] | None] = tables.EXPERTS
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -216,9 +196,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
         for name, supported in self.only.items():
             if getattr(self, name, None) not in (None, supported):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported, only {supported}")
-        if getattr(self, "index_topk", None):
+        if getattr(self, "index_topk", None) and not self.has_indexers:
             raise ValueError(
-                f"index_topk={self.index_topk}: sparse attention (DeepSeek-V3.2's indexer) is not supported"
+                f"index_topk={self.index_topk}: sparse attention is of deepseek_v32 and glm_moe_dsa, found {self.model_type}"
             )
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
@@ -251,6 +231,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
         return bool(
             self.n_routed_experts and layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
         )
+
+    def has_indexer(self, layer_idx: int) -> bool:
+        """Whether a layer chooses the keys that it attends to."""
+        return False
 
     @property
     def softmax_scale(self) -> float:

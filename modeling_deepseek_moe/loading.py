@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.accelerate import get_device
 from transformers.utils import logging
 
@@ -36,18 +37,17 @@ from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.index import has_weights
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
-from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat, split_scale
 from modeling_deepseek_moe.hybrid.model import place_experts, unhook_experts
 from modeling_deepseek_moe.hybrid.placement import device_map_of
-from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
+from modeling_deepseek_moe.resuming import ResumingMixin
 from modeling_deepseek_moe.streaming.model import enable_streaming_if_needed
 from modeling_deepseek_moe.terminal import shown
 from modeling_deepseek_moe.weights import EXPERT_KEY, LazyStack, LazyTensor, stack_sources
@@ -179,27 +179,15 @@ def _stack(release: Release, sources: list[list[str]], target: torch.Tensor) -> 
     return LazyStack([[part(source) for source in expert] for expert in sources], shape, target.dtype)
 
 
-def accept_release_keys(module: DeepseekExperts, state_dict: dict, prefix: str, *_) -> None:
-    """A `load_state_dict` pre-hook: experts stored one by one, as saved, are copied into the stacks.
-
-    `Trainer` resumes with ``load_state_dict`` on the saved files. Shards may each hold some of the experts.
-    """
-    if not prefix.endswith(".mlp.experts."):
-        return  # within an adapter's wrapper, whose files hold the adapter alone
-    for stack, parameter in module.named_parameters(recurse=False):
-        sources = stack_sources(prefix + stack, module.num_experts)
-        present = [name for names in sources for name in names if name in state_dict]
-        if not present:
-            continue
-        for names, expert in zip(sources, parameter.detach().unbind(0), strict=True):
-            for name, rows in zip(names, expert.chunk(len(names)), strict=True):
-                if name in state_dict:
-                    rows.copy_(state_dict.pop(name))
-        if len(present) == len(sources) * len(sources[0]):
-            state_dict[prefix + stack] = parameter.detach()
+def _refuse_zero3() -> None:
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "found DeepSpeed's ZeRO-3 on, which takes parameters apart as they are made, wanted a whole model to load into: load it "
+            "before TrainingArguments(deepspeed=...) is made, or shard it with distributed_config=DistributedConfig(fsdp_size=N)"
+        )
 
 
-class ReleaseLoadingMixin(ModelMixin):
+class ReleaseLoadingMixin(ResumingMixin):
     """`from_pretrained` for release checkpoints. Mixed into the models before `PreTrainedModel`."""
 
     @classmethod
@@ -265,8 +253,9 @@ class ReleaseLoadingMixin(ModelMixin):
 
         Raises:
             CheckpointError: a tensor is missing, or is not what the config wants.
-            ValueError: an FP8 checkpoint, and the config of another quantiser.
+            ValueError: an FP8 checkpoint, and the config of another quantiser; or DeepSpeed's ZeRO-3 is on already.
         """
+        _refuse_zero3()
         path = pretrained_model_name_or_path
         subfolder, variant = kwargs.get("subfolder", ""), kwargs.get("variant")
         wish = take_wish(cls.config_class, path, kwargs)

@@ -3,7 +3,6 @@
 `DeepseekMoeModel` and its heads are the one implementation; the classes at the end, and `named_models`, only bind it.
 """
 
-import re
 from functools import partial
 
 import torch
@@ -20,21 +19,24 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modeling_deepseek_moe.adapters import AdapterMixin
-from modeling_deepseek_moe.attention import ABSORBED, EXPANDED, DeepseekAttention, choose_mla_path
+from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.bnb.model import BitsAndBytesMixin
 from modeling_deepseek_moe.cache import prepare_cache
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
 from modeling_deepseek_moe.cross_entropy import next_token_loss
-from modeling_deepseek_moe.decoding.mixin import MtpGenerationMixin
+from modeling_deepseek_moe.decoding.mixin import DraftingMixin
+from modeling_deepseek_moe.distributed.plans import ParallelPlansMixin
 from modeling_deepseek_moe.engine.report import EngineReportMixin
 from modeling_deepseek_moe.engine.runs import recomputable, runs
 from modeling_deepseek_moe.families import KimiK2Config
 from modeling_deepseek_moe.hybrid.model import HybridMixin
+from modeling_deepseek_moe.indexer import DeepseekIndexer
+from modeling_deepseek_moe.layer_context import layer_context
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.loading import ReleaseLoadingMixin, accept_release_keys
-from modeling_deepseek_moe.masks import build_mask
+from modeling_deepseek_moe.loading import ReleaseLoadingMixin
+from modeling_deepseek_moe.masks import PromptMaskMixin
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.moe.training_state import TrainingPass, TrainingState, sequence_ids
@@ -46,12 +48,14 @@ from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.paged import ContinuousLatentMixin
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.resizing import ResizingMixin
+from modeling_deepseek_moe.resuming import accept_release_keys
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 from modeling_deepseek_moe.saving import ReleaseSavingMixin
 
 
 class DeepseekMoePreTrainedModel(
     AdapterMixin,
+    ParallelPlansMixin,
     ReleaseLoadingMixin,
     ReleaseSavingMixin,
     ResizingMixin,
@@ -91,14 +95,16 @@ class DeepseekMoePreTrainedModel(
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Read by DistributedDataParallel when it wraps the model: the MTP layers, which get no gradient without their loss.
+        """Read by DistributedDataParallel when it wraps the model: what gets no gradient, for which DDP would wait.
 
-        DDP would wait for it. The names are as they are here and as they are inside a ``PeftModel``.
+        The MTP layers without their loss, and indexers that are not trained. The names are as they are here and as they are inside a ``PeftModel``.
         """
         base = self.base_model
-        if base.training_state is not None and base.training_state.mtp_weight:
-            return []
-        unused = {id(parameter) for layer in base.mtp_layers for parameter in layer.parameters()}
+        state = base.training_state or TrainingState()
+        modules = [] if state.mtp_weight else list(base.mtp_layers)
+        if state.indexer_stage is None:
+            modules += [module for module in base.modules() if isinstance(module, DeepseekIndexer)]
+        unused = {id(parameter) for module in modules for parameter in module.parameters()}
         names = [name for name, parameter in self.named_parameters() if id(parameter) in unused]
         return names + [f"base_model.model.{name}" for name in names]
 
@@ -119,15 +125,6 @@ class DeepseekMoePreTrainedModel(
             init.normal_(module.weight, mean=0.0, std=embedding_std)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])  # a slice has not the mark of what was loaded
-
-    def init_parallel_plans(self) -> None:
-        super().init_parallel_plans()
-        # The config's plans name every module that the family may have; this model keeps the entries that it has.
-        named = (*self.named_modules(), *self.named_parameters())
-        present = {re.sub(r"\d+", "*", name) for name, _ in named}
-        for plan in (self._tp_plan, self._ep_plan):
-            for name in plan.keys() - present:
-                del plan[name]
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
@@ -152,6 +149,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.norm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.has_gaps = False  # whether other stages of a pipeline have some of the layers
         self.training_state: TrainingState | None = None
         self.origin = Origin()  # of the files that it is loaded from, once it is
         for module in self.modules():
@@ -193,47 +191,16 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             sequences = sequence_ids(shape, device, attention_mask, position_ids)
             kwargs["training_pass"] = TrainingPass(self.training_state, sequences)
-        context = self._layer_context(
-            inputs_embeds, attention_mask, position_ids, cache, past_length, mla_path, **kwargs
+        context = layer_context(
+            self, inputs_embeds, attention_mask, position_ids, cache, past_length, mla_path, **kwargs
         )
         hidden_states = inputs_embeds
         layers = list(self.layers)[: self.config.num_hidden_layers]
+        if self.has_gaps:
+            layers = [layer for layer in layers if not isinstance(layer, nn.Identity)]
         for run in runs(self, layers, hidden_states, cache, context):
             hidden_states = run(hidden_states, use_cache=use_cache, **{CACHE_NAME: cache}, **context)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
-
-    def _layer_context(self, inputs_embeds, attention_mask, position_ids, cache, past_length, mla_path, **kwargs):
-        """What every layer of one forward pass shares: rotary tables, mask, attention path."""
-        length = inputs_embeds.shape[1]
-        maybe_packed = position_ids is not None
-        if position_ids is None:
-            start = past_length if past_length is not None else cache.get_seq_length()
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
-        kv_length = cache.get_max_length() if past_length is None else past_length + length
-        if mla_path not in (None, ABSORBED, EXPANDED):
-            raise ValueError(f"mla_path={mla_path!r} is not one of {ABSORBED!r}, {EXPANDED!r}, None")
-        path = mla_path or choose_mla_path(self.config, length, kv_length)
-        if not getattr(self.config, "is_causal", True):
-            path, past_length = EXPANDED, (past_length or None)  # the latent forms mask causally
-        mask = build_mask(
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            cache,
-            past_length,
-            position_ids,
-            maybe_packed=maybe_packed,
-            dense=path == ABSORBED or bool(past_length),
-        )
-        return {
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
-            "position_ids": position_ids,
-            "attention_mask": mask,
-            "mla_path": path,
-            "past_length": past_length,
-            "output_attentions": bool(self.config.output_attentions),
-            **kwargs,
-        }
 
     def mtp(
         self,
@@ -256,14 +223,16 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         if not 0 <= depth < len(self.mtp_layers):
             raise ValueError(f"MTP depth {depth} asked for, the model has {len(self.mtp_layers)} MTP layers")
         past_length = prepare_cache(cache, self.config, input_ids.shape[1])
-        context = self._layer_context(hidden_states, attention_mask, position_ids, cache, past_length, None, **kwargs)
+        context = layer_context(self, hidden_states, attention_mask, position_ids, cache, past_length, None, **kwargs)
         layer = self.mtp_layers[depth]
         if context.get("training_pass") is not None:
             layer = partial(recomputable, layer)
         return layer(input_ids, hidden_states, **{CACHE_NAME: cache}, **context)
 
 
-class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, MtpGenerationMixin, ContinuousLatentMixin, GenerationMixin):
+class DeepseekMoeForCausalLM(
+    DeepseekMoePreTrainedModel, DraftingMixin, ContinuousLatentMixin, PromptMaskMixin, GenerationMixin
+):
     """The language model: `DeepseekMoeModel` and ``lm_head``."""
 
     model_class: type[DeepseekMoeModel]
@@ -303,6 +272,10 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, MtpGenerationMixin, Con
         `Trainer`'s mean over rows is the one over labels.
         """
         objective = None
+        if labels is not None and self.model.has_gaps:
+            raise ValueError(
+                "labels: found a stage of a pipeline (pp_size), which gives no loss, wanted tp_size or fsdp_size"
+            )
         if labels is not None and self.training and self.model.training_state is not None:
             objective = Objective(self, input_ids, labels, attention_mask, position_ids, kwargs)
             kwargs["training_pass"] = objective.training_pass

@@ -6,6 +6,7 @@ fp32 (DeepSeek-V3.1-Terminus): what was not changed is written back as the file 
 a vision tower.
 """
 
+from collections.abc import Set
 from itertools import chain
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.formats import split_scale
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import FLOATS, Release
 
@@ -75,6 +77,11 @@ class Origin:
             return {}
         return {name: self._released[name] for name, tensor in wanted.items() if is_same(self._released[name], tensor)}
 
+    @property
+    def finer(self) -> Set[str]:
+        """The names of what the release holds in another dtype than the model is computed in."""
+        return self._released.keys()
+
     def carried(self) -> dict[str, torch.Tensor]:
         """What the release has and the model has no place for, by its names there.
 
@@ -95,3 +102,9 @@ class Origin:
 def is_same(released: torch.Tensor, tensor: torch.Tensor) -> bool:
     """Whether a model's tensor is the released one, rounded to the dtype that the model is computed in."""
     return released.shape == tensor.shape and torch.equal(released.to(tensor.dtype), tensor.detach().cpu())
+
+
+def released_bias(router: DeepseekTopkRouter, bias: torch.Tensor) -> torch.Tensor:
+    """A router's bias in the dtype that its release stores it in, if it is still one of that dtype."""
+    narrow = bias.to(router.bias_release_dtype)
+    return narrow if torch.equal(narrow.to(bias.dtype), bias) else bias

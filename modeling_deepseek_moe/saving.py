@@ -22,18 +22,18 @@ from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, write_checkpoint
 from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.config import QUANT_METHOD
+from modeling_deepseek_moe.distributed.release_parts import is_written_by_ranks, own_class, save_from_ranks
 from modeling_deepseek_moe.formats import WeightFormat
 from modeling_deepseek_moe.hub import auto_map, shim_files
-from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.mtp import SharedModule
 from modeling_deepseek_moe.offloaded import with_offloaded
-from modeling_deepseek_moe.origin import is_same
+from modeling_deepseek_moe.origin import is_same, released_bias
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesMatrices
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.release import Release
-from modeling_deepseek_moe.weights import EXPERT_KEY, linear_modules, release_tensors, unstack
+from modeling_deepseek_moe.weights import EXPERT_KEY, linear_modules, natural_order, release_tensors, unstack
 
 # `Trainer` reads the config of a checkpoint it resumes from with the bare `PreTrainedConfig`, which fails on a scaled
 # rope in the release's spelling. In these folders, and only there, transformers' own spelling is written.
@@ -70,8 +70,8 @@ class ReleaseSavingMixin(ModelMixin):
             like: the release that the model was loaded from: its dtypes are reused, and tensors that training did not
                 change (compared after dequantising, where it is FP8) are written byte for byte.
             remote_code: also write the shim and ``auto_map`` with which ``trust_remote_code=True`` finds this package.
-            kwargs: as `PreTrainedModel.save_pretrained`. Adapters, distributed checkpoints, models whose weights are
-                sharded, or offloaded while they were loaded, and ``variant`` are saved by transformers itself.
+            kwargs: as `PreTrainedModel.save_pretrained`. What FSDP2 sharded is written by all ranks, each its part: call it on all.
+                Adapters, distributed checkpoints, other shards, offloaded weights and ``variant`` are saved by transformers itself.
 
         Raises:
             OSError: disk full. Nothing that was in the folder is touched.
@@ -79,6 +79,8 @@ class ReleaseSavingMixin(ModelMixin):
                 quantise holds NaN or Inf; or weights were quantised in place.
         """
         form = _asked_for(quantize)
+        if is_written_by_ranks(self, state_dict, like, kwargs):
+            return self._save_from_ranks(save_directory, form, max_shard_size, remote_code)
         tensors = without_classes(with_offloaded(self) if state_dict is None else state_dict)
         self._refuse_unknown_format(tensors)
         if self._saved_by_transformers(tensors, kwargs):
@@ -100,11 +102,15 @@ class ReleaseSavingMixin(ModelMixin):
             show_progress=logging.is_progress_bar_enabled(),
         )
         if push_to_hub:
-            _push(
-                save_directory,
-                **{name: kwargs.get(name) for name in ("repo_id", "token", "private", "commit_message")},
-            )
+            asked = {name: kwargs.get(name) for name in ("repo_id", "token", "private", "commit_message")}
+            _push(save_directory, **asked)
         return None
+
+    def _save_from_ranks(
+        self, folder: str | os.PathLike, form: WeightFormat | None, max_shard_size: int | str, remote_code: bool
+    ) -> None:
+        form = self._format_held(form, None)
+        save_from_ranks(self, folder, form, max_shard_size, self._texts(form, remote_code, folder))
 
     def _plans(self, tensors: dict, form: WeightFormat | None, release: Release | None) -> list[TensorPlan]:
         """Everything that is written, under the release's names."""
@@ -206,7 +212,7 @@ class ReleaseSavingMixin(ModelMixin):
         for_trainer = TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(folder)))
         config = copy.deepcopy(self.config)
         config.dtype = str(self.dtype).removeprefix("torch.")
-        config.architectures = [self.release_architecture or type(self).__name__]
+        config.architectures = [self.release_architecture or own_class(self).__name__]
         if form and hasattr(config, formats.RELEASED):
             delattr(config, formats.RELEASED)
         if form and getattr(config, "quantization_config", None) is None:
@@ -222,7 +228,7 @@ class ReleaseSavingMixin(ModelMixin):
         fields = config.write_release(fields)
         texts = {}
         if remote_code:
-            fields["auto_map"] = auto_map(type(self))
+            fields["auto_map"] = auto_map(own_class(self))
             texts |= shim_files()
         texts["config.json"] = json.dumps(fields, indent=2, sort_keys=True) + "\n"
         if self.can_generate():
@@ -310,7 +316,7 @@ def _as_stored(model, plans: Iterable[TensorPlan], form: WeightFormat | None) ->
             stored.append(replace(plan, name=name))
         if not suffix:
             stored += [TensorPlan.of(weight + other, make(spec.shape)) for other, make in form_of.others.items()]
-    return sorted(stored, key=lambda plan: _natural(plan.name))
+    return sorted(stored, key=lambda plan: natural_order(plan.name))
 
 
 def _reshaped(plan: TensorPlan, shape: tuple[int, ...]) -> torch.Tensor:
@@ -329,7 +335,7 @@ def _release_views(model, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[st
         if name in ignored or (source in tensors and tensor.data_ptr() == tensors[source].data_ptr()):
             continue
         if name.endswith(".e_score_correction_bias"):
-            tensor = _released_bias(model.get_submodule(name.rpartition(".")[0]), tensor)
+            tensor = released_bias(model.get_submodule(name.rpartition(".")[0]), tensor)
         yield from unstack(name, tensor)
     for prefix, module in coded.items():
         for name, tensor in module.named_tensors():
@@ -339,11 +345,6 @@ def _release_views(model, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[st
             for name, matrix in module.named_matrices():
                 yield f"{prefix}.{name}.weight", matrix.codes
                 yield f"{prefix}.{name}.weight{module.weight_format.scale_parameter}", matrix.scales
-
-
-def _released_bias(router: DeepseekTopkRouter, bias: torch.Tensor) -> torch.Tensor:
-    narrow = bias.to(router.bias_release_dtype)
-    return narrow if torch.equal(narrow.to(bias.dtype), bias) else bias
 
 
 def _quantized(name: str, tensor: torch.Tensor, form: WeightFormat) -> list[TensorPlan]:
@@ -372,7 +373,3 @@ def _as_released(release: Release, name: str, key: str, tensor: torch.Tensor, ke
     if dtype != tensor.dtype and is_same(released := release.tensor(key), tensor):
         return [TensorPlan.of(name, released)]
     return [TensorPlan(name, dtype, tuple(tensor.shape), lambda: tensor.to(dtype))]
-
-
-def _natural(name: str) -> list:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"\.", name)]

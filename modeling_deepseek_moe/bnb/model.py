@@ -7,9 +7,9 @@ from torch import nn
 
 from modeling_deepseek_moe.bnb.loading import coded_experts, stacked_experts
 from modeling_deepseek_moe.bnb.packing import FourBitMixin, unpack
-from modeling_deepseek_moe.loading import accept_release_keys
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesMatrices
+from modeling_deepseek_moe.resuming import accept_release_keys
 from modeling_deepseek_moe.weights import STACKS
 
 

@@ -1,23 +1,17 @@
 """The options of ``deepseek-moe train``: a YAML file and flags, and which checkpoint it goes on from."""
 
 import argparse
-import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import logging
 
-from modeling_deepseek_moe.checkpoint.headers import CheckpointError
-from modeling_deepseek_moe.checkpoint.jsonfile import read_json
-from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.cli._train_lora import LoraOptions
+from modeling_deepseek_moe.distributed.checkpoints import checkpoints, fault_of
+from modeling_deepseek_moe.indexer_loss import DENSE, SPARSE
 
-logger = logging.get_logger(__name__)
-ADAPTER = "adapter_model.safetensors"
 DTYPES = ("float32", "bfloat16")
 # Other defaults than Trainer's, which logs every 500 steps: a short training is to have something to report.
 MODEL_DEFAULTS = {"dtype": "float32", "load_balance_gamma": 0.001, "balance_alpha": 0.0001, "mtp_weight": 0.3}
@@ -50,8 +44,12 @@ class RunOptions(LoraOptions):
     mtp_weight: float | None = None
     mtp_later_weight: float = 0.1
     mtp_switch_at: float = 10 / 14.8
+    indexer_stage: str | None = None
     fp8: bool = False
     fp8_wgrad: bool = True
+    fsdp_size: int = 1
+    dp_replicate_size: int = 1
+    ep_size: int = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,8 +69,16 @@ class RunOptions(LoraOptions):
             raise ValueError("found no train_file, wanted JSON lines, Parquet or text")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not supported, wanted one of {', '.join(DTYPES)}")
+        if self.indexer_stage not in (None, DENSE, SPARSE):
+            raise ValueError(f"indexer_stage={self.indexer_stage!r} is not supported, wanted {DENSE!r} or {SPARSE!r}")
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} is too short, wanted at least 2: a token and the next")
+
+        for name in ("fsdp_size", "dp_replicate_size", "ep_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: wanted at least 1")
+        if self.config is not None and self.fsdp_size * self.ep_size > 1:
+            raise ValueError("found config and fsdp_size, wanted a model: transformers shards one as it loads it")
 
     def _check_adapter(self):
         kind = "qlora" if self.qlora else "lora"
@@ -84,6 +90,8 @@ class RunOptions(LoraOptions):
             raise ValueError(
                 f"found {kind} and fp8, wanted one: fp8 trains the weights that an adapter leaves as they are"
             )
+        if self.indexer_stage:
+            raise ValueError(f"found {kind} and indexer_stage, wanted one: an adapter leaves the indexers as they are")
         if self.load_balance_gamma:
             raise ValueError(
                 f"found load_balance_gamma={self.load_balance_gamma} and {kind}, wanted one: the biases of routers are no part "
@@ -148,46 +156,16 @@ def checkpoint_to_resume(training: TrainingArguments, adapter: bool = False) -> 
     if wanted.lower() not in ("true", "yes"):
         checkpoint, others = Path(wanted), []
     else:
-        others = _checkpoints(Path(training.output_dir))
+        others = checkpoints(Path(training.output_dir))
         if not others:
             raise ValueError(
                 f"{training.output_dir}: found no checkpoint-N, wanted one to resume from; without resume_from_checkpoint "
                 "training begins at step 0"
             )
         checkpoint = others.pop()
-    fault = _fault(checkpoint, adapter)
+    fault = fault_of(checkpoint, adapter)
     if fault is None:
         return str(checkpoint)
-    whole = next((str(other) for other in reversed(others) if _fault(other, adapter) is None), None)
+    whole = next((str(other) for other in reversed(others) if fault_of(other, adapter) is None), None)
     way_out = f"; --resume_from_checkpoint {whole} is whole" if whole else ""
     raise ValueError(f"{checkpoint}: found {fault}, wanted a whole checkpoint to resume from{way_out}")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """By step."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.partition("-")[2]))
-
-
-def _fault(checkpoint: Path, adapter: bool) -> str | None:
-    """What is wrong with a checkpoint of `Trainer`, which writes trainer_state.json last."""
-    if not checkpoint.is_dir():
-        return "no such folder"
-    if adapter and not (checkpoint / ADAPTER).is_file():
-        return f"no {ADAPTER}"
-    try:
-        if not isinstance(read_json(checkpoint / "trainer_state.json").get("global_step"), int):
-            return "a trainer_state.json without global_step"
-        if adapter:
-            CheckpointReader([checkpoint / ADAPTER])
-        else:
-            CheckpointReader.open(checkpoint)
-    except (CheckpointError, OSError) as error:
-        return f"it damaged or cut short ({error})"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        file = checkpoint / name
-        if not file.exists():
-            logger.warning(f"{file}: found none: training goes on with a new {file.stem}")
-        elif not zipfile.is_zipfile(file):
-            return f"{name} damaged or cut short"
-    return None

@@ -21,17 +21,22 @@ from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import Collator, Rows, load_documents, pack
 from modeling_deepseek_moe.cli._train_lora import add_adapter, check_rank, four_bit
 from modeling_deepseek_moe.cli._train_options import RunOptions, checkpoint_to_resume, read_options
+from modeling_deepseek_moe.cli._train_ranks import check_agreement, distributed_settings, is_in_parts
 from modeling_deepseek_moe.config import own_format
 from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.indexer_loss import DENSE
 from modeling_deepseek_moe.training import (
     BalanceLossCallback,
     Fp8TrainingConfig,
+    IndexerLossCallback,
     LoadBalanceCallback,
     MoeTelemetryCallback,
     MtpLossCallback,
+    ShardedTrainingCallback,
     bf16_moments,
     prepare_fp8_training,
 )
+from modeling_deepseek_moe.training.sharded import is_sharded_by_transformers
 
 
 class LogLastStep(TrainerCallback):
@@ -48,8 +53,9 @@ def load(options: RunOptions) -> tuple[PreTrainedModel, WeightFormat | None]:
     Beneath an adapter the weights stay what they are, or become 4-bit codes; MTP layers that are not trained are not loaded.
     """
     dtype = getattr(torch, options.dtype)
+    in_parts = distributed_settings(options)
     if options.trains_adapter:
-        settings = {"quantization_config": four_bit(dtype)} if options.qlora else {}
+        settings = in_parts | ({"quantization_config": four_bit(dtype)} if options.qlora else {})
         if not options.mtp_weight:
             settings["num_nextn_predict_layers"] = 0
         return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **settings), None
@@ -57,14 +63,16 @@ def load(options: RunOptions) -> tuple[PreTrainedModel, WeightFormat | None]:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.config), dtype=dtype), None
     config = AutoConfig.from_pretrained(options.model)
     form = own_format(config)
-    settings = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if form else {}
+    settings = in_parts | ({"quantization_config": FineGrainedFP8Config(dequantize=True)} if form else {})
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **settings), form
 
 
 def make_callbacks(options: RunOptions, model: PreTrainedModel) -> list[TrainerCallback]:
     """Those parts of the recipe that are on and that the model has."""
     config = model.config
-    callbacks: list[TrainerCallback] = []
+    if options.indexer_stage == DENSE:  # the model is frozen: its loads and losses move nothing
+        return [IndexerLossCallback(DENSE), MoeTelemetryCallback(), LogLastStep()]
+    callbacks: list[TrainerCallback] = [IndexerLossCallback()] if options.indexer_stage else []
     if config.n_routed_experts:
         if options.load_balance_gamma and config.topk_method == "noaux_tc":
             callbacks.append(LoadBalanceCallback(options.load_balance_gamma, options.load_balance_until))
@@ -81,6 +89,7 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
     if options.trains_adapter:
         check_rank(options, AutoConfig.from_pretrained(options.model))
     set_seed(training.seed)
+    check_agreement(options, training, AutoConfig.from_pretrained(options.model or options.config))
     tokenizer = load_tokenizer(Path(options.tokenizer or options.model), options.trust_remote_code)
     resume = checkpoint_to_resume(training, options.trains_adapter)
     rows = _rows(options, tokenizer)
@@ -96,21 +105,29 @@ def run(recipe: Path | None, arguments: list[str]) -> None:
     if "paged" in training.optim.value and training.device.type == "cpu":
         stderr().print(f"[dim]optim={training.optim.value}: its states are not paged on a CPU[/]")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    callbacks = make_callbacks(options, model)
+    if is_sharded_by_transformers(model):
+        training.save_only_model = True  # which else would be refused: the callback writes the rest
+        callbacks.append(ShardedTrainingCallback(resume))
     trainer = Trainer(
         model,
         training,
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
         data_collator=Collator(pad, options.packing),
-        callbacks=make_callbacks(options, model),
+        callbacks=callbacks,
         optimizer_cls_and_kwargs=bf16_moments(training) if options.bf16_moments else None,
     )
     trainer.train(resume_from_checkpoint=resume)
     if "eval" in rows:
         stdout().print(f"eval loss {trainer.evaluate()['eval_loss']:.4f}")  # every rank has its part
     trainer.save_state()
+    in_parts = is_in_parts(list(trainer.model.parameters()))
+    if in_parts and not options.trains_adapter:
+        kind = _write_in_parts(training, trainer.model, form)
     if trainer.is_world_process_zero():
-        kind = _write(options, training, model, form)
+        if not in_parts or options.trains_adapter:
+            kind = _write(options, training, model, form)
         tokenizer.save_pretrained(training.output_dir)
         stdout().print(
             f"wrote {training.output_dir} ({kind}); deepseek-moe report {training.output_dir} draws it", markup=False
@@ -136,6 +153,12 @@ def _write(options: RunOptions, training: TrainingArguments, model: PreTrainedMo
     settings = {"quantize": form.name} if form else {}
     model.save_pretrained(training.output_dir, like=options.model and _local(options.model), **settings)
     return f"{form.title} release" if form else options.dtype
+
+
+def _write_in_parts(training: TrainingArguments, model: PreTrainedModel, form: WeightFormat | None) -> str:
+    """As `_write`, on all ranks, each of which holds a part of the model; every tensor is quantised again."""
+    model.save_pretrained(training.output_dir, **({"quantize": form.name} if form else {}))
+    return f"{form.title} release" if form else str(model.dtype).removeprefix("torch.")
 
 
 def _local(name: str) -> str | None:

@@ -20,7 +20,7 @@ NameArgument = Annotated[
     str,
     typer.Argument(
         help="fp8-to-bf16, bf16-to-fp8, to-4bit, dtype, reshard, hf-to-native, native-to-hf, mtp, merge-adapter, "
-        "diff, error or verify.",
+        "consolidate, diff, error or verify.",
         show_default=False,
     ),
 ]
@@ -85,6 +85,12 @@ ActionOption = Annotated[str | None, typer.Option(help="mtp: drop, extract or gr
 MtpFromOption = Annotated[
     Path | None, typer.Option(help="mtp --action graft: the folder that has the module.", show_default=False)
 ]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="consolidate: the model's config.json, or a folder with it, if IN has none.", show_default=False
+    ),
+]
 Sha256Option = Annotated[Path | None, typer.Option(help="verify: write the files' sha256 here.", show_default=False)]
 CheckOption = Annotated[
     Path | None, typer.Option(help="verify: a list of sha256 to compare with.", show_default=False)
@@ -109,6 +115,7 @@ def convert(
     keep: KeepOption = None,
     keep_fp8: KeepFp8Option = None,
     head: HeadOption = None,
+    config: ConfigOption = None,
     text: TextOption = None,
     sha256: Sha256Option = None,
     check: CheckOption = None,
@@ -126,6 +133,7 @@ def convert(
       [cyan]deepseek-moe convert to-4bit DeepSeek-V3 DeepSeek-V3-int4 --format int4 --keep attention[/]
       [cyan]deepseek-moe convert mtp DeepSeek-V3 without --action drop[/]
       [cyan]deepseek-moe convert merge-adapter DeepSeek-V3 merged --adapter my-lora[/]
+      [cyan]deepseek-moe convert consolidate runs/sft/checkpoint-300 trained --config DeepSeek-V3[/]
       [cyan]deepseek-moe convert verify DeepSeek-V3 --sha256 SHA256SUMS[/]
     """
     from modeling_deepseek_moe.conversion import _table
@@ -133,7 +141,7 @@ def convert(
 
     adapters, weights = tuple(adapter or ()) or None, tuple(weight or ()) or None
     sizes = max_shard_size, dtype, scales_from, format, world_size
-    options = Options(*sizes, adapters, weights, action, mtp_from, keep, keep_fp8, head)
+    options = Options(*sizes, adapters, weights, action, mtp_from, keep, keep_fp8, head, config)
     _table.check_options(name, options)
     _refuse_useless(name, out, dry_run, sha256 or check, text)
     if name == "verify":

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.attention import DeepseekAttention
-from modeling_deepseek_moe.cache import LatentLayer
+from modeling_deepseek_moe.cache import IndexedLatentLayer, LatentLayer
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
@@ -69,7 +69,7 @@ NO_ENGINE = Stages(*["is not there, or not asked for"] * len(Stages._fields))
 
 
 class Plan:
-    """The layers of a decoder for one new token per sequence. Copies and pickles of it are ``None``."""
+    """The layers of a decoder for few new tokens. Copies and pickles of it are ``None``."""
 
     def __init__(self, layers: list[nn.Module], config, dtype: torch.dtype):
         self.dtype, self.layers = dtype, layers
@@ -130,12 +130,12 @@ class Plan:
         return True
 
     def can_write(self, cache: Cache | None, hidden_states: torch.Tensor) -> bool:
-        """Whether ``hidden_states`` are one token per sequence, and the layers of a cache can take its rows."""
-        count, (batch, length, _) = len(self.layers), hidden_states.shape
-        if length != 1 or cache is None or len(cache.layers) < count:
+        """Whether the layers of a cache can take the rows of ``hidden_states [B, q, D]``."""
+        count, batch = len(self.layers), hidden_states.shape[0]
+        if cache is None or len(cache.layers) < count:
             return False
         return all(
-            type(layer) is LatentLayer
+            type(layer) in (LatentLayer, IndexedLatentLayer)
             and layer.is_initialized
             and layer.keys.dtype == self.dtype
             and layer.keys.shape[0] == batch
@@ -152,13 +152,13 @@ class Plan:
         attention_mask: torch.Tensor | None,
         **context,
     ) -> torch.Tensor:
-        """``hidden_states [B, 1, D]`` after the last layer; the cache, of `LatentLayer`, gets their row."""
-        (batch, _, hidden_size), mla = hidden_states.shape, self._mla
-        new = [hidden_states.new_empty((batch, 1, 1, size)) for size in (mla.kv_lora_rank, mla.qk_rope_head_dim)]
+        """``hidden_states [B, q, D]`` after the last layer; the cache, of `LatentLayer`, gets their rows."""
+        (batch, tokens, _), mla = hidden_states.shape, self._mla
+        new = [hidden_states.new_empty((batch, 1, tokens, size)) for size in (mla.kv_lora_rank, mla.qk_rope_head_dim)]
         used = [layer if attends else None for layer, attends in zip(cache.layers, self._attends, strict=False)]
         buffers = [layer and layer.reserve(*new) for layer in used]
         tables = *position_embeddings, attention_mask, self._softmax_scale
-        step = Run(self._structs, buffers, past_length, mla, batch, hidden_size, *tables)
+        step = Run(self._structs, buffers, past_length, mla, hidden_states.shape, *tables)
         context |= {CACHE_NAME: cache, "past_length": past_length}
         context |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         attended = None
@@ -169,7 +169,7 @@ class Plan:
                 hidden_states = self._call(first, hidden_states, attended, context)
         for layer in used:
             if layer is not None:
-                layer.advance(past_length + 1)
+                layer.advance(past_length + tokens)
         return hidden_states
 
     def _call(self, stage: int, hidden_states, attended, context: dict) -> torch.Tensor:

@@ -25,6 +25,7 @@ from modeling_deepseek_moe.ops.routing.cpu import MOST_EXPERTS
 from modeling_deepseek_moe.ops.swiglu import unsupported_reason as unsupported_swiglu
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts, StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
+from modeling_deepseek_moe.sparse_attention import DeepseekSparseAttention
 
 Reason = str | None
 
@@ -38,6 +39,8 @@ def layer(module: nn.Module, dtype: torch.dtype) -> Reason:
 
 def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
     """All of attention before keys meet queries."""
+    if isinstance(module, DeepseekSparseAttention):
+        return "has no stage for attention with an indexer (index_topk), which runs as the module that it is"
     reason = _is_own(module, DeepseekAttention)
     if reason is not None:
         return reason

@@ -57,7 +57,9 @@ def runs(
         plan = model.__dict__[SLOT] = Plan(layers, model.config, hidden_states.dtype)
     if not plan.runs_anything:
         return layers
-    if context["mla_path"] == ABSORBED and context["past_length"] and plan.can_write(cache, hidden_states):
+    has_rows = mask is None or mask.shape[2] == hidden_states.shape[1]  # else one for all tokens
+    attends = context["mla_path"] == ABSORBED and context["past_length"] and has_rows
+    if attends and plan.can_write(cache, hidden_states):
         return [plan.run]
     return [run_by_halves(layer, stages) for layer, stages in zip(layers, plan.stages, strict=True)]
 

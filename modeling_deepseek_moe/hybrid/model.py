@@ -136,7 +136,7 @@ def _places(model: PreTrainedModel) -> ExpertPlaces | None:
 
 
 def _hybrid_layers(model: PreTrainedModel) -> list[HybridMoE]:
-    mlps = (layer.mlp for layer in getattr(model.base_model, "layers", ()))
+    mlps = (getattr(layer, "mlp", None) for layer in getattr(model.base_model, "layers", ()))
     return [mlp for mlp in mlps if isinstance(mlp, HybridMoE)]
 
 

@@ -53,7 +53,7 @@ def predict(breakdown: ParameterBreakdown, config: DeepseekMoeConfig, context: i
     experts, active = (sizes["routed experts"].nbytes(form) for sizes in (breakdown.stored, breakdown.active))
     cache = breakdown.cache_bytes(context)
     rest = breakdown.stored_bytes(form) - experts - breakdown.stored["mtp"].nbytes(form) + cache + DEVICE_WORKSPACE
-    read = breakdown.active_bytes(form) - active + cache
+    read = breakdown.active_bytes(form) - active + breakdown.cache_read_bytes(context)
     room = given.gpu_bytes - rest
     if room < 0 or not experts:
         return ()

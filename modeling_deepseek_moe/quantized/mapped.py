@@ -1,5 +1,6 @@
 """Routed experts in the checkpoint's memory-mapped files. Legend: E experts."""
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -65,6 +66,7 @@ class MappedExperts(QuantizedExperts):
         self._scales = scales.view(self.num_experts, -1) if isinstance(scales, torch.Tensor) else None
         self._scale_places = None if isinstance(scales, torch.Tensor) else places(scales)
         self._addresses: torch.Tensor | None = None
+        self.first, self.is_part = 0, False  # the first expert's number in the release, and whether some are missing
         self.stream = None  # a `streaming.layer.LayerStream`, if experts are held in memory of their own
 
     def _apply(self, fn, recurse=True):
@@ -97,6 +99,29 @@ class MappedExperts(QuantizedExperts):
         self.__class__ = type(stacked)
         self.__dict__.clear()
         self.__dict__.update(stacked.__dict__ | hooks)
+
+    def keep(self, first: int, count: int) -> None:
+        """Hold only ``count`` experts from ``first`` on, numbered from 0; other ranks hold the others."""
+        kept = slice(first, first + count)
+        self._places = self._places[kept].clone()
+        self._scales = None if self._scales is None else self._scales[kept].clone()
+        self._scale_places = None if self._scale_places is None else self._scale_places[kept].clone()
+        self._config = copy.copy(self._config)
+        self._config.n_routed_experts = self.num_experts = count
+        self.first, self._addresses, self.is_part = self.first + first, None, True
+        self.addresses()
+
+    def refuse_part(self) -> None:
+        """
+        Raises:
+            ValueError: other ranks have some of the experts.
+        """
+        if self.is_part:
+            last = self.first + self.num_experts - 1
+            raise ValueError(
+                f"{self._prefix}: found experts {self.first} to {last} on this rank, wanted all of them: experts mapped by several "
+                "ranks are not saved; the folder that they were loaded from has their bytes"
+            )
 
     def empty_stacks(self) -> QuantizedExperts:
         """Stacked experts of this layer's shapes, without values, on the current device."""
@@ -145,7 +170,7 @@ class MappedExperts(QuantizedExperts):
     def _infos(self, index: int, places: torch.Tensor, shapes, dtype: torch.dtype, suffix: str):
         found = {}
         for name, shape, (number, start) in zip(PROJECTIONS, shapes, places[index].tolist(), strict=True):
-            full = f"{self._prefix}.{index}.{name}.weight{suffix}"
+            full = f"{self._prefix}.{self.first + index}.{name}.weight{suffix}"
             end = start + math.prod(shape) * dtype.itemsize
             found[name] = TensorInfo(full, dtype, shape, self._paths[number], start, end)
         return found
@@ -170,7 +195,12 @@ class MappedExperts(QuantizedExperts):
         return found
 
     def named_matrices(self) -> Iterator[tuple[str, QuantizedMatrix]]:
-        """``("{expert}.{projection}", matrix)`` for every expert, as the release orders them."""
+        """``("{expert}.{projection}", matrix)`` for every expert, as the release orders them.
+
+        Raises:
+            ValueError: other ranks have the others.
+        """
+        self.refuse_part()
         self._files.check_unchanged()
         for index in range(self.num_experts):
             for name, matrix in self.matrices(index).items():

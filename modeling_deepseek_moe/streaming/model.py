@@ -89,7 +89,7 @@ def enable_streaming_if_needed(model: PreTrainedModel) -> None:
 
 def _mapped_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, MTP layers included, whose experts are mapped."""
-    layers = getattr(model.base_model, "layers", ())
+    layers = (layer for layer in getattr(model.base_model, "layers", ()) if not isinstance(layer, nn.Identity))
     return [
         layer
         for layer in layers

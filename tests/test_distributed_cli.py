@@ -1,0 +1,75 @@
+"""``deepseek-moe train`` under torchrun and ``accelerate launch``, as they are."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from distributed_runs import free_port
+
+import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.distributed.checkpoints import newest_whole
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = "-m", "torch.distributed.run", "--nproc-per-node", "2"
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    rows = [{"text": f"Ada has {number} pens and buys {number} more."} for number in range(2, 34)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(dsm.tiny_checkpoint(), folder / "tiny")
+    (folder / "deepseek-moe").write_text("from modeling_deepseek_moe.cli import main\n\nmain()\n")
+    return folder
+
+
+def launch(folder, launcher, out, *flags):
+    command = [sys.executable, *launcher]
+    command += ["--master-port" if launcher is TORCHRUN else "--main_process_port", str(free_port())]
+    command += ["deepseek-moe", "train", "--model", "tiny", "--train_file", "rows.jsonl", "--output_dir", out]
+    command += ["--max_length", "64", "--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu"]
+    command += ["--disable_tqdm", "true", "--ddp_backend", "gloo", *flags]
+    own = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=280, check=False)
+
+
+def losses(folder, out):
+    state = json.loads((folder / out / "trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def test_both_launchers_train_alike(folder):
+    """DDP by one and FSDP2 by the other: the same losses, and each one folder that loads."""
+    flags = "--max_steps", "2", "--save_strategy", "no", "--logging_steps", "1"
+    for launcher, out, more in ((ACCELERATE, "ddp", ()), (TORCHRUN, "fsdp", ("--fsdp_size", "2"))):
+        run = launch(folder, launcher, out, *flags, *more)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count(f"wrote {out} (FP8 release)") == 1
+    assert losses(folder, "fsdp") == pytest.approx(losses(folder, "ddp"), rel=1e-5)
+    sizes = [dsm.CheckpointReader.open(folder / out).nbytes for out in ("ddp", "fsdp", "tiny")]
+    assert len(set(sizes)) == 1
+
+
+def test_a_run_in_parts_goes_on(folder):
+    saving = "--fsdp_size", "2", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "1"
+    run = launch(folder, TORCHRUN, "parts", "--max_steps", "1", *saving)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert newest_whole(folder / "parts") == folder / "parts" / "checkpoint-1"
+    run = launch(folder, TORCHRUN, "parts", "--max_steps", "2", *saving, "--resume_from_checkpoint", "true")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert list(losses(folder, "parts")) == [1, 2]
+
+
+@pytest.mark.long
+def test_sharding_that_would_be_none_is_refused(folder):
+    run = launch(folder, TORCHRUN, "none", "--max_steps", "1", "--fsdp")
+    assert run.returncode != 0
+    assert run.stderr.count("fsdp: found a CPU, where accelerate shards nothing") == 2
