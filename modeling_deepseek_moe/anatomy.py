@@ -114,9 +114,12 @@ class ParameterBreakdown:
     mtp_embedding: Size  # and their copies of the embedding
     mtp_layers: int
     experts: tuple[int, int]  # of a layer: chosen for a token, and all
-    cache_values_per_token: int  # layers · (kv_lora_rank + qk_rope_head_dim)
+    cache_values_per_token: int  # layers · (kv_lora_rank + qk_rope_head_dim), and the indexers' keys
     weight_format: WeightFormat | None  # as released
     itemsize: int  # bytes of an unquantised weight, as released
+    context: int  # the model's
+    index_topk: int | None = None  # the latents that a token attends to at most; ``None``: all
+    indexer_values_per_token: int = 0  # of those cached, the indexers' keys
 
     @property
     def parameters(self) -> int:
@@ -140,8 +143,18 @@ class ParameterBreakdown:
         return sum(size.nbytes(weight_format, itemsize) for size in self.active.values())
 
     def cache_bytes(self, tokens: int = 1, itemsize: int = 2) -> int:
-        """The latent cache of ``tokens`` tokens."""
+        """The cache of ``tokens`` tokens: latents, and the indexers' keys."""
         return tokens * self.cache_values_per_token * itemsize
+
+    def latent_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """The latents alone."""
+        return tokens * (self.cache_values_per_token - self.indexer_values_per_token) * itemsize
+
+    def cache_read_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """What decoding one token reads of a cache of ``tokens``: every latent, or every indexer's key and the latents it chose."""
+        if self.index_topk is None or tokens <= self.index_topk:
+            return self.latent_bytes(tokens, itemsize)
+        return tokens * self.indexer_values_per_token * itemsize + self.latent_bytes(self.index_topk, itemsize)
 
 
 def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
@@ -190,10 +203,24 @@ def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
         mtp_embedding=mtp_embedding,
         mtp_layers=config.num_nextn_predict_layers or 0,
         experts=(config.num_experts_per_tok or 0, config.n_routed_experts or 0),
-        cache_values_per_token=config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim),
+        cache_values_per_token=sum(_cached_values(config, layer) for layer in range(config.num_hidden_layers)),
         weight_format=rows[0],
         itemsize=dtype.itemsize,
+        context=config.max_position_embeddings,
+        index_topk=config.index_topk if config.has_indexers else None,
+        indexer_values_per_token=_indexers(config) * getattr(config, "index_head_dim", 0),
     )
+
+
+def _cached_values(config: DeepseekMoeConfig, layer: int) -> int:
+    """Of a layer, for each token."""
+    key = config.index_head_dim if config.has_indexer(layer) else 0
+    return config.kv_lora_rank + config.qk_rope_head_dim + key
+
+
+def _indexers(config: DeepseekMoeConfig) -> int:
+    """Decoder layers with an indexer."""
+    return sum(config.has_indexer(layer) for layer in range(config.num_hidden_layers))
 
 
 def describe(config: DeepseekMoeConfig) -> dict[str, str]:
@@ -219,12 +246,20 @@ def describe(config: DeepseekMoeConfig) -> dict[str, str]:
     rows = {row.name: row for row in announced(quantization_fields(config))}
     stored = " and ".join(f"{row.title} in {_blocks(row)}" for row in rows.values())
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
+    indexer = {}
+    if config.has_indexers:
+        own = _indexers(config)
+        where = "every layer" if own == config.num_hidden_layers else f"{own} of {config.num_hidden_layers} layers"
+        indexer["indexer"] = (
+            f"{config.index_n_heads} heads of {config.index_head_dim} in {where}, attention to {config.index_topk:,} keys at most"
+        )
     return {
         "model": f"{config.model_type}, {', '.join(config.architectures or ['no architecture named'])}",
         "layers": layers,
         "width": f"{config.hidden_size:,}, vocabulary {config.vocab_size:,}",
         "attention": f"{config.num_attention_heads} heads of {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rope, "
         f"latent {config.kv_lora_rank}, query latent {config.q_lora_rank or 'none'}",
+        **indexer,
         "experts": experts,
         "router": f"{config.scoring_func}, {config.topk_method}, {normalised}× {config.routed_scaling_factor}",
         "context": context,

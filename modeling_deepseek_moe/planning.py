@@ -12,6 +12,7 @@ from modeling_deepseek_moe.formats import FP8, WeightFormat
 from modeling_deepseek_moe.machine import Machine
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.planning_drafts import ACCEPTANCE, Drafting, Read, weigh_drafts
+from modeling_deepseek_moe.planning_sparse import LongContext, long_contexts
 
 # What a process needs besides weights and cache: the interpreter with torch and transformers (0.5 GB resident), and
 # the largest passing buffers (scores and expanded keys of a prefill chunk). An estimate on the safe side.
@@ -78,6 +79,7 @@ class Plan:
     disk_bytes_per_second: float = DISK_EXAMPLE
     budgets: tuple[Budget, ...] = ()  # of a model that does not fit
     drafting: Drafting | None = None  # with MTP layers, held as the first option that runs
+    long_contexts: tuple[LongContext, ...] = ()  # with sparse attention, held so too
 
     @property
     def verdict(self) -> str:
@@ -121,7 +123,25 @@ def make_plan(
         disk_bytes_per_second=disk,
         budgets=tuple(_budgets(breakdown, machine, context, options, disk)),
         drafting=_drafting(breakdown, machine, context, options, disk, acceptance),
+        long_contexts=_long_contexts(breakdown, machine, context, options, disk),
     )
+
+
+def _long_contexts(
+    breakdown: ParameterBreakdown, machine: Machine, context: int, options: tuple[Option, ...], disk: float
+) -> tuple[LongContext, ...]:
+    """Of the first option that runs, else of the first on the CPU, by the bandwidth of its memory."""
+    on_cpu = [option for option in options if option.device == "cpu"]
+    option = next((option for option in options if option.verdict != TOO_LARGE), on_cpu[0])
+    weights = option.read_bytes_per_token - breakdown.cache_read_bytes(context)
+    bandwidth = machine.gpu_bandwidth
+
+    def seconds(read: int) -> float | None:
+        if option.device == "cpu":
+            return _seconds(read, machine, option.disk_bytes_per_token, disk)
+        return None if bandwidth is None else read / bandwidth.bytes_per_second
+
+    return long_contexts(breakdown, weights, seconds, breakdown.context)
 
 
 def _drafting(
@@ -146,7 +166,7 @@ def _drafting(
         taken = _seconds(read.nbytes, machine, read.missed, disk) if missing else None
         return read.nbytes if taken is None else taken
 
-    return weigh_drafts(breakdown, form, breakdown.cache_bytes(context), missing, seconds, acceptance)
+    return weigh_drafts(breakdown, form, breakdown.cache_read_bytes(context), missing, seconds, acceptance)
 
 
 def _budgets(
@@ -185,7 +205,7 @@ def _option(
 ) -> Option:
     weights = form.name if form else "bf16"
     cache = breakdown.cache_bytes(context)
-    stored, read = breakdown.stored_bytes(form), breakdown.active_bytes(form) + cache
+    stored, read = breakdown.stored_bytes(form), breakdown.active_bytes(form) + breakdown.cache_read_bytes(context)
     needed = stored + cache + WORKSPACE_BYTES
     available = machine.ram_available if device == "cpu" else sum(gpu.free_bytes for gpu in machine.gpus)
     verdict, disk = (IN_MEMORY if needed <= available else TOO_LARGE), 0

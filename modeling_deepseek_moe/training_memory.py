@@ -105,7 +105,7 @@ class TrainingMemory:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class LayerBytes:
     """Bytes of one layer: kept for the backward pass, made in passing in it, and of the gradients that it leaves."""
 
     kept: int
@@ -115,18 +115,18 @@ class _Layer:
 
 def predict_training_memory(config: DeepseekMoeConfig, setup: TrainingSetup) -> TrainingMemory:
     """The parts and the peak of a training step after the first, which has no optimizer's states yet."""
-    specs = _loaded(config, setup)
-    trained = _trained(specs, setup)
+    specs = loaded_tensors(config, setup)
+    trained = trained_values(specs, setup)
     width = setup.itemsize if setup.is_full else FP32  # of what is trained: peft keeps adapters in fp32
-    weights = _weight_bytes(config, setup, specs)
+    weights = weight_bytes(config, setup, specs)
     adapter = 0 if setup.is_full else FP32 * sum(trained.values())
-    optimizer = _state_bytes(trained, setup.optim, width)
-    layers = list(_layers(config, setup, trained, width))
+    optimizer = state_bytes(trained, setup.optim, width)
+    layers = list(layer_bytes(config, setup, trained, width))
     gradients = width * sum(trained.values())
     logits = 2 * setup.tokens * config.vocab_size * setup.itemsize
     held = weights + adapter + optimizer
-    moments = _moments(config, setup, layers, gradients, logits)
-    moments["optimizer"] = gradients + _update_bytes(trained.values(), setup.optim, width)
+    moments = step_moments(config, setup, layers, gradients, logits)
+    moments["optimizer"] = gradients + update_bytes(trained.values(), setup.optim, width)
     peak_at = max(moments, key=moments.get)
     return TrainingMemory(
         weights=weights,
@@ -134,7 +134,7 @@ def predict_training_memory(config: DeepseekMoeConfig, setup: TrainingSetup) -> 
         gradients=gradients,
         optimizer=optimizer,
         activations=sum(layer.kept for layer in layers),
-        checkpoints=len(layers) * _checkpoint(config, setup),
+        checkpoints=len(layers) * checkpoint_bytes(config, setup),
         logits=logits,
         peak=held + moments[peak_at],
         peak_at=peak_at,
@@ -142,14 +142,14 @@ def predict_training_memory(config: DeepseekMoeConfig, setup: TrainingSetup) -> 
     )
 
 
-def _loaded(config: DeepseekMoeConfig, setup: TrainingSetup) -> dict[str, TensorSpec]:
+def loaded_tensors(config: DeepseekMoeConfig, setup: TrainingSetup) -> dict[str, TensorSpec]:
     specs = release_tensors(config)
     if setup.is_full or setup.mtp:
         return specs
     return {name: spec for name, spec in specs.items() if spec.part != "mtp"}
 
 
-def _trained(specs: dict[str, TensorSpec], setup: TrainingSetup) -> dict[str, int]:
+def trained_values(specs: dict[str, TensorSpec], setup: TrainingSetup) -> dict[str, int]:
     """Values of each tensor that is trained, by the weight that it is or belongs to; experts' stacks as one tensor.
 
     MTP layers without their loss have no gradients.
@@ -177,7 +177,7 @@ def _trained(specs: dict[str, TensorSpec], setup: TrainingSetup) -> dict[str, in
     return found
 
 
-def _weight_bytes(config: DeepseekMoeConfig, setup: TrainingSetup, specs: dict[str, TensorSpec]) -> int:
+def weight_bytes(config: DeepseekMoeConfig, setup: TrainingSetup, specs: dict[str, TensorSpec]) -> int:
     if setup.is_full:
         return setup.itemsize * sum(math.prod(spec.shape) for spec in specs.values())
     own = of_config(quantization_fields(config)) if setup.method == LORA else None
@@ -195,7 +195,7 @@ def _weight_bytes(config: DeepseekMoeConfig, setup: TrainingSetup, specs: dict[s
     return int(total)
 
 
-def _state_bytes(trained: dict[str, int], optim: str, width: int) -> int:
+def state_bytes(trained: dict[str, int], optim: str, width: int) -> int:
     """Of all tensors; `Trainer` keeps an embedding's in 32 bits where others are in 8."""
     fixed, of_own = STATES[optim]
     total = 0.0
@@ -208,18 +208,18 @@ def _state_bytes(trained: dict[str, int], optim: str, width: int) -> int:
     return int(total)
 
 
-def _update_bytes(sizes, optim: str, width: int) -> int:
+def update_bytes(sizes, optim: str, width: int) -> int:
     """What an optimizer makes in passing of the largest tensor."""
     copies = {"sgd": 0, "adamw_torch_fused": 0, "adamw_torch": COPIES_TORCH * width}
     return max(sizes, default=0) * copies.get(optim, COPIES_8BIT * FP32)
 
 
-def _moments(
-    config: DeepseekMoeConfig, setup: TrainingSetup, layers: list[_Layer], gradients: int, logits: int
+def step_moments(
+    config: DeepseekMoeConfig, setup: TrainingSetup, layers: list[LayerBytes], gradients: int, logits: int
 ) -> dict[str, int]:
     """Bytes besides weights and states in the loss, and in the backward pass of each layer."""
     before = gradients if setup.accumulates else 0
-    saved = [_checkpoint(config, setup) if setup.gradient_checkpointing else layer.kept for layer in layers]
+    saved = [checkpoint_bytes(config, setup) if setup.gradient_checkpointing else layer.kept for layer in layers]
     heads = sum(layer.gradients for layer in layers)
     left = gradients - heads  # of the head, the final norm and, in the end, the embedding
     found = {"loss": before + sum(saved) + logits}
@@ -235,11 +235,13 @@ def _moments(
     return found
 
 
-def _checkpoint(config: DeepseekMoeConfig, setup: TrainingSetup) -> int:
+def checkpoint_bytes(config: DeepseekMoeConfig, setup: TrainingSetup) -> int:
     return setup.tokens * config.hidden_size * setup.itemsize
 
 
-def _layers(config: DeepseekMoeConfig, setup: TrainingSetup, trained: dict[str, int], width: int) -> Iterator[_Layer]:
+def layer_bytes(
+    config: DeepseekMoeConfig, setup: TrainingSetup, trained: dict[str, int], width: int
+) -> Iterator[LayerBytes]:
     depth = config.num_hidden_layers + (config.num_nextn_predict_layers if setup.mtp else 0)
     for index in range(depth):
         is_moe = config.is_moe_layer(index)
@@ -251,7 +253,7 @@ def _layers(config: DeepseekMoeConfig, setup: TrainingSetup, trained: dict[str, 
             kept += 3 * _norm(setup, config.hidden_size) + 2 * config.hidden_size * setup.itemsize
             kept += 2 * config.vocab_size * setup.itemsize
         own = width * sum(n for name, n in trained.items() if name.startswith(f"model.layers.{index}."))
-        yield _Layer(setup.tokens * kept, setup.tokens * _passing(config, setup, is_moe), own)
+        yield LayerBytes(setup.tokens * kept, setup.tokens * _passing(config, setup, is_moe), own)
 
 
 def _norm(setup: TrainingSetup, size: int) -> int:

@@ -31,6 +31,7 @@ from modeling_deepseek_moe.checkpoint.headers import LFS_POINTER, refuse_pointer
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.writer import parse_size
 from modeling_deepseek_moe.cli._console import plural, rate, size, stderr
+from modeling_deepseek_moe.templates import complete_template
 from modeling_deepseek_moe.terminal import shown
 from modeling_deepseek_moe.tiny import tiny_checkpoint
 
@@ -221,7 +222,8 @@ def read_template_arguments(text: str | None) -> dict | None:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Nothing of the folder is executed unless ``trust_remote_code``.
+    """The tokenizer of a folder, with a chat template where its release has other means. Nothing of the folder is executed
+    unless ``trust_remote_code``.
 
     Raises:
         ValueError: the folder has none, or one that comes as Python code.
@@ -244,9 +246,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     finally:
         transformers.logging.set_verbosity(level)
+    if complete_template(tokenizer, folder):
+        stderr().print("[dim]the folder has no chat template: prompts as its release encodes them[/]")
+    return tokenizer
 
 
 def tokenizer_is_code(folder: Path) -> bool:
@@ -370,14 +375,16 @@ def _speed(tokens: int, seconds: float) -> str:
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of all latents in a cache."""
-    tensors = [tensor for layer in cache.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+    """Bytes of all latents in a cache, and of the indexers' keys."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    tensors += [layer.indexer_keys for layer in layers if getattr(layer, "is_indexer_initialized", False)]
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def text_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
-    """Prints the answer, not the prompt, word by word."""
-    return _TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+def text_streamer(tokenizer: PreTrainedTokenizerBase, special: bool = False) -> TextStreamer:
+    """Prints the answer, not the prompt, word by word; ``special`` tokens too, of which some models make calls of tools."""
+    return _TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not special)
 
 
 class _TextStreamer(TextStreamer):

@@ -33,7 +33,7 @@ TrainOption = Annotated[
 ]
 RankOption = Annotated[int | None, typer.Option(help="Rank of the adapter.", show_default="16", rich_help_panel=PANEL)]
 BatchSizeOption = Annotated[
-    int | None, typer.Option(help="Rows of a batch on this machine.", show_default="8", rich_help_panel=PANEL)
+    int | None, typer.Option(min=1, help="Rows of a batch on this machine.", show_default="8", rich_help_panel=PANEL)
 ]
 SeqLengthOption = Annotated[
     int | None, typer.Option(help="Tokens of a row.", show_default="1024", rich_help_panel=PANEL)

@@ -21,6 +21,7 @@ LOSSES = (
     ("Loss", "per label, of training and of held-out rows", ("lm_loss", "loss", "eval_loss")),
     ("MTP loss", "of predicting the tokens after the next", ("mtp_loss",)),
     ("Balance loss", "the sequence-wise loss that evens expert loads", ("balance_loss",)),
+    ("Indexer loss", "KL of the indexers' scores to what attention attends to, all layers", ("indexer_loss",)),
 )
 BALANCE = (
     (

@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown, read_config
+from modeling_deepseek_moe.cache import update_indexer
 from modeling_deepseek_moe.cli import _model
 from modeling_deepseek_moe.cli._console import count, plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.machine import measure_read_bandwidth, memory, threads
@@ -165,7 +166,7 @@ def _measure(model: PreTrainedModel, contexts: tuple[int, ...], prefill: int, to
 
 
 def _decoded(breakdown: ParameterBreakdown, context: int, seconds: list[float], bandwidth: float) -> dict:
-    read = breakdown.active_bytes(breakdown.weight_format) + breakdown.cache_bytes(context)
+    read = breakdown.active_bytes(breakdown.weight_format) + breakdown.cache_read_bytes(context)
     taken = statistics.median(seconds)
     return {
         "context": context,
@@ -178,12 +179,14 @@ def _decoded(breakdown: ParameterBreakdown, context: int, seconds: list[float], 
 
 
 def _filled(model: PreTrainedModel, length: int) -> DynamicCache:
-    """A cache of random latents: as fast to attend to as a prompt's."""
+    """A cache of random latents, and indexers' keys: as fast to attend to as a prompt's."""
     config, cache = model.config, DynamicCache(config=model.config)
     for layer in range(config.num_hidden_layers):
         latents = [
             torch.randn(1, 1, length, dim, dtype=model.dtype) for dim in (config.kv_lora_rank, config.qk_rope_head_dim)
         ]
+        if config.has_indexer(layer):
+            update_indexer(cache, torch.randn(1, length, config.index_head_dim, dtype=model.dtype), layer)
         cache.update(*latents, layer)
     return cache
 

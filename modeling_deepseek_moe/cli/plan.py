@@ -11,10 +11,11 @@ from rich.table import Table
 
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, describe, parameter_breakdown, read_config
 from modeling_deepseek_moe.checkpoint.writer import parse_size
-from modeling_deepseek_moe.cli import _plan_gpu, _plan_train
+from modeling_deepseek_moe.cli import _plan_gpu, _plan_scale, _plan_train
 from modeling_deepseek_moe.cli._console import plural, print_json, rate, size, stderr, stdout
 from modeling_deepseek_moe.cli._model import SHIPPED, folder_or_tiny
 from modeling_deepseek_moe.cli.inspect import parameters_dict, show_architecture
+from modeling_deepseek_moe.config import DeepseekMoeConfig
 from modeling_deepseek_moe.machine import Bandwidth, measure_disk, probe_machine
 from modeling_deepseek_moe.planning import (
     DISK_EFFICIENCY,
@@ -63,6 +64,9 @@ def plan(
     optim: _plan_train.OptimOption = None,
     gradient_checkpointing: _plan_train.CheckpointingOption = False,
     train_dtype: _plan_train.TrainDtypeOption = None,
+    gpus: _plan_scale.GpusOption = None,
+    nodes: _plan_scale.NodesOption = None,
+    fp8: _plan_scale.Fp8Option = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say whether a model will run on this machine, and how fast; or, with --train, what memory it takes to train it.
@@ -77,25 +81,42 @@ def plan(
       [cyan]deepseek-moe plan DeepSeek-V3 --disk-speed 7GB[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --gpu 24GB --gpu-speed 930GB --link-speed 25GB[/]
       [cyan]deepseek-moe plan DeepSeek-V2-Lite --train qlora --batch-size 1 --gradient-checkpointing[/]
+      [cyan]deepseek-moe plan DeepSeek-V3 --train full --gpus 8x80GB --nodes 32 --batch-size 1 --seq-length 4096[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --json | jq .verdict[/]
     """
     path = _existing(folder_or_tiny(path))
-    given = None if disk_speed is None else parse_size(disk_speed)
+    disk = None if disk_speed is None else parse_size(disk_speed)
     config = read_config(path)
     options = {"rank": lora_rank, "batch_size": batch_size, "seq_length": seq_length, "optim": optim}
     options["gradient_checkpointing"] = gradient_checkpointing
     setup = _plan_train.read_setup(config, train, train_dtype, **options)
-    if setup is not None:
+    cluster = _plan_scale.read_cluster(gpus, nodes, train, fp8)
+    if cluster is not None:
+        _plan_scale.plan_scale(config, setup, cluster, fp8, as_json)
+    elif setup is not None:
         _plan_train.plan_training(config, setup, as_json)
-        return
+    else:
+        _plan_running(path, config, context, disk, acceptance, (gpu, gpu_speed, link_speed), as_json)
+
+
+def _plan_running(
+    path: Path,
+    config: DeepseekMoeConfig,
+    context: int | None,
+    disk: float | None,
+    acceptance: float,
+    gpu: tuple[str | None, str | None, str | None],
+    as_json: bool,
+) -> None:
+    """To generate with it on this machine. ``gpu``: its memory, its speed, and that of the link."""
     breakdown = parameter_breakdown(config)
     with stderr().status("measuring memory bandwidth"):
         machine = probe_machine()
-    measured = measure_disk(path) if given is None else None
-    disk = measured.bytes_per_second if measured else given
+    measured = measure_disk(path) if disk is None else None
+    speed = measured.bytes_per_second if measured else disk
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
-    made = make_plan(breakdown, machine, context, disk, acceptance)
-    splits = _plan_gpu.splits(config, breakdown, made, gpu, gpu_speed, link_speed)
+    made = make_plan(breakdown, machine, context, speed, acceptance)
+    splits = _plan_gpu.splits(config, breakdown, made, *gpu)
     if as_json:
         fields = {"architecture": describe(config), "parameters": parameters_dict(breakdown), "verdict": made.verdict}
         print_json(fields | asdict(made) | {"gpu_and_cpu": [asdict(split) for split in splits]})
@@ -103,7 +124,7 @@ def plan(
     console = stdout()
     show_architecture(describe(config), breakdown, console)
     console.print()
-    _show(made, breakdown, "measured now" if measured else "assumed" if given is None else "as given", console)
+    _show(made, breakdown, "measured now" if measured else "assumed" if disk is None else "as given", console)
     _plan_gpu.show(splits, console)
     _warn_of_length(made.context, config.max_position_embeddings, console)
 
@@ -168,10 +189,31 @@ def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console
     console.print()
     if made.budgets:
         _show_budgets(made, disk, console)
+    _show_long_contexts(made, console)
     for line in made.advice:
         console.print(line)
     if made.drafting is not None:
         console.print(_mtp_line(made.drafting))
+
+
+def _show_long_contexts(made: Plan, console: Console) -> None:
+    """Of sparse attention, next to attention to every latent."""
+    if not made.long_contexts:
+        return
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for header in ("context", "cache", "read of it", "if dense", "tokens/s", "if dense"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for one in made.long_contexts:
+        speeds = (
+            rate(speed) if speed else "" for speed in (one.sparse_tokens_per_second, one.dense_tokens_per_second)
+        )
+        sizes = size(one.cache_bytes), size(one.sparse_bytes), size(one.dense_bytes)
+        table.add_row(f"{one.tokens:,}", *sizes, *speeds)
+    console.print(table)
+    console.print(
+        "[dim]read of the cache for a token: the indexer's keys of all, the latents of those that it chose[/]"
+    )
+    console.print()
 
 
 def _mtp_line(found: Drafting) -> str:
