@@ -15,7 +15,7 @@ QUICK := not long and not benchmark and not pages and not kernels and not slow
 C_FILES := $(wildcard modeling_deepseek_moe/ops/csrc/*.[ch] tests/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow pages kernels test-oldest peer types lint format wheel clean
+.PHONY: help demo test slow ranks pages kernels test-oldest peer types lint format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test: lint $(DOORS) ## Check style and types, and run the tests
 
 slow: $(DOORS) ## Run the tests that start and kill processes or compile graphs (five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not long and not pages" -n 2 --dist loadfile $(ARGS)
+
+ranks: $(DOORS) ## Run all tests of several processes, four at most (ten minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/test_distributed_*.py tests/test_training_scale.py $(ARGS)
 
 pages: $(DOORS) ## Run the blocks of the README and of the recipes in docs, as printed (three minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages -n 2 --dist loadfile $(ARGS)

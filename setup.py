@@ -112,7 +112,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "": [
-            *("**/*.yaml", "**/*.txt", "**/*.jsonl", "py.typed"),
+            *("**/*.yaml", "**/*.txt", "**/*.jsonl", "**/*.jinja", "py.typed"),
             *("**/*.json", "**/*.html", "**/*.js", "**/*.css"),  # of the reports
         ],
         f"{NAME}.tiny": ["checkpoint/*"],

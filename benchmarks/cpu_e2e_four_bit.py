@@ -35,6 +35,7 @@ CONVERSIONS = {
     NF4: (("to-4bit", "--format", "nf4", "--head", "4bit"),),
 }
 PROMPT = 512
+WARM_UP = 20  # runs
 # what a model in four bits is compared with: the FP8 model whose head is quantised as its own
 PEERS = {RELEASED: RELEASED, FP8: FP8, INT4: FP8, NF4: FP8}
 
@@ -132,7 +133,8 @@ def in_turns(models: dict, context: int, options: argparse.Namespace) -> list[di
                 llama_speed(file, context, TOKENS, SAMPLES, options)
             )
         for name, run in runs.items():
-            run()  # what the other processes pushed out of the caches
+            for _ in range(WARM_UP):  # reads what was dropped from memory meanwhile: tokens choose experts one by one
+                run()
             samples = [TOKENS / common.seconds_of(run) for _ in range(SAMPLES)]
             speeds.setdefault(name, []).append(statistics.median(samples))
     found = []

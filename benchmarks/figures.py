@@ -38,8 +38,11 @@ LINEAR, EXPERTS, MODEL = (
     "A model, decoding at 128 tokens",
 )
 # Result files of models in four bits by instruction set, one machine, and the columns of docs/four-bit.md
-FOUR_BIT = {"AVX-512": "cpu"}
-FOUR_BIT_COLUMNS = ("FP8, head bf16", "FP8, head FP8", "INT4, head INT4", "NF4, head NF4")
+FOUR_BIT = {"AVX-512": "cpu", "AVX2": "cpu-avx2"}
+FOUR_BIT_COLUMNS = (
+    *("FP8, head bf16", "FP8, head FP8", "INT4, head INT4", "NF4, head NF4"),
+    *("llama.cpp q4_0", "llama.cpp q4_k_m", "llama.cpp q8_0"),
+)
 # Student's t of a two-sided 95 % interval, by the number of runs
 T = {4: 3.182, 8: 2.365}
 LEARNING_RATES = ("4.2e-4", "1e-3")  # the first is DeepSeek-V2-Lite's

@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # What each part of the package is about.
 FAMILIES = {
-    "files": "checkpoint weights release release_names origin loading saving quantizer resizing offloaded hub inspection anatomy planning planning_drafts "
-    "training_memory bnb",
-    "mathematics": "layers rope masks cross_entropy attention_chunks attention moe block mtp decoding objective modeling config families "
-    "named_models field_checks tokens chat_template training",
-    "machine": "ops formats quantized engine streaming hybrid cache paged machine cgroups",
+    "files": "checkpoint weights release release_names origin loading resuming saving quantizer resizing offloaded hub inspection anatomy planning "
+    "planning_drafts planning_sparse training_memory training_scale training_speed bnb templates",
+    "mathematics": "layers rope indexer masks cross_entropy attention_chunks attention sparse_attention layer_context moe block mtp decoding "
+    "objective modeling config layer_types families named_models field_checks tokens chat_template training indexer_loss",
+    "machine": "ops formats quantized engine streaming hybrid cache paged machine cgroups distributed",
     "around": "_version compat terminal pages adapters registration tiny __init__ cli eval conversion",
 }
 PATHS = {

@@ -16,11 +16,13 @@ from modeling_deepseek_moe.ops.block_fp8 import cpu as fp8
 from modeling_deepseek_moe.ops.experts import cpu as experts
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit_cpu
 from modeling_deepseek_moe.ops.four_bit.reference import KINDS
+from modeling_deepseek_moe.ops.indexer import cpu as indexer
 from modeling_deepseek_moe.ops.linear import cpu as bf16
 from modeling_deepseek_moe.ops.mla_project import cpu as projection
 from modeling_deepseek_moe.ops.moe import cpu as moe
 from modeling_deepseek_moe.ops.rms_norm import cpu as norm
 from modeling_deepseek_moe.ops.routing import cpu as routing
+from modeling_deepseek_moe.ops.sparse_attention import cpu as sparse
 
 Call = tuple[Callable, tuple]
 
@@ -65,6 +67,8 @@ def every_call(
         calls[f"dequantize-{name}"] = fp8.dequantize, (codes, scale, dtype)
         calls[f"quantize-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, False)
         calls[f"quantize-ue8m0-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, True)
+        if dtype in attention.CACHES:
+            calls |= choice_calls(random, name, dtype, tokens)
         for kind in homes if dtype in attention.CACHES else ():
             label = f"{'fp8' if kind == FP8 else 'bf16'}-{name}"
             calls |= attention_calls(random, label, kind, dtype, tokens, hidden, magnitude)
@@ -93,12 +97,16 @@ def four_bit_calls(random: Callable, kind: str, x, chosen, width: int, magnitude
         f"linear-{label}": (four_bit_cpu.linear, (x, codes, parts, random(width).to(x.dtype), row)),
         f"dequantize-{label}": (four_bit_cpu.dequantize, (codes, parts, x.dtype, row)),
     }
+    gate, up, down = (matrix(*shape) for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
+    three = [part for _, scales in (gate, up, down) for part in four_bit_cpu.parts_of(scales)]
+    calls[f"swiglu-{label}"] = experts.swiglu_four_bit, (x, [gate[0], up[0], down[0]], three, row)
     if x.dtype in attention.CACHES:
         up, up_scales = matrix(4 * 36, hidden)
         shapes = ((2, 4, 1, 16), (2, 4, 1, 8), (2, 1, 30, hidden), (2, 1, 30, 8))
         given = [(random(*shape) * magnitude).to(x.dtype) for shape in shapes]
         parts = four_bit_cpu.parts_of(up_scales)
         calls[f"mla-{label}"] = attention.decode_four_bit, (*given, None, up, parts, row, 0.2)
+        calls[f"sparse-{label}"] = sparse.attend_four_bit, (*given, chosen_rows(2, 1, 30), up, parts, row, 0.2)
     if kept is not None:
         table = torch.zeros((3, 3, 2), dtype=torch.int64)
         for expert in range(3):
@@ -135,6 +143,10 @@ def attention_calls(
     queries_and_caches = [(random(*shape) * magnitude).to(dtype) for shape in shapes]
     mask = random(2, 1, 1, 30 * tokens) > -1
     calls: dict[str, Call] = {f"mla-{label}": (attention.decode, (*queries_and_caches, mask, up, up_scale, 0.2))}
+    shapes = ((2, 4, 3, 16), (2, 4, 3, 8))
+    queries = [(random(*shape) * magnitude).to(dtype) for shape in shapes]
+    rows = chosen_rows(2, 3, 30 * tokens)
+    calls[f"sparse-{label}"] = sparse.attend, (*queries, *queries_and_caches[2:], rows, up, up_scale, 0.2)
     few = (random(1, min(tokens, 8), hidden) * magnitude).to(dtype)
     angles = random(1, few.shape[1], 8)
     for query, shapes in (
@@ -153,6 +165,23 @@ def attention_calls(
             (few, angles.cos(), angles.sin(), *parts, norms, [1e-6] * len(norms), 3, 72, True),
         )
     return calls
+
+
+def choice_calls(random: Callable, label: str, dtype: torch.dtype, tokens: int) -> dict[str, Call]:
+    """Of whole numbers, whose scores are the same on every instruction set."""
+    length, calls = 40 * tokens, {}
+    queries, keys, weights = ((random(*shape) * 2).round() for shape in ((2, 3, 5, 40), (2, length, 40), (2, 3, 5)))
+    masks = {"causal": None, "dense": random(2, 1, 3, length) > -1, "added": (random(1, 1, 3, length) * 4).round()}
+    for name, mask in masks.items():
+        calls[f"index-{name}-{label}"] = indexer.select, (queries.to(dtype), weights, keys.to(dtype), mask, 30)
+    return calls
+
+
+def chosen_rows(batch: int, queries: int, length: int) -> torch.Tensor:
+    """Some rows of a cache for each query, fewer for the first."""
+    rows = torch.arange(0, length, 2, dtype=torch.int32).repeat(batch, queries, 1)
+    rows[:, 0, length // 3 :] = -1
+    return rows
 
 
 def expert_calls(

@@ -25,10 +25,14 @@ const char *dsm_isa_name(int isa);
 int dsm_has_threads(void);
 int dsm_dequantize(int, int, const uint8_t *, const float *, int64_t, int64_t, void *, int);
 int dsm_dequantize_four_bit(int, int, const Matrix *, void *, int);
+int dsm_index(int, int, int, const Indexer *, const Visible *, int64_t, int32_t *);
+int dsm_sparse_attention(int, int, int, int64_t, int64_t, int64_t, const MlaShape *, const Queries *,
+                         const LatentCache *, const int32_t *, int64_t, const Matrix *, float, void *);
 int dsm_quantize(int, int, const void *, int, int64_t, int64_t, int, uint8_t *, float *);
 
-static const char *const NAMES[] = {"linear",     "experts",     "rms_norm", "dequantize", "quantize",
-                                    "mla_decode", "mla_project", "route",    "moe",        "dequantize_four_bit"};
+static const char *const NAMES[] = {"linear",     "experts",         "rms_norm", "dequantize", "quantize",
+                                    "mla_decode", "mla_project",     "route",    "moe",        "dequantize_four_bit",
+                                    "index",      "sparse_attention"};
 
 static int invoke(int64_t function, const Argument *a, int isa, int threads) {
 #define I(i) a[i].integer
@@ -41,11 +45,16 @@ static int invoke(int64_t function, const Argument *a, int isa, int threads) {
     case 3: return dsm_dequantize(isa, threads, P(0), P(1), I(2), I(3), P(4), N(5));
     case 4: return dsm_quantize(isa, threads, P(0), N(1), I(2), I(3), N(4), P(5), P(6));
     case 5:
-        return dsm_mla_decode(isa, threads, N(0), I(1), I(2), P(3), P(4), P(5), P(6), P(7), (float)a[8].real, P(9));
+        return dsm_mla_decode(isa, threads, N(0), I(1), I(2), I(3), P(4), P(5), P(6), P(7), P(8), (float)a[9].real,
+                              P(10));
     case 6: return dsm_mla_project(isa, threads, N(0), P(1), I(2), P(3), P(4), P(5), P(6), P(7), P(8), P(9));
     case 7: return dsm_route(isa, threads, P(0), I(1), I(2), P(3), P(4), P(5), P(6));
     case 8: return dsm_moe(isa, threads, N(0), P(1), I(2), I(3), P(4), P(5));
     case 9: return dsm_dequantize_four_bit(isa, threads, P(0), P(1), N(2));
+    case 10: return dsm_index(isa, threads, N(0), P(1), P(2), I(3), P(4));
+    case 11:
+        return dsm_sparse_attention(isa, threads, N(0), I(1), I(2), I(3), P(4), P(5), P(6), P(7), I(8), P(9),
+                                    (float)a[10].real, P(11));
     default: return -100;
     }
 }
@@ -161,7 +170,7 @@ int main(int argc, char **argv) {
     while (fread(&function, sizeof function, 1, file) == 1) {
         Argument a[MOST];
         const int64_t count = read_integer(file);
-        if (function < 0 || function > 9 || count > MOST) die("a call of no function");
+        if (function < 0 || function > 11 || count > MOST) die("a call of no function");
         for (int64_t i = 0; i < count; i++) a[i] = read_argument(file);
         for (int isa = 0; isa <= dsm_isa_best(); isa++, calls++) {
             char *first[MOST] = {0};

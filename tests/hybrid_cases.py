@@ -5,6 +5,7 @@ import pytest
 import torch
 from fake_device import Memory
 from releases import SHAPES, write_release
+from test_int4_release import write_int4
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_deepseek_moe.anatomy import parameter_breakdown
@@ -207,6 +208,19 @@ def test_budgets_that_cannot_be(folder):
         model.set_expert_memory()
     with pytest.raises(ValueError, match="found no experts apart from an accelerator"):
         load(folder).set_expert_memory(gpu="1GB")
+
+
+def test_int4_experts(tmp_path):
+    """Apart, half of them held, and passing through."""
+    write_int4(tmp_path / "int4", SHAPES["v3"]())
+    plain, model = resident(tmp_path / "int4"), load(tmp_path / "int4", device_map=APART)
+    assert type(model.model.layers[1].mlp.experts) is MappedExperts
+    wanted = logits(plain)
+    assert same(logits(model), wanted, None)
+    for compute, count in (("cpu", EXPERTS // 2), ("gpu", 5)):
+        model.set_expert_memory(gpu=count * size_of(model), compute=compute)
+        torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+        assert model.gpu_expert_stats().misses
 
 
 def test_memory_that_ends_while_loading(folder):

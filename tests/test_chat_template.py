@@ -8,7 +8,15 @@ from eval_harness import small_model, tokenizer, write_math
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-from modeling_deepseek_moe.chat_template import check_arguments, end_mark, prompt_end, taken_arguments
+from modeling_deepseek_moe.chat_template import (
+    answer_message,
+    check_arguments,
+    end_mark,
+    prompt_end,
+    taken_arguments,
+    thinking_arguments,
+)
+from modeling_deepseek_moe.cli._template import template_arguments
 from modeling_deepseek_moe.cli.app import app
 from modeling_deepseek_moe.cli.chat import Conversation
 from modeling_deepseek_moe.eval.code import handover
@@ -167,3 +175,66 @@ def test_what_a_chat_is_given_reaches_its_prompts(template, arguments, mark):
         prompt = made.decode(conversation.seen[:-1])
         assert turn in prompt and end_mark(prompt) == mark
         assert ('"weather"' in prompt) == ("tools" in arguments)
+
+
+REASONING = (  # as GLM-5's and Kimi-K2-Thinking's: reasoning in a field of its own, of earlier turns only when it is asked for
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% if m.reasoning_content and (clear_thinking is defined and not clear_thinking or loop.index0 > ns.last) %}"
+    "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{{ '<think>' if enable_thinking | default(true) else '</think>' }}{% endif %}"
+)
+
+
+def test_the_choice_of_thinking_under_the_template_s_name():
+    for name in ("thinking", "enable_thinking"):
+        made = with_template("choice" if name == "thinking" else "other name")
+        assert thinking_arguments(made, True) == {name: True}
+    with pytest.raises(
+        ValueError, match=r"thinking off: found a chat template of .* that reads neither thinking nor enable_"
+    ):
+        thinking_arguments(with_template("always"), False)
+
+
+@pytest.mark.parametrize("prompt, said", [("[a]<think>", "hm</think>yes"), ("[a]", "<think>hm</think>yes")])
+def test_answers_go_back_in_the_fields_that_a_template_reads(prompt, said):
+    made = with_template("choice")
+    assert answer_message(made, prompt, said) == {"role": "assistant", "content": said}
+    made.chat_template = REASONING
+    answer = answer_message(made, prompt, said)
+    assert answer == {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    talk = [{"role": "user", "content": "q"}, answer, {"role": "user", "content": "and?"}]
+    render = {"tokenize": False, "add_generation_prompt": True}
+    assert made.apply_chat_template(talk, **render) == "[user]q[assistant]yes[user]and?[assistant]<think>"
+    kept = made.apply_chat_template(talk, **render, clear_thinking=False, enable_thinking=False)
+    assert kept == "[user]q[assistant]<think>hm</think>yes[user]and?[assistant]</think>"
+    assert answer_message(made, "[a]<think>", "hm") == {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    assert answer_message(made, "[a]</think>", "yes") == {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    "template, name", [(V31, "thinking"), (GLM, "enable_thinking"), (REASONING, "enable_thinking")]
+)
+def test_options_of_a_chat(tmp_path, template, name):
+    made = tokenizer()
+    made.chat_template = MARKS.sub("", template)
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([TOOL]))
+    reads_tools = "tools" in template
+    given = template_arguments(
+        made, '{"clear_thinking": false}' if template is REASONING else None, False, file if reads_tools else None
+    )
+    assert given.pop(name) is False and given.pop("clear_thinking", False) is False
+    assert given == ({"tools": [TOOL]} if reads_tools else {})
+    with pytest.raises(ValueError, match=f"--template-args: found '{name}' and --thinking, wanted one of them"):
+        template_arguments(made, json.dumps({name: True}), True, None)
+    for text, fault in (
+        ("{", "that is not JSON"),
+        ("{}", "found a dict"),
+        ('[{"name": "f"}]', "no function with a name"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"--tools .*tools.json: .*{fault}"):
+            template_arguments(made, None, None, file)
+    with pytest.raises(ValueError, match=r"absent.json: found a file that cannot be read"):
+        template_arguments(made, None, None, tmp_path / "absent.json")

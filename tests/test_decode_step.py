@@ -30,10 +30,10 @@ def one_model(tmp_path_factory):
     return load(tmp_path_factory, "v3", True)
 
 
-def load(tmp_path_factory, kind, fp8):
+def load(tmp_path_factory, kind, fp8, dtype=torch.bfloat16):
     folder = tmp_path_factory.mktemp(kind)
     write_release(folder, SHAPES[kind](), fp8=fp8)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def prompt(rows=2, length=11):
@@ -86,6 +86,42 @@ def test_has_the_bits_of_the_layers(model, rows, fused_steps, by_layers):
     found = logits(model, rows)
     assert fused_steps == [rows] * 12
     assert torch.equal(found, by_layers(logits, model, rows)) and len(fused_steps) == 12
+
+
+@torch.no_grad()
+def turns(model, rows=1) -> list[torch.Tensor]:
+    """Logits of a prompt, then of several tokens at a time, some of which are taken back."""
+    ids, mask = prompt(rows)
+    cache = DynamicCache(config=model.config)
+    found = [model(ids, attention_mask=mask, cache=cache).logits]
+    for step, count in enumerate((2, 4, 1, 3)):
+        mask = torch.cat((mask, mask.new_ones(rows, count)), dim=1)
+        tokens = torch.arange(count).expand(rows, -1) + 5 + step
+        found.append(model(tokens, attention_mask=mask, cache=cache).logits)
+        if count > 1:
+            cache.crop(-(count // 2))
+        mask = mask[:, : cache.get_seq_length()]
+    return found
+
+
+@needs_engine
+@pytest.mark.parametrize("rows", [1, 2])
+def test_several_tokens_of_a_sequence_in_one_call(model, rows, fused_steps, by_layers):
+    found = turns(model, rows)
+    assert fused_steps == [rows] * 4
+    wanted = by_layers(turns, model, rows)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True)) and len(fused_steps) == 4
+
+
+@every_isa
+def test_several_tokens_in_one_call_are_what_torch_computes(isa, tmp_path_factory):
+    model = load(tmp_path_factory, "v3", True, torch.float32)
+    with use_backend("reference"):
+        wanted = turns(model)
+    with use_backend(isa):
+        found = turns(model)
+    assert model.model.__dict__[SLOT].stages[0].attention is None  # what is not of bf16 there runs by its modules
+    assert all((one - other).norm() < 1e-4 * other.norm() for one, other in zip(found, wanted, strict=True))
 
 
 @every_isa

@@ -4,6 +4,7 @@ on the right. Positions count what is not masked, as `generate` counts them."""
 import pytest
 import torch
 import transformers
+from families import write_family
 from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -81,3 +82,17 @@ def test_generate_after_padding_on_the_right(models):
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ours, plain = (model.generate(IDS, attention_mask=mask, **settings) for model in models)
     assert torch.equal(ours, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hidden", [-1e9, -1e4, float("-inf")])
+def test_floats_hide_keys_of_sparse_attention_however_they_say_so(tmp_path, hidden):
+    write_family(tmp_path, "deepseek_v32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))
+    causal = torch.ones(30, 30).triu(1).bool().expand(2, 1, -1, -1)
+    mask = torch.zeros(2, 1, 30, 30).masked_fill(causal, hidden)
+    assert (model(ids, attention_mask=mask).logits - model(ids).logits).abs().max() < 1e-4
+    for other in (mask - 0.5, (~causal).long()):
+        with pytest.raises(ValueError, match=r"attention_mask: found .* besides 0 .*has no bias for pairs of tokens"):
+            model(ids, attention_mask=other)

@@ -1,4 +1,4 @@
-"""Absorbed attention of one new token on the CPU engine: the definition in fp64, masks, strides, threads, reasons."""
+"""Absorbed attention of one new token, and of a few, on the CPU engine: the definition in fp64, masks, strides, threads, reasons."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SHAPES = {
 }
 
 
-def case(shape, dtype=torch.bfloat16, fp8=True, mask=None, seed=0) -> dict:
+def case(shape, dtype=torch.bfloat16, fp8=True, mask=None, seed=0, tokens=1) -> dict:
     batch, heads, nope, rope, rank, value, length = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -34,16 +34,16 @@ def case(shape, dtype=torch.bfloat16, fp8=True, mask=None, seed=0) -> dict:
         scale_inv = scale_inv / rank**0.5
     else:
         weight, scale_inv = (torch.randn(rows, rank, generator=generator) * rank**-0.5).bfloat16(), None
-    query = normal(batch, 1, heads, nope + rope).transpose(1, 2)
+    query = normal(batch, tokens, heads, nope + rope).transpose(1, 2)
     if mask is not None:
-        allowed = torch.rand(batch, 1, 1, length, generator=generator) > 0.3
+        allowed = torch.rand(batch, 1, tokens, length, generator=generator) > 0.3
         allowed[..., -1] = True
         if mask == "left padding":
             allowed[:] = torch.arange(length) >= min(length - 1, 100)
         mask = (
             allowed
             if mask == "boolean"
-            else normal(batch, 1, 1, length).masked_fill(
+            else normal(batch, 1, tokens, length).masked_fill(
                 ~allowed, torch.finfo(dtype).min if mask == "added" else -torch.inf
             )
         )
@@ -92,6 +92,27 @@ def test_masks(isa, mask):
     with use_backend(isa):
         found = cpu.decode(**given)
     assert distance(found, defined(given, torch.float64)) < 2e-6
+
+
+@every_isa
+@pytest.mark.parametrize("mask", [None, "boolean"])
+@pytest.mark.parametrize("tokens", [2, 5, 8])
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in ("V3", "ragged", "odd", "long")], ids=str)
+def test_a_few_tokens_at_once(isa, shape, tokens, mask):
+    given = case(shape, torch.float32, mask=mask, tokens=tokens)
+    with use_backend(isa):
+        found = cpu.decode(**given)
+    assert found.shape[1] == tokens and distance(found, defined(given, torch.float64)) < 2e-6
+
+
+@every_isa
+def test_a_token_does_not_see_those_after_it(isa):
+    given = case(SHAPES["batch"], tokens=4)
+    with use_backend(isa):
+        before = cpu.decode(**given)
+        given["c_kv"][:, :, -2:] = 1e3
+        found = cpu.decode(**given)
+    assert torch.equal(found[:, :2], before[:, :2]) and not torch.equal(found[:, 2], before[:, 2])
 
 
 @every_isa

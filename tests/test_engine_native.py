@@ -33,7 +33,14 @@ needs_gcc = pytest.mark.skipif(GCC is None, reason="gcc is not installed")
 # a number of bytes that are read, (bytes, dtype) that are written (dtype -1: to the last bit), or a `Memory`: what is
 # read and points to other memory.
 FUNCTIONS = ("dsm_linear", "dsm_experts", "dsm_rms_norm", "dsm_dequantize", "dsm_quantize", "dsm_mla_decode")
-FUNCTIONS += ("dsm_mla_project", "dsm_route", "dsm_moe", "dsm_dequantize_four_bit")
+FUNCTIONS += (
+    "dsm_mla_project",
+    "dsm_route",
+    "dsm_moe",
+    "dsm_dequantize_four_bit",
+    "dsm_index",
+    "dsm_sparse_attention",
+)
 ITEMSIZES = {code: dtype.itemsize for dtype, code in _native.DTYPES.items()}
 EXACT = -1
 
@@ -127,13 +134,34 @@ def describe_quantize(x, dtype, rows, columns, power_of_two, codes, scale):
     return size * ITEMSIZES[dtype], "i", "i", "i", "i", (size, EXACT), (blocks(rows, columns), EXACT)
 
 
-def describe_mla_decode(dtype, batch, length, shape, queries, cache, mask, weight, scaling, out):
+def describe_mla_decode(dtype, batch, tokens, length, shape, queries, cache, mask, weight, scaling, out):
     size, heads, rope, rank = ITEMSIZES[dtype], shape.num_heads, shape.qk_rope_head_dim, shape.kv_lora_rank
-    nope = batch * heads * shape.qk_nope_head_dim * size
-    read = memory(queries, nope=nope, pe=batch * heads * rope * size)
+    nope = batch * tokens * heads * shape.qk_nope_head_dim * size
+    read = memory(queries, nope=nope, pe=batch * tokens * heads * rope * size)
     cached = memory(cache, c_kv=batch * length * rank * size, k_pe=batch * length * rope * size)
-    parts = memory(shape), read, cached, memory(mask, values=4 * batch * length), matrix(weight)
-    return "i", "i", "i", *parts, "f", (batch * heads * shape.v_head_dim * size, dtype)
+    parts = memory(shape), read, cached, memory(mask, values=4 * batch * tokens * length), matrix(weight)
+    return "i", "i", "i", "i", *parts, "f", (batch * tokens * heads * shape.v_head_dim * size, dtype)
+
+
+def describe_index(dtype, given, visible, topk, out):
+    size, queries = ITEMSIZES[dtype], given.batch * given.tokens
+    parts = {"queries": queries * given.heads * given.width * size, "weights": 4 * queries * given.heads}
+    keys = given.batch * given.length * given.width * size
+    seen = (given.batch if visible.batch else 1) * given.tokens * given.length * {10: 1}.get(visible.dtype, 4)
+    out = (4 * queries * topk, EXACT)
+    return "i", memory(given, **parts, keys=keys), memory(visible, values=seen), "i", out
+
+
+def describe_sparse_attention(
+    dtype, batch, tokens, length, shape, queries, cache, indices, count, weight, scaling, out
+):
+    size, heads, rope, rank = ITEMSIZES[dtype], shape.num_heads, shape.qk_rope_head_dim, shape.kv_lora_rank
+    nope = batch * tokens * heads * shape.qk_nope_head_dim * size
+    read = memory(queries, nope=nope, pe=batch * tokens * heads * rope * size)
+    cached = memory(cache, c_kv=batch * length * rank * size, k_pe=batch * length * rope * size)
+    rows = 4 * batch * tokens * count
+    written = (batch * tokens * heads * shape.v_head_dim * size, dtype)
+    return "i", "i", "i", "i", memory(shape), read, cached, rows, "i", matrix(weight), "f", written
 
 
 def describe_mla_project(dtype, x, tokens, shape, weights, cos, sin, *results):
@@ -175,6 +203,7 @@ DESCRIBE = (
     *(describe_linear, describe_experts, describe_rms_norm),
     *(describe_dequantize, describe_quantize, describe_mla_decode),
     *(describe_mla_project, describe_route, describe_moe, describe_dequantize_four_bit),
+    *(describe_index, describe_sparse_attention),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from families import CLASSES, FIELDS, extra_tensors, spelled, write_family
-from releases import same_bits
+from releases import FP8, same_bits
 from safetensors.torch import load_file, save_file
 from test_anatomy import rounded
 from test_int4_release import ROUTED, announced
@@ -28,6 +28,8 @@ PLAIN = {
     "sarvam_mla": ("SarvamMLAConfig", "DeepseekV3ForCausalLM"),
     "axk1": ("AXK1Config", "AXK1ForCausalLM"),
     "kimi_k25": ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
+    "deepseek_v32": ("DeepseekV32Config", "DeepseekV32ForCausalLM"),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", "GlmMoeDsaForCausalLM"),
 }
 IDS = torch.arange(3, 20)[None]
 
@@ -125,9 +127,13 @@ def test_fp8_stays_and_streams(tmp_path, kind):
     assert any(isinstance(module, MappedExperts) for module in model.modules())
     settings = {"quantization_config": FineGrainedFP8Config(dequantize=True), "dtype": torch.float32}
     exact = AutoModelForCausalLM.from_pretrained(tmp_path, **settings).eval()
+    few = IDS[
+        :, : getattr(model.config, "index_topk", None)
+    ]  # beyond, indexers choose other keys where they round otherwise
     with torch.no_grad():
-        mapped, wanted = model(IDS).logits, exact(IDS).logits
+        mapped, wanted = model(few).logits, exact(few).logits
         assert (mapped.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+        mapped = model(IDS).logits
         model.set_expert_memory(20 * 3 * 64 * 32)
         assert torch.equal(model(IDS).logits, mapped)
 
@@ -227,16 +233,16 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, case):
 
 
 def test_sparse_attention_is_not_loaded_as_dense(tmp_path):
-    """DeepSeek-V3.2's tensors under another model type, and its own model type."""
+    """DeepSeek-V3.2's tensors under another model type, and its own model type over one tensor of them."""
     tensors = write_family(tmp_path, "glm4_moe_lite")
     indexer = {"model.layers.0.self_attn.indexer.wk.weight": torch.zeros(4, 64)}
     save_file(tensors | indexer, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"indexer\.wk\.weight: found an indexer's tensor"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not inspect_checkpoint(tmp_path).is_loadable
-    edit(tmp_path, model_type="deepseek_v32")
-    with pytest.raises(ValueError, match="model_type='deepseek_v32', wanted one of"):
-        read_config(tmp_path)
+    edit(tmp_path, model_type="deepseek_v32", index_topk=8)
+    with pytest.raises(CheckpointError, match=r"indexer\.\w+\.weight: found "):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 PUBLISHED = {
@@ -245,6 +251,8 @@ PUBLISHED = {
     "sarvam_mla": ("106", "11"),
     "axk1": ("519", "32"),
     "kimi_k25": ("1.0e+03", "32"),
+    "deepseek_v32": ("672", "37"),
+    "glm_moe_dsa": ("744", "41"),  # 40B are published: the head is 1B
 }
 
 
@@ -256,7 +264,7 @@ def test_published_sizes(kind):
     assert rounded(breakdown.active_parameters, active) == active
 
 
-def write_headers(folder, fields, int4: bool) -> None:
+def write_headers(folder, fields, int4: bool = False, fp8: bool = False) -> None:
     """A release's folder with its real headers in sparse files of the right size, and no data."""
     config = CLASSES[fields["model_type"]].from_dict(dict(fields))
     tensors = {}
@@ -267,13 +275,16 @@ def write_headers(folder, fields, int4: bool) -> None:
             tensors[f"{name}_packed"] = ("I32", (rows, columns // 8))
             tensors[f"{name}_scale"] = ("BF16", (rows, columns // 32))
             tensors[f"{name}_shape"] = ("I32", (2,))
+        elif fp8 and spec.quantized:
+            tensors[name] = ("F8_E4M3", spec.shape)
+            tensors[f"{name}_scale_inv"] = ("F32", tuple(-(-size // 128) for size in spec.shape))
         else:
             tensors[name] = ("F32" if name.endswith("bias") else "BF16", spec.shape)
     tensors |= {name: ("BF16", tuple(tensor.shape)) for name, tensor in extra_tensors(config.model_type).items()}
     (folder / "config.json").write_text(json.dumps(fields))
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * {"I32": 4, "F32": 4, "BF16": 2}[dtype]
+        start, end = end, end + math.prod(shape) * {"I32": 4, "F32": 4, "BF16": 2, "F8_E4M3": 1}[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     try:
@@ -305,6 +316,26 @@ def test_published_sizes_from_headers(tmp_path, kind, values, gigabytes):
     assert found.is_loadable and not found.findings
     assert found.total.values / 1e9 == pytest.approx(values, rel=0.005)
     assert found.total.nbytes / 1e9 == pytest.approx(gigabytes, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "kind, fp8, values, gigabytes",
+    [
+        pytest.param("deepseek_v32", True, 685.4, 690.5, id="DeepSeek-V3.2"),
+        pytest.param("glm_moe_dsa", False, 755.8, 1511.5, id="GLM-5"),
+        pytest.param("glm_moe_dsa", True, 755.8, 758, id="GLM-5-FP8", marks=pytest.mark.long),
+    ],
+)
+def test_sparse_attention_from_headers(tmp_path, kind, fp8, values, gigabytes):
+    """685B are published with the MTP layer, and GLM-5's 744B without: 743.9B and 11.9B."""
+    fields = real_fields(kind) | {"num_nextn_predict_layers": 1}
+    if fp8:
+        fields["quantization_config"] = dict(FP8)
+    write_headers(tmp_path, fields, fp8=fp8)
+    found = inspect_checkpoint(tmp_path)
+    assert found.is_loadable and not found.findings
+    assert found.total.values / 1e9 == pytest.approx(values, rel=0.001)
+    assert found.total.nbytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from engine_cases import distance, every_isa, needs_engine
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe import formats, use_backend
+from modeling_deepseek_moe import formats, modeling, use_backend
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
@@ -90,6 +90,17 @@ def test_all_of_a_step_is_native(plain, kind):
     with use_backend("reference"):
         theirs = steps(exact.bfloat16())
     assert distance(found, wanted) < 1.6 * distance(theirs, wanted) + 1e-3
+
+
+@every_isa
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_has_the_bits_of_its_layers(plain, kind, isa, monkeypatch):
+    """And so those of a model whose experts are streamed, which are called as the module that they are."""
+    model, _ = quantised(plain, lambda name: kind)
+    with use_backend(isa):
+        found = steps(model, 3)
+        monkeypatch.setattr(modeling, "runs", lambda model, layers, *_: layers)
+        assert torch.equal(found, steps(model, 3))
 
 
 @every_isa

@@ -97,6 +97,40 @@ def test_models_generate(models, name):
     assert found["prompt_tokens_per_s"] > 0 and {"tokens_per_s", "ms_per_step"} <= set(found)
 
 
+def test_experts_apart(models):
+    import gpu_hybrid
+
+    found = gpu_hybrid.hybrid(
+        CPU, context=8, steps=3, layers=3, **{k: v for k, v in SMALL.items() if k != "num_hidden_layers"}
+    )
+    assert [row["held_share"] for row in found["rows"]] == [0.0, 0.1, 0.5, 1.0]
+    # a difference of two times: of three steps it may have either sign
+    assert all(row["tokens_per_s"] and row["predicted_tokens_per_s"] > 0 for row in found["rows"])
+
+
+def test_charts_of_what_there_is(models, tmp_path):
+    import gpu_plot
+
+    row = {"batch": 1, "context": 1024, "tokens_per_s": 90.0}
+    results = [
+        {"part": "machine", "card": "Card 1"},
+        {"part": "limits", "read_TBps": 3.0},
+        {"part": "decode_experts", "rows": [{"shape": "V3", "format": "int4", "tokens": 1, "GBps": 2400.0}]},
+        {"part": "end_to_end", "fp8": {"rows": [row]}, "bf16": {"rows": [row]}},
+        {"part": "plain_transformers", "error": "RuntimeError: out of memory"},
+        {
+            "part": "hybrid",
+            "layers": 9,
+            "rows": [{"held_share": 0.1, "tokens_per_s": 9.0, "predicted_tokens_per_s": 10.0, "of_predicted": 0.9}],
+        },
+    ]
+    files = gpu_plot.write(results, tmp_path)
+    assert [file.name for file in files] == ["experts.svg", "tokens.svg", "hybrid.svg"]
+    text = "".join(file.read_text() for file in files)
+    assert "80 % of a read" in text and "10% of the experts" in text and "transformers" not in text
+    assert gpu_plot.write([], tmp_path) == []
+
+
 def test_both_models_train(models):
     for model in (models.build(CPU, "bf16", **SMALL), models.build_plain(CPU, **SMALL)):
         assert models.step_ms(model, 1, 16, rounds=1) > 0

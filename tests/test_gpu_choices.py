@@ -57,6 +57,13 @@ def test_every_card_has_tiles(card):
         assert 128 % block_n == 0  # the rows of a program share the scales of their block
 
 
+def test_groups_of_codes_have_tiles():
+    for rows in (1, 8, 9, 17, 64):
+        for columns in (576, 24576):
+            sides = four_bit_triton.tile_of_groups(rows, columns, 132)[:3]
+            assert all(side & (side - 1) == 0 for side in sides) and sides[0] >= min(rows, 32)
+
+
 def test_splits_fill_a_card_and_no_more():
     assert attention.splits(1, 1, 8192, 132) == attention.MOST_SPLITS
     assert attention.splits(64, 1, 8192, 132) == 5

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from modeling_deepseek_moe.formats import by_name
-from modeling_deepseek_moe.ops import _triton, _triton_table
+from modeling_deepseek_moe.ops import _libraries, _triton, _triton_table
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.ops.experts import Operands, routed_quantized, routed_swiglu, runs_on_card, triton
 
@@ -32,6 +32,28 @@ def test_cards_that_are_too_old_are_named(card, generation):
     assert _triton.refusal(CUDA) == ("needs SM80, found SM75" if generation < 80 else None)
     fp8 = _triton.refusal(CUDA, _triton.FP8_CORES)
     assert fp8 == (f"needs SM89, found SM{generation}" if generation < 89 else None)
+
+
+def test_the_log_says_what_computes_and_what_lies_idle(card, monkeypatch):
+    there = {"triton": "3.7.1", "sgl-flash-mla": "1.2", "humming-kernels": "0.1.19"}
+
+    def version(package):
+        if package not in there:
+            raise _libraries.PackageNotFoundError(package)
+        return there[package]
+
+    told = []
+    monkeypatch.setattr(_libraries, "version", version)
+    monkeypatch.setattr(_libraries.logger, "info", told.append)
+    card(89)
+    _libraries.announce.cache_clear()
+    for _ in range(2):
+        assert _triton.refusal(CUDA) is None
+    assert told == [
+        "cuda:0 (SM89): this package's kernels, by Triton 3.7.1, and torch's; installed and not used: FlashMLA 1.2 (is not for "
+        "SM89), humming 0.1.19 (for products of few-bit weights, not tested here)"
+    ]
+    assert _libraries.unused(90)[0] == "FlashMLA 1.2 (for latent attention, not tested here)"
 
 
 def test_other_devices_and_missing_triton_are_named(card):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.cli import app, plan
-from modeling_deepseek_moe.formats import FP8
+from modeling_deepseek_moe.formats import FP8, by_name
 from modeling_deepseek_moe.hybrid.costs import CPU, DEVICE, Layer, Rates, faster, measure_rates, seconds_on_cpu
 from modeling_deepseek_moe.hybrid.held import UseCounts
 from modeling_deepseek_moe.hybrid.layer import HybridMoE
@@ -26,7 +26,9 @@ from modeling_deepseek_moe.hybrid.places import ExpertPlaces
 from modeling_deepseek_moe.hybrid.prediction import CROSSING_SECONDS, Given, predict
 from modeling_deepseek_moe.hybrid.slots import ExpertSlots
 from modeling_deepseek_moe.machine import Bandwidth, Machine
+from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.planning import MEMORY_EFFICIENCY
+from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 
 CASES = Path(__file__).with_name("hybrid_cases.py")
 V3 = Layer(num_experts=256, top_k=8, expert_bytes=44_050_000, expert_values=44_040_192)
@@ -130,6 +132,33 @@ def test_experts_computed_together(tmp_path, fp8):
             slots = ExpertSlots(model.config, experts, count, torch.device("cpu"))
             found = slots._run_together(1, experts, hidden, indices, weights, wanted)
             torch.testing.assert_close(found, experts(hidden, indices, weights), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int4", "nf4", "fp4", "mxfp4"])
+def test_four_bit_experts_in_slots(form):
+    """Codes and scales arrive byte by byte, and an expert gives the bits that it gives where it lies."""
+    config, row, seed = SHAPES["v3"](), by_name(form), torch.Generator().manual_seed(0)
+    config.moe_intermediate_size = 64  # whole groups
+    experts = StackedQuantizedExperts(config, row)
+    for index in range(experts.num_experts):
+        for matrix in experts.matrices(index).values():
+            codes, scales = row.quantize(torch.randn(64, 64, generator=seed) / 8)
+            matrix.codes.view(torch.uint8).copy_(codes.view(torch.uint8))
+            matrix.scales.view(torch.uint8).copy_(scales.view(torch.uint8))
+    slots = ExpertSlots(config, experts, 4, torch.device("cpu"))
+    for index in (3, 5):
+        slot = slots.bring(1, experts, index)
+        copied, own = (module.matrices(at).values() for module, at in ((slots._pool, slot), (experts, index)))
+        for found, wanted in zip(copied, own, strict=True):
+            assert all(
+                torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, wanted, strict=True)
+            )
+    hidden, weights = torch.randn(5, 64, generator=seed), torch.rand(5, 4, generator=seed)
+    indices = torch.tensor([[3, 5, 0, 9]]).expand(5, 4)
+    with torch.no_grad(), use_backend("reference"):
+        found = slots.run(1, experts, hidden, indices, weights, [0, 3, 5, 9])
+        torch.testing.assert_close(found, experts(hidden, indices, weights), rtol=1e-4, atol=1e-4)
+    assert slots.stats().misses == 4 and slots.stats().hits >= 2
 
 
 def test_a_prediction():

@@ -29,11 +29,13 @@ NATIVE = (
     "decode_step",
     "experts",
     "four_bit",
+    "indexer",
     "linear",
     "mla_project",
     "moe",
     "rms_norm",
     "routing",
+    "sparse_attention",
 )
 # a user's `use_backend`; and whether there is an engine, of which a plan's figures depend
 ALLOWED_NATIVE = {"__init__": {"ops._dispatch"}, "planning": {"ops._native"}}

@@ -65,6 +65,7 @@ def two(one, tmp_path_factory):
     return folder / "ddp", train_on_ranks(folder, 2, ddp=ddp, fsdp2=fsdp2, **fp8)
 
 
+@pytest.mark.slow
 def test_ranks_agree_with_one_process(one, two):
     for rank in two[1]["ddp"]:
         assert loads(rank) == loads(one[1])
@@ -74,6 +75,7 @@ def test_ranks_agree_with_one_process(one, two):
             assert [entry[name] for entry in rank["logs"]] == pytest.approx(wanted, rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_sharded_ranks_agree_with_one_process(one, two, tmp_path):
     wanted = train_by_hand(tmp_path, release=one[0])
     for rank in two[1]["fsdp2"]:
@@ -140,6 +142,7 @@ def test_gamma_ends_and_evaluation_does_not_count(tmp_path):
     assert all(14 * 2 * top_k <= count <= 20 * 2 * top_k for count in counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2], ids=["same-world", "other-world"])
 def test_resume_continues_exactly(one, two, tmp_path, ranks):
     """Also on one process from what two wrote: nothing in the state belongs to a rank."""
