@@ -51,6 +51,7 @@ def test_trl_trains_this_class(folder, tmp_path, kind, by):
     assert kind == "SFT" or losses[0] == pytest.approx(0.6931, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_trl_trains_an_adapter_on_four_bits(tmp_path):
     """QLoRA by `SFTTrainer` itself, on the release in FP8: experts too, and what it saves loads on the release."""
     import trl

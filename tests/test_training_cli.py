@@ -225,6 +225,7 @@ def test_moments_of_low_precision(tuned, monkeypatch, optim, dtype, moments):
     AutoModelForCausalLM.from_pretrained(tuned / optim)
 
 
+@pytest.mark.slow
 def test_bf16_moments_beside_fp32_weights(tuned, monkeypatch):
     """AdamW's own steps but for the rounding of its moments, which resume as they were saved."""
     heavyball = pytest.importorskip("heavyball")

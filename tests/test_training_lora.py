@@ -133,6 +133,7 @@ def test_the_adapter_is_merged(trained, folder):
     assert (merged - used).norm() < 0.02 * used.norm()  # bf16's rounding of the merged weights
 
 
+@pytest.mark.slow
 def test_checkpointing_and_optimizers_of_8_bits(folder):
     result = train(
         folder, "bf16", "paged", "--qlora", "--optim", "paged_adamw_8bit", "--gradient_checkpointing", "true"
