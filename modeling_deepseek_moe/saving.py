@@ -98,7 +98,7 @@ class ReleaseSavingMixin(ModelMixin):
             save_directory,
             self._plans(tensors, form, release),
             max_shard_size=max_shard_size,
-            texts=self._texts(form, remote_code, save_directory),
+            texts=self._texts(form, remote_code, save_directory, release),
             show_progress=logging.is_progress_bar_enabled(),
         )
         if push_to_hub:
@@ -208,10 +208,13 @@ class ReleaseSavingMixin(ModelMixin):
         quantizer = getattr(self, "hf_quantizer", None)
         return quantizer is not None and quantizer.quantization_config.quant_method == method
 
-    def _texts(self, form: WeightFormat | None, remote_code: bool, folder: str | os.PathLike) -> dict[str, str]:
+    def _texts(
+        self, form: WeightFormat | None, remote_code: bool, folder: str | os.PathLike, like: Release | None = None
+    ) -> dict[str, str]:
         for_trainer = TRAINER_CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(folder)))
         config = copy.deepcopy(self.config)
-        config.dtype = str(self.dtype).removeprefix("torch.")
+        dtype = (like and like.config.dtype) or self.dtype  # that of the tensors that are written
+        config.dtype = str(dtype).removeprefix("torch.")
         config.architectures = [self.release_architecture or own_class(self).__name__]
         if form and hasattr(config, formats.RELEASED):
             delattr(config, formats.RELEASED)

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,8 +203,4 @@ def on_ranks(folder: Path, ranks: int, *cases: tuple) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    try:
-        run_cases(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    run_cases(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -367,3 +367,14 @@ def test_dequantised_save(tmp_path):
 
 
 # Memory.
+
+
+def test_a_config_says_the_dtype_of_what_is_written_like_a_release(tmp_path):
+    model = dsm.DeepseekV3ForCausalLM(SHAPES["v3"]()).bfloat16()
+    model.save_pretrained(tmp_path / "release")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "release", dtype=torch.float32)
+    with torch.no_grad():
+        wide.lm_head.weight.add_(1)
+    wide.save_pretrained(tmp_path / "trained", like=tmp_path / "release")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert again.config.dtype == again.lm_head.weight.dtype == torch.bfloat16

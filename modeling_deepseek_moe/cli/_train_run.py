@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
+from modeling_deepseek_moe.anatomy import read_config
 from modeling_deepseek_moe.cli._console import count, stderr, stdout
 from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import Collator, Rows, load_documents, pack
@@ -152,7 +153,7 @@ def _write(options: RunOptions, training: TrainingArguments, model: PreTrainedMo
         return "an adapter"
     settings = {"quantize": form.name} if form else {}
     model.save_pretrained(training.output_dir, like=options.model and _local(options.model), **settings)
-    return f"{form.title} release" if form else options.dtype
+    return f"{form.title} release" if form else str(read_config(training.output_dir).dtype).removeprefix("torch.")
 
 
 def _write_in_parts(training: TrainingArguments, model: PreTrainedModel, form: WeightFormat | None) -> str:
