@@ -42,7 +42,7 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model (two
 	touch $@
 
 test: lint $(DOORS) ## Check style and types, and run the tests
-	$(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 slow: $(DOORS) ## Run the tests that start and kill processes or compile graphs (five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not long and not pages" -n 2 --dist loadfile $(ARGS)
@@ -57,7 +57,7 @@ kernels: $(DOORS) ## Check what runs on GPUs, without one: the interpreter, the 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "kernels and not long" -n 2 --dist loadfile $(ARGS)
 
 test-oldest: $(OLD_VENV)/.installed ## Run the tests with the oldest transformers that is supported
-	$(OLD_VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 peer: $(READY) ## Run the tests that compare with other software (downloads transformers' source distribution)
 	$(BIN)/python -m pytest -m peer -n 2 $(ARGS)

@@ -1,5 +1,6 @@
-"""What all tests share: few threads, no network, a fixed seed."""
+"""What all tests share: few threads, no network, a fixed seed, and a short list for the garbage collector."""
 
+import gc
 import os
 
 import pytest
@@ -8,13 +9,27 @@ from recorded import MISSING
 from transformers.utils import logging
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
+    yield
+    torch.set_num_threads(1)  # whatever the test tried: fixtures of modules are made before this one
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Modules and tests live until the end: a full pass of the collector, half a second with them, leaves them out from here on."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -84,14 +84,18 @@ def denormals_are_flushed() -> bool:
     return not (torch.tensor([2.0**-130]) * torch.tensor([0.5])).any()
 
 
+@pytest.fixture(scope="module", params=[1.0, 1e-18, 1e-37, 1e-40, 1e-44])
+def calls(request):
+    kept = []
+    yield [every_call(tokens, 150, 300, request.param, kept) for tokens in (1, 3, 20)]
+    kept.clear()
+
+
 @every_isa
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("magnitude", [1.0, 1e-18, 1e-37, 1e-40, 1e-44])
-def test_flushed_denormals_change_no_bit(magnitude, threads, isa, flushing):
+def test_flushed_denormals_change_no_bit(calls, threads, isa, flushing):
     """Of codes, scales, activations or results; and the mode is the caller's again afterwards."""
-    kept = []
     torch.set_flush_denormal(False)
-    calls = [every_call(tokens, 150, 300, magnitude, kept) for tokens in (1, 3, 20)]
     torch.set_num_threads(threads)
     with use_backend(isa):
         wanted = [run(call) for call in calls]

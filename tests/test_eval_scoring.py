@@ -185,7 +185,7 @@ def test_thinking_is_not_the_answer():
 
 @pytest.mark.parametrize("piece", ["answer is ", "Answer: ", "answer:\n", "A ", "\\boxed{", "{", "\\", "**", " ", "a"])
 def test_linear_in_the_text(piece):
-    text = (piece * (2**20 // len(piece)))[: 2**20]
+    text = (piece * (2**18 // len(piece)))[: 2**18]
     for extract in (
         extraction.mmlu_pro_letter,
         extraction.stock_mmlu_pro_letter,
@@ -203,7 +203,7 @@ def test_linear_in_the_text(piece):
     ):
         start = time.process_time()
         extract(text)
-        assert time.process_time() - start < 5, (piece, extract)  # quadratic time would be minutes
+        assert time.process_time() - start < 5 / 4, (piece, extract)  # quadratic time would be a minute
 
 
 @needs_math

@@ -45,15 +45,20 @@ def cacheless(model, ids, mask, steps):
     return ids
 
 
+@pytest.fixture(scope="module")
+def wanted(model):
+    return cacheless(model, *prompt(), 24)
+
+
 @pytest.mark.parametrize("mla_path", ["expanded", "absorbed", None])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded", "none"])
-def test_caches_agree_with_no_cache(model, cache, mla_path):
+def test_caches_agree_with_no_cache(model, wanted, cache, mla_path):
     if cache == "offloaded" and not torch.accelerator.is_available():
         pytest.skip("transformers' offloaded cache moves layers from and to an accelerator")
     ids, mask = prompt()
     settings = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     found = model.generate(ids, attention_mask=mask, mla_path=mla_path, **settings, **GREEDY)
-    assert torch.equal(found, cacheless(model, ids, mask, 24))
+    assert torch.equal(found, wanted)
 
 
 def test_quantized_cache(float_model):

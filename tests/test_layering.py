@@ -7,6 +7,7 @@ import ast
 import importlib
 import importlib.util
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,22 @@ def find_modules() -> dict[str, Path]:
     return modules
 
 
+@cache
+def read(source: str) -> tuple[list, dict[str, int], str | None]:
+    """What several tests look at, parsed once: imports, the lines of each function by name and line, and the docstring."""
+    tree, imports, functions = ast.parse(source), [], {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports.append(node)
+        elif isinstance(node, ast.FunctionDef):
+            functions[f"{node.name}:{node.lineno}"] = node.end_lineno - node.lineno + 1
+    return imports, functions, ast.get_docstring(tree)
+
+
 def find_imports(source: str, module: str, is_package: bool = False) -> set[str]:
     """Full dotted names that ``source``, the text of ``module``, imports: ``a.b`` for ``from a import b``."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in read(source)[0]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -142,7 +155,7 @@ def test_only_operations_and_the_engine_know_of_backends(module):
 def test_folders_import_the_package_absolutely(module):
     path = MODULES[module]
     depth = len(short(module).split(".")) - (path.name != "__init__.py")
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in read(path.read_text(encoding="utf-8"))[0]:
         if isinstance(node, ast.ImportFrom):
             assert node.level <= depth, f"{path}:{node.lineno}: write the import from {PACKAGE} in full"
 
@@ -152,12 +165,6 @@ def test_no_import_of_a_bare_folder(path):
     imports = find_imports(path.read_text(encoding="utf-8"), "module")
     wrong = sorted(name for name in imports if name.split(".")[0] in FOLDERS)
     assert not wrong, f"{path}: import {wrong} as {PACKAGE}.<name>: a bare import loads a second module object"
-
-
-def python_functions(source: str) -> dict[str, int]:
-    """Lines of each function, by name and line."""
-    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
-    return {f"{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1 for node in functions}
 
 
 def c_bodies(source: str) -> dict[str, int]:
@@ -177,9 +184,10 @@ def c_bodies(source: str) -> dict[str, int]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_short_and_documented(path):
     source = path.read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(source)), f"{path} has no docstring"
+    _, functions, docstring = read(source)
+    assert docstring, f"{path} has no docstring"
     assert len(source.splitlines()) <= MAX_LINES, f"{path} is over {MAX_LINES} lines"
-    long = {name: lines for name, lines in python_functions(source).items() if lines > MAX_FUNCTION}
+    long = {name: lines for name, lines in functions.items() if lines > MAX_FUNCTION}
     assert not long, f"{path}: over {MAX_FUNCTION} lines: {long}"
 
 
@@ -193,7 +201,7 @@ def test_c_is_short(path):
 
 def test_finds_functions_and_their_lengths():
     python = "def f(\n    a,\n    b,\n):\n    x = 1\n    return x\n\nclass A:\n    def g(self): return 1\n"
-    assert python_functions(python) == {"f:1": 6, "g:9": 1}
+    assert read(python)[1] == {"f:1": 6, "g:9": 1}
     c = "struct a {\n    int b;\n};\nstatic int f(int a,\n             int b) {\n    if (a) {\n    }\n    return b;\n}\nint g(void) {\n}\n"
     assert c_bodies(c) == {"line 5": 3, "line 10": 0}
 
@@ -240,7 +248,7 @@ def test_detects_forbidden_imports(module, source, wrong):
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.name)
 def test_benchmarks_import_what_there_is(file):
     """They run for minutes and in no other test: at least the names that they take from the package are there."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in read(file.read_text(encoding="utf-8"))[0]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
             module = importlib.import_module(node.module)
             for alias in node.names:

@@ -1,5 +1,7 @@
 """What `plan` says of MTP decoding: bytes of a step, tokens that it makes, and from which acceptance on it pays."""
 
+from functools import cache
+
 import pytest
 
 from modeling_deepseek_moe import DeepseekV3Config, Machine, make_plan, parameter_breakdown
@@ -11,6 +13,7 @@ from modeling_deepseek_moe.planning_drafts import experts_read, tokens_per_step
 QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
+@cache
 def v3(**changes):
     return parameter_breakdown(DeepseekV3Config(quantization_config=QUANTIZATION, **changes))
 

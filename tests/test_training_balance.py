@@ -84,6 +84,7 @@ def test_sharded_ranks_agree_with_one_process(one, two, tmp_path):
         assert rank["biases"] == wanted["biases"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fp8_wgrad, tolerance",
     # with Wgrad in FP8 the tiles lie along a rank's rows: another division is another rounding

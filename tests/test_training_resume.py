@@ -159,6 +159,7 @@ def test_a_short_run_without_options_can_be_reported(tmp_path):
     assert json.loads(result.stdout)["step"] == 3
 
 
+@pytest.mark.pages
 def test_the_recipe_of_the_docs_runs_as_printed(tmp_path, monkeypatch):
     """Its files by its commands, in order, in an empty folder."""
     text = DOCS.read_text(encoding="utf-8")
