@@ -6,7 +6,7 @@ import peft
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Trainer, TrainingArguments
 
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
@@ -53,6 +53,18 @@ def plain(folder, **kwargs):
 def adapted(model, **kind):
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "init_lora_weights": False} | kind)).eval()
+
+
+def train(model, folder, resume=None, **settings) -> list[float]:
+    """Four steps with a checkpoint after each second one, or those after ``resume``: the loss of each."""
+    rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(4, 12)]
+    arguments = TrainingArguments(
+        folder, max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=2, learning_rate=1e-2,
+        report_to=[], use_cpu=True, disable_tqdm=True, **settings,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def doors(base, adapter):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, dequantised, load, logits, plain, stacked
+from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, dequantised, load, logits, plain, stacked, train
 from releases import COMMON, V3, same_bits, write_release
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
@@ -175,22 +175,15 @@ def test_merged_into_codes_and_taken_out_again(name, bases):
 @pytest.mark.parametrize("name", ["FP8, stacked", *LOADED])
 def test_training_goes_on_exactly(name, bases, tmp_path):
     opened, _ = bases(name)
-    rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(4, 12)]
 
-    def train(resume):
+    def trained(resume):
         torch.manual_seed(0)
         model = peft.get_peft_model(opened(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **ROUTED))
-        arguments = TrainingArguments(
-            tmp_path, max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=2, learning_rate=1e-2,
-            report_to=[], use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=resume)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses = train(model, tmp_path, resume)
         return losses, {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
 
-    losses, straight = train(None)
-    again, resumed = train(str(tmp_path / "checkpoint-2"))
+    losses, straight = trained(None)
+    again, resumed = trained(str(tmp_path / "checkpoint-2"))
     assert again == losses and losses[-1] != losses[0]
     assert all(torch.equal(resumed[key], value) for key, value in straight.items())
 
@@ -199,7 +192,7 @@ def test_balancing_is_as_on_the_dequantised_model(bases, tmp_path):
     opened, source = bases("NF4, nested")
     rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(4, 12)]
 
-    def train(model):
+    def balanced(model):
         model = changed(adapted(model, **ROUTED))
         arguments = TrainingArguments(
             tmp_path, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy="no",
@@ -213,7 +206,7 @@ def test_balancing_is_as_on_the_dequantised_model(bases, tmp_path):
         gate = model.base_model.model.model.layers[1].mlp.gate
         return gate.e_score_correction_bias.tolist(), [(entry["max_vio"], entry["balance_loss"]) for entry in logs]
 
-    (bias, logged), (wanted, their_logs) = train(opened()), train(load(source))
+    (bias, logged), (wanted, their_logs) = balanced(opened()), balanced(load(source))
     assert bias == wanted != opened().model.layers[1].mlp.gate.e_score_correction_bias.tolist()
     assert len(logged) == 3
     for found, theirs in zip(logged, their_logs, strict=True):

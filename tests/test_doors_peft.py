@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, doors, expert_adapter, load, logits, plain
+from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, doors, expert_adapter, load, logits, plain, train
 from releases import SHAPES, write_release
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Trainer, TrainingArguments
+from transformers import AutoModel
 
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.training.attach import attach_state
@@ -80,22 +80,14 @@ def test_a_bf16_model_is_plains_and_comes_back_bit_for_bit(release, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mlp", "experts", "all-linear"])
 def test_trainer_resumes_as_if_never_interrupted(kind, release, tmp_path):
-    rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(4, 12)]
-
-    def train(resume):
+    def trained(resume):
         torch.manual_seed(0)
         model = peft.get_peft_model(load(release), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **KINDS[kind]))
-        arguments = TrainingArguments(
-            tmp_path, max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=2, learning_rate=1e-2,
-            report_to=[], use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=resume)
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return train(model, tmp_path, resume, gradient_checkpointing=True)
 
-    straight = train(None)
+    straight = trained(None)
     assert straight[-1] != straight[0]
-    assert train(str(tmp_path / "checkpoint-2")) == straight
+    assert trained(str(tmp_path / "checkpoint-2")) == straight
 
 
 @pytest.mark.parametrize("shape", ["v3", "v2", "v3-mtp"])

@@ -9,6 +9,7 @@ import transformers
 from families import FIELDS, write_family
 from releases import same_bits
 from safetensors.torch import load_file, save_file
+from test_generation import cacheless
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import modeling_deepseek_moe as dsm
@@ -107,16 +108,6 @@ def test_tokens_are_those_of_transformers(pair, length):
     ids, mask = padded()
     found = ours.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(found, theirs.generate(input_ids=ids, attention_mask=mask, **GREEDY))
-
-
-def cacheless(model, ids, mask, steps):
-    for _ in range(steps):
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        with torch.no_grad():
-            logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
-        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
-        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-    return ids
 
 
 CACHES = {

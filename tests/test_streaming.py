@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from forks import answer_of_fork
 from releases import SHAPES, same_bits, write_release
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -267,21 +268,8 @@ def test_threads_end_with_the_model(folder):
 def test_a_forked_process_has_a_cache_of_its_own(folder):
     model = load(folder, 5 * SLOT)
     expected = logits(model)
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(theirs, b"same" if same_bits(logits(model), expected) else b"not!")
-        os._exit(0)
-    deadline = time.monotonic() + 60
-    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if status == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert status == (child, 0)
-    assert os.read(ours, 4) == b"same"
+    assert answer_of_fork(lambda: b"same" if same_bits(logits(model), expected) else b"not!") == b"same"
     assert same_bits(logits(model), expected)
-    os.close(ours), os.close(theirs)
 
 
 def test_two_models_have_two_caches(folder, mapped):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import answer_of_fork
 from releases import SHAPES, same_bits, write_release
 from test_streaming import PROMPT, SLOT, generate, layer, load, logits, threads
 from transformers.utils import logging
@@ -66,9 +67,8 @@ def test_two_threads_of_a_forked_process_share_one_cache(folder, monkeypatch):
     model = load(folder, 5 * SLOT)
     expected = logits(model)
     start = cache.ExpertCache._start
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def answer() -> bytes:
         starts, found = [], []
 
         def slow(one):
@@ -87,17 +87,9 @@ def test_two_threads_of_a_forked_process_share_one_cache(folder, monkeypatch):
             worker.start()
         for worker in workers:
             worker.join(30)
-        os.write(theirs, b"one cache" if len(starts) == 1 and found == [True, True] else b"not so")
-        os._exit(0)
-    deadline = time.monotonic() + 60
-    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if status == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert status == (child, 0)
-    assert os.read(ours, 16) == b"one cache"
-    os.close(ours), os.close(theirs)
+        return b"one cache" if len(starts) == 1 and found == [True, True] else b"not so"
+
+    assert answer_of_fork(answer) == b"one cache"
 
 
 def test_a_read_left_behind_that_fails_when_it_is_wanted(folder, monkeypatch):
