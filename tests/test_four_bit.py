@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_deepseek_moe import use_backend
+from modeling_deepseek_moe.formats import FORMATS
 from modeling_deepseek_moe.ops import four_bit
+from modeling_deepseek_moe.ops._native import unavailable_reason
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((128, 256), (333, 1408), (3, 64))
@@ -45,6 +49,30 @@ def test_nested_bits_of_bitsandbytes(kind, dtype):
         assert torch.equal(nested.table, state.state2.code)
         values = four_bit.decode(codes, nested, dtype, (1, 64), kind=kind)
         assert torch.equal(values, functional.dequantize_4bit(wanted, state))
+
+
+@pytest.mark.parametrize("row", [row for row in FORMATS if row.name in four_bit.KINDS], ids=lambda row: row.name)
+def test_a_format_decodes_by_the_engine_to_the_bits_of_the_definition(row):
+    codes, plain = row.encode(weight_of((96, 320), torch.float32), row.block)
+    for scales in (plain, four_bit.nest(plain)) if row.name in ("nf4", "fp4") else (plain,):
+        for dtype in (*DTYPES, torch.float64):
+            wanted = four_bit.decode(codes, scales, dtype, row.block, kind=row.name)
+            found = row.dequantize(codes, scales, dtype)
+            assert found.dtype == dtype and torch.equal(found, wanted)
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        row.dequantize(codes, plain, torch.bfloat16)
+    assert any("four_bit_dequantize" in name for name in called) == (unavailable_reason() is None)
+    with use_backend("reference"), Calls():
+        called.clear()
+        row.dequantize(codes, plain, torch.bfloat16)
+    assert not any("four_bit_dequantize" in name for name in called)
 
 
 def test_nested_scales_stand_for():

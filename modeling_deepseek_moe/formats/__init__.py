@@ -58,8 +58,9 @@ FP8 = WeightFormat(
 
 def _of_kind(kind: str) -> dict[str, Any]:
     """What a row of four bits computes with; ``kind`` is one of `four_bit.KINDS`, and names the engine's kernels."""
-    own = {name: partial(getattr(four_bit, name), kind=kind) for name in ("encode", "decode", "encode_with")}
-    return {**own, "kernel": kind, "linear": partial(product.linear, kind=kind)}
+    own = {name: partial(getattr(four_bit, name), kind=kind) for name in ("encode", "encode_with")}
+    own |= {name: partial(getattr(product, name), kind=kind) for name in ("decode", "linear")}
+    return {**own, "kernel": kind}
 
 
 # Kimi-K2-Thinking's experts, K2.5's: compressed-tensors' pack-quantized

@@ -55,9 +55,9 @@ class BitsAndBytesMatrices(QuantizedExperts):
         return multiply(self.weight_format.name, given, *matrix).to(x.dtype)
 
     def dequantized(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
-        """The weight ``[N, K]`` in ``dtype``, as a fresh tensor."""
+        """As `QuantizedExperts.dequantized`, by bitsandbytes."""
         if not self.is_four_bit:
-            return self.weight_format.dequantize(*matrix, dtype)
+            return super().dequantized(matrix, dtype)
         return dequantize(self.weight_format.name, *matrix, dtype)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -51,6 +51,10 @@ class QuantizedExperts(KeepsDtype):
         """``gate_proj [I, D]``, ``up_proj [I, D]`` and ``down_proj [D, I]`` of one expert."""
         raise NotImplementedError
 
+    def dequantized(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``[N, K]`` in ``dtype``, as a fresh tensor."""
+        return self.weight_format.dequantize(*matrix, dtype)
+
     def forward(self, hidden_TD, topk_indices, topk_weights, low_rank: LowRank | None = None):
         if torch.compiler.is_exporting():
             raise NotImplementedError(

@@ -142,12 +142,12 @@ class Codes:
     def gate_up_back(self, expert: int, d_R2I: torch.Tensor) -> torch.Tensor:
         gate, up, _ = self.module.matrices(expert).values()
         d_gate, d_up = d_R2I.chunk(2, dim=-1)
-        dequantize = self.module.weight_format.dequantize
-        return (d_gate @ dequantize(*gate, d_R2I.dtype)).addmm_(d_up, dequantize(*up, d_R2I.dtype))
+        decode = self.module.dequantized
+        return (d_gate @ decode(gate, d_R2I.dtype)).addmm_(d_up, decode(up, d_R2I.dtype))
 
     def down_back(self, expert: int, d_RD: torch.Tensor) -> torch.Tensor:
         *_, down = self.module.matrices(expert).values()
-        return d_RD @ self.module.weight_format.dequantize(*down, d_RD.dtype)
+        return d_RD @ self.module.dequantized(down, d_RD.dtype)
 
 
 def routed_low_rank(

@@ -1,16 +1,29 @@
-"""A linear layer on four-bit codes: the CPU engine where it can, else a tile of rows at a time."""
+"""A linear layer on four-bit codes, and the weight that they stand for: by the CPU engine where it can.
+
+Where it cannot, a linear layer is computed a tile of rows at a time.
+"""
 
 from functools import partial
 
 import torch
 
 from modeling_deepseek_moe.ops import four_bit
-from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, choose
+from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, choose, may_use
 from modeling_deepseek_moe.ops._native import unsupported_activations
 from modeling_deepseek_moe.ops.four_bit import cpu, triton
 from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 Scales = torch.Tensor | four_bit.NestedScales
+
+
+def decode(
+    codes: torch.Tensor, scales: Scales, dtype: torch.dtype, block: tuple[int, int], *, kind: str
+) -> torch.Tensor:
+    """As `four_bit.decode`, to the bit."""
+    fits = dtype in cpu.OUTPUTS and codes.ndim == 2
+    if fits and may_use(CPU, cpu.unsupported_codes(kind, codes, scales, block)):
+        return cpu.dequantize(codes, cpu.parts_of(scales), dtype, kind)
+    return four_bit.decode(codes, scales, dtype, block, kind=kind)
 
 
 def linear(
