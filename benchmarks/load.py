@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import common
@@ -131,6 +132,30 @@ def write_random_release(folder: Path, config, embedding: float = 0.02, max_shar
     return sum(plan.nbytes for plan in plans)
 
 
+def write_sparse_shard(
+    file: Path, shard: list[TensorPlan], data_of: Callable[[TensorPlan], bytes | memoryview | None]
+) -> None:
+    """A file with a real header, in which tensors without data (``None``) are holes: they read as zeros and take no disk."""
+    header, end = {}, 0
+    for plan in shard:
+        start, end = end, end + plan.nbytes
+        header[plan.name] = {
+            "dtype": DTYPE_NAMES[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+        for plan in shard:
+            data = data_of(plan)
+            if data is not None:
+                stream.seek(8 + len(text) + header[plan.name]["data_offsets"][0])
+                stream.write(data)
+
+
 def write_sparse_v3(folder: Path, *, scattered: bool) -> int:
     """Real headers, scales of 1 and no other data: sparse files of the right size. Returns the bytes of the weights."""
     config = dsm.DeepseekV3Config()
@@ -152,24 +177,12 @@ def write_sparse_v3(folder: Path, *, scattered: bool) -> int:
     for file, shard in plan_shards(plans, 4_300_000_000).items():
         if not scattered:  # as the safetensors library orders them
             shard = sorted(shard, key=lambda plan: (-plan.dtype.itemsize, plan.name))
-        header, end = {}, 0
-        for plan in shard:
-            start, end = end, end + plan.nbytes
-            header[plan.name] = {
-                "dtype": DTYPE_NAMES[plan.dtype],
-                "shape": list(plan.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            stream.truncate(8 + len(text) + end)
-            for plan in shard:
-                if plan.name.endswith("_scale_inv"):
-                    stream.seek(8 + len(text) + header[plan.name]["data_offsets"][0])
-                    stream.write(struct.pack("<f", 1.0) * math.prod(plan.shape))
-        weight_map |= dict.fromkeys(header, file)
+        write_sparse_shard(
+            folder / file,
+            shard,
+            lambda plan: struct.pack("<f", 1.0) * math.prod(plan.shape) if plan.name.endswith("_scale_inv") else None,
+        )
+        weight_map |= {plan.name: file for plan in shard}
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(plan.nbytes for plan in plans)
 

@@ -1,11 +1,13 @@
 """A model of DeepSeek-V2-Lite's shapes loaded in 4 bits by bitsandbytes on a CPU: peak memory, seconds, bytes per parameter.
 
-    python benchmarks/load_four_bit.py [--folder FOLDER] [--layers N] [--source fp8|bf16] [--plain-scales]
+    python benchmarks/load_four_bit.py [--folder FOLDER] [--layers N] [--written N] [--source fp8|bf16] [--plain-scales]
 
 It writes a random checkpoint of V2-Lite's shapes (27 layers, 64 experts of width 1408, 15.7 billion weights: 16 GB in FP8 as
 released, 31 GB in bf16), one shard after the other and no model in memory, loads it in a fresh process with
 ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")``, decodes one token, and deletes it. FP8 first, then bf16,
-so that the disk holds one of them at a time: with less room than that it says so and writes nothing.
+so that the disk holds one of them at a time: with less room than that it says so and writes nothing. With ``--written N`` the
+matrices of all layers but the first N are holes in sparse files, which take no disk and read as zeros. The loader reads, decodes
+and quantises as many bytes, and memory is the same; seconds, of which the disk has no part there, are those of the processor.
 
 Memory is what the process held at its worst, Python, torch and transformers included:
 
@@ -31,12 +33,14 @@ from pathlib import Path
 import common
 import numpy
 import torch
+from load import write_sparse_shard
 from rich.console import Console
 from rich.table import Table
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import write_checkpoint
-from modeling_deepseek_moe.checkpoint.writer import TensorPlan
+from modeling_deepseek_moe.checkpoint.index import INDEX_NAME
+from modeling_deepseek_moe.checkpoint.writer import TensorPlan, parse_size, plan_shards
 from modeling_deepseek_moe.formats import FP8
 from modeling_deepseek_moe.weights import TensorSpec, release_tensors
 
@@ -135,18 +139,25 @@ def plans_of(config: dsm.DeepseekMoeConfig, source: str) -> Iterator[TensorPlan]
         yield from plan(name, spec)
 
 
-def write_release(folder: Path, config: dsm.DeepseekMoeConfig, source: str) -> int:
-    """Write the checkpoint; returns the bytes of its weights.
+def is_written(plan: TensorPlan, written: int | None) -> bool:
+    """Whether a tensor has data: matrices of layers from ``written`` on are holes."""
+    name, _, rest = plan.name.removeprefix("model.layers.").partition(".")
+    return written is None or not (rest and name.isdecimal()) or len(plan.shape) == 1 or int(name) < written
+
+
+def write_release(folder: Path, config: dsm.DeepseekMoeConfig, source: str, written: int | None) -> int:
+    """Write the checkpoint, matrices of ``written`` layers, by default all; returns the bytes of its weights.
 
     Raises:
         SystemExit: the disk has no room for it.
     """
     plans = list(plans_of(config, source))
     size, free = sum(plan.nbytes for plan in plans), shutil.disk_usage(folder.parent).free
-    if free < size + SPARE:
+    wanted = sum(plan.nbytes for plan in plans if is_written(plan, written)) + SPARE
+    if free < wanted:
         raise SystemExit(
-            f"{folder.parent}: found {free / GB:.1f} GB free, wanted {(size + SPARE) / GB:.1f} for the checkpoint in {source}: "
-            "name another place with --folder, or write fewer layers with --layers"
+            f"{folder.parent}: found {free / GB:.1f} GB free, wanted {wanted / GB:.1f} for the checkpoint in {source}: "
+            "name another place with --folder, write fewer layers with --written, or have fewer with --layers"
         )
     fields = json.loads(config.to_json_string()) | {
         "architectures": ["DeepseekV2ForCausalLM"],
@@ -154,7 +165,22 @@ def write_release(folder: Path, config: dsm.DeepseekMoeConfig, source: str) -> i
     }
     if source == "fp8":
         fields["quantization_config"] = FP8.quantization_config()
-    write_checkpoint(folder, plans, max_shard_size=SHARD, texts={"config.json": json.dumps(fields)})
+    texts = {"config.json": json.dumps(fields)}
+    if written is None:
+        write_checkpoint(folder, plans, max_shard_size=SHARD, texts=texts)
+        return size
+    folder.mkdir()
+    weight_map = {}
+    for file, shard in plan_shards(plans, parse_size(SHARD)).items():
+        write_sparse_shard(
+            folder / file,
+            shard,
+            lambda plan: plan.produce().view(torch.uint8).numpy().data if is_written(plan, written) else None,
+        )
+        weight_map |= {plan.name: file for plan in shard}
+    texts[INDEX_NAME] = json.dumps({"metadata": {}, "weight_map": weight_map})
+    for name, text in texts.items():
+        (folder / name).write_text(text)
     return size
 
 
@@ -171,9 +197,10 @@ def measure(source: str, options: argparse.Namespace) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix=f"load-four-bit-{source}-") as temporary:
         folder = Path(temporary, "release")
-        size = write_release(folder, config_of(options.layers), source)
+        size = write_release(folder, config_of(options.layers), source, options.written)
         for double in (True, False) if options.plain_scales else (True,):
             row = {"source": source, "double_quant": double, "layers": options.layers, "file_bytes": size}
+            row["layers_written"] = options.layers if options.written is None else min(options.written, options.layers)
             row |= load(folder, double, options.limit)
             row["bytes_per_parameter"] = row["footprint"] / row["parameters"]
             print(json.dumps(row), flush=True)
@@ -213,6 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="on a disk with room; a folder in it is made and deleted")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the model, 27 by default; the first is dense")
+    parser.add_argument(
+        "--written", type=int, help="layers whose matrices are on the disk, all by default; others are holes"
+    )
     parser.add_argument(
         "--source", choices=("fp8", "bf16"), help="of the checkpoint; both, one after the other, if not given"
     )
