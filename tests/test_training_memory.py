@@ -142,7 +142,8 @@ def test_the_peak_of_what_torch_allocates(method, checkpointing):
         held += event.nbytes()
         most = max(most, held)
     there = sum(p.nbytes for p in model.parameters()) + 2 * sum(p.nbytes for p in trained)
-    assert predict_training_memory(config, setup).peak == pytest.approx(there + most, rel=0.1)
+    predicted = predict_training_memory(config, setup)
+    assert predicted.peak - predicted.retained == pytest.approx(there + most, rel=0.1)
 
 
 def test_four_bits_are_counted_as_bitsandbytes_holds_them(tmp_path):

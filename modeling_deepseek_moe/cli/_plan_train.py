@@ -107,6 +107,7 @@ def _show(found: TrainingMemory, setup: TrainingSetup, needed: int, available: i
         ("optimizer", found.optimizer, setup.optim),
         ("activations", found.checkpoints if setup.gradient_checkpointing else found.activations, kept),
         ("logits", found.logits, f"of {setup.tokens:,} tokens, with their gradient"),
+        ("retained", found.retained, "compiled products, and holes in the heap"),
         ("peak", found.peak, f"in one step, at: {found.peak_at}"),
         ("needed", needed, f"with {size(PROCESS_BYTES)} for the process; {size(available)} available"),
     )
