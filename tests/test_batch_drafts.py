@@ -177,3 +177,11 @@ def test_what_cannot_be_is_refused(model, settings, said):
         settings = settings | {"assistant_model": Mistral(config)}
     with pytest.raises(ValueError, match=said):
         model.generate(torch.tensor([[3, 4], [5, 6]]), max_new_tokens=2, **settings)
+
+
+def test_a_pipeline_is_refused_for_what_it_lacks(model, inputs, monkeypatch):
+    monkeypatch.setattr(model.model, "has_gaps", True)
+    with pytest.raises(
+        ValueError, match="tokens=3: found a model over several ranks, whose pipeline does not verify drafts"
+    ):
+        model.generate(**inputs, prompt_lookup_num_tokens=3, max_new_tokens=2)

@@ -125,6 +125,7 @@ def test_the_other_fields(made):
         ([*TOOL_TALK[:4], message("user", "and?")], False, "found 1 results of 2 tool calls, wanted one of each"),
         (TOOL_TALK[:4], False, "found 1 results of 2 tool calls, wanted one of each"),
         ([TALK[0], message("tool", "3")], False, "a result of a tool that was not called"),
+        (TALK, "false", 'thinking: found the text "false", wanted true or false'),
         ([TALK[0], message("critic", "bad")], False, "found the role critic"),
         ([message("user", [{"type": "image", "image": "cat.png"}])], False, "a part of a content that is no text"),
         (

@@ -247,6 +247,7 @@ def test_sampling_a_model(model, tokenizer):
         (1.5, 1.4, DRAFTED_STEPS, False),
         (2.5, 2, 2, False),  # which no draft could make up for
         (2.1, 2, 3, False),
+        (1.9, 1, 3, False),  # two steps without a draft that stood, and those left make up for one
     ],
 )
 def test_automatic_choice_goes_by_the_clock(monkeypatch, seconds, tokens, steps, pays):
@@ -285,6 +286,7 @@ def test_by_the_generation_config(model, tokenizer):
         ({"use_mtp": True, "num_beams": 2}, "num_beams=2 does not go with it"),
         ({"use_mtp": True, "output_scores": True}, "output_scores=True does not go with it"),
         ({"use_mtp": True, "prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 does not go with it"),
+        ({"use_mtp": True, "synced_gpus": True}, "synced_gpus=True does not go with it"),
         ({"use_mtp": True, "use_cache": False}, "use_cache=False does not go with it"),
     ],
 )

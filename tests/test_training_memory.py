@@ -198,6 +198,9 @@ def test_the_command():
     assert found["setup"]["itemsize"] == 2 and found["needed"] > found["memory"]["peak"]
     shown = plan("--train", "full", "--batch-size", 1000000)
     assert "does not fit" in shown.stdout and "--gradient-checkpointing" in shown.stdout
+    long = plan("--train", "lora", "--seq-length", 1025, "--json")
+    assert json.loads(long.stdout) and "1,025 tokens are more than the model's 1,024" in " ".join(long.stderr.split())
+    assert not plan("--train", "lora", "--seq-length", 1024, "--json").stderr
     for options, words in (
         (["--batch-size", 3], "found --batch-size without --train"),
         (["--train", "half"], "method='half' is not one of"),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_deepseek_moe.anatomy import describe
-from modeling_deepseek_moe.cli._console import count, print_json, size, stdout
+from modeling_deepseek_moe.cli._console import count, print_json, size, stderr, stdout
 from modeling_deepseek_moe.config import DeepseekMoeConfig
 from modeling_deepseek_moe.machine import memory
 from modeling_deepseek_moe.training_memory import (
@@ -76,7 +76,11 @@ def read_setup(config: DeepseekMoeConfig, train: str | None, dtype: str | None, 
     if dtype not in ITEMSIZES:
         raise ValueError(f"--train-dtype: found {dtype!r}, wanted one of {', '.join(ITEMSIZES)}")
     mtp = train == FULL and bool(config.num_nextn_predict_layers)
-    return TrainingSetup(method=train, itemsize=ITEMSIZES[dtype], mtp=mtp, **given)
+    setup = TrainingSetup(method=train, itemsize=ITEMSIZES[dtype], mtp=mtp, **given)
+    most = config.max_position_embeddings
+    if setup.seq_length > most:
+        stderr().print(f"[yellow]--seq-length: {setup.seq_length:,} tokens are more than the model's {most:,}.[/]")
+    return setup
 
 
 def plan_training(config: DeepseekMoeConfig, setup: TrainingSetup, as_json: bool) -> None:

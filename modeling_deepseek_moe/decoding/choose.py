@@ -13,7 +13,7 @@ class Choice:
     """How many tokens to draft in each step.
 
     Automatically: a few plain steps and a few drafted ones are timed, and drafting goes on where it gave more tokens per second. It
-    ends earlier where a step takes longer than all the tokens that it could give.
+    ends earlier where no acceptance of the steps to come could make up for those measured.
     """
 
     def __init__(self, drafts: int, is_automatic: bool):
@@ -48,5 +48,12 @@ class Choice:
         token = min(self._plain[1:])
         if self._steps == DRAFTED_STEPS:
             self.pays = self._tokens * token > sum(self._drafted)
-        elif min(self._drafted) > (most + 1) * token * (CLEARLY if len(self._drafted) == 1 else 1):
+        elif self._is_lost(most + 1, token):
             self.pays = False
+
+    def _is_lost(self, tokens: int, token: float) -> bool:
+        """Whether drafting would lose even if each step to come gave all its ``tokens`` in the time of the fastest so far."""
+        left = DRAFTED_STEPS - self._steps
+        fastest = min(self._drafted)
+        clearly = CLEARLY if len(self._drafted) == 1 else 1
+        return sum(self._drafted) + left * fastest > (self._tokens + left * tokens) * token * clearly

@@ -20,9 +20,10 @@ REFUSED = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "use_cache": (None, True),
+    "synced_gpus": (None, False),
 }
 # each would have to be left out
-REFUSED_ARGUMENTS = ("custom_generate", "inputs_embeds", "synced_gpus")
+REFUSED_ARGUMENTS = ("custom_generate", "inputs_embeds")
 
 
 class DraftingMixin(ModelMixin):
@@ -79,7 +80,11 @@ def _refuse(source: Source, config: GenerationConfig, kwargs: dict, others: tupl
 
 def _decode(model, input_ids, source, generation_config=None, **kwargs):
     """What `generate` calls once it has prepared everything; it hands its ``streamer`` to no method but its own."""
-    kwargs.pop("synced_gpus", None)
+    if kwargs.pop("synced_gpus", None):  # which `generate` sets by itself under ZeRO-3
+        raise ValueError(
+            f"{source.said}: found parameters divided over ranks that each have a batch of their own (synced_gpus), wanted a "
+            "model that is whole, or tp_size"
+        )
     sequences, stats, cache = decode(
         model,
         input_ids,

@@ -28,12 +28,14 @@ class Source:
         said: how the caller asked for it.
         drafts: tokens to draft in a step, at most.
         make: see `loop.decode`.
+        reads_hidden_states: the model's, as its MTP layers do.
     """
 
     said: str
     drafts: int
     make: Callable[[Rows, torch.Tensor | None, int], Draft]
     is_automatic: bool = False
+    reads_hidden_states: bool = False
 
 
 def of_mtp_layers(model: nn.Module, wanted: bool | int | str) -> Source:
@@ -54,7 +56,7 @@ def of_mtp_layers(model: nn.Module, wanted: bool | int | str) -> Source:
     def make(rows: Rows, padding: torch.Tensor | None, past: int) -> Draft:
         return MtpDraft(model, drafts, len(rows.tokens), None if padding is None else padding[:, past:])
 
-    return Source(said, drafts, make, wanted == AUTO)
+    return Source(said, drafts, make, wanted == AUTO, reads_hidden_states=True)
 
 
 def refuse_ranks(model: nn.Module, source: Source) -> None:
@@ -64,9 +66,10 @@ def refuse_ranks(model: nn.Module, source: Source) -> None:
     """
     said = f"{source.said}: found a model over several ranks"
     if model.base_model.has_gaps:
-        raise ValueError(
-            f"{said}, whose pipeline has its MTP layers in the last stage only, wanted one without pp_size"
+        reason = (
+            "has its MTP layers in the last stage only" if source.reads_hidden_states else "does not verify drafts"
         )
+        raise ValueError(f"{said}, whose pipeline {reason}, wanted one without pp_size")
     if getattr(model, "_is_fsdp_managed_module", False):
         raise ValueError(f"{said}, each with a batch of its own (fsdp_size), wanted one batch for all: tp_size")
     if source.is_automatic and (getattr(model, "_tp_size", None) or 1) > 1:
