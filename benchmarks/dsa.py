@@ -2,6 +2,7 @@
 
     python benchmarks/dsa.py                                    20 minutes on two cores, as much memory as there is
     python benchmarks/dsa.py --only decode --tokens 131072      some rows; others of the result file stay
+    python benchmarks/dsa.py --only prefill --peaks             memory alone, which other programs do not disturb
 
 V3.2's heads (128 of 128 + 64, latents of 512 + 64, an indexer of 64 heads of 128, top-k 2,048) over a hidden size of 1,024, few
 layers, random weights in bf16. The contestants have the same weights: this package's `deepseek_v32`; its `deepseek_v3` without
@@ -11,7 +12,7 @@ the indexer, which attends to all keys; and transformers' `deepseek_v32`, as far
     decode    one token after a cache of random latents and keys, two layers; as `common.Timing` counts
 
 Each figure is of a process of its own, which may take as much memory as is free: one that asks for more ends, and its row says
-so. `peak` is the most memory during the measured call beyond what the process held before it (Linux).
+so. transformers' scores of all queries are [1, 64, S, S] in fp32: where they alone exceed that memory it is not begun. `peak` is the most memory during the measured call beyond what the process held before it (Linux).
 """
 
 import argparse
@@ -136,12 +137,12 @@ class Peak:
 
 
 @torch.no_grad()
-def measure(what: str, contestant: str, tokens: int) -> dict:
-    """In a process of its own."""
+def measure(what: str, contestant: str, tokens: int, room: int) -> dict:
+    """In a process of its own, which may take ``room`` bytes more than it has."""
     model = build(contestant, LAYERS[what])
     ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens))
     model(ids[:, :64], logits_to_keep=1)
-    room = psutil.virtual_memory().available - SPARE + psutil.Process().memory_info().vms
+    room += psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     if what == "prefill":
         peak = Peak()
@@ -155,19 +156,34 @@ def measure(what: str, contestant: str, tokens: int) -> dict:
     return timing.fields() | {"peak_mb": peak.bytes / 1e6, "mb_read": bytes_of_a_token(model, tokens) / 1e6}
 
 
+def scores_bytes(contestant: str, what: str, tokens: int) -> int:
+    """Of the tensor that transformers' indexer makes of a prompt; its products with weights take as much again."""
+    return 4 * INDEXER["index_n_heads"] * tokens**2 if (contestant, what) == (PLAIN, "prefill") else 0
+
+
 def measure_apart(what: str, contestant: str, tokens: int, options: argparse.Namespace) -> dict:
     """`measure`'s figures, or why there are none."""
     row = {"what": what, "contestant": contestant, "tokens": tokens, "layers": LAYERS[what]}
-    command = [sys.executable, __file__, "--threads", str(options.threads), "--measure", what, contestant, str(tokens)]
+    room = psutil.virtual_memory().available - SPARE if options.memory is None else int(options.memory * 1e9)
+    scores = scores_bytes(contestant, what, tokens)
+    if scores:
+        row["scores_gb"] = scores / 1e9
+    if scores > room:
+        return row | {"note": f"{DOES_NOT_FIT} in {room / 1e9:.0f} GB: scores of {scores / 1e9:.0f} GB"}
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--memory", str(room / 1e9)]
+    command += ["--measure", what, contestant, str(tokens)]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=options.patience)
     except subprocess.TimeoutExpired:
         return row | {"note": f"more than {options.patience} s"}
     if done.returncode and "allocate memory" in done.stderr:
-        return row | {"note": DOES_NOT_FIT}
+        return row | {"note": f"{DOES_NOT_FIT} in {room / 1e9:.0f} GB"}
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-3000:]}")
-    row |= json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if options.peaks:
+        return row | {"peak_mb": found["peak_mb"], "threads_of_peak": options.threads}
+    row |= found
     row["tokens/s"] = (tokens if what == "prefill" else 1) / row["ms"] * 1e3
     if "mb_read" in row:
         bandwidth = common.read_bandwidth()
@@ -216,24 +232,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", help="of a prompt, or cached")
     parser.add_argument("--contestants", nargs="+", choices=(SPARSE, DENSE, PLAIN), default=(SPARSE, DENSE, PLAIN))
     parser.add_argument("--patience", type=int, default=900, help="seconds for one figure")
+    parser.add_argument("--peaks", action="store_true", help="no times; those in the result file stay")
+    parser.add_argument("--memory", type=float, help="GB that a figure may take")
     parser.add_argument("--name", default="dsa", help="of the result file")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.measure:
         what, contestant, tokens = options.measure
-        print(json.dumps(measure(what, contestant, int(tokens))))
+        print(json.dumps(measure(what, contestant, int(tokens), int(options.memory * 1e9))))
         return
     file = common.RESULTS / f"{options.name}.json"
-    rows = {key(row): row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    before = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    rows = {key(row): row for row in before["rows"]}
+    kept = {"machine": before["machine"]} if options.peaks and rows else {}  # on which the times were measured
     for what in (options.only,) if options.only else TOKENS:
         for tokens in options.tokens or TOKENS[what]:
             for contestant in options.contestants:
                 row = measure_apart(what, contestant, tokens, options)
-                rows[key(row)] = row
+                old = rows.get(key(row), {}) if options.peaks else {}
+                rows[key(row)] = {name: value for name, value in old.items() if name != "note"} | row
                 found = [rows[each] for each in sorted(rows)]
                 add_ratios(found)
-                common.save(options.name, {"config": CONFIG | INDEXER, "rows": found})
+                common.save(options.name, kept | {"config": CONFIG | INDEXER, "rows": found})
     show(found)
     print("written to", file)
 

@@ -17,12 +17,14 @@ passes over 1.
 import argparse
 import contextlib
 import os
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 import torch
@@ -41,6 +43,7 @@ ACCEPTANCES = (0.6, 0.8, 0.9)
 PROMPT = 128
 CONTEXT = 128  # of the passes
 WARM_UP = 12  # tokens
+FEWER_ROUNDS = 2  # of drafting always, which takes longest and whose ratio is far from 1
 PLAIN, ALWAYS, AUTO = "plain", "use_mtp=True", 'use_mtp="auto"'
 
 
@@ -71,10 +74,12 @@ class Script(LogitsProcessor):
 
 
 class Watch(BaseStreamer):
-    """When tokens came."""
+    """When tokens came, and whether other programs took the processor meanwhile."""
 
     def __init__(self):
         self.times: list[float] = []
+        self._start = time.perf_counter()
+        self._switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
     def put(self, value: torch.Tensor) -> None:
         self.times += [time.perf_counter()] * (value.numel() if self.times else 1)
@@ -83,9 +88,28 @@ class Watch(BaseStreamer):
         pass
 
     @property
+    def is_disturbed(self) -> bool:
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - self._switches
+        return switches > common.QUIET_SWITCHES * (time.perf_counter() - self._start)
+
+    @property
     def seconds_per_token(self) -> float:
         first, *_, last = self.times[1:]
         return (last - first) / (len(self.times) - 2)
+
+
+class Written(NamedTuple):
+    """One text. ``tokens_a_pass`` is of the model's, ``nan`` of plain decoding."""
+
+    seconds_a_token: float
+    tokens_a_pass: float
+    is_disturbed: bool
+
+
+def quiet(pairs: list[tuple[Written, Written]]) -> list[tuple[Written, Written]]:
+    """Those of which neither was disturbed; all where these are fewer than two."""
+    clean = [pair for pair in pairs if not any(written.is_disturbed for written in pair)]
+    return clean if len(clean) > 1 else pairs
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -125,8 +149,8 @@ def passes(model, rounds: int) -> list[dict]:
     ]
 
 
-def write_text(model, text: torch.Tensor, acceptance: float, use_mtp: bool | str) -> tuple[float, float]:
-    """Seconds per token of the text, and tokens per pass of the model (``nan`` of plain decoding)."""
+def write_text(model, text: torch.Tensor, acceptance: float, use_mtp: bool | str) -> Written:
+    """The text, as a contestant says it."""
     script, watch = Script(model, text, acceptance), Watch()
     try:
         model.generate(
@@ -142,35 +166,39 @@ def write_text(model, text: torch.Tensor, acceptance: float, use_mtp: bool | str
         )
     finally:
         script.remove()
-    return watch.seconds_per_token, model.draft_stats.tokens_per_pass if use_mtp else float("nan")
+    tokens = model.draft_stats.tokens_per_pass if use_mtp else float("nan")
+    return Written(watch.seconds_per_token, tokens, watch.is_disturbed)
 
 
 def texts(model, tokens: int, rounds: int) -> list[dict]:
-    """Contestants take turns; the ratio to plain decoding is the median of the rounds' own."""
+    """Contestants take turns; the ratio to plain decoding is the median of the rounds' own, disturbed ones left out."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, CONFIG["vocab_size"], (PROMPT + tokens,), generator=generator)
     contestants: dict[tuple[str, float | None], Callable] = {(PLAIN, None): partial(write_text, model, text, 0, False)}
     for acceptance in ACCEPTANCES:
         contestants[ALWAYS, acceptance] = partial(write_text, model, text, acceptance, True)
         contestants[AUTO, acceptance] = partial(write_text, model, text, acceptance, "auto")
-    made: dict[tuple[str, float | None], list[tuple[float, float]]] = {key: [] for key in contestants}
+    made: dict[tuple[str, float | None], list[tuple[Written, Written]]] = {key: [] for key in contestants}
     for way in (False, True):  # the first finds everything cold
         write_text(model, text[: PROMPT + WARM_UP], 0.9, way)
-    for _ in range(rounds):
+    for number in range(rounds):
+        plain = contestants[PLAIN, None]()
         for key, run in contestants.items():
-            made[key].append(run())
-    plain = [seconds for seconds, _ in made[PLAIN, None]]
+            if key[0] != ALWAYS or number < FEWER_ROUNDS:
+                made[key].append((plain, plain if key[0] == PLAIN else run()))
     rows = []
     for (name, acceptance), found in made.items():
-        seconds = [value for value, _ in found]
+        counted = quiet(found)
         rows.append(
             {
                 "contestant": name,
                 "acceptance": acceptance,
-                "ms a token": 1e3 * statistics.median(seconds),
-                "tokens a pass": found[-1][1],
-                "times plain": statistics.median(p / s for p, s in zip(plain, seconds, strict=True)),
-                "rounds": rounds,
+                "ms a token": 1e3 * statistics.median(own.seconds_a_token for _, own in counted),
+                "tokens a pass": found[-1][1].tokens_a_pass,
+                "times plain": statistics.median(p.seconds_a_token / own.seconds_a_token for p, own in counted),
+                "rounds": len(found),
+                "counted": len(counted),
+                "disturbed": sum(any(written.is_disturbed for written in pair) for pair in found),
             }
         )
     return rows
@@ -203,8 +231,8 @@ def show(rows: list[dict], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=192, help="of a text")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=256, help="of a text")
     parser.add_argument("--only", choices=("steps", "text"))
     parser.add_argument("--model-folder", type=Path)
     parser.add_argument("--name", default="mtp", help="of the result file")
@@ -218,7 +246,7 @@ def main() -> None:
         print(f"break-even by bytes: {bytes_alone.break_even}, cost of a step {bytes_alone.cost:.2f}")
         result["by_bytes"] = {"cost": bytes_alone.cost, "break_even": bytes_alone.break_even}
         if options.only != "text":
-            result["steps"] = passes(model, 4 * options.rounds)
+            result["steps"] = passes(model, 2 * options.rounds)
             result["break_even"] = break_even(result["steps"])
             show(result["steps"], f"Passes at {CONTEXT} cached tokens; break-even {result['break_even']:.2f}")
         if options.only != "steps":
