@@ -9,14 +9,18 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DynamicCache,
     FineGrainedFP8Config,
+    LogitsProcessorList,
     MistralConfig,
+    QuantizedCache,
     StaticCache,
+    StoppingCriteriaList,
 )
 from transformers import MistralForCausalLM as Mistral
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.lookup import LookupDraft
+from modeling_deepseek_moe.decoding.loop import decode
 from modeling_deepseek_moe.decoding.rows import Rows
 from modeling_deepseek_moe.decoding.verify import accept_sampling, certain
 from modeling_deepseek_moe.tiny.corpus import FAMILIES
@@ -185,3 +189,14 @@ def test_a_pipeline_is_refused_for_what_it_lacks(model, inputs, monkeypatch):
         ValueError, match="tokens=3: found a model over several ranks, whose pipeline does not verify drafts"
     ):
         model.generate(**inputs, prompt_lookup_num_tokens=3, max_new_tokens=2)
+
+
+def test_a_quantised_cache_is_refused(model):
+    cache = QuantizedCache.__new__(QuantizedCache)  # without the package that one of its layers wants
+    lists = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()}
+    with pytest.raises(ValueError, match="found a QuantizedCache, wanted a cache that gives back drafts"):
+        decode(
+            *(model, torch.tensor([[3, 4]])),
+            **{"drafts": 1, "is_automatic": False, "make_draft": None, "generation_config": None, CACHE_NAME: cache},
+            **lists,
+        )
