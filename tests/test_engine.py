@@ -132,7 +132,7 @@ def test_tiles_do_not_depend_on_other_tokens(tokens):
 
 @every_isa
 @pytest.mark.parametrize("kind", [FP8, torch.bfloat16], ids=["fp8", "bf16"])
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_rows_do_not_depend_on_their_neighbours(tokens, kind, isa):
     """Rows are read several at a time, which ones depends on how many there are; long rows are longer than what is fetched."""
     for columns in (131, 1408, 2600):

@@ -1,23 +1,26 @@
 """The CPU engine's kernels for four-bit codes, on every instruction set, next to fp64 products of the dequantised weight."""
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
-from engine_cases import distance, every_isa, needs_engine
+from engine_cases import distance, every_isa, needs_engine, random_fp8
+from releases import same_bits
 
 from modeling_deepseek_moe import use_backend
-from modeling_deepseek_moe.ops import four_bit
+from modeling_deepseek_moe.ops import block_fp8, four_bit
 from modeling_deepseek_moe.ops._structs import FOUR_BIT, NESTED, Nested
 from modeling_deepseek_moe.ops.experts import cpu as experts_cpu
 from modeling_deepseek_moe.ops.experts.reference import run_experts
 from modeling_deepseek_moe.ops.four_bit import cpu
 from modeling_deepseek_moe.ops.four_bit.product import linear
+from modeling_deepseek_moe.ops.linear import cpu as linear_cpu
 
 pytestmark = needs_engine
 every_kind = pytest.mark.parametrize("kind", FOUR_BIT)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = (1, 2, 5, 16, 40)
+TOKENS = (1, 2, 3, 4, 5, 16, 40)
 # what rounding costs: of the result; and with bf16 activations, of the weights for some of the kernels
 BOUNDS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
 
@@ -68,6 +71,26 @@ def test_what_a_token_gets_depends_on_no_other(isa, kind):
         whole = cpu.linear(x, codes, cpu.parts_of(scales), None, name)
         other = torch.cat((x[:12], torch.randn(12, 5 * group).bfloat16()))
         assert torch.equal(cpu.linear(other, codes, cpu.parts_of(scales), None, name)[:12], whole[:12])
+
+
+@every_isa
+@pytest.mark.parametrize("kind", ["fp8", "bf16", *FOUR_BIT])
+def test_three_and_four_tokens_get_the_bits_that_more_get(isa, kind):
+    """A draft's verification computes what a longer pass would: kernels of their own, the same sums."""
+    for rows, groups in ((1, 1), (37, 3), (130, 9), (64, 34)):
+        name, group = split(kind) if kind in FOUR_BIT else (kind, 64)
+        x = torch.randn(5, groups * group).bfloat16()
+        if kind in FOUR_BIT:
+            codes, scales, _ = quantised(kind, rows, groups * group)
+            multiply = partial(cpu.linear, codes=codes, scales=cpu.parts_of(scales), bias=None, kind=name)
+        elif kind == "fp8":
+            codes, scale = random_fp8((rows, groups * group))
+            multiply = partial(block_fp8.linear, weight=codes, scale_inv=scale)
+        else:
+            multiply = partial(linear_cpu.linear, weight=torch.randn(rows, groups * group).bfloat16(), bias=None)
+        with use_backend(isa):
+            more = multiply(x)
+            assert same_bits(multiply(x[:3]), more[:3]) and same_bits(multiply(x[:4]), more[:4])
 
 
 @every_isa

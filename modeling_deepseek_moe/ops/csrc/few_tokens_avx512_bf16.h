@@ -1,11 +1,11 @@
 /* Few tokens; part of `kernels_avx512_bf16.c`.
 
-   For one token or two, several weight rows are read at once, in turns that lie apart: memory gives a tenth to a third
+   For up to four tokens, several weight rows are read at once, in turns that lie apart: memory gives a tenth to a third
    more to eight readers than to one. Each is fetched into the second cache ahead of its use (the first is x's), at the end
    of the last turn what `next` says comes after these rows. */
 #define FAR_AHEAD 2048 /* bytes of one reader */
 #define AHEAD 512      /* of rows that are decoded by slabs */
-#define SLAB 256       /* columns of four weight rows that are decoded at a time for three and more tokens */
+#define SLAB 256       /* columns of four weight rows that are decoded at a time for five and more tokens */
 #define SLAB_TOKENS 32
 
 /* out[i] = the sum over v[i]'s lanes: those 8 apart are added first, neighbours last */
@@ -171,6 +171,8 @@ DSM_INLINE __m128 sum4(const float *s) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+#include "few_tokens_decoded.h"
+
 /* up to SLAB columns of up to four rows, scaled: slab [block of columns][4][DSM_BLOCK] */
 DSM_INLINE void decode_slab(const Matrix *w, int64_t first, int64_t count, int64_t k, uint16_t *slab, const int kind) {
     const int64_t end = dsm_min(k + SLAB, w->cols);
@@ -243,12 +245,15 @@ static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix
 void dsm_four_bit_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                        float *out, int64_t ldo, const void *next) {
     int64_t t = 0;
-    if (tokens <= 2) fetch_first_scales(w, first, count / (tokens == 1 ? 8 : 4), tokens == 1 ? 8 : 4);
+    const int64_t readers = tokens == 1 ? 8 : 4;
+    if (tokens <= 4) fetch_first_scales(w, first, count / readers, readers);
     if (tokens == 1)
         gemv_in_turns(read_8_1_four_bit, read_1_1_four_bit, 8, x, stride, w, first, count, out, ldo, next);
     else if (tokens == 2)
         gemv_in_turns(read_4_2_four_bit, read_1_2_four_bit, 4, x, stride, w, first, count, out, ldo, next);
-    for (; tokens > 2 && t < tokens; t += SLAB_TOKENS)
+    else if (tokens == 3) gemv_in_turns(read_4_3, read_1_3, 4, x, stride, w, first, count, out, ldo, next);
+    else if (tokens == 4) gemv_in_turns(read_4_4, read_1_4, 4, x, stride, w, first, count, out, ldo, next);
+    for (; tokens > 4 && t < tokens; t += SLAB_TOKENS)
         for (int64_t r = 0; r < count; r += 4)
             gemv_slab((const char *)x + t * stride, stride, dsm_min(SLAB_TOKENS, tokens - t), w, first + r,
                       dsm_min(4, count - r), out + t * ldo + r, ldo);
@@ -258,13 +263,15 @@ static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, 
                  float *out, int64_t ldo, const void *next) {
     if (dsm_is_four_bit(w->dtype)) {
         dsm_four_bit_gemv(x, stride, tokens, w, first, count, out, ldo, next);
-    } else if (tokens <= 2) {
+    } else if (tokens <= 4) {
         for (int64_t r = 0, n; r < count; r += n) {
             n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
             const void *then = dsm_row(w, first + r + n);
             if (r + n == count) then = next;
             if (tokens == 1) gemv_in_turns(read_8_1, read_1_1, 8, x, stride, w, first + r, n, out + r, ldo, then);
-            else gemv_in_turns(read_4_2, read_1_2, 4, x, stride, w, first + r, n, out + r, ldo, then);
+            else if (tokens == 2) gemv_in_turns(read_4_2, read_1_2, 4, x, stride, w, first + r, n, out + r, ldo, then);
+            else if (tokens == 3) gemv_in_turns(read_4_3, read_1_3, 4, x, stride, w, first + r, n, out + r, ldo, then);
+            else gemv_in_turns(read_4_4, read_1_4, 4, x, stride, w, first + r, n, out + r, ldo, then);
         }
     } else {
         for (int64_t m = 0; m < tokens; m += SLAB_TOKENS)
