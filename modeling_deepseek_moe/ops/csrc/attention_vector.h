@@ -3,6 +3,7 @@
    Scores are products of `gemm`, with the heads' queries for tokens and the cached latents for weights. */
 
 #define ABSORBED_ROWS 4
+#define WIDEN_AHEAD 8 /* rows */
 
 /* `gemv` (constant) weight rows times their factors are added to the sums of a strip of 4 * WIDTH bytes of each row; the
    j-th vector holds columns per_lane * l + j. */
@@ -116,13 +117,23 @@ float SHARED(online_softmax)(float *scores, int64_t n, int64_t room, float scali
     return decay;
 }
 
-/* a panel's columns of `count` rows, from column c on, as fp32; zeros after the last */
-DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t k, int64_t c, float *to) {
-    const int64_t at = (first + k) * v->cols + c;
-    if (v->cols - c >= PANEL)
-        UNROLL for (int j = 0; j < PANEL; j += WIDTH) * (F *)(to + j) = load_any(v->data, v->dtype, at + j);
-    else
-        for (int j = 0; j < PANEL; j++) to[j] = c + j < v->cols ? dsm_load(v->data, v->dtype, at + j) : 0.0f;
+/* columns from c on of `count` rows as fp32, a panel after the other; zeros after the last. `dtype` is a constant. */
+DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t count, int64_t c, int64_t end, float *to,
+                      const int dtype) {
+    const int64_t pitch = v->cols * (dtype == DSM_F32 ? 4 : 2);
+    for (int64_t k = 0; k < count; k++, to += PANEL) {
+        const int64_t at = (first + k) * v->cols;
+        float *panel = to;
+        /* a line of each row is read, which comes from the second cache, and nothing fetches at this stride */
+        __builtin_prefetch((const char *)v->data + (at + c) * (dtype == DSM_F32 ? 4 : 2) + WIDEN_AHEAD * pitch);
+        for (int64_t j = c; j < end; j += PANEL, panel += DSM_BLOCK * PANEL)
+            if (v->cols - j >= PANEL)
+                UNROLL for (int i = 0; i < PANEL; i += WIDTH) * (F *)(panel + i) =
+                    load_any(v->data, dtype, at + j + i);
+            else
+                for (int i = 0; i < PANEL; i++)
+                    panel[i] = j + i < v->cols ? dsm_load(v->data, dtype, at + j + i) : 0.0f;
+    }
 }
 static void accumulate_pv(const float *p, int64_t ldp, int64_t tokens, const Matrix *v, int64_t first, int64_t count,
                           const float *decay, float *out, int64_t ldo, void *scratch, PrefetchStream *ahead) {
@@ -130,8 +141,9 @@ static void accumulate_pv(const float *p, int64_t ldp, int64_t tokens, const Mat
     for (int64_t c = 0; c < v->cols; c += PV_PANELS * PANEL) {
         float *values = scratch;
         const int64_t end = dsm_min(c + PV_PANELS * PANEL, v->cols);
-        for (int64_t k = 0; k < count; k++)
-            for (int64_t j = c, i = k; j < end; j += PANEL, i += DSM_BLOCK) widen(v, first, k, j, values + i * PANEL);
+        if (v->dtype == DSM_BF16) widen(v, first, count, c, end, values, DSM_BF16);
+        else if (v->dtype == DSM_F32) widen(v, first, count, c, end, values, DSM_F32);
+        else widen(v, first, count, c, end, values, DSM_F16);
         for (int64_t j = c; j < end; j += PANEL, values += DSM_BLOCK * PANEL)
             fma_tokens((const char *)p, stride, tokens, values, count, 1.0f, decay, out + j, ldo, ahead);
     }

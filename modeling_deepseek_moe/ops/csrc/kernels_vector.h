@@ -114,10 +114,12 @@ DSM_INLINE
         for (int64_t i = 0; i < DSM_BLOCK; i += per_lane * WIDTH) {
             float *to = panel + i * PANEL + v * WIDTH;
             I raw[WIDTH];
-            for (int l = 0; l < WIDTH; l++) {
-                const char *p = (const char *)w->data + ((first + v * WIDTH + l) * w->cols + k + i) * bytes;
-                raw[l] = v * WIDTH + l < count && i < deep ? load_bytes(p, (deep - i) * bytes) : (I){0};
-            }
+            const char *p = (const char *)w->data + ((first + v * WIDTH) * w->cols + k + i) * bytes;
+            if ((v + 1) * WIDTH <= count && i + per_lane * WIDTH <= deep)
+                UNROLL for (int l = 0; l < WIDTH; l++) raw[l] = *(const LooseI *)(p + l * w->cols * bytes);
+            else
+                for (int l = 0; l < WIDTH; l++, p += w->cols * bytes)
+                    raw[l] = v * WIDTH + l < count && i < deep ? load_bytes(p, (deep - i) * bytes) : (I){0};
             transpose(raw);
             UNROLL for (int q = 0; q < WIDTH; q++, to += PANEL) {
                 if (per_lane == 4) {

@@ -182,7 +182,8 @@ static void attend(const Attention *a, int64_t task, Buffers *buffers) {
 }
 
 /* one row of one run: the chunks' results become one, packed; zeros where it meets no keys */
-static void merge_chunks(const Attention *a, int64_t b, int64_t r, float *row, char *packed) {
+static void merge_chunks(const Attention *a, int64_t b, int64_t r, float *restrict row, char *packed) {
+    const int64_t rank = a->rank; /* a copy, which no store changes: only so do compilers make vectors of the loops */
     float peak = -FLT_MAX, norm = 0.0f;
     for (int64_t part = 0; part < a->chunks; part++) {
         const float own = a->peaks[(b * a->chunks + part) * a->rows + r];
@@ -193,9 +194,9 @@ static void merge_chunks(const Attention *a, int64_t b, int64_t r, float *row, c
         const int64_t at = (b * a->chunks + part) * a->rows + r;
         const float share = expf(a->peaks[at] - peak), *from = a->partial + at * a->room;
         norm += share * a->norms[at];
-        for (int64_t i = 0; i < a->rank; i++) row[i] += share * from[i];
+        for (int64_t i = 0; i < rank; i++) row[i] += share * from[i];
     }
-    for (int64_t i = 0; norm != 0.0f && i < a->rank; i++) row[i] /= norm;
+    for (int64_t i = 0; norm != 0.0f && i < rank; i++) row[i] /= norm;
     a->kernels->pack(row, DSM_F32, a->rank, a->kv_b->dtype, packed);
 }
 
