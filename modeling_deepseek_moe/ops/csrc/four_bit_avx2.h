@@ -7,19 +7,36 @@
 
        32 bytes of codes         low halves | high halves
        by pshufb, unpacked       bytes 0-7 and 16-23, bytes 8-15 and 24-31 of the low halves, the same of the high
-       64 activations, packed    64 integers in that order, the scale: 132 of 256 bytes
+       64 activations, packed    64 integers in that order, `Beyond`: 140 of 256 bytes
 
-   INT4's codes are integers themselves (`add_offsets`). The columns of a 128-bit lane are those of a group, or of half a
-   one. */
+   INT4's and MXFP4's codes are small integers (`dot_of_bytes`). The columns of a 128-bit lane are those of a group, or of
+   half a one. What a core decodes bounds this, and most of all instructions, so that whatever is not of one code is done
+   for 256 columns at once: their scales, times those of the activations, are one vector,
 
-#define INTEGER_SCALE 128 /* bytes before the scale */
-#define OFFSETS 160       /* bytes before what INT4's codes have too much */
-#define INTEGER_LIFT                                                                                                  \
-    0x1p24f /* of scales, so that those of denormal activations are none; taken back before a weight's scale */
+       groups of 32     0  2  4  6 |  1  3  5  7          of 64     0  1  2  3 |  0  1  2  3
+
+   of which block b of 64 columns finds its own by spreading lane b.
+
+   Four pipes could take INT4's 15.75 instructions of 64 columns in 3.9 cycles; a Zen 4 takes 4.8 in a loop of nothing else,
+   5.2 here. From memory a core still reads codes at half to two thirds of what it reads without decoding, why is not known:
+   it is the same without scales and in pages of 2 MB. Fetched 512 bytes ahead instead of 2,048, NF4 models were slower. */
+
+#define BEYOND 128     /* bytes before what is not an activation */
+#define STRIDE_256 256 /* columns whose scales are one vector */
+#define STRIDES 64     /* of them are prepared at a time */
+#define ROWS_IN_TURN 64
+
+/* after 64 activations */
+typedef struct {
+    float scale;
+    float offsets[2]; /* what codes that were made positive have too much, in each group of 32 */
+} Beyond;
 
 DSM_INLINE float integer_gain(int dtype) {
     return dtype == DSM_NF4 ? 8191.0f : dtype == DSM_FP4 ? 192.0f : dtype == DSM_MXFP4 ? 2.0f : 1.0f;
 }
+/* what makes positive bytes of the integers, 0 where they are no bytes */
+DSM_INLINE int byte_offset(int dtype) { return dtype == DSM_INT4 ? 8 : dtype == DSM_MXFP4 ? 12 : 0; }
 
 /* the integer that was rounded by adding 1.5 * 2^23 */
 DSM_INLINE int16_t low_integer(float moved) {
@@ -27,27 +44,27 @@ DSM_INLINE int16_t low_integer(float moved) {
     memcpy(&bits, &moved, 4);
     return (int16_t)bits;
 }
-/* 64 integers for INT4: the low bytes of the even columns and of the odd ones, the high bytes, and what the codes' offset
-   of 8 adds to each lane's eight columns. */
-DSM_INLINE void store_bytes(const float *moved, char *to) {
-    int32_t offset[8] = {0};
+/* 64 integers as bytes: the low ones of the even columns and of the odd ones, then the high ones. */
+DSM_INLINE void store_bytes(const float *moved, char *to, float *offsets, int offset) {
+    int32_t sums[2] = {0};
     for (int b = 0; b < 64; b++) {
         const int value = low_integer(moved[b]), low = (int8_t)value, at = b % 2 * 32 + b / 2;
         to[at] = (char)low;
         to[64 + at] = (char)((value - low) / 256);
-        offset[b / 8] += 8 * value;
+        sums[b / 32] += value;
     }
-    memcpy(to + OFFSETS, offset, sizeof offset);
+    for (int g = 0; g < 2; g++) offsets[g] = (float)(offset * sums[g]);
 }
 
 /* 64 activations at a time, zeros after n */
 static void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
-    const int swapped = dsm_column_of(weight_dtype, 0);
-    const float largest = weight_dtype == DSM_INT4 ? 127 * 256 + 127 : 32767; /* of two signed bytes, or of 16 bits */
+    const int swapped = dsm_column_of(weight_dtype, 0), offset = byte_offset(weight_dtype);
+    const float largest = offset ? 127 * 256 + 127 : 32767; /* of two signed bytes, or of 16 bits */
     char *to = out;
     for (int64_t k = 0; k < dsm_blocks(n) * DSM_BLOCK; k += 64, to += 64 * sizeof(float)) {
         float natural[64] __attribute__((aligned(64))) = {0};
         int16_t *integers = (int16_t *)to;
+        Beyond beyond = {0};
         F most = zeros();
         if (n - k >= 64)
             for (int i = 0; i < 64; i += WIDTH) *(F *)(natural + i) = load_any(x, dtype, k + i);
@@ -60,151 +77,195 @@ static void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype,
         float top = 0.0f;
         for (int l = 0; l < WIDTH; l++) top = most[l] > top || most[l] != most[l] ? most[l] : top;
         const int finite = top <= 3e38f && top == top;
-        /* the inverse of what is next to nothing would be infinite */
-        const float lift = top < 0x1p-100f ? 0x1p100f : 1.0f;
-        const float scale = finite ? top * (INTEGER_LIFT / largest) : NAN;
-        const float inverse = finite && top > 0.0f ? largest / (top * lift) : 0.0f;
+        /* no smaller, so that neither its inverse is infinite nor the scale a subnormal number */
+        const float step = top / largest > 0x1p-112f ? top / largest : 0x1p-112f;
+        const float inverse = finite ? 1.0f / step : 0.0f;
         for (int i = 0; i < 64; i += WIDTH) {
-            const F moved = *(const F *)(natural + i) * lift * inverse + 0x1.8p23f; /* an integer in the low bits */
-            *(F *)(natural + i) = inverse ? moved : spread(0x1.8p23f);
+            const F moved = *(const F *)(natural + i) * inverse + 0x1.8p23f; /* an integer in the low bits */
+            *(F *)(natural + i) = finite ? moved : spread(0x1.8p23f);
         }
-        if (weight_dtype == DSM_INT4) store_bytes(natural, to);
-        for (int half = 0; half < 2 && weight_dtype != DSM_INT4; half++)
+        beyond.scale = finite ? step / integer_gain(weight_dtype) : NAN;
+        if (offset) store_bytes(natural, to, beyond.offsets, offset);
+        for (int half = 0; half < 2 && !offset; half++)
             for (int w = 0; w < 32; w++) {
                 const int byte = w / 8 % 2 * 16 + w / 16 * 8 + w % 8, column = 2 * byte + (half ^ swapped);
                 integers[half * 32 + w] = low_integer(natural[column]);
             }
-        memcpy(to + INTEGER_SCALE, &scale, sizeof scale);
+        memcpy(to + BEYOND, &beyond, sizeof beyond);
     }
 }
 
 typedef struct {
     __m256i low, high; /* bytes of the 16 integers, twice */
-    __m256 drop;       /* what takes gain and lift back */
 } IntegerTable;
 
+/* in registers: what is stored in parts and loaded as a whole waits until all before it is done */
 DSM_INLINE IntegerTable integer_table(int dtype) {
-    uint8_t low[16], high[16];
-    for (int i = 0; i < 16; i++) {
-        const int value = (int)lrintf(dsm_values(dtype)[i] * integer_gain(dtype));
-        low[i] = (uint8_t)value;
-        high[i] = (uint8_t)(value >> 8);
-    }
-    return (IntegerTable){_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low)),
-                          _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high)),
-                          _mm256_set1_ps(1.0f / (INTEGER_LIFT * integer_gain(dtype)))};
+    const __m256 gain = _mm256_set1_ps(integer_gain(dtype));
+    const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(dsm_values(dtype)), gain)),
+                  last = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(dsm_values(dtype) + 8), gain));
+    const __m256i all = _mm256_add_epi16(_mm256_permute4x64_epi64(_mm256_packs_epi32(first, last), 0xd8),
+                                         _mm256_set1_epi16((int16_t)byte_offset(dtype)));
+    const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srai_epi16(all, 8);
+    return (IntegerTable){_mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x88),
+                          _mm256_permute4x64_epi64(_mm256_packs_epi16(high, high), 0x88)};
 }
 
-/* the scales of 64 columns, of which `rest` exist, from scale `at` on, a group in each 128-bit lane */
-DSM_INLINE __m256 integer_scales(const void *scale, int64_t at, int64_t rest, const int kind) {
-    const int64_t group = dsm_group_of(kind);
-    if (kind == DSM_BF16 && rest >= 64) { /* both are one load, and move to the upper half of their lanes */
-        int32_t both;
-        memcpy(&both, (const uint16_t *)scale + at, 4);
-        const __m256i place = _mm256_setr_epi32(0x01008080, 0x01008080, 0x01008080, 0x01008080, 0x03028080, 0x03028080,
-                                                0x03028080, 0x03028080);
-        return (__m256)_mm256_shuffle_epi8(_mm256_set1_epi32(both), place);
-    }
-    const __m128 first = _mm_set1_ps(dsm_group_scale(scale, at, kind));
-    if (group == 64) return _mm256_set_m128(first, first);
-    return _mm256_set_m128(rest > 32 ? _mm_set1_ps(dsm_group_scale(scale, at + 1, kind)) : _mm_setzero_ps(), first);
-}
-
-/* Where a row's codes and scales lie, looked up once for it. */
+/* of 256 activations, in the order of the groups' scales: the other lanes' are the same where a group is 64 */
 typedef struct {
-    const uint8_t *codes;
-    const void *scale;
-    int64_t first, groups; /* the row's first scale, and how many it has */
-} IntegerRow;
-DSM_INLINE IntegerRow integer_row(const Matrix *w, int64_t row, const int kind) {
-    const int64_t groups = w->cols / dsm_group_of(kind);
-    return (IntegerRow){(const uint8_t *)dsm_row(w, row), w->scale, row * groups, groups};
-}
-/* 64 codes of a row from column k on, of which `rest` exist; what comes next is fetched ahead */
-DSM_INLINE __m256i integer_codes(const IntegerRow *row, int64_t k, int64_t rest, const int kind) {
-    const uint8_t *from = row->codes + k / 2;
-    const int64_t next = row->first + row->groups + k / dsm_group_of(kind);
-    if (k % 128 == 0) _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T1);
-    if (k % 512 == 0) _mm_prefetch(dsm_scale_place(row->scale, next, kind), _MM_HINT_T0);
-    if (rest >= 64) return _mm256_loadu_si256((const __m256i *)from);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)from)), _mm_setzero_si128(),
-                                   1);
-}
-/* total += scales * the sums of 64 products, which are integers; x: the packed activations that they are of */
-DSM_INLINE __m256 scaled(__m256i sums, const char *x, __m256 drop, __m256 scales, __m256 total) {
-    const __m256 own = _mm256_broadcast_ss((const float *)(x + INTEGER_SCALE));
-    return _mm256_fmadd_ps(scales, _mm256_mul_ps(drop, _mm256_mul_ps(own, _mm256_cvtepi32_ps(sums))), total);
+    __m256 scales, offsets;
+} Side;
+
+/* the sides of a token's columns up to `length`; there are up to STRIDES of them */
+DSM_INLINE void gather_sides(const char *x, int64_t length, Side *sides) {
+    static const Beyond NONE;
+    for (int64_t k = 0; k < length; k += STRIDE_256, sides++) {
+        const Beyond *of[4];
+        for (int64_t b = 0; b < 4; b++)
+            of[b] = k + 64 * b < length ? (const Beyond *)(x + (k + 64 * b) * sizeof(float) + BEYOND) : &NONE;
+        const __m128 scales = _mm_setr_ps(of[0]->scale, of[1]->scale, of[2]->scale, of[3]->scale);
+        sides->scales = _mm256_set_m128(scales, scales);
+        sides->offsets = _mm256_setr_ps(of[0]->offsets[0], of[1]->offsets[0], of[2]->offsets[0], of[3]->offsets[0],
+                                        of[0]->offsets[1], of[1]->offsets[1], of[2]->offsets[1], of[3]->offsets[1]);
+    }
 }
 
-/* 64 columns from k on, of which `rest` exist */
-DSM_INLINE void add_integers(IntegerTable table, const char *x, size_t stride, const IntegerRow *row, int64_t k,
-                             int64_t rest, __m256 *total, const int tokens, const int kind) {
-    const __m256i nibble = _mm256_set1_epi8(15), codes = integer_codes(row, k, rest, kind);
-    __m256i value[4];
+/* the scales of 256 columns, of which `rest` exist, from scale `at` on */
+DSM_INLINE __m256 integer_scales(const void *scale, int64_t at, int64_t rest, const int kind) {
+    const int64_t have = dsm_min(rest, STRIDE_256) / dsm_group_of(kind);
+    if (kind == DSM_BF16) { /* they move to the upper half of their lanes */
+        const __m256i place = _mm256_setr_epi32(0x01008080, 0x05048080, 0x09088080, 0x0d0c8080, 0x03028080, 0x07068080,
+                                                0x0b0a8080, 0x0f0e8080);
+        uint16_t padded[8] = {0};
+        const void *from = memcpy(padded, (const uint16_t *)scale + at, (size_t)have * sizeof *padded);
+        return (__m256)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(from)), place);
+    }
+    if (kind == DSM_E8M0) {
+        const __m256i place =
+            _mm256_setr_epi32(~0xff, ~0xff | 2, ~0xff | 4, ~0xff | 6, ~0xff | 1, ~0xff | 3, ~0xff | 5, ~0xff | 7);
+        uint8_t padded[16] = {0};
+        memcpy(padded, (const uint8_t *)scale + at, (size_t)have);
+        const __m256i e =
+            _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadl_epi64((const __m128i *)padded)), place);
+        /* 0 is 2^-127 and 255 NaN, as `dsm_group_scale` has it */
+        const __m256i ends = _mm256_or_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()),
+                                             _mm256_cmpeq_epi32(e, _mm256_set1_epi32(255)));
+        return (__m256)_mm256_or_si256(_mm256_slli_epi32(e, 23), _mm256_and_si256(ends, _mm256_set1_epi32(0x400000)));
+    }
+    __m128 four = _mm_setzero_ps();
+    if (kind == DSM_F32 && have == 4) four = _mm_loadu_ps((const float *)scale + at);
+    else
+        four = _mm_setr_ps(dsm_group_scale(scale, at, kind), have > 1 ? dsm_group_scale(scale, at + 1, kind) : 0.0f,
+                           have > 2 ? dsm_group_scale(scale, at + 2, kind) : 0.0f,
+                           have > 3 ? dsm_group_scale(scale, at + 3, kind) : 0.0f);
+    return _mm256_set_m128(four, four);
+}
+
+/* sums of products of 64 columns with 16-bit integers, of whatever their table holds */
+DSM_INLINE void look_up_integers(IntegerTable table, const __m256i *halves, __m256i *value) {
     UNROLL for (int half = 0; half < 2; half++) {
-        const __m256i index = _mm256_and_si256(half ? _mm256_srli_epi16(codes, 4) : codes, nibble);
-        const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+        const __m256i low = _mm256_shuffle_epi8(table.low, halves[half]),
+                      high = _mm256_shuffle_epi8(table.high, halves[half]);
         value[2 * half] = _mm256_unpacklo_epi8(low, high);
         value[2 * half + 1] = _mm256_unpackhi_epi8(low, high);
     }
-    const __m256 scales = integer_scales(row->scale, row->first + k / dsm_group_of(kind), rest, kind);
-    UNROLL for (int t = 0; t < tokens; t++) {
-        const char *xt = x + t * stride + k * sizeof(float);
-        __m256i sum[4];
-        UNROLL for (int i = 0; i < 4; i++) sum[i] =
-            _mm256_madd_epi16(value[i], _mm256_loadu_si256((const __m256i *)xt + i));
-        sum[0] = _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
-        total[t] = scaled(sum[0], xt, table.drop, scales, total[t]);
-    }
 }
-/* The same of INT4, whose codes are integers but for an offset of 8: they need no table, and are multiplied as bytes with
-   both bytes of the activations. Two products of 15 * 128, and two of these, do not overflow 16 bits. */
-DSM_INLINE void add_offsets(IntegerTable table, const char *x, size_t stride, const IntegerRow *row, int64_t k,
-                            int64_t rest, __m256 *total, const int tokens, const int kind) {
-    const __m256i nibble = _mm256_set1_epi8(15), codes = integer_codes(row, k, rest, kind);
-    const __m256i even = _mm256_and_si256(codes, nibble), odd = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
-    const __m256 scales = integer_scales(row->scale, row->first + k / dsm_group_of(kind), rest, kind);
+DSM_INLINE __m256i dot_of_integers(const __m256i *value, const char *x) {
+    __m256i sum[4];
+    UNROLL for (int i = 0; i < 4; i++) sum[i] =
+        _mm256_madd_epi16(value[i], _mm256_loadu_si256((const __m256i *)x + i));
+    return _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
+}
+/* The same of bytes, multiplied with both bytes of the activations. Two products of 24 * 128, and two of these, do not
+   overflow 16 bits. */
+DSM_INLINE __m256i dot_of_bytes(const __m256i *halves, const char *x) {
+    __m256i part[2];
+    UNROLL for (int i = 0; i < 2; i++) {
+        const __m256i *bytes = (const __m256i *)x + 2 * i;
+        part[i] = _mm256_add_epi16(_mm256_maddubs_epi16(halves[0], _mm256_loadu_si256(bytes)),
+                                   _mm256_maddubs_epi16(halves[1], _mm256_loadu_si256(bytes + 1)));
+        part[i] = _mm256_madd_epi16(part[i], _mm256_set1_epi16(i ? 256 : 1));
+    }
+    return _mm256_add_epi32(part[0], part[1]);
+}
+
+/* 256 columns, of which `rest` exist, of one weight row: `codes` and their `scales`, for `tokens` tokens */
+DSM_INLINE void add_256(IntegerTable table, const char *x, size_t stride, const Side *sides, const uint8_t *codes,
+                        __m256 scales, int64_t rest, __m256 *total, const int dtype, const int tokens) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256 own[TOKENS_AT_ONCE];
     UNROLL for (int t = 0; t < tokens; t++) {
-        const char *xt = x + t * stride + k * sizeof(float);
-        __m256i part[2];
-        UNROLL for (int i = 0; i < 2; i++) {
-            const __m256i *bytes = (const __m256i *)xt + 2 * i;
-            part[i] = _mm256_add_epi16(_mm256_maddubs_epi16(even, _mm256_loadu_si256(bytes)),
-                                       _mm256_maddubs_epi16(odd, _mm256_loadu_si256(bytes + 1)));
-            part[i] = _mm256_madd_epi16(part[i], _mm256_set1_epi16(i ? 256 : 1));
+        const Side *side = sides + t * STRIDES;
+        own[t] = _mm256_mul_ps(scales, side->scales);
+        if (byte_offset(dtype)) total[2 * t] = _mm256_fnmadd_ps(own[t], side->offsets, total[2 * t]);
+    }
+    UNROLL for (int b = 0; b < 4; b++) {
+        const uint8_t *from = codes + 32 * b;
+        if (64 * b >= rest) break;
+        const __m256i both = 64 * b + 64 <= rest ? _mm256_loadu_si256((const __m256i *)from)
+                                                 : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
+        __m256i halves[2] = {_mm256_and_si256(both, nibble), _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble)};
+        __m256i value[4];
+        if (b % 2 == 0) _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T1);
+        if (!byte_offset(dtype)) look_up_integers(table, halves, value);
+        if (dtype == DSM_MXFP4)
+            UNROLL for (int i = 0; i < 2; i++) halves[i] = _mm256_shuffle_epi8(table.low, halves[i]);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            const char *xt = x + t * stride + 64 * b * sizeof(float);
+            const __m256i dot = byte_offset(dtype) ? dot_of_bytes(halves, xt) : dot_of_integers(value, xt);
+            __m256 *to = total + 2 * t + b % 2;
+            *to = _mm256_fmadd_ps(_mm256_permute_ps(own[t], 0x55 * b), _mm256_cvtepi32_ps(dot), *to);
         }
-        const __m256i offset = _mm256_loadu_si256((const __m256i *)(xt + OFFSETS));
-        total[t] =
-            scaled(_mm256_sub_epi32(_mm256_add_epi32(part[0], part[1]), offset), xt, table.drop, scales, total[t]);
     }
 }
 
-/* scales of bf16 are INT4's alone */
-DSM_INLINE void add_codes(IntegerTable table, const char *x, size_t stride, const IntegerRow *row, int64_t k,
-                          int64_t rest, __m256 *total, const int tokens, const int kind) {
-    (kind == DSM_BF16 ? add_offsets : add_integers)(table, x, stride, row, k, rest, total, tokens, kind);
-}
+/* up to ROWS_IN_TURN weight rows */
 DSM_INLINE void integer_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
-                             int64_t ldo, const int tokens, const int kind) {
-    const IntegerTable table = integer_table(w->dtype);
-    F sums[ROWS * TOKENS_AT_ONCE];
-    for (int64_t r = 0; r < count; r++) {
-        const IntegerRow row = integer_row(w, first + r, kind);
-        __m256 total[TOKENS_AT_ONCE];
-        int64_t k = 0;
-        UNROLL for (int t = 0; t < tokens; t++) total[t] = _mm256_setzero_ps();
-        for (; k + 256 <= w->cols; k += 256)
-            UNROLL for (int i = 0; i < 256; i += 64) add_codes(table, x, stride, &row, k + i, 64, total, tokens, kind);
-        for (; k + 64 <= w->cols; k += 64) add_codes(table, x, stride, &row, k, 64, total, tokens, kind);
-        if (k < w->cols) add_codes(table, x, stride, &row, k, w->cols - k, total, tokens, kind);
-        UNROLL for (int t = 0; t < tokens; t++) sums[r * tokens + t] = (F)total[t];
+                             int64_t ldo, const int tokens, const int dtype, const int kind) {
+    const IntegerTable table = integer_table(dtype);
+    const int64_t cols = w->cols, groups = cols / dsm_group_of(kind);
+    F sums[ROWS_IN_TURN * TOKENS_AT_ONCE];
+    for (int64_t k0 = 0; k0 < cols; k0 += STRIDES * STRIDE_256) {
+        const int64_t end = dsm_min(cols, k0 + STRIDES * STRIDE_256);
+        Side sides[TOKENS_AT_ONCE * STRIDES];
+        for (int t = 0; t < tokens; t++)
+            gather_sides(x + t * stride + k0 * sizeof(float), end - k0, sides + t * STRIDES);
+        for (int64_t r = 0; r < count; r++) {
+            const uint8_t *codes = (const uint8_t *)dsm_row(w, first + r);
+            const int64_t scale = (first + r) * groups;
+            __m256 total[2 * TOKENS_AT_ONCE];
+            const Side *side = sides;
+            int64_t k = k0;
+            UNROLL for (int i = 0; i < 2 * tokens; i++) total[i] = _mm256_setzero_ps();
+            for (; k + STRIDE_256 <= end; k += STRIDE_256) {
+                const int64_t at = scale + k / dsm_group_of(kind);
+                if (k % 512 == 0) _mm_prefetch(dsm_scale_place(w->scale, at + 4 * groups, kind), _MM_HINT_T0);
+                add_256(table, x + k * sizeof(float), stride, side++, codes + k / 2,
+                        integer_scales(w->scale, at, STRIDE_256, kind), STRIDE_256, total, dtype, tokens);
+            }
+            if (k < end)
+                add_256(table, x + k * sizeof(float), stride, side, codes + k / 2,
+                        integer_scales(w->scale, scale + k / dsm_group_of(kind), end - k, kind), end - k, total, dtype,
+                        tokens);
+            UNROLL for (int t = 0; t < tokens; t++) {
+                const F sum = (F)_mm256_add_ps(total[2 * t], total[2 * t + 1]);
+                F *to = sums + r * tokens + t;
+                *to = k0 ? *to + sum : sum;
+            }
+        }
     }
     add_lanes(sums, count, 1.0f, out, ldo, tokens);
 }
+/* formats that go the same way: INT4, MXFP4, and those of 16-bit integers by the kind of their scales */
 #define INTEGER_ROWS(NAME, TOKENS)                                                                                    \
     static __attribute__((noinline)) void NAME(const char *x, size_t stride, const Matrix *w, int64_t first,          \
                                                int64_t count, float *out, int64_t ldo) {                              \
-        DSM_BY_KIND(w, integer_rows, x, stride, w, first, count, out, ldo, TOKENS)                                    \
+        if (w->dtype == DSM_INT4) integer_rows(x, stride, w, first, count, out, ldo, TOKENS, DSM_INT4, DSM_BF16);     \
+        else if (w->dtype == DSM_MXFP4)                                                                               \
+            integer_rows(x, stride, w, first, count, out, ldo, TOKENS, DSM_MXFP4, DSM_E8M0);                          \
+        else if (w->scale_kind == DSM_F32)                                                                            \
+            integer_rows(x, stride, w, first, count, out, ldo, TOKENS, w->dtype, DSM_F32);                            \
+        else integer_rows(x, stride, w, first, count, out, ldo, TOKENS, w->dtype, DSM_NESTED);                        \
     }
 INTEGER_ROWS(integer_rows_1, 1)
 INTEGER_ROWS(integer_rows_2, 2)
@@ -217,8 +278,8 @@ static void gemv_integers(const void *given, size_t stride, int64_t tokens, cons
         gemv(x, stride, tokens, w, first, count, out, ldo, next);
         return;
     }
-    for (int64_t r = 0; r < count; r += ROWS) {
-        const int64_t n = dsm_min(ROWS, count - r);
+    for (int64_t r = 0; r < count; r += ROWS_IN_TURN) {
+        const int64_t n = dsm_min(ROWS_IN_TURN, count - r);
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4)
             integer_rows_4(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
