@@ -1,5 +1,9 @@
 """A release written by all ranks, each its part; and what every rank is told where one of them differs or fails."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 from distributed_runs import on_ranks
 from releases import SHAPES, write_release
@@ -90,3 +94,18 @@ def test_every_rank_is_told(ranks, what, on_first, on_second):
 
 def test_a_save_that_failed_leaves_nothing(ranks):
     assert ranks[1]["refusals"][0]["left"] == []
+
+
+@pytest.mark.parametrize("form", ["", "-fp8"])
+def test_a_rank_takes_little_besides_its_part(form):
+    """`benchmarks/save_ranks.py` measured it, of 10 GB on four ranks; the page's figures are these."""
+    root = Path(__file__).resolve().parents[1]
+    found = json.loads((root / "benchmarks" / "results" / f"save_ranks{form}.json").read_text())
+    assert len(found["rows"]) == 4 and sum(row["part"] for row in found["rows"]) > 10e9
+    assert all(row["peak"] - row["part"] < 1e9 for row in found["rows"])
+    page = (root / "docs" / "distributed-training.md").read_text()
+    said = re.search(r"parts of ([\d.]+) GB took ([\d.]+) GB at most.*\n.*in FP8 ([\d.]+) GB", page)
+    assert said[1] == f"{found['rows'][0]['part'] / 1e9:.2f}"
+    assert said[3 if form else 2] == f"{max(row['peak'] for row in found['rows']) / 1e9:.2f}"
+    if "consolidate" in found:
+        assert f"which took {found['consolidate']['peak'] / 1e9:.2f} GB" in page
