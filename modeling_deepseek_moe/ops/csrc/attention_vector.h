@@ -120,12 +120,12 @@ float SHARED(online_softmax)(float *scores, int64_t n, int64_t room, float scali
 /* columns from c on of `count` rows as fp32, a panel after the other; zeros after the last. `dtype` is a constant. */
 DSM_INLINE void widen(const Matrix *v, int64_t first, int64_t count, int64_t c, int64_t end, float *to,
                       const int dtype) {
-    const int64_t pitch = v->cols * (dtype == DSM_F32 ? 4 : 2);
+    const int64_t size = (int64_t)dsm_itemsize(dtype);
     for (int64_t k = 0; k < count; k++, to += PANEL) {
         const int64_t at = (first + k) * v->cols;
         float *panel = to;
         /* a line of each row is read, which comes from the second cache, and nothing fetches at this stride */
-        __builtin_prefetch((const char *)v->data + (at + c) * (dtype == DSM_F32 ? 4 : 2) + WIDEN_AHEAD * pitch);
+        __builtin_prefetch((const char *)v->data + (at + c + WIDEN_AHEAD * v->cols) * size);
         for (int64_t j = c; j < end; j += PANEL, panel += DSM_BLOCK * PANEL)
             if (v->cols - j >= PANEL)
                 UNROLL for (int i = 0; i < PANEL; i += WIDTH) * (F *)(panel + i) =
