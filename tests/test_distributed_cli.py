@@ -1,4 +1,4 @@
-"""``deepseek-moe train`` under torchrun and ``accelerate launch``, as they are."""
+"""``deepseek-moe train`` under torchrun, ``accelerate launch`` and as tasks of srun, as they are."""
 
 import json
 import os
@@ -35,11 +35,15 @@ def folder(tmp_path_factory):
 def launch(folder, launcher, out, *flags):
     command = [sys.executable, *launcher]
     command += ["--master-port" if launcher is TORCHRUN else "--main_process_port", str(free_port())]
-    command += ["deepseek-moe", "train", "--model", "tiny", "--train_file", "rows.jsonl", "--output_dir", out]
-    command += ["--max_length", "64", "--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu"]
-    command += ["--disable_tqdm", "true", *(("--ddp_backend", "gloo") if launcher is TORCHRUN else ()), *flags]
+    command += training(out, *(("--ddp_backend", "gloo") if launcher is TORCHRUN else ()), *flags)
     own = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=280, check=False)
+
+
+def training(out, *flags):
+    command = ["deepseek-moe", "train", "--model", "tiny", "--train_file", "rows.jsonl", "--output_dir", out]
+    command += ["--max_length", "64", "--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu"]
+    return [*command, "--disable_tqdm", "true", *flags]
 
 
 def losses(folder, out):
@@ -64,6 +68,24 @@ def test_both_launchers_train_alike(folder):
     one, ddp, fsdp, tiny = (dsm.CheckpointReader.open(folder / out) for out in ("one", "ddp", "fsdp", "tiny"))
     assert one.nbytes == ddp.nbytes == tiny.nbytes  # in parts the dtypes of what is no code are those of the training
     assert set(one) == set(ddp) == set(fsdp) == set(tiny)
+
+
+def test_tasks_of_srun_are_ranks(folder):
+    """Two processes with what srun sets for its tasks: one run, not two."""
+    command = [sys.executable, *training("srun", "--max_steps", "1", "--save_strategy", "no", "--ddp_backend", "gloo")]
+    step = {
+        **{"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"},
+        **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"},
+        **{"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+    }
+    tasks = []
+    for number in ("0", "1"):
+        own = os.environ | step | {"SLURM_PROCID": number, "SLURM_LOCALID": number}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        tasks.append(subprocess.Popen(command, cwd=folder, env=own, text=True, **pipes))
+    ends = [task.communicate(timeout=280) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], ends
+    assert sum(printed.count("wrote srun (FP8 release)") for printed, _ in ends) == 1
 
 
 def test_a_run_in_parts_goes_on(folder):

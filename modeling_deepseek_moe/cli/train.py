@@ -1,10 +1,13 @@
 """``deepseek-moe train``: the report's recipe from a YAML file or flags."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from modeling_deepseek_moe.cli import _slurm
 
 
 def train(
@@ -38,6 +41,8 @@ def train(
       [cyan]deepseek-moe train recipe.yaml --learning_rate 1e-5[/]
       [cyan]deepseek-moe train --model DeepSeek-V2-Lite --train_file chat.jsonl --output_dir runs/sft[/]
       [cyan]deepseek-moe train --model DeepSeek-V2-Lite --train_file chat.jsonl --output_dir runs/qlora --qlora --max_steps 300[/]
+      [cyan]torchrun --nproc-per-node 8 $(which deepseek-moe) train recipe.yaml --fsdp_size 8[/]
+      [cyan]srun --ntasks-per-node 8 deepseek-moe train recipe.yaml --fsdp_size 8[/]   ranks are srun's tasks
       [cyan]deepseek-moe report runs/sft[/]   afterwards
     """
     # Trainer's module imports every optional library that is installed: only this command pays for that.
@@ -45,6 +50,7 @@ def train(
     from modeling_deepseek_moe.cli import _train_memory, _train_run
 
     _train_memory.spare_memory()
+    os.environ.update(_slurm.ranks(os.environ))
 
     arguments = list(context.args)
     if recipe is not None and str(recipe).startswith("--"):
