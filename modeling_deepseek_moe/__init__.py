@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modeling_deepseek_moe import registration
 from modeling_deepseek_moe._version import __version__
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown, read_config
+from modeling_deepseek_moe.cache import Fp8StaticCache
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.checkpoint.writer import write_checkpoint
@@ -149,6 +150,7 @@ __all__ = [
     "DeepseekV32ForSequenceClassification",
     "DeepseekV32ForTokenClassification",
     "DeepseekV32Model",
+    "Fp8StaticCache",
     "Fp8TrainingConfig",
     "Glm4MoeLiteConfig",
     "Glm4MoeLiteForCausalLM",

@@ -1,8 +1,23 @@
-"""Cache layers with spare capacity: appending a token is amortised O(1), where `DynamicLayer` copies the whole cache for it."""
+"""Cache layers with spare capacity: appending a token is amortised O(1), where `DynamicLayer` copies the whole cache for it.
+
+And layers that keep latents in FP8, growing and static: `QuantizedCache(backend="fp8", ...)` gets them, and `Fp8StaticCache` has them.
+"""
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    Fp8QuantizedLayer,
+    QuantizedCache,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.utils import is_torchdynamo_compiling
+
+from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.ops._latent_rows import codes_and_scales, encoded_rows, row_bytes
 
 GROWTH = 1.125
 SLACK = 256  # tokens
@@ -99,6 +114,76 @@ class IndexedLatentLayer(LatentLayer, DynamicIndexedLayer):
         super().reset()
 
 
+class Fp8Latents:
+    """Of a cache layer: what it is given as keys it keeps in FP8, with fp32 scales of tiles of 128; values (k_pe) stay as they are.
+
+    ``keys`` are bytes ``[B, 1, kv, ·]`` as `ops._latent_rows` lays them out. `update` returns the latents decoded, in the dtype
+    that it is given.
+    """
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        rows, values = super().update(encode_latents(key_states), value_states, *args, **kwargs)
+        latents = decode_latents(rows, key_states.shape[-1], key_states.dtype)
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            latents = _WithoutGradient.apply(latents, key_states)
+        return latents, values
+
+
+class Fp8LatentLayer(Fp8Latents, LatentLayer):
+    """`LatentLayer` in FP8."""
+
+
+class Fp8StaticLayer(Fp8Latents, StaticLayer):
+    """transformers' `StaticLayer` in FP8."""
+
+
+class Fp8StaticCache(StaticCache):
+    """transformers' `StaticCache` for latents, which it keeps in FP8: 656 bytes a token and layer of DeepSeek-V3, 1,152 in bf16.
+
+    Args:
+        config: of the model.
+        max_cache_len: tokens that there is room for.
+
+    Raises:
+        ValueError: a model with indexers, whose keys it has no place for.
+    """
+
+    def __init__(self, config, max_cache_len: int, **kwargs):
+        if config.has_indexers:
+            raise ValueError(
+                f"Fp8StaticCache: found model_type={config.model_type!r}, whose indexers cache keys too, wanted a model without: use "
+                "StaticCache"
+            )
+        super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
+        self.layers[:] = [Fp8StaticLayer(max_cache_len=max_cache_len) for _ in self.layers]
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Latents that were made of ``states`` by rounding: a gradient that would be lost raises."""
+
+    @staticmethod
+    def forward(ctx, latents, states):
+        return latents.view_as(latents)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "a cache in FP8: latents are rounded and have no gradient, train without a cache (use_cache=False)"
+        )
+
+
+def encode_latents(c_kv: torch.Tensor) -> torch.Tensor:
+    """Latents ``[B, 1, q, r]`` as rows of bytes ``[B, 1, q, ·]``."""
+    codes, scales = block_fp8.quantize_tiles(c_kv.detach().flatten(0, 2))
+    return encoded_rows(codes, scales).view(*c_kv.shape[:3], -1)
+
+
+def decode_latents(rows: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse, up to rounding: ``[B, 1, kv, r]``."""
+    codes, scales = codes_and_scales(rows.flatten(0, 2), rank)
+    return block_fp8.dequantize_tiles(codes.view(torch.float8_e4m3fn), scales, dtype).view(*rows.shape[:3], rank)
+
+
 def update_indexer(cache: Cache, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
     """Cache an indexer's new ``keys [B, q, d]`` of a layer; returns all. Before the layer's latents, which may be offloaded then.
 
@@ -120,7 +205,7 @@ def _grown(cached: torch.Tensor | None, new: torch.Tensor, used: int, capacity: 
 
 
 def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
-    """Look over what a model was passed, and give a plain `DynamicCache` layers with spare capacity, in place.
+    """Look over what a model was passed, and give it layers of this module where it has transformers' own, in place.
 
     Args:
         query_length: of the new tokens.
@@ -139,15 +224,16 @@ def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
     keys = getattr(layers[0], "keys", None) if layers else None
     if keys is not None and keys.ndim == 4:
         found = keys.shape[1], keys.shape[3], layers[0].values.shape[3]
-        wanted = 1, config.kv_lora_rank, config.qk_rope_head_dim
+        in_codes, rank = isinstance(layers[0], Fp8Latents), config.kv_lora_rank
+        wanted = 1, row_bytes(rank) if in_codes else rank, config.qk_rope_head_dim
         if found != wanted:
             raise ValueError(
                 f"cache: layer 0: found {found[0]} heads with keys of {found[1]} and values of {found[2]} numbers, wanted "
                 f"{wanted[0]} head of {wanted[1]} and {wanted[2]}: only latents are cached. Pass a cache that no other "
                 "code has laid out or filled; it takes its shapes from the first call of the model"
             )
-    if not compiling and type(cache) is DynamicCache:
-        _give_capacity(cache, config.has_indexers)
+    if not compiling:
+        give_layers(cache, config)
     if config.has_indexers:
         _check_indexed(cache)
     length = cache.get_seq_length()
@@ -155,6 +241,17 @@ def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
         waits = query_length == 1 and length.device.type != "cpu"
         return None if compiling or waits else int(length)
     return length
+
+
+def give_layers(cache: Cache, config) -> None:
+    """Layers of this module for a plain `DynamicCache`, and for a `QuantizedCache` in FP8 whose layers are empty."""
+    if type(cache) is DynamicCache:
+        _give_capacity(cache, config.has_indexers)
+    elif type(cache) is QuantizedCache:
+        cache.layers[:] = [
+            Fp8LatentLayer() if type(layer) is Fp8QuantizedLayer and not layer.is_initialized else layer
+            for layer in cache.layers
+        ]
 
 
 def _give_capacity(cache: DynamicCache, indexed: bool) -> None:

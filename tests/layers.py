@@ -17,6 +17,7 @@ LAYERS = (
     "ops._triton_table",
     "ops._triton_codes",
     "ops._triton_groups",
+    "ops._latent_rows",
     "ops.four_bit.reference",
     "ops.four_bit.cpu",
     "ops._operands",

@@ -29,7 +29,10 @@ CEILINGS = {
     "lite/fp8/decode-static": 240,
     "small/fp8/prefill": 328,
     "small/bf16/train-fp8": 4095,
+    "lite/bf16/decode-codes": 130,
     "lite/fp8/decode/triton": 12,
+    "lite/fp8/decode-codes/triton": 12,
+    "v3/fp8/decode-static-codes/triton": 13,
     "lite/fp8/decode-static/triton": 12,
     "lite/bf16/decode-static/triton": 13,
     "v3/fp8/decode-static/triton": 13,
@@ -45,7 +48,7 @@ def guard(tmp_path_factory) -> Path:
     return build_guard(tmp_path_factory.mktemp("guard"))
 
 
-COMPILED = ["v3/fp8/decode-static/triton", "lite/bf16/decode-static/triton"]
+COMPILED = ["v3/fp8/decode-static/triton", "lite/bf16/decode-static/triton", "lite/bf16/decode-static-codes/triton"]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, QuantizedCache, StoppingCriteriaList
 
+from modeling_deepseek_moe.cache import give_layers
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.choose import Choice
 from modeling_deepseek_moe.decoding.columns import Columns
@@ -185,8 +186,11 @@ def decode(
         Tokens ``[B, T]``, what it came to, and the cache.
     """
     cache = model_kwargs[CACHE_NAME]
-    if isinstance(cache, QuantizedCache):
-        raise ValueError("found a QuantizedCache, wanted a cache that gives back drafts which were not accepted")
+    give_layers(cache, model.config)
+    if isinstance(cache, QuantizedCache) and not cache.is_croppable:
+        raise ValueError(
+            "found a QuantizedCache, wanted one in FP8 or another cache that gives back drafts which were not accepted"
+        )
     batch, device = len(input_ids), input_ids.device
     past = int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.cache import LatentLayer
+from modeling_deepseek_moe.cache import Fp8LatentLayer, Fp8StaticLayer, LatentLayer
 from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
@@ -25,6 +25,8 @@ from modeling_deepseek_moe.ops._operands import is_hooked, kept_weight_of, scale
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.sparse_attention import DeepseekSparseAttention
+
+CACHES = (LatentLayer, StaticLayer, Fp8LatentLayer, Fp8StaticLayer)
 
 
 class Step(NamedTuple):
@@ -54,9 +56,11 @@ def unsupported_reason(layers: list[nn.Module], hidden_states: torch.Tensor, cac
     if any(isinstance(layer.self_attn, DeepseekSparseAttention) for layer in layers):
         return "has no kernel for attention with an indexer (index_topk)"
     for layer, cached in zip(layers, cache.layers, strict=False):
-        if type(cached) not in (LatentLayer, StaticLayer) or not cached.is_initialized:
+        if type(cached) not in CACHES or not cached.is_initialized:
             return f"takes growing and static caches that a prompt has filled, found {type(cached).__name__}"
-        if cached.keys.dtype != hidden_states.dtype or cached.keys.shape[0] != hidden_states.shape[0]:
+        # rows of bytes are latents in FP8
+        dtypes = {cached.values.dtype, cached.keys.dtype} - {torch.uint8}
+        if dtypes != {hidden_states.dtype} or cached.keys.shape[0] != hidden_states.shape[0]:
             return f"takes a cache of the same dtype and batch, found {cached.keys.dtype}"
         own = (
             (layer, DeepseekDecoderLayer),
@@ -170,7 +174,7 @@ def _attend(attention: DeepseekAttention, x: torch.Tensor, cached, step: Step) -
     config = attention.config
     has_rank = config.q_lora_rank is not None
     first, kv = _pair(attention.q_a_proj if has_rank else attention.q_proj, attention.kv_a_proj_with_mqa, x)
-    keys, values = _buffers(cached, kv, attention.kv_dims)
+    keys, values = _buffers(cached)
     fused = _triton_latents(attention, first if has_rank else None, kv, keys, values, step)
     query = project(attention.q_b_proj, fused) if has_rank else first
     query = query.unflatten(-1, (-1, sum(attention.query_dims))).transpose(1, 2)
@@ -194,11 +198,12 @@ def _pair(first: nn.Module, second: nn.Module, x: torch.Tensor) -> tuple[torch.T
     return project(first, x), project(second, x)
 
 
-def _buffers(cached, kv: torch.Tensor, dims: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _buffers(cached) -> tuple[torch.Tensor, torch.Tensor]:
     """The caches' rows with room for one more."""
     if isinstance(cached, StaticLayer):
         return cached.keys, cached.values
-    return cached.reserve(*(kv.new_empty((len(kv), 1, 1, size)) for size in dims))
+    shapes = ((held, (*held.shape[:2], 1, held.shape[3])) for held in (cached.keys, cached.values))
+    return cached.reserve(*(held.new_empty(shape) for held, shape in shapes))
 
 
 def _triton_latents(attention, q_a, kv, keys, values, step: Step) -> torch.Tensor:

@@ -57,3 +57,33 @@ def e4m3_bytes(raw):
     wide = raw.to(tl.uint16)
     bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 4)
     return bits.to(tl.bfloat16, bitcast=True) * tl.full((), 2.0**120, tl.bfloat16)
+
+
+@triton.jit
+def encode8(v):
+    """fp32 of at most 448 in magnitude, or NaN, as E4M3 codes (uint8), to the nearest, ties to even."""
+    bits = v.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, small, normal)
+    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def encode_tiles(x, POWER: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes (uint8) of tiles x fp32 ``[M, K]`` and their scales ``[M]``.
+
+    A scale is amax / 448, up to a power of two with POWER, 1 for zeros; NaN or Inf make it NaN or Inf. NATIVE: SM89's conversion.
+    """
+    scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full((x.shape[0],), 448.0, tl.float32))
+    if POWER:
+        bits = tl.maximum(scale, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
+        scale = tl.where(scale > 0, ((bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True), scale)
+    scale = tl.where(scale == 0, 1.0, scale)
+    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
+    v = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))
+    raw = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE else encode8(v)
+    return raw, scale

@@ -4,7 +4,8 @@ import pytest
 import torch
 from gpu.errors import check
 
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.cache import decode_latents, encode_latents
+from modeling_deepseek_moe.ops import _triton, block_fp8
 from modeling_deepseek_moe.ops.absorbed_attention import reference, triton
 from modeling_deepseek_moe.rope import apply_rotary
 
@@ -14,8 +15,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 class Case:
     """Inputs of one call, from a seed; keys outside of their rows' bounds are NaN."""
 
-    def __init__(self, dtype, heads, dims, begin, end, fp8=False):
-        self.dtype, self.heads, self.begin, self.end = dtype, heads, begin, end
+    def __init__(self, dtype, heads, dims, begin, end, fp8=False, in_codes=False):
+        self.dtype, self.heads, self.begin, self.end, self.in_codes = dtype, heads, begin, end, in_codes
         self.nope, self.value, self.rope, self.rank = dims
         seed = torch.Generator().manual_seed(heads)
         batch, length = len(begin), max(end)
@@ -25,6 +26,9 @@ class Case:
 
         self.q_nope, self.q_pe = normal(batch, heads, 1, self.nope), normal(batch, heads, 1, self.rope)
         self.c_kv, self.k_pe = normal(batch, 1, length, self.rank), normal(batch, 1, length, self.rope)
+        if in_codes:  # what is attended to is what the codes say
+            self.rows = encode_latents(self.c_kv)
+            self.c_kv = decode_latents(self.rows, self.rank, dtype)
         weight = torch.randn(heads * (self.nope + self.value), self.rank, generator=seed) * self.rank**-0.5
         self.weight, self.scale = block_fp8.quantize(weight) if fp8 else (weight.to(dtype), None)
         self.cos, self.sin = torch.rand(2, 1, 1, self.rope // 2, generator=seed)
@@ -35,10 +39,10 @@ class Case:
     def caches(self):
         """Buffers with room past the end, as `LatentLayer` keeps them."""
         made = []
-        for cached in (self.c_kv, self.k_pe):
-            buffer = torch.full(
-                (*cached.shape[:2], cached.shape[2] + 7, cached.shape[3]), float("nan"), dtype=self.dtype
-            )
+        for cached in (self.rows if self.in_codes else self.c_kv, self.k_pe):
+            nothing = 0xFF if cached.dtype == torch.uint8 else float("nan")  # the codes and the scales of NaN
+            shape = *cached.shape[:2], cached.shape[2] + 7, cached.shape[3]
+            buffer = torch.full(shape, nothing, dtype=cached.dtype)
             for row, (begin, end) in enumerate(zip(self.begin, self.end, strict=True)):
                 buffer[row, :, begin:end] = cached[row, :, begin:end]
             made.append(buffer)
@@ -91,6 +95,23 @@ def test_rows_with_bounds(dtype):
 def test_heads(heads):
     case = Case(BF16, heads, (32, 32, 16, 64), (0,), (50,))
     case.check(attend(case, None, torch.tensor([[0, 50]], dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("dtype, heads, rank", ((BF16, 16, 256), (BF16, 128, 48), (FP32, 20, 192)), ids=str)
+@pytest.mark.parametrize("native", (False, True), ids=("SM80", "SM89"))
+def test_latents_in_codes(monkeypatch, native, dtype, heads, rank):
+    """Tiles that are whole, cut off and not there; left padding and a row of nothing."""
+    monkeypatch.setattr(_triton, "capability", lambda device: 89 if native else 80)
+    case = Case(dtype, heads, (24, 40, 8, rank), (5, 0, 8), (40, 1, 8), in_codes=True)
+    case.check(attend(case, None, triton.key_bounds.cuda(case.mask)))
+
+
+@pytest.mark.parametrize("in_codes", (False, True))
+def test_lost_latents_are_seen(in_codes):
+    case = Case(BF16, 16, (24, 40, 8, 48), (0,), (20,), in_codes=in_codes)
+    case.c_kv[0, 0, 3, 5] = float("nan")
+    case.rows = encode_latents(case.c_kv)
+    assert attend(case, None, torch.tensor([[0, 20]], dtype=torch.int32)).isnan().any()
 
 
 def test_holes_in_the_mask_and_rotation_and_codes():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 
-from modeling_deepseek_moe.cache import prepare_cache
+from modeling_deepseek_moe.cache import Fp8StaticCache, prepare_cache
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.engine import card
 from modeling_deepseek_moe.ops import _triton, absorbed_attention, block_fp8, mla_project, rms_norm, routing, swiglu
@@ -59,10 +59,18 @@ def run_on_card(monkeypatch):
     monkeypatch.setattr("modeling_deepseek_moe.modeling.prepare_cache", prepared)
 
 
+CACHES = {
+    "growing": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config, max_cache_len=16),
+    "growing FP8": lambda config: QuantizedCache("fp8", config),
+    "static FP8": lambda config: Fp8StaticCache(config, max_cache_len=16),
+}
+
+
 @torch.no_grad()
-def decode(model, static: bool) -> torch.Tensor:
+def decode(model, kind: str) -> torch.Tensor:
     """Logits of the last tokens, each by itself after a prompt."""
-    cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+    cache = CACHES[kind](model.config)
     found = []
     with use_backend("auto"):
         for start, end in ((0, 6), (6, 7), (7, 8), (8, 9)):
@@ -76,21 +84,23 @@ def decode(model, static: bool) -> torch.Tensor:
     return torch.stack(found[1:])
 
 
-CASES = [  # a shape, whether it is FP8, the attention implementation, and whether the cache is static
-    ("v3", True, "sdpa", False),
-    ("v3", True, "eager", True),
-    ("v3", False, "eager", False),
-    ("v2-lite", True, "sdpa", True),
+CASES = [  # a shape, whether it is FP8, the attention implementation, and the cache
+    ("v3", True, "sdpa", "growing"),
+    ("v3", True, "eager", "static"),
+    ("v3", False, "eager", "growing"),
+    ("v2-lite", True, "sdpa", "static"),
+    ("v3", False, "sdpa", "growing FP8"),
+    ("v2-lite", False, "sdpa", "static FP8"),
 ]
 
 
-@pytest.mark.parametrize("shape, fp8, implementation, static", CASES)
-def test_a_step(tmp_path, monkeypatch, shape, fp8, implementation, static):
+@pytest.mark.parametrize("shape, fp8, implementation, cache", CASES)
+def test_a_step(tmp_path, monkeypatch, shape, fp8, implementation, cache):
     write_release(tmp_path, SHAPES[shape](), fp8=fp8)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=implementation)
-    wanted = decode(model, static)
+    wanted = decode(model, cache)
     run_on_card(monkeypatch)
-    torch.testing.assert_close(decode(model, static), wanted, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(decode(model, cache), wanted, atol=2e-4, rtol=2e-4)
 
 
 def test_a_hooked_layer_is_called(tmp_path):

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from gpu.errors import check, poisoned
 
+from modeling_deepseek_moe.cache import decode_latents, encode_latents
 from modeling_deepseek_moe.ops import four_bit
+from modeling_deepseek_moe.ops._latent_rows import codes_and_scales, row_bytes
 from modeling_deepseek_moe.ops.four_bit import triton as four_bit_triton
 from modeling_deepseek_moe.ops.mla_project import triton as mla_project
 from modeling_deepseek_moe.ops.rms_norm import reference as norm_reference
@@ -106,6 +108,28 @@ def test_latents(interleave):
         assert not cache.any()
     none = mla_project.latents.cuda(kv, weight, 1e-6, cos, sin, *caches, slots, None, None, 0.0, interleave)
     assert none.numel() == 0
+
+
+@pytest.mark.parametrize("rank", (48, 256, 192))
+def test_latents_in_codes(rank):
+    """The very bytes that a cache would make of them, and of a tile of zeros and one that is lost."""
+    new, rope = 3, 8
+    kv, weight = random(2, new, rank + rope).bfloat16(), random(rank).bfloat16()
+    kv[0, 1, 7], weight[:128] = float("nan"), torch.where(torch.arange(min(rank, 128)) < 100, 0.0, weight[:128])
+    cos, sin = torch.rand(2, 1, new, rope // 2)
+    rows = torch.full((2, 1, 9, row_bytes(rank)), 0xEE, dtype=torch.uint8)
+    k_pe, slots = torch.zeros(2, 1, 9, rope, dtype=kv.dtype), torch.tensor([4, 5, 7])
+    mla_project.latents.cuda(kv, weight, 1e-6, cos, sin, rows, k_pe, slots, None, None, 0.0, True)
+    normed = norm_reference.rms_norm(kv[..., :rank], weight, 1e-6).unsqueeze(1)
+    for found, wanted in zip(
+        *(codes_and_scales(r, rank) for r in (rows[:, :, slots], encode_latents(normed))), strict=True
+    ):
+        keep = ~wanted.isnan() if wanted.is_floating_point() else ~normed.isnan()
+        assert torch.equal(found[keep], wanted[keep])
+    found = decode_latents(rows[:, :, slots], rank, kv.dtype)
+    assert torch.equal(found.isnan(), normed.isnan()) and found.isnan().any()
+    rows[:, :, slots] = 0xEE
+    assert (rows == 0xEE).all()
 
 
 KINDS = (*four_bit.KINDS, "nested")

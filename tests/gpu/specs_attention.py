@@ -3,29 +3,38 @@
 import torch
 from gpu.aot import Spec
 
+from modeling_deepseek_moe.ops import _latent_rows
 from modeling_deepseek_moe.ops.absorbed_attention import triton
 from modeling_deepseek_moe.ops.absorbed_attention import triton_kernels as kernels
 
 HEADS = {"V2-Lite": 16, "V3": 128}
 DIMS = {"N": 128, "V": 128, "R": 512}
 STRIDES = ("sp_b", "sp_h", "sc_b", "sc_t", "sk_b", "sk_t")
+SCALES = ("ss_b", "ss_t")
 NUMBERS = ("bf16", "fp32")
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def split(card: int, model: str, number: str, mask: str) -> Spec:
-    block_heads, block_keys, warps, stages = triton.tiles(card, HEADS[model], TORCH[number])
+def split(card: int, model: str, number: str, mask: str, in_codes: bool = False) -> Spec:
+    """The bytes are those of the keys that a program reads at a time."""
+    block_heads, block_keys, warps, stages = triton.tiles(card, HEADS[model], TORCH[number], in_codes)
     floats = dict.fromkeys(("q_ptr", "pe_ptr", "c_ptr", "k_ptr"), f"*{number}")
     integers = dict.fromkeys(("H", "length", "sm_b", *STRIDES), "i32")
     types = {**floats, **integers, "bounds_ptr": "*i32", "o_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
     constants = {"P": 64, "RP": 512, "PP": 64, "BH": block_heads, "BN": block_keys, "STAGES": stages, "R": 512}
-    constants |= {"BOUNDS": True, "MASK": mask}
+    constants |= {"BOUNDS": True, "MASK": mask, "CODES": in_codes, "NATIVE": in_codes and card >= 89}
+    types |= dict.fromkeys(SCALES, "i32")
+    if in_codes:
+        types |= {"c_ptr": "*u8", "s_ptr": "*fp32"}
+    else:
+        constants["s_ptr"] = None
     if mask == "none":
         constants["mask_ptr"] = None
     else:
         types["mask_ptr"] = "*u8" if mask == "bool" else "*fp32"
-    name = f"split {model} {number} mask {mask}"
-    return Spec(name, kernels.split, types, constants, warps, 3, aligned=("H", *STRIDES))
+    name = f"split {model} {'FP8' if in_codes else number} mask {mask}"
+    size = block_keys * (_latent_rows.row_bytes(512) + 128 if in_codes else 576 * TORCH[number].itemsize)
+    return Spec(name, kernels.split, types, constants, warps, 3, size, aligned=("H", *STRIDES))
 
 
 def absorb(number: str, fp8: bool, rotate: bool) -> Spec:
@@ -65,6 +74,7 @@ def merge(number: str, fp8: bool) -> Spec:
 def specs(card: int) -> list[Spec]:
     found = [split(card, model, "bf16", "none") for model in HEADS]
     found += [split(card, model, "bf16", "bool") for model in HEADS]
+    found += [split(card, model, "bf16", "bool", in_codes=True) for model in HEADS]
     found += [split(card, "V2-Lite", "bf16", "add"), split(card, "V2-Lite", "fp32", "bool")]
     found += [absorb("bf16", fp8, rotate) for fp8 in (False, True) for rotate in (False, True)]
     found += [merge("bf16", fp8) for fp8 in (False, True)]

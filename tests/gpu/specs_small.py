@@ -83,10 +83,11 @@ def norm(features: int, add: bool) -> Spec:
     )
 
 
-def latents(queries: bool) -> Spec:
+def latents(queries: bool, in_codes: bool = False) -> Spec:
     names = ("kv_ptr", "norm_ptr", "c_ptr", "k_ptr", "q_out_ptr") + (("q_ptr", "q_norm_ptr") if queries else ())
     strides = ("st_b", "st_t", "sc_b", "sc_t", "sk_b", "sk_t")
-    types = dict.fromkeys(names, "*bf16") | dict.fromkeys(("length", *strides), "i32") | {"slot_ptr": "*i64"}
+    scales = ("ss_b", "ss_t")
+    types = dict.fromkeys(names, "*bf16") | dict.fromkeys(("length", *strides, *scales), "i32") | {"slot_ptr": "*i64"}
     types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32", "q_eps": "fp32"}
     constants = {
         "R": 512,
@@ -96,12 +97,16 @@ def latents(queries: bool) -> Spec:
         "PP": 32,
         "AP": 2048 if queries else 16,
         "INTERLEAVE": True,
+        "CODES": in_codes,
     }
+    if in_codes:
+        types |= {"c_ptr": "*u8", "s_ptr": "*fp32"}
+    else:
+        constants["s_ptr"] = None
     if not queries:
         constants |= {"q_ptr": None, "q_norm_ptr": None}
-    return Spec(
-        f"latents{' and queries' if queries else ''}", mla_project.latents, types, constants, 4, 3, aligned=strides
-    )
+    name = f"latents{' and queries' if queries else ''}{' FP8' if in_codes else ''}"
+    return Spec(name, mla_project.latents, types, constants, 4, 3, aligned=strides)
 
 
 def logits(weight: str) -> Spec:
@@ -115,7 +120,7 @@ def logits(weight: str) -> Spec:
 def specs(card: int) -> list[Spec]:
     found = [route("V3", V3, True), route("V2-Lite", V2_LITE, False), logits("bf16"), logits("fp32")]
     found += [norm(features, add) for features in (2048, 8192) for add in (False, True)]
-    found += [latents(queries) for queries in (False, True)]
+    found += [latents(queries, in_codes) for in_codes in (False, True) for queries in (False, True)]
     found += [
         *(four_bits(card, kind, 1) for kind in KINDS),
         four_bits(card, "int4", 32),

@@ -11,9 +11,9 @@ from contextlib import nullcontext
 import torch
 from gpu.fake import DEVICE, Watch, card, equal_slots, fake_mode, fake_model, on_other_devices
 from torch._dynamo.backends.common import aot_autograd
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, prepare_fp8_training
+from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, Fp8StaticCache, prepare_fp8_training
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.training.attach import attach_state
 
@@ -36,6 +36,14 @@ CONFIGS = {"lite": (DeepseekV2Config, LITE), "small": (DeepseekV2Config, SMALL),
 PROMPT = 2  # tokens that are cached before one is decoded
 
 
+CACHES = {
+    "growing": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=64),
+    "growing FP8": lambda config: QuantizedCache("fp8", config),
+    "static FP8": lambda config: Fp8StaticCache(config=config, max_cache_len=64),
+}
+
+
 def config_of(shape: str, layers: int):
     kind, fields = CONFIGS[shape]
     return kind(**fields, **MLA, num_hidden_layers=layers)
@@ -43,9 +51,7 @@ def config_of(shape: str, layers: int):
 
 def decode(model, watch: Watch, cache_class: str, rows: int = 1) -> None:
     """One token of each row after a prompt, as `generate` asks for it."""
-    cache = DynamicCache(config=model.config)
-    if cache_class == "static":
-        cache = StaticCache(config=model.config, max_cache_len=64)
+    cache = CACHES[cache_class](model.config)
     with torch.no_grad():
         prefill(model, Watch(), cache, rows)
         ids = torch.zeros(rows, 1, dtype=torch.long, device=DEVICE)
@@ -90,6 +96,8 @@ STEPS = {
     "decode": lambda model, watch: decode(model, watch, "growing"),
     "decode-rows": lambda model, watch: decode(model, watch, "growing", rows=8),
     "decode-static": lambda model, watch: decode(model, watch, "static"),
+    "decode-codes": lambda model, watch: decode(model, watch, "growing FP8"),
+    "decode-static-codes": lambda model, watch: decode(model, watch, "static FP8"),
     "prefill": prefill,
     "train": train,
     "train-balanced": train_balanced,
@@ -129,7 +137,7 @@ def compiled(name: str) -> dict:
 
     ``graphs``: how many there are. ``unknown``: what has a shape that no one knows before the step. ``operators``: this package's.
     """
-    shape, weights, _, *triton = name.split("/")
+    shape, weights, step, *triton = name.split("/")
     graphs = []
 
     def keep(graph, _):
@@ -138,7 +146,7 @@ def compiled(name: str) -> dict:
 
     with fake_mode(), card(9, 0, triton=bool(triton)), torch.no_grad():
         model = fake_model(config_of(shape, 2), fp8=weights == "fp8")
-        cache = StaticCache(config=model.config, max_cache_len=64)
+        cache = CACHES["static FP8" if step.endswith("codes") else "static"](model.config)
         prefill(model, Watch(), cache)
         ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
         given = {"attention_mask": torch.ones(1, 64, dtype=torch.long, device=DEVICE)}

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from modeling_deepseek_moe.ops import _triton
+from modeling_deepseek_moe.ops import _latent_rows, _triton
 from modeling_deepseek_moe.ops._library import define
 from modeling_deepseek_moe.ops._triton import blocks, kernels, launch, padded
 
@@ -34,15 +34,19 @@ def unsupported_reason(
     return reason
 
 
-def tiles(card: int, heads: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Heads and keys of a program, warps and stages: the most heads that spill no register and fit the card's memory."""
+def tiles(card: int, heads: int, dtype: torch.dtype, in_codes: bool = False) -> tuple[int, int, int, int]:
+    """Heads and keys of a program, warps and stages: the most heads that spill no register and fit the card's memory.
+
+    Args:
+        in_codes: latents are in FP8, whose values take registers before they are multiplied.
+    """
     if dtype == torch.float32:
         return 16, 16, 4, 1
     if heads > 32 and card == 90:
         return 64, 32, 8, 3  # by warp groups
-    if heads > 16 and card in (80, 90, 100, 103):
+    if heads > 16 and card in (80, 90, 100, 103) and not in_codes:
         return 32, 32, 8, 3
-    return 16, 32, 4, 3
+    return 16, 32, 8 if in_codes else 4, 3
 
 
 def splits(batch: int, heads: int, length: int, processors: int) -> int:
@@ -124,7 +128,8 @@ def _decode(
     """
     Args:
         q_nope, q_pe: ``[B, H, 1, n]`` and ``[B, H, 1, p]``; the latter rotated, unless ``cos`` and ``sin`` are given.
-        c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``, any stride over B and kv.
+        c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``, any stride over B and kv. ``c_kv`` of bytes is as `_latent_rows` lays
+            them out: the result is that of the decoded latents in the queries' dtype.
         mask: ``[B or 1, 1, 1, kv]``; boolean (True attends) or added to the scores.
         bounds: ``[B, 2]`` int32, the first key of each row and one past its last; nothing else is read.
         weight, scale_inv: ``kv_b_proj [H·(n+v), r]`` and its scales if it is FP8.
@@ -135,11 +140,14 @@ def _decode(
     """
     _check(q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv)
     batch, heads, _, nope = q_nope.shape
-    length, rank = c_kv.shape[2:]
+    length, rank = c_kv.shape[2], weight.shape[1]
     rope, value = k_pe.shape[3], weight.shape[0] // heads - nope
     q_nope, q_pe, c_kv, k_pe = (t if t.stride(3) == 1 else t.contiguous() for t in (q_nope, q_pe, c_kv, k_pe))
+    in_codes = c_kv.dtype == torch.uint8
+    c_kv, scales = _latent_rows.codes_and_scales(c_kv, rank) if in_codes else (c_kv, None)
     latent, q_pe = _absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
-    block_heads, block_keys, warps, stages = tiles(_triton.capability(q_nope.device), heads, q_nope.dtype)
+    card = _triton.capability(q_nope.device)
+    block_heads, block_keys, warps, stages = tiles(card, heads, q_nope.dtype, in_codes)
     parts = splits(batch, blocks(heads, block_heads), length, _triton.processors(q_nope.device))
     partial = latent.new_empty((batch, parts, heads, rank), dtype=torch.float32)
     log_sums = latent.new_empty((batch, parts, heads), dtype=torch.float32)
@@ -148,11 +156,15 @@ def _decode(
         kernels("absorbed_attention").split,
         (blocks(heads, block_heads), parts, batch),
         q_nope.device,
-        *(latent, q_pe, c_kv, k_pe, mask, bounds, partial, log_sums, scaling / math.log(2), heads, length),
-        *(*q_pe.stride()[:2], c_kv.stride(0), c_kv.stride(2), k_pe.stride(0), k_pe.stride(2), mask_stride),
+        *(latent, q_pe, c_kv, scales, k_pe, mask, bounds, partial, log_sums, scaling / math.log(2), heads, length),
+        *(
+            *q_pe.stride()[:2],
+            *(n for cached in (c_kv, scales, k_pe) for n in _latent_rows.strides(cached)),
+            mask_stride,
+        ),
         **dict(R=rank, P=rope, RP=padded(rank), PP=padded(rope), BH=block_heads, BN=block_keys),
-        **dict(BOUNDS=bounds is not None, STAGES=stages, warps=warps),
-        MASK=kind,
+        **dict(BOUNDS=bounds is not None, MASK=kind, CODES=in_codes, STAGES=stages, warps=warps),
+        NATIVE=in_codes and card >= _triton.FP8_CORES,
     )
     out = q_nope.new_empty((batch, 1, heads, value))
     launch(
@@ -182,15 +194,14 @@ def _bytes(weight: torch.Tensor) -> torch.Tensor:
 def _check(q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv) -> None:
     """Before a kernel reads them by address: raise where a tensor is smaller than the others, or the weight's shape, say."""
     batch, heads, new, nope = q_nope.shape
-    length, rank = c_kv.shape[2:]
-    rope = k_pe.shape[3]
+    (length, width), (rope, rank) = c_kv.shape[2:], (k_pe.shape[3], weight.shape[-1])
     fits = (
         new == 1
         and tuple(q_pe.shape) == (batch, heads, 1, rope)
         and tuple(c_kv.shape[:2]) == (batch, 1)
         and tuple(k_pe.shape[:3]) == (batch, 1, length)
         and weight.ndim == 2
-        and weight.shape[1] == rank
+        and width == (_latent_rows.row_bytes(rank) if c_kv.dtype == torch.uint8 else rank)
         and weight.shape[0] % heads == 0
         and weight.shape[0] // heads > nope
         and (mask is None or (mask.shape[0] in (1, batch) and mask.shape[-1] >= length))

@@ -57,14 +57,26 @@ def absorb(
 
 
 @triton.jit
+def decoded(raw, s_p, t, tm, ss_t, R: tl.constexpr, RP: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
+    """Latents [BN, RP] of their codes, each rounded once from code times scale. NATIVE: SM89's conversion."""
+    TILE: tl.constexpr = 128 if RP > 128 else RP
+    tile = tl.arange(0, RP // TILE)
+    s = tl.load(s_p + t[:, None] * ss_t + tile[None, :], mask=tm[:, None] & (tile * 128 < R)[None, :], other=0.0)
+    values = raw.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else codes.e4m3_bytes(raw).to(tl.float32)
+    values = tl.reshape(values, (raw.shape[0], RP // TILE, TILE)) * s[:, :, None]
+    return tl.reshape(values.to(DTYPE), raw.shape)
+
+
+@triton.jit
 def split(
-    q_ptr, pe_ptr, c_ptr, k_ptr, mask_ptr, bounds_ptr, o_ptr, lse_ptr, scale_log2, H, length, sp_b, sp_h, sc_b, sc_t, sk_b, sk_t,
-    sm_b, R: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    BOUNDS: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, pe_ptr, c_ptr, s_ptr, k_ptr, mask_ptr, bounds_ptr, o_ptr, lse_ptr, scale_log2, H, length, sp_b, sp_h, sc_b, sc_t,
+    ss_b, ss_t, sk_b, sk_t, sm_b, R: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, BH: tl.constexpr,
+    BN: tl.constexpr, BOUNDS: tl.constexpr, MASK: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """o [B, S, H, r] fp32, already divided, and lse [B, S, H] in log2, -inf where no key was seen. grid (ceil(H/BH), S, B).
 
-    MASK: "none", "bool" (other than 0 attends) or "add".
+    MASK: "none", "bool" (other than 0 attends) or "add". CODES: latents are E4M3, with the scales of tiles of 128.
     """
     b = tl.program_id(2)
     h = tl.program_id(0) * BH + tl.arange(0, BH)
@@ -83,6 +95,7 @@ def split(
     q = tl.load(q_ptr + (b * H + h[:, None]) * R + r[None, :], mask=hm[:, None] & (r < R)[None, :], other=0.0)
     q_pe = tl.load(pe_ptr + b * sp_b + h[:, None] * sp_h + p[None, :], mask=hm[:, None] & (p < P)[None, :], other=0.0)
     c_p = c_ptr + b.to(tl.int64) * sc_b
+    s_p = s_ptr + b.to(tl.int64) * ss_b if CODES else s_ptr
     k_p = k_ptr + b.to(tl.int64) * sk_b
     top = tl.full((BH,), float("-inf"), tl.float32)
     total = tl.zeros((BH,), tl.float32)
@@ -90,7 +103,9 @@ def split(
     for t0 in tl.range(lo, hi, BN, num_stages=STAGES):
         t = t0 + tl.arange(0, BN)
         tm = t < hi
-        c = tl.load(c_p + t[:, None] * sc_t + r[None, :], mask=tm[:, None] & (r < R)[None, :], other=0.0)
+        c = tl.load(c_p + t[:, None] * sc_t + r[None, :], mask=tm[:, None] & (r < R)[None, :], other=0)
+        if CODES:
+            c = decoded(c, s_p, t, tm, ss_t, R, RP, NATIVE, q.dtype)
         k = tl.load(k_p + t[:, None] * sk_t + p[None, :], mask=tm[:, None] & (p < P)[None, :], other=0.0)
         s = tl.dot(q, tl.trans(c), input_precision="ieee")
         s = tl.dot(q_pe, tl.trans(k), s, input_precision="ieee") * scale_log2
@@ -106,7 +121,7 @@ def split(
         total = total * fade + tl.sum(w, 1)
         acc = tl.dot(w.to(c.dtype), c, acc * fade[:, None], input_precision="ieee")
         top = new
-    seen = total > 0
+    seen = total != 0  # NaN is to be seen
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     tl.store(o_ptr + row[:, None].to(tl.int64) * R + r[None, :], acc, mask=hm[:, None] & (r < R)[None, :])
     tl.store(lse_ptr + row, tl.where(seen, top + tl.log2(total), float("-inf")), mask=hm)
@@ -130,7 +145,7 @@ def merge(
     total = tl.zeros((BM,), tl.float32)
     for s in range(S):
         total += tl.exp2(tl.load(lse_ptr + (b * S + s) * H + h, mask=bm, other=float("-inf")) - top)
-    total = tl.where(total > 0, total, 1.0)
+    total = tl.where(total != 0, total, 1.0)
     out = tl.zeros((BM, BV), tl.float32)
     for k0 in range(0, R, BK):
         k = k0 + tl.arange(0, BK)
@@ -139,7 +154,7 @@ def merge(
         for s in range(S):
             part = (b * S + s) * H + h
             lse = tl.load(lse_ptr + part, mask=bm, other=float("-inf"))
-            seen = (lse > float("-inf"))[:, None] & km[None, :]
+            seen = (lse != float("-inf"))[:, None] & km[None, :]
             o = tl.load(o_ptr + part[:, None].to(tl.int64) * R + k[None, :], mask=seen, other=0.0)
             latent += o * tl.exp2(lse - top)[:, None]
         latent = latent / total[:, None]

@@ -12,18 +12,6 @@ from modeling_deepseek_moe.ops import _triton_codes as codes
 
 
 @triton.jit
-def encode8(v):
-    """fp32 of at most 448 in magnitude, or NaN, as E4M3 codes (uint8), to the nearest, ties to even."""
-    bits = v.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
-    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, small, normal)
-    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
 def columns(x_ptr, m, k2, mask, K):
     """Columns 2·k2 and 2·k2 + 1 of rows m of x, each ``[k2, m]``: as halves of words where two of them share one."""
     dtype = x_ptr.dtype.element_ty
@@ -162,7 +150,7 @@ def cast_tiles(
 ):  # fmt: skip
     """Codes [R, K] and scales [R, ceil(K/128)] of tiles of 1 x 128; of silu(x[:, :K]) · x[:, K:] with SWIGLU.
 
-    A scale is amax / 448, up to a power of two with POWER, 1 for zeros; NaN or Inf make it NaN or Inf. grid (ceil(K/128), ceil(R/BM)).
+    See `encode_tiles`. grid (ceil(K/128), ceil(R/BM)).
     """
     tile = tl.program_id(0)
     r = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -173,15 +161,7 @@ def cast_tiles(
     if SWIGLU:
         up = tl.load(x_p + K.to(tl.int64) * sx_k, mask=m, other=0.0).to(tl.float32)
         x = tl.div_rn(x, 1 + tl.exp(-x)) * up
-    scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full((BM,), 448.0, tl.float32))
-    if POWER:
-        bits = tl.maximum(scale, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
-        scale = tl.where(scale > 0, ((bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True), scale)
-    scale = tl.where(scale == 0, 1.0, scale)
-    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
-    v = tl.div_rn(x, tl.broadcast_to(scale[:, None], (BM, 128)))
-    v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))
-    raw = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE else encode8(v)
+    raw, scale = codes.encode_tiles(x, POWER, NATIVE)
     tl.store(codes_ptr + r[:, None].to(tl.int64) * K + k[None, :], raw, mask=m)
     tl.store(scale_ptr + r * ss_r + tile * ss_t, scale, mask=r < R)
 
