@@ -114,8 +114,8 @@ class IndexedLatentLayer(LatentLayer, DynamicIndexedLayer):
         super().reset()
 
 
-class Fp8Latents:
-    """Of a cache layer: what it is given as keys it keeps in FP8, with fp32 scales of tiles of 128; values (k_pe) stay as they are.
+class Fp8LatentLayer(LatentLayer):
+    """`LatentLayer` that keeps what it is given as keys in FP8, with fp32 scales of tiles of 128; values (k_pe) stay as they are.
 
     ``keys`` are bytes ``[B, 1, kv, ·]`` as `ops._latent_rows` lays them out. `update` returns the latents decoded, in the dtype
     that it is given.
@@ -123,18 +123,15 @@ class Fp8Latents:
 
     def update(self, key_states, value_states, *args, **kwargs):
         rows, values = super().update(encode_latents(key_states), value_states, *args, **kwargs)
-        latents = decode_latents(rows, key_states.shape[-1], key_states.dtype)
-        if torch.is_grad_enabled() and key_states.requires_grad:
-            latents = _WithoutGradient.apply(latents, key_states)
-        return latents, values
+        return _decoded_like(key_states, rows), values
 
 
-class Fp8LatentLayer(Fp8Latents, LatentLayer):
-    """`LatentLayer` in FP8."""
+class Fp8StaticLayer(StaticLayer):
+    """transformers' `StaticLayer`, which keeps what `Fp8LatentLayer` does."""
 
-
-class Fp8StaticLayer(Fp8Latents, StaticLayer):
-    """transformers' `StaticLayer` in FP8."""
+    def update(self, key_states, value_states, *args, **kwargs):
+        rows, values = super().update(encode_latents(key_states), value_states, *args, **kwargs)
+        return _decoded_like(key_states, rows), values
 
 
 class Fp8StaticCache(StaticCache):
@@ -156,6 +153,13 @@ class Fp8StaticCache(StaticCache):
             )
         super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
         self.layers[:] = [Fp8StaticLayer(max_cache_len=max_cache_len) for _ in self.layers]
+
+
+def _decoded_like(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    latents = decode_latents(rows, states.shape[-1], states.dtype)
+    if torch.is_grad_enabled() and states.requires_grad:
+        return _WithoutGradient.apply(latents, states)
+    return latents
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -224,7 +228,7 @@ def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
     keys = getattr(layers[0], "keys", None) if layers else None
     if keys is not None and keys.ndim == 4:
         found = keys.shape[1], keys.shape[3], layers[0].values.shape[3]
-        in_codes, rank = isinstance(layers[0], Fp8Latents), config.kv_lora_rank
+        in_codes, rank = isinstance(layers[0], Fp8LatentLayer | Fp8StaticLayer), config.kv_lora_rank
         wanted = 1, row_bytes(rank) if in_codes else rank, config.qk_rope_head_dim
         if found != wanted:
             raise ValueError(

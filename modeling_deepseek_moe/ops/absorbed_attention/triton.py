@@ -163,8 +163,9 @@ def _decode(
             mask_stride,
         ),
         **dict(R=rank, P=rope, RP=padded(rank), PP=padded(rope), BH=block_heads, BN=block_keys),
-        **dict(BOUNDS=bounds is not None, MASK=kind, CODES=in_codes, STAGES=stages, warps=warps),
-        NATIVE=in_codes and card >= _triton.FP8_CORES,
+        **dict(BOUNDS=bounds is not None, CODES=in_codes, NATIVE=in_codes and card >= _triton.FP8_CORES),
+        **dict(STAGES=stages, warps=warps),
+        MASK=kind,
     )
     out = q_nope.new_empty((batch, 1, heads, value))
     launch(
