@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_deepseek_moe.attention_chunks import attend, finish, merge
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention
 from modeling_deepseek_moe.ops.linear import project
+from modeling_deepseek_moe.ops.prompt_attention import interface
 from modeling_deepseek_moe.paged import PagedLatents
 from modeling_deepseek_moe.rope import apply_rotary
 
@@ -125,7 +125,7 @@ class DeepseekAttention(nn.Module):
             value_dim = value.shape[-1]
             if self._wants_equal_dims(key.device) and value_dim < key.shape[-1]:
                 value = F.pad(value, (0, key.shape[-1] - value_dim))
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            attention = interface(self.config._attn_implementation, eager_attention)
             output, weights = attention(
                 self,
                 torch.cat((q_nope, q_pe), dim=-1),

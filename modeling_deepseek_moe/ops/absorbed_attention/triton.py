@@ -1,12 +1,15 @@
 """One new token over the latent cache on a GPU: three kernels for all heads, and nothing that waits for the host."""
 
+import functools
 import math
 
 import torch
 
 from modeling_deepseek_moe.ops import _latent_rows, _triton
+from modeling_deepseek_moe.ops._dispatch import FLASH_ATTENTION_3, takes
 from modeling_deepseek_moe.ops._library import define
 from modeling_deepseek_moe.ops._triton import blocks, kernels, launch, padded
+from modeling_deepseek_moe.ops.absorbed_attention import flash_attention
 
 WEIGHTS = (torch.float8_e4m3fn, *_triton.FLOATS)  # the first in blocks of 128 x 128
 MOST_SPLITS = 64
@@ -167,6 +170,14 @@ def _decode(
         **dict(STAGES=stages, warps=warps),
         MASK=kind,
     )
+    return _merge(partial, log_sums, weight, scale_inv, q_nope)
+
+
+def _merge(partial, log_sums, weight, scale_inv, q_nope) -> torch.Tensor:
+    """W_UV of each head times its joined parts ``[B, parts, H, r]``, whose sums' logarithms are ``[B, parts, H]``, both fp32."""
+    batch, parts, heads, rank = partial.shape
+    nope = q_nope.shape[3]
+    value = weight.shape[0] // heads - nope
     out = q_nope.new_empty((batch, 1, heads, value))
     launch(
         kernels("absorbed_attention").merge,
@@ -176,6 +187,27 @@ def _decode(
         **dict(N=nope, V=value, R=rank, BM=BATCH, BV=32, BK=min(128, padded(rank)), FP8=scale_inv is not None),
     )
     return out
+
+
+def _by_library(q_nope, q_pe, c_kv, k_pe, weight, scale_inv, scaling, cos, sin, interleave: bool) -> torch.Tensor:
+    """As `_decode` without a mask: queries and values go through W_UK and W_UV here, and between them FlashAttention attends."""
+    q_nope, q_pe = (t if t.stride(3) == 1 else t.contiguous() for t in (q_nope, q_pe))
+    value = weight.shape[0] // q_nope.shape[1] - q_nope.shape[3]
+    latent, q_pe = _absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
+    attended = flash_attention.attend(latent, q_pe, c_kv, k_pe, scaling=scaling).float().unsqueeze(1)
+    return _merge(attended, attended.new_zeros(attended.shape[:3]), weight, scale_inv, q_nope)
+
+
+def _chosen(
+    q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv, scaling, cos=None, sin=None, interleave=True
+) -> torch.Tensor:
+    """`_decode`, or what does the same faster on this card."""
+    rest = weight, scale_inv, scaling, cos, sin, interleave
+    own = functools.partial(_decode, q_nope, q_pe, c_kv, k_pe, mask, bounds, *rest)
+    theirs = functools.partial(_by_library, q_nope, q_pe, c_kv, k_pe, *rest)
+    card = _triton.capability(q_nope.device)
+    find_reason = functools.partial(flash_attention.unsuitable, card, q_nope, c_kv, k_pe, mask, scaling, theirs, own)
+    return theirs() if takes(FLASH_ATTENTION_3, "attention over latents", find_reason) else own()
 
 
 def _read_mask(mask: torch.Tensor | None) -> tuple[str, torch.Tensor | None, int]:
@@ -225,5 +257,5 @@ decode = define(
     lambda q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, *_, **__: q_nope.new_empty(
         (q_nope.shape[0], 1, q_nope.shape[1], weight.shape[0] // q_nope.shape[1] - q_nope.shape[3])
     ),
-    _decode,
+    _chosen,
 )

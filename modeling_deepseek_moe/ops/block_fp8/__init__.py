@@ -7,8 +7,9 @@ import math
 
 import torch
 
-from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, choose, may_use
-from modeling_deepseek_moe.ops.block_fp8 import cpu, reference, triton
+from modeling_deepseek_moe.ops import _triton
+from modeling_deepseek_moe.ops._dispatch import CPU, DEEP_GEMM, TRITON, choose, insists_on, may_use
+from modeling_deepseek_moe.ops.block_fp8 import cpu, deep_gemm, reference, triton
 from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -157,7 +158,11 @@ def linear(
         found = f"{list(bias.shape)} on {bias.device}"
         raise ValueError(f"bias has shape {found}, wanted [{weight.shape[0]}] on {x.device}")
     reason = cpu.unsupported_weight(weight, block) or cpu.unsupported_activations(x)
-    backend = choose("FP8 linear", {CPU: reason, TRITON: triton.unsupported_linear(x, weight, block)})
+    on_card = triton.unsupported_linear(x, weight, block)
+    reasons = {CPU: reason, TRITON: on_card}
+    if insists_on(DEEP_GEMM):  # else it is asked where its times are taken: beside the kernels
+        reasons[DEEP_GEMM] = on_card or deep_gemm.unsupported(_triton.capability(x.device), x, weight)
+    backend = choose("FP8 linear", reasons)
     if backend != "reference":
         native = cpu if backend == CPU else triton
         needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)

@@ -3,15 +3,19 @@
 Legend: M rows of x, N output features, K input features.
 """
 
+from functools import partial
+
 import torch
 
 from modeling_deepseek_moe.ops import _triton
+from modeling_deepseek_moe.ops._dispatch import DEEP_GEMM, insists_on, takes
 from modeling_deepseek_moe.ops._library import define
 from modeling_deepseek_moe.ops._triton import blocks, kernels, launch
-from modeling_deepseek_moe.ops.block_fp8 import scaled_mm
+from modeling_deepseek_moe.ops.block_fp8 import deep_gemm, scaled_mm
 
 FP8_DTYPE = torch.float8_e4m3fn
 FEW_ROWS = 64  # up to which gate and up are multiplied in one kernel
+MOST_ROWS = 1 << 14  # what is faster for so many is for more
 MANY_ROWS = 256  # from here on, activations are quantised as the releases' recipe has it, on cards that multiply codes
 
 
@@ -142,17 +146,35 @@ def _few(x, weight, scale, bias, second=None) -> tuple[torch.Tensor, torch.Tenso
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     _check(x, (weight, scale_inv))
-    rows = x.numel() // max(x.shape[-1], 1)
-    if rows < MANY_ROWS or _triton.capability(x.device) < _triton.FP8_CORES:
+    rows, card = x.reshape(-1, x.shape[-1]), _triton.capability(x.device)
+    few = len(rows) < MANY_ROWS or card < _triton.FP8_CORES
+    if few and not insists_on(DEEP_GEMM):
         return _few(x, weight, scale_inv, bias)[0]
-    if scaled_mm.unsuitable(x.device, weight) is None:
-        codes, scale = _quantize_tiles(x.reshape(-1, x.shape[-1]), False, False, True)
-        y = scaled_mm.multiply(codes, scale, weight, scale_inv, x.dtype)
-    else:
-        codes, scale = _quantize_tiles(x.reshape(-1, x.shape[-1]), False, False)
-        y = _gemm(codes, scale, weight, scale_inv, x.dtype)
+    own = partial(_few, x, weight, scale_inv, None) if few else partial(_many, rows, weight, scale_inv)
+    theirs = partial(_by_deep_gemm, rows, weight, scale_inv)
+
+    def find_reason() -> str | None:
+        size = _triton.power_of_two(min(len(rows), MOST_ROWS))
+        unsupported = deep_gemm.unsupported(card, x, weight)
+        return unsupported or deep_gemm.unsuitable(rows, weight, _by_tile, theirs, own, size)
+
+    y = theirs() if takes(DEEP_GEMM, "FP8 linear", find_reason) else _many(rows, weight, scale_inv)
     y = y.view(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _many(rows: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
+    if scaled_mm.unsuitable(rows.device, weight) is None:
+        return scaled_mm.multiply(*_by_tile(rows), weight, scale_inv, rows.dtype)
+    return _gemm(*_quantize_tiles(rows, False, False), weight, scale_inv, rows.dtype)
+
+
+def _by_deep_gemm(rows: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
+    return deep_gemm.multiply(*_by_tile(rows), weight, scale_inv)
+
+
+def _by_tile(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantize_tiles(rows, False, False, True)
 
 
 linear = define(

@@ -3,14 +3,18 @@
 Legend: T tokens, E experts, K experts per token, S = T·K slots, R rows, N outputs and K inputs of a product.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from modeling_deepseek_moe.ops import _triton
+from modeling_deepseek_moe.ops._dispatch import DEEP_GEMM, takes
 from modeling_deepseek_moe.ops._triton_table import Tiles, tiles
+from modeling_deepseek_moe.ops.experts import deep_gemm
 
 FP8 = torch.float8_e4m3fn
+MOST_SLOTS = 1 << 17  # what is faster for so many is for more
 
 
 class Order(NamedTuple):
@@ -128,8 +132,35 @@ def by_codes(hidden_TD, indices, weights, gate_up, down, gate_up_scale, down_sca
 
     Activations are quantised in tiles of 1 × 128, as the releases' recipe has it. What is served elsewhere is not written.
     """
+    tensors = hidden_TD, indices, weights, gate_up, down, gate_up_scale, down_scale
+    own, theirs = partial(_by_codes, *tensors), partial(_by_deep_gemm, *tensors)
+    device = hidden_TD.device
+
+    def find_reason() -> str | None:
+        reason = deep_gemm.unsupported(_triton.capability(device), gate_up, down)
+        shape = *down.shape, _triton.power_of_two(min(indices.numel(), MOST_SLOTS))
+        return reason or deep_gemm.unsuitable(hidden_TD, shape, theirs, own)
+
+    return theirs() if takes(DEEP_GEMM, "FP8 experts", find_reason) else own()
+
+
+def _by_codes(hidden_TD, indices, weights, gate_up, down, gate_up_scale, down_scale) -> torch.Tensor:
     order = Order.of(indices, len(down))
     codes, scale = quantize(hidden_TD)
     inner = grouped_product(codes, gate_up, order, scale, gate_up_scale, by_token=True, half=down.shape[2])
     codes, scale = quantize(inner, order)
     return grouped_product(codes, down, order, scale, down_scale, by_slot=True, weights=weights, dtype=torch.float32)
+
+
+def _by_deep_gemm(hidden_TD, indices, weights, gate_up, down, gate_up_scale, down_scale) -> torch.Tensor:
+    """The same; results of slots are rounded to bf16 before they are weighted."""
+    order, slots = Order.of(indices, len(down)), indices.numel()
+    segments = deep_gemm.segments(order.slots, order.ends)
+    token = torch.where(segments.slots < slots, segments.slots, 0) // order.top_k
+    codes, scale = (
+        part.view(torch.uint8)[token] if part.dtype == FP8 else part[token] for part in quantize(hidden_TD)
+    )
+    inner = deep_gemm.product(codes.view(FP8), scale, gate_up, gate_up_scale, segments.owners)
+    all_rows = order._replace(ends=order.ends.new_full((1,), len(inner)))
+    y = deep_gemm.product(*quantize(inner, all_rows), down, down_scale, segments.owners)
+    return y[segments.rows].float() * weights.reshape(slots, 1)

@@ -2,8 +2,8 @@
 
 import torch
 
-from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
-from modeling_deepseek_moe.ops.rms_norm import cpu, reference, triton
+from modeling_deepseek_moe.ops._dispatch import CPU, LIGER, TRITON, may_use, takes
+from modeling_deepseek_moe.ops.rms_norm import cpu, liger, reference, triton
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -14,6 +14,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return cpu.rms_norm(x, weight, eps)
     if may_use(TRITON, triton.unsupported_reason(x, weight)):
         return triton.rms_norm(x, weight, eps)
+    if takes(LIGER, "RMSNorm with gradients", lambda: liger.unsuitable(x, weight, eps)):
+        return liger.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.ops import experts
-from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
+from modeling_deepseek_moe.ops._dispatch import CPU, LIGER, TRITON, may_use, takes
 from modeling_deepseek_moe.ops._operands import is_of_four_bits, operand_of, scale_of, unsupported_linear
 from modeling_deepseek_moe.ops._structs import NESTED
 from modeling_deepseek_moe.ops.block_fp8 import triton as fp8
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 from modeling_deepseek_moe.ops.linear import project
-from modeling_deepseek_moe.ops.swiglu import triton
+from modeling_deepseek_moe.ops.swiglu import liger, triton
 
 __all__ = ["swiglu", "unsupported_reason"]
 
@@ -33,6 +33,8 @@ def swiglu(
     gate, up = project(gate_proj, x), project(up_proj, x)
     if experts.cpu.is_silu(act_fn) and may_use(TRITON, triton.unsupported_reason(gate, up)):
         return project(down_proj, triton.activate(gate, up))
+    if experts.cpu.is_silu(act_fn) and takes(LIGER, "SwiGLU with gradients", lambda: liger.unsuitable(gate, up)):
+        return project(down_proj, liger.activate(gate, up))
     return project(down_proj, act_fn(gate) * up)
 
 

@@ -1,0 +1,154 @@
+"""Whether a library of others computes what this package does, and faster, on this very card: tried once for each shape.
+
+At an operation's first use outside of a CUDA graph the library runs on small random operands, next to this package's definition,
+and then on the operands that are there, in turns with this package's kernels, by the card's own clock. One line in the log
+says what was taken, with the times, or why not.
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.utils import logging
+
+from modeling_deepseek_moe.ops._dispatch import insists_on
+from modeling_deepseek_moe.ops._libraries import LIBRARIES, installed, told
+
+logger = logging.get_logger(__name__)
+TURNS = 7
+
+
+class Trial(NamedTuple):
+    """
+    Args:
+        found, wanted: make what the library, and the definition, compute of the same small operands: a result, and its gradients.
+        tolerance: of a difference's norm, relative to the wanted one's; each tensor by itself.
+        theirs, own: compute the operation on the operands in use, by the library and by this package.
+    """
+
+    found: Callable[[], list[torch.Tensor]]
+    wanted: Callable[[], list[torch.Tensor]]
+    tolerance: float
+    theirs: Callable[[], object]
+    own: Callable[[], object]
+
+
+class Verdict(NamedTuple):
+    """``refusal``: why the library cannot be used; else the microseconds of both."""
+
+    refusal: str | None
+    theirs: float = 0.0
+    own: float = 0.0
+
+    @property
+    def slower(self) -> str | None:
+        if self.refusal is None and self.theirs >= self.own:
+            return f"took {self.theirs:.0f} µs, this package's kernels {self.own:.0f}"
+        return None
+
+
+class Trials:
+    """All verdicts of this process, by library, operation, device and shape class."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[tuple, Verdict] = {}
+
+    def reason(
+        self,
+        library: str,
+        operation: str,
+        tensor: torch.Tensor,
+        shape: tuple,
+        make: Callable[[], Trial],
+    ) -> str | None:
+        """Why the library is not taken; ``None`` if it is. Where it was asked for by name it need not be faster.
+
+        Args:
+            tensor: one of the operands; its device and dtype count.
+            shape: what a verdict holds for, next to them.
+            make: the trial, if there was none for it yet.
+        """
+        insisted = insists_on(library)
+        key = library, operation, str(tensor.device), tensor.dtype, *shape
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            if isinstance(tensor, FakeTensor):
+                return "is tried on values, found tensors that have shapes alone"
+            if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return "was not tried before a CUDA graph was captured"
+            verdict = self._verdicts[key] = judge(make, tensor.device)
+            self._tell(library, operation, key[3:], tensor.device, verdict)
+        return verdict.refusal or (None if insisted else verdict.slower)
+
+    @staticmethod
+    def _tell(library: str, operation: str, shape: tuple, device: torch.device, verdict: Verdict) -> None:
+        row = LIBRARIES[library]
+        name, reason = f"{row.name} ({installed(row.packages)})", verdict.refusal or verdict.slower
+        if reason is None:
+            taken = f"{name}: {verdict.theirs:.0f} µs, this package's kernels {verdict.own:.0f}"
+        else:
+            taken = f"this package's kernels: {name} {reason}"
+        logger.info(f"{operation} {', '.join(map(str, shape))} on {device}: {taken}")
+
+
+@cache
+def trials() -> Trials:
+    return Trials()
+
+
+def judge(make: Callable[[], Trial], device: torch.device) -> Verdict:
+    """Compare, then time; what a library raises is its refusal."""
+    try:
+        trial = make()
+        pairs = zip(trial.found(), trial.wanted(), strict=True)
+        difference = max(relative_difference(*pair) for pair in pairs)
+        if not difference <= trial.tolerance:
+            return Verdict(f"differs by {difference:.2g} of the norm, allowed is {trial.tolerance:.2g}")
+        return Verdict(None, *times(device, trial.theirs, trial.own))
+    except (
+        Exception
+    ) as error:  # a call into code of others: whatever it raises is told, and this package's kernels run
+        return Verdict(f"raised {told(error)}")
+
+
+def random(*shape: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Normal values of the dtype and on the device of ``like``, the same ones each time; no generator in use is touched."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
+
+
+def step(function: Callable[..., torch.Tensor], tensors, needed: tuple[bool, ...]) -> list[torch.Tensor]:
+    """What a function makes of tensors, and the gradients of its sum with respect to those that are ``needed``."""
+    with torch.set_grad_enabled(any(needed)):
+        leaves = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(tensors, needed, strict=True)]
+        found = function(*leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return [found.detach(), *(torch.autograd.grad(found, wanted, torch.ones_like(found)) if wanted else ())]
+
+
+def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """``‖found - wanted‖ / ‖wanted‖``; infinite where shapes differ or something is not finite."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    wanted = wanted.double()
+    difference = float((found.double() - wanted).norm() / wanted.norm())
+    return difference if difference == difference else float("inf")
+
+
+def times(device: torch.device, *calls: Callable[[], object]) -> list[float]:
+    """Microseconds of each on a card: the median of several, taken in turns after two that warm up."""
+    for call in calls * 2:
+        call()
+    found: list[list[float]] = [[] for _ in calls]
+    with torch.cuda.device(device):
+        for _ in range(TURNS):
+            for place, call in enumerate(calls):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                found[place].append(1000 * start.elapsed_time(end))
+    return [statistics.median(turns) for turns in found]

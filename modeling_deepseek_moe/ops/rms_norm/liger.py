@@ -1,0 +1,36 @@
+"""Liger's RMSNorm with gradients, where the machine has it and it is faster than plain torch's: see `_trials`."""
+
+from functools import cache, partial
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from modeling_deepseek_moe.ops import _liger
+from modeling_deepseek_moe.ops._dispatch import LIGER
+from modeling_deepseek_moe.ops._libraries import Call, function_of
+from modeling_deepseek_moe.ops.rms_norm import reference
+
+CALL = Call("LigerRMSNormFunction", ("X", "W", "eps", "offset", "casting_mode", "in_place"))
+MOST_BYTES = 1 << 16  # of a row
+
+
+def unsuitable(x: torch.Tensor, weight: torch.Tensor, eps: float) -> str | None:
+    """Why it is not taken; ``None`` if it is. The first call for such a shape tries it out."""
+    if x.ndim < 2 or not x.numel() or x.shape[-1] * x.element_size() > MOST_BYTES or x.shape[-1:] != weight.shape:
+        return f"is for rows of up to {MOST_BYTES} bytes, with a weight for each feature, found {list(x.shape)}"
+    reason = _liger.unsupported((CALL,), x, weight)
+    own = partial(reference.rms_norm, eps=eps)
+    return reason or _liger.unsuitable("RMSNorm", partial(rms_norm, eps=eps), own, x, weight)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `reference.rms_norm`; its gradients have none."""
+    # gradients in a tensor of their own: what comes from above is a residual's too
+    return _function().apply(x, weight, eps, 0.0, "llama", False)
+
+
+@cache
+def _function() -> type[torch.autograd.Function]:
+    """Liger's own, which raises where its gradients are to be differentiated: else they would count as constants."""
+    function = function_of(LIGER, CALL)
+    return type("RMSNorm", (function,), {"backward": staticmethod(once_differentiable(function.backward))})
