@@ -4,15 +4,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gpu.libraries import EVERY, forget, install
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from modeling_deepseek_moe.formats import by_name
 from modeling_deepseek_moe.ops import _libraries, _triton, _triton_table
-from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
+from modeling_deepseek_moe.ops._dispatch import LIBRARIES, UNUSED, BackendError, use_backend
 from modeling_deepseek_moe.ops.experts import Operands, routed_quantized, routed_swiglu, runs_on_card, triton
 
 CARDS = (75, 80, 86, 89, 90, 120)
 CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    yield
+    forget()
 
 
 @pytest.fixture
@@ -34,26 +41,41 @@ def test_cards_that_are_too_old_are_named(card, generation):
     assert fp8 == (f"needs SM89, found SM{generation}" if generation < 89 else None)
 
 
-def test_the_log_says_what_computes_and_what_lies_idle(card, monkeypatch):
-    there = {"triton": "3.7.1", "sgl-flash-mla": "1.2", "humming-kernels": "0.1.19"}
+TRIED = {
+    75: (),
+    80: ("liger",),
+    86: ("liger",),
+    89: ("liger",),
+    90: ("deep_gemm", "liger", "flash_attention_3", "flash_attention_4"),
+    100: ("liger", "flash_attention_4"),
+    120: ("liger",),
+}
 
-    def version(package):
-        if package not in there:
-            raise _libraries.PackageNotFoundError(package)
-        return there[package]
 
-    told = []
-    monkeypatch.setattr(_libraries, "version", version)
-    monkeypatch.setattr(_libraries.logger, "info", told.append)
+@pytest.mark.parametrize("generation", TRIED)
+def test_libraries_that_a_card_may_get(monkeypatch, generation):
+    """Of all that are installed, the ones that this package has a call for; faster they must be besides."""
+    install(monkeypatch, EVERY)
+    found = {library: _libraries.refusal(library, generation) for library in _libraries.LIBRARIES}
+    assert tuple(library for library, reason in found.items() if reason is None) == TRIED[generation]
+    assert found["flash_mla"].startswith("reads latents and rotated keys from one row")
+    assert found["humming"].startswith("reads weights in an order of its own")
+    assert {library for library in found if library not in UNUSED} == set(LIBRARIES)
+
+
+def test_the_log_says_what_computes_and_what_lies_idle(card, monkeypatch, caplog):
+    install(
+        monkeypatch, {"triton": "3.7.1", "sgl-flash-mla": "1.0.0", "flash-attn-4": "4.0.0b36", "liger-kernel": "0.8.5"}
+    )
     card(89)
-    _libraries.announce.cache_clear()
-    for _ in range(2):
-        assert _triton.refusal(CUDA) is None
-    assert told == [
-        "cuda:0 (SM89): this package's kernels, by Triton 3.7.1, and torch's; installed and not used: FlashMLA 1.2 (is not for "
-        "SM89), humming 0.1.19 (for products of few-bit weights, not tested here)"
+    with caplog.at_level("INFO", logger="modeling_deepseek_moe"):
+        for _ in range(2):
+            assert _triton.refusal(CUDA) is None
+    assert caplog.messages == [
+        "cuda:0 (SM89): this package's kernels, by triton 3.7.1, and torch's; tried at first use: liger-kernel 0.8.5 (norms and "
+        "SwiGLU with gradients); installed and not used: flash-attn-4 4.0.0b36 (is called on SM90 to SM119, found SM89), "
+        "sgl-flash-mla 1.0.0 (reads latents and rotated keys from one row, in pages of 64 tokens; caches here hold them apart)"
     ]
-    assert _libraries.unused(90)[0] == "FlashMLA 1.2 (for latent attention, not tested here)"
 
 
 def test_other_devices_and_missing_triton_are_named(card):

@@ -23,7 +23,7 @@ def unsuitable(
     q_nope: torch.Tensor,
     c_kv: torch.Tensor,
     k_pe: torch.Tensor,
-    mask: torch.Tensor | None,
+    masked: bool,
     scaling: float,
     theirs: Callable[[], object],
     own: Callable[[], object],
@@ -36,7 +36,7 @@ def unsuitable(
     reason = refusal(FLASH_ATTENTION_3, card)
     if reason is not None:
         return reason
-    if mask is not None:
+    if masked:
         return "attends to all keys of a cache, found a mask (padding, or a static cache)"
     if (c_kv.shape[3], k_pe.shape[3]) != (RANK, ROPE) or {q_nope.dtype, c_kv.dtype, k_pe.dtype} - set(TOLERANCES):
         found = f"{c_kv.dtype}, {c_kv.shape[3]} and {k_pe.shape[3]}"

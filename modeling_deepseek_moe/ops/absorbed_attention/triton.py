@@ -206,7 +206,8 @@ def _chosen(
     own = functools.partial(_decode, q_nope, q_pe, c_kv, k_pe, mask, bounds, *rest)
     theirs = functools.partial(_by_library, q_nope, q_pe, c_kv, k_pe, *rest)
     card = _triton.capability(q_nope.device)
-    find_reason = functools.partial(flash_attention.unsuitable, card, q_nope, c_kv, k_pe, mask, scaling, theirs, own)
+    masked = mask is not None or bounds is not None
+    find_reason = functools.partial(flash_attention.unsuitable, card, q_nope, c_kv, k_pe, masked, scaling, theirs, own)
     return theirs() if takes(FLASH_ATTENTION_3, "attention over latents", find_reason) else own()
 
 

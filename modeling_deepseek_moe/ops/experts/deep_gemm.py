@@ -103,6 +103,8 @@ def product(
     """
     function = function_of(DEEP_GEMM, CALL)
     out = a.new_empty((len(a), b.shape[1]), dtype=torch.bfloat16)
-    with current(a.device):  # scales of A one tile after another: as it would copy them otherwise
-        function((a, a_scale.t().contiguous().t()), (b, b_scale.contiguous()), out, owners)
+    # scales of A one tile after another, where it would copy them otherwise; R is whole words of 16 bytes
+    by_tile = a_scale.new_empty((a_scale.shape[1], len(a))).copy_(a_scale.t()).t()
+    with current(a.device):
+        function((a, by_tile), (b, b_scale.contiguous()), out, owners)
     return out
