@@ -1,5 +1,6 @@
 """Which backend a card gets, and what is said where it gets none: decided here, without any card."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from modeling_deepseek_moe.formats import by_name
 from modeling_deepseek_moe.ops import _libraries, _triton, _triton_table
 from modeling_deepseek_moe.ops._dispatch import LIBRARIES, UNUSED, BackendError, use_backend
-from modeling_deepseek_moe.ops.experts import Operands, routed_quantized, routed_swiglu, runs_on_card, triton
+from modeling_deepseek_moe.ops.experts import Operands, grouped, routed_quantized, routed_swiglu, runs_on_card, triton
+from modeling_deepseek_moe.quantized.experts import QuantizedMatrix
 
 CARDS = (75, 80, 86, 89, 90, 120)
 CUDA = torch.device("cuda", 0)
@@ -149,12 +151,48 @@ def test_experts_say_what_they_cannot(card):
     )
 
 
-def test_gradients_of_bf16_experts_alone(card):
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_of_experts_are_for_who_sees_to_them(card, name):
     card(80)
     x = on_card(T, D).requires_grad_()
-    assert refusal(*layer("bf16"), x, with_gradients=True) is None
-    assert refusal(*layer("bf16"), x) == "computes no gradients"
-    assert refusal(*layer("fp8"), x, with_gradients=True) == "computes no gradients"
+    assert refusal(*layer(name), x, with_gradients=True) is None
+    assert refusal(*layer(name), x) == "computes no gradients"
+
+
+class Apart(torch.nn.Module):
+    """Experts with gate and up apart, as bitsandbytes' are, on a card."""
+
+    def __init__(self, name: str, width: int = I):
+        super().__init__()
+        self.act_fn, self.weight_format, self.nested = torch.nn.SiLU(), by_name(name), False
+        self.matrix_shapes, self.rows = ((width, D // 2),), {"gate": (width, D), "up": (width, D), "down": (D, width)}
+
+    def addresses(self):
+        return None
+
+    def stacked(self):
+        row = self.weight_format
+        return {
+            name: QuantizedMatrix(
+                on_card(E, *row.code_shape(shape), dtype=row.code_dtype),
+                on_card(E, *row.scale_shape(shape), dtype=row.scale_dtype),
+            )
+            for name, shape in self.rows.items()
+        }
+
+
+def test_experts_with_gate_and_up_apart_run(card):
+    x, topk_weights = on_card(T, D), on_card(T, K)
+    card(80)
+    assert grouped.refuses(Apart("nf4"), x, topk_weights) is None
+    assert grouped.refuses(Apart("nf4"), x.requires_grad_(), topk_weights) is None
+    assert "whole groups of 64" in grouped.refuses(Apart("nf4", width=96), x, topk_weights)
+    assert "torch.bfloat16" in grouped.refuses(Apart("nf4"), on_card(T, D, dtype=torch.float32), topk_weights)
+    other = Apart("nf4")
+    other.weight_format = replace(other.weight_format, kernel=None)  # a block goes on in the next row
+    assert "found nf4 rows of other lengths" in grouped.refuses(other, x, topk_weights)
+    card(80, triton=False)
+    assert grouped.refuses(Apart("nf4"), x, topk_weights) == "triton is not installed"
 
 
 @pytest.mark.parametrize("generation", CARDS[1:])

@@ -180,6 +180,18 @@ class BitsAndBytesExperts(BitsAndBytesMatrices):
             found[projection] = QuantizedMatrix(codes, scales)
         return found
 
+    def stacked(self) -> dict[str, QuantizedMatrix]:
+        """As `matrices`, of all experts in 4 bits whose blocks end with their rows: ``[E, N, ·]``, views of the parameters."""
+        own, found = self._parameters, {}
+        for projection, (rows, _) in self.shapes.items():
+            codes, scales, *nested = (own[parameter_of(projection, part)] for part in self.layout(projection))
+            codes, scales = (tensor.view(self.num_experts, rows, -1) for tensor in (codes, scales))
+            if self.nested:
+                absmax, offset = nested
+                scales = NestedScales(scales, absmax, own[MAP], offset)
+            found[projection] = QuantizedMatrix(codes, scales)
+        return found
+
     @property
     def is_aligned(self) -> bool:
         """Whether no block of a 4-bit matrix goes on in the next row, as the CPU engine wants it."""

@@ -100,6 +100,17 @@ class StackedQuantizedExperts(QuantizedExperts):
     def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
         return self.matrices_by(lambda stack: stack[index])
 
+    def stacked(self) -> dict[str, QuantizedMatrix]:
+        """As `matrices`, of all experts: ``[E, N, ·]``, views of the stacks."""
+        own, suffix = self._parameters, self.weight_format.scale_parameter
+        gate, up = own["gate_up_proj"].split(self.intermediate_dim, dim=1)
+        gate_scale, up_scale = own[f"gate_up_proj{suffix}"].split(self.scale_rows, dim=1)
+        return {
+            "gate_proj": QuantizedMatrix(gate, gate_scale),
+            "up_proj": QuantizedMatrix(up, up_scale),
+            "down_proj": QuantizedMatrix(own["down_proj"], own[f"down_proj{suffix}"]),
+        }
+
     def matrices_by(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, QuantizedMatrix]:
         """As `matrices`, of the expert that ``pick`` takes out of a stack ``[E, ...]``."""
         own, suffix = self._parameters, self.weight_format.scale_parameter

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, initialization
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops import _triton
-from modeling_deepseek_moe.ops.experts import Slots
+from modeling_deepseek_moe.ops.experts import Slots, triton_codes
+from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.weights import release_tensors
@@ -80,19 +81,41 @@ def card(major: int, minor: int, *, triton: bool):
         yield
 
 
-def fake_model(config, *, fp8: bool, dtype: torch.dtype = torch.bfloat16):
-    """A model of ``config`` on the device, in bf16 or laid out as `from_pretrained` lays out an FP8 release there."""
+@contextlib.contextmanager
+def no_kernels(watch: "Watch"):
+    """While it lasts, ``watch`` counts what this package starts itself outside of its operators, and nothing is started."""
+
+    def launch(kernel, grid, device, *arguments, warps: int = 4, **constants) -> None:
+        watch.kernels[kernel.fn.__name__] += 0 not in grid
+
+    def table_of(name: str, device: torch.device) -> torch.Tensor:
+        """A constant, which a process copies to a card once."""
+        return torch.empty(256, dtype=torch.int32, device=device)
+
+    with mock.patch.object(_triton, "launch", launch), mock.patch.object(triton_codes, "table_of", table_of):
+        yield
+
+
+def fake_model(config, weights: str, dtype: torch.dtype = torch.bfloat16):
+    """A model of ``config`` on the device, as `from_pretrained` lays it out there.
+
+    Args:
+        weights: ``"bf16"``, ``"fp8"`` (a release: linear layers too), or of its experts alone ``"int4"``, and ``"nf4"`` and
+            ``"nf4-nested"`` by bitsandbytes.
+    """
     with initialization.no_init_weights(), torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if fp8:
-            form, specs = formats.of_config(FP8), release_tensors(config)
-            for name, module in list(model.named_modules()):
-                spec = specs.get(f"{name}.weight")
-                if isinstance(module, torch.nn.Linear) and spec is not None and spec.quantized:
-                    sizes = module.in_features, module.out_features, module.bias is not None
-                    model.set_submodule(name, QuantizedLinear(*sizes, form))
-                elif isinstance(module, DeepseekExperts):
-                    model.set_submodule(name, StackedQuantizedExperts(config, form))
+        specs = release_tensors(config) if weights == "fp8" else {}
+        for name, module in list(model.named_modules()):
+            spec = specs.get(f"{name}.weight")
+            if isinstance(module, torch.nn.Linear) and spec is not None and spec.quantized:
+                sizes = module.in_features, module.out_features, module.bias is not None
+                model.set_submodule(name, QuantizedLinear(*sizes, formats.of_config(FP8)))
+            elif isinstance(module, DeepseekExperts) and weights.startswith("nf4"):
+                options = weights.endswith("nested"), torch.bfloat16, torch.bfloat16
+                model.set_submodule(name, BitsAndBytesExperts(config, formats.NF4, *options))
+            elif isinstance(module, DeepseekExperts) and weights != "bf16":
+                model.set_submodule(name, StackedQuantizedExperts(config, formats.by_name(weights)))
     return model.eval()
 
 

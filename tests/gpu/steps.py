@@ -8,8 +8,9 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 
+import peft
 import torch
-from gpu.fake import DEVICE, Watch, card, equal_slots, fake_mode, fake_model, on_other_devices
+from gpu.fake import DEVICE, Watch, card, equal_slots, fake_mode, fake_model, no_kernels, on_other_devices
 from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -92,6 +93,13 @@ def train_balanced(model, watch: Watch) -> None:
     train(model, watch)
 
 
+def train_adapted(model, watch: Watch) -> None:
+    """As `train`, of adapters on the attention's output and the routed experts alone."""
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["o_proj"], target_parameters=stacks))
+    train(adapted, watch)
+
+
 STEPS = {
     "decode": lambda model, watch: decode(model, watch, "growing"),
     "decode-rows": lambda model, watch: decode(model, watch, "growing", rows=8),
@@ -102,8 +110,9 @@ STEPS = {
     "train": train,
     "train-balanced": train_balanced,
     "train-fp8": train_fp8,
+    "train-adapted": train_adapted,
 }
-WAITS = ("train-fp8",)  # steps that look at the routing on the host, once a layer
+WAITS = ("train-fp8", "train-adapted")  # steps that look at the routing on the host, once a layer, without Triton
 
 
 def measure(name: str) -> dict:
@@ -112,12 +121,12 @@ def measure(name: str) -> dict:
     watches = []
     for layers in (2, 3):
         with fake_mode(), card(9, 0, triton=bool(triton)):
-            model = fake_model(config_of(shape, layers), fp8=weights == "fp8")
+            model = fake_model(config_of(shape, layers), weights)
             elsewhere = on_other_devices(model)
             watch = Watch()
             watches.append(watch)
             try:
-                with equal_slots() if step in WAITS else nullcontext():
+                with no_kernels(watch), equal_slots() if step in WAITS and not triton else nullcontext():
                     STEPS[step](model, watch)
             except Exception as error:
                 return {"error": f"{type(error).__name__}: {error}", **watch.told(), "elsewhere": elsewhere}
@@ -145,7 +154,7 @@ def compiled(name: str) -> dict:
         return graph.forward
 
     with fake_mode(), card(9, 0, triton=bool(triton)), torch.no_grad():
-        model = fake_model(config_of(shape, 2), fp8=weights == "fp8")
+        model = fake_model(config_of(shape, 2), weights)
         cache = CACHES["static FP8" if step.endswith("codes") else "static"](model.config)
         prefill(model, Watch(), cache)
         ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)

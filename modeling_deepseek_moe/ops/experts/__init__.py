@@ -2,8 +2,8 @@
 
 What it computes is defined in `reference`, expert by expert; `cpu` does a whole layer in one call, on weights that are
 FP8, four bits or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the layer with its gradients,
-`low_rank` the layer with an adapter's matrices next to its own; `triton` does it on a CUDA card,
-`triton_trained` with its gradients.
+`low_rank` the layer with an adapter's matrices next to its own; `triton` does it on a CUDA card, `grouped` there with
+gradients and adapters.
 Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
@@ -16,19 +16,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, BackendError, may_use, requested_backend
 from modeling_deepseek_moe.ops._library import PLAIN
-from modeling_deepseek_moe.ops.experts import cpu, triton, unsorted
+from modeling_deepseek_moe.ops.experts import cpu, grouped, triton, unsorted
 from modeling_deepseek_moe.ops.experts.cpu import accumulate
 from modeling_deepseek_moe.ops.experts.low_rank import Codes, Copies, LowRank, Pair, Stacks, routed_low_rank
 from modeling_deepseek_moe.ops.experts.operands import STACKS, Operands, kind_of, operands, unsupported_reason
 from modeling_deepseek_moe.ops.experts.reference import Slots, counts, run_experts
 from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
-from modeling_deepseek_moe.ops.experts.triton_trained import GroupedSwiGlu
 
 __all__ = [
     "IMPLEMENTATION",
     "STACKS",
     "Copies",
-    "GroupedSwiGlu",
     "Implementations",
     "LowRank",
     "Operands",
@@ -103,10 +101,14 @@ def routed_swiglu(
         module: a `DeepseekExperts`, or one that is parametrised.
         low_rank: what an adapter adds to its stacks.
     """
-    if low_rank is not None:
-        return routed_low_rank(hidden_TD, topk_indices, topk_weights, Stacks(module), low_rank)
-    weights, device_type = operands(module), hidden_TD.device.type
+    device_type = hidden_TD.device.type
     autocast = torch.is_autocast_enabled(device_type)
+    if low_rank is not None:
+        given = hidden_TD.to(torch.get_autocast_dtype(device_type)) if autocast else hidden_TD
+        if runs_on_card(grouped.refuses(module, given, topk_weights)):
+            return grouped.run(module, given, topk_indices, topk_weights, low_rank)
+        return routed_low_rank(hidden_TD, topk_indices, topk_weights, Stacks(module), low_rank)
+    weights = operands(module)
     if not autocast and may_run_natively(module, weights, hidden_TD, topk_weights):
         return cpu.run(hidden_TD, topk_indices, topk_weights, weights)
     dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_TD.dtype
@@ -116,7 +118,7 @@ def routed_swiglu(
         requested_backend() != TRITON and triton.torch_is_faster(of_dtype, given, topk_indices.numel())
     ):
         if triton.needs_gradients(hidden_TD, topk_weights, gate_up, down):
-            return GroupedSwiGlu.apply(given, topk_indices, topk_weights, gate_up, down)
+            return grouped.run(module, given, topk_indices, topk_weights, weights=of_dtype)
         return triton.run(given, topk_indices, topk_weights, of_dtype)
     if (
         device_type == "cpu"
@@ -150,13 +152,16 @@ def routed_quantized(
         module: a `QuantizedExperts`.
         low_rank: what an adapter adds to its matrices.
     """
+    if low_rank is None:
+        weights = operands(module)
+        if may_run_natively(module, weights, hidden_TD, topk_weights):
+            return cpu.run(hidden_TD, topk_indices, topk_weights, weights)
+        if may_use(TRITON, triton.refuses(module, weights, hidden_TD, topk_weights)):
+            return triton.run(hidden_TD, topk_indices, topk_weights, weights)
+    if runs_on_card(grouped.refuses(module, hidden_TD, topk_weights)):
+        return grouped.run(module, hidden_TD, topk_indices, topk_weights, low_rank)
     if low_rank is not None:
         return routed_low_rank(hidden_TD, topk_indices, topk_weights, Codes(module), low_rank)
-    weights = operands(module)
-    if may_run_natively(module, weights, hidden_TD, topk_weights):
-        return cpu.run(hidden_TD, topk_indices, topk_weights, weights)
-    if runs_on_card(triton.refuses(module, weights, hidden_TD, topk_weights)):
-        return triton.run(hidden_TD, topk_indices, topk_weights, weights)
 
     if unsorted.may_run(hidden_TD, topk_weights):
         return unsorted.run(module, hidden_TD, topk_indices, topk_weights)

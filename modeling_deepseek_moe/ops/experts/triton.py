@@ -52,7 +52,7 @@ def refuses(
     if not weights.stacks:
         return "needs stacked experts on the card, found experts mapped from files"
     if needs_gradients(hidden_TD, topk_weights, *weights.stacks[:2]):
-        if not with_gradients or kind(weights) != BF16:
+        if not with_gradients:
             return "computes no gradients"
         if torch.compiler.is_compiling():
             return "computes no gradients in graphs"

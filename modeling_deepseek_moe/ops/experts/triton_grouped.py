@@ -17,12 +17,12 @@ from modeling_deepseek_moe.ops.experts.triton_kernels import tile_of
 def product(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, order_ptr, ends_ptr, weights_ptr, out_ptr, E, N, K, HALF,
     TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BY_TOKEN: tl.constexpr, BY_SLOT: tl.constexpr, TURNED: tl.constexpr, FP8: tl.constexpr,
-    EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ADD: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``out[r] = a[r] · B_e``: of ``b [E, N, K]``, ``TURNED``: ``[E, K, N]``. Grid: tiles, ⌈N / BN⌉.
 
     ``WEIGHTED``: times the weight of its slot. ``BY_TOKEN``: a has a row for each token; ``BY_SLOT``: out is in the slots' order. ``HALF``: rows from there on have
-    blocks of scales of their own, as up's after gate's. With ``FP8`` BK is 128.
+    blocks of scales of their own, as up's after gate's. With ``FP8`` BK is 128. ``ADD``: onto what out holds.
     """
     e, start, stop = tile_of(ends_ptr, E, tl.program_id(0), BM, EXPERTS)
     if e >= E:
@@ -62,6 +62,8 @@ def product(
         total *= tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
     out_row = slot if BY_SLOT else row
     out_at = out_ptr + out_row.to(tl.int64)[:, None] * N + n[None, :]
+    if ADD:
+        total += tl.load(out_at, mask=live[:, None] & here[None, :], other=0.0).to(tl.float32)
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=live[:, None] & here[None, :])
 
 

@@ -33,8 +33,16 @@ class Order(NamedTuple):
         return cls(slots, ends, topk_indices.shape[1])
 
 
-def _tiles(kernel: str, device: torch.device) -> Tiles:
-    return tiles(kernel, _triton.capability(device) if device.type == "cuda" else _triton.OLDEST)
+def capability_of(device: torch.device) -> int:
+    """Of a card; on a CPU, where the interpreter runs, that of the oldest."""
+    return _triton.capability(device) if device.type == "cuda" else _triton.OLDEST
+
+
+def _tiles(kernel: str, device: torch.device, columns: int, depth: int) -> Tiles:
+    """No wider than the results or, of a low rank, deeper than the sum."""
+    row = tiles(kernel, capability_of(device))
+    columns, depth = min(row.columns, _triton.padded(columns)), min(row.depth, _triton.padded(depth))
+    return row._replace(columns=columns, depth=depth)
 
 
 def grouped_product(
@@ -49,6 +57,7 @@ def grouped_product(
     by_slot: bool = False,
     half: int | None = None,
     weights: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """``a [S, K] · B_eᵀ → [S, N]`` of rows in the experts' order, each with its expert's ``b [E, N, K]``.
@@ -60,27 +69,28 @@ def grouped_product(
         by_slot: the result in the slots' order.
         half: rows of ``b`` from here on have blocks of scales of their own.
         weights: of the slots, in their order, that the result is multiplied by.
+        onto: ``[S, N]`` that the result is added to, in place.
         dtype: of the result. Rows that are served elsewhere are not written.
     """
     count, n, k = (b.shape[0], b.shape[2], b.shape[1]) if turned else b.shape
     fp8, device = a.dtype == FP8, a.device
     if a.shape[1] != k or b.dtype != a.dtype or (fp8 and (turned or a_scale is None or b_scale is None)):
         raise ValueError(f"experts: found factors {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
-    tiling = _tiles("grouped_fp8" if fp8 else "grouped", device)
-    out = torch.empty((len(order.slots), n), dtype=dtype, device=device)
-    grid = _programs(len(order.slots), count, tiling.rows), _triton.blocks(n, tiling.columns)
+    tiling = tiles("grouped_fp8", capability_of(device)) if fp8 else _tiles("grouped", device, n, k)
+    out = torch.empty((len(order.slots), n), dtype=dtype, device=device) if onto is None else onto
+    grid = programs(len(order.slots), count, tiling.rows), _triton.blocks(n, tiling.columns)
     scales = (a_scale.contiguous(), b_scale.contiguous()) if fp8 else (a, b)
     _triton.launch(
         _triton.kernels("experts", "triton_grouped").product, grid, device,
         a.contiguous(), scales[0], b.contiguous(), scales[1], order.slots, order.ends,
         order.slots if weights is None else weights.contiguous(), out, count, n, k, n if half is None else half,
-        TOP_K=order.top_k, WEIGHTED=weights is not None, BY_TOKEN=by_token, BY_SLOT=by_slot, TURNED=turned, FP8=fp8,
+        TOP_K=order.top_k, WEIGHTED=weights is not None, BY_TOKEN=by_token, BY_SLOT=by_slot, TURNED=turned, FP8=fp8, ADD=onto is not None,
         EXPERTS=_triton.power_of_two(count), **tiling.constants(), warps=tiling.warps,
     )  # fmt: skip
     return out
 
 
-def _programs(slots: int, experts: int, rows: int) -> int:
+def programs(slots: int, experts: int, rows: int) -> int:
     """No fewer than there are tiles, whatever the routing is."""
     return min(_triton.blocks(slots, rows) + experts, slots)
 
@@ -90,7 +100,7 @@ def grouped_outer(
 ) -> torch.Tensor:
     """``Σ_r a[r]ᵀ · b[r]`` over each expert's rows: ``[S, N]``, ``[S, K]`` → ``[E, N, K]``; factors ``by_token`` are ``[T, …]``."""
     n, k, device, count = a.shape[1], b.shape[1], a.device, len(order.ends)
-    tiling = _tiles("grouped_outer", device)
+    tiling = _tiles("grouped_outer", device, n, k)
     out = torch.empty((count, n, k), dtype=dtype, device=device)
     grid = count, _triton.blocks(n, tiling.columns) * _triton.blocks(k, tiling.depth)
     _triton.launch(
