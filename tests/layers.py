@@ -14,6 +14,7 @@ LAYERS = (
     "ops._library",
     "ops._libraries",
     "ops._trials",
+    "ops._triton_probe",
     "ops._triton",
     "ops._liger",
     "ops._triton_table",

@@ -11,7 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from modeling_deepseek_moe.formats import by_name
 from modeling_deepseek_moe.ops import _libraries, _triton, _triton_table
 from modeling_deepseek_moe.ops._dispatch import LIBRARIES, UNUSED, BackendError, use_backend
-from modeling_deepseek_moe.ops.experts import Operands, grouped, routed_quantized, routed_swiglu, runs_on_card, triton
+from modeling_deepseek_moe.ops.experts import (
+    Operands,
+    grouped,
+    may_run_natively,
+    routed_quantized,
+    routed_swiglu,
+    runs_on_card,
+    triton,
+)
 from modeling_deepseek_moe.quantized.experts import QuantizedMatrix
 
 CARDS = (75, 80, 86, 89, 90, 120)
@@ -29,7 +37,8 @@ def card(monkeypatch):
     """Makes this machine one with Triton and a card of some generation."""
 
     def become(generation: int, triton: bool = True):
-        monkeypatch.setattr(_triton, "_is_installed", lambda: triton)
+        monkeypatch.setattr(_triton, "_unusable", lambda: None if triton else "triton is not installed")
+        monkeypatch.setattr(_triton, "_cannot_start", lambda index: None)
         monkeypatch.setattr(_triton, "_capability", lambda index: generation)
 
     return become
@@ -217,6 +226,16 @@ def test_nan_codes_are_found_once(card, monkeypatch):
     with torch.inference_mode():  # whose tensors count no versions
         weights = weights._replace(stacks=(codes.clone().view(torch.float8_e4m3fn),) * 2)
         assert "found NaN" in triton._refuses_nan(module, weights)
+
+
+def test_the_cpu_engine_is_not_for_tokens_on_a_card(card):
+    card(90)
+    module, weights = layer("bf16")
+    with (
+        use_backend("cpu"),
+        pytest.raises(BackendError, match="routed experts: backend 'cpu' needs CPU tensors, found cuda:0"),
+    ):
+        may_run_natively(module, weights, on_card(T, D), on_card(T, K))
 
 
 @pytest.mark.parametrize("function", [routed_swiglu, routed_quantized])

@@ -145,3 +145,9 @@ def announce(device: str, card: int) -> None:
     rest = f"; tried at first use: {', '.join(tried)}" if tried else ""
     rest += f"; installed and not used: {', '.join(idle)}" if idle else ""
     logger.info(f"{device} (SM{card}): this package's kernels, by {installed(('triton',))}, and torch's{rest}")
+
+
+@cache
+def announce_fallback(device: str, reason: str) -> None:
+    """One warning, once for each device and reason: what computes there instead of this package's kernels, and why."""
+    logger.warning(f"{device}: plain torch computes in place of this package's kernels, which is slower: {reason}")

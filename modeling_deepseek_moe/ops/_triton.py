@@ -7,21 +7,59 @@ them as it starts one, so that the package imports without it.
 import contextlib
 import importlib
 import importlib.util
+import re
 from functools import cache
 from types import ModuleType
 
 import torch
 
-from modeling_deepseek_moe.ops._libraries import announce
+from modeling_deepseek_moe.ops._dispatch import AUTO, requested_backend
+from modeling_deepseek_moe.ops._libraries import announce, announce_fallback
 
 OLDEST = 80  # Ampere: bf16 in its tensor cores, copies that do not wait
+OLDEST_TRITON = (3, 6)  # that of the oldest torch that is supported
 FP8_CORES = 89  # Ada and Hopper multiply FP8
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _unusable() -> str | None:
+    """Why this process's Triton is not to be used on any card; ``None`` if it is."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import triton
+    except Exception as error:  # one that was built for another Python, libc or torch raises what it likes
+        return f"Triton cannot be imported ({_brief(error)})"
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST_TRITON:
+        return f"needs Triton {'.'.join(map(str, OLDEST_TRITON))} or later, found {triton.__version__}"
+    if triton.knobs.runtime.interpret:
+        return (
+            "is not for Triton's interpreter (TRITON_INTERPRET=1), which gets bf16 and FP8 wrong and does not say so"
+        )
+    return None
+
+
+@cache
+def _cannot_start(index: int) -> str | None:
+    """Why Triton starts no kernel on a card, found by starting one that does nothing; ``None`` if it does.
+
+    Before the first kernel of a process Triton compiles C that needs a compiler and Python's headers, runs ``ptxas`` and writes
+    to a cache; each can be missing.
+    """
+    try:
+        with torch.cuda.device(index):
+            from modeling_deepseek_moe.ops._triton_probe import nothing
+
+            nothing[(1,)]()
+    except Exception as error:  # Triton's, a subprocess's, the operating system's
+        return f"Triton cannot start a kernel ({_brief(error)})"
+    return None
+
+
+def _brief(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 @cache
@@ -32,21 +70,33 @@ def _capability(index: int) -> int:
 
 def capability(device: torch.device) -> int:
     """Of a CUDA device: 80 for SM80."""
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+    return _capability(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @torch.compiler.assume_constant_result
 def refusal(device: torch.device, oldest: int = OLDEST) -> str | None:
     """Why no kernel runs on ``device``; ``None`` if one does. ``oldest``: the generation that the kernel needs, 80 for SM80."""
-    if device.type != "cuda" or torch.version.hip:
-        return f"needs CUDA, got {'ROCm' if device.type == 'cuda' else device.type}"
-    if not _is_installed():
-        return "triton is not installed"
+    if device.type != "cuda":
+        return f"needs CUDA, got {device.type}"
+    reason = _refusal_of_card(device, oldest)
+    if reason is None:
+        announce(str(device), capability(device))
+    elif requested_backend() == AUTO:
+        announce_fallback(str(device), reason)
+    return reason
+
+
+def _refusal_of_card(device: torch.device, oldest: int) -> str | None:
+    if torch.version.hip:
+        return "needs CUDA, got ROCm"
     found = capability(device)
     if found < oldest:
         return f"needs SM{oldest}, found SM{found}"
-    announce(str(device), found)
-    return None
+    return _unusable() or _cannot_start(_index(device))
 
 
 def unsupported_reason(*tensors: torch.Tensor | None, gradients: bool = False) -> str | None:

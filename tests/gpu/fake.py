@@ -75,7 +75,8 @@ def card(major: int, minor: int, *, triton: bool):
     """While it lasts, the card has this capability, and there is Triton or not: no kernel is started."""
     with (
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
-        mock.patch.object(_triton, "_is_installed", lambda: triton),
+        mock.patch.object(_triton, "_unusable", lambda: None if triton else "triton is not installed"),
+        mock.patch.object(_triton, "_cannot_start", lambda index: None),
         mock.patch.object(_triton, "_capability", lambda index: 10 * major + minor),
     ):
         yield

@@ -67,7 +67,13 @@ class Implementations:
 def may_run_natively(
     module: nn.Module, weights: Operands, hidden_TD: torch.Tensor, topk_weights: torch.Tensor
 ) -> bool:
-    """Whether the CPU engine computes this layer of experts for these tokens."""
+    """Whether the CPU engine computes this layer of experts for these tokens.
+
+    Raises:
+        BackendError: it was asked for by name, and the tokens are on another device.
+    """
+    if requested_backend() == CPU and hidden_TD.device.type != "cpu":
+        raise BackendError(f"routed experts: backend {CPU!r} needs CPU tensors, found {hidden_TD.device}")
     reason = unsupported_reason(module, weights, hidden_TD)
     if reason is None and torch.is_grad_enabled() and topk_weights.requires_grad:
         reason = "computes no gradients"  # the router is being trained, if nothing else is
