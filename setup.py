@@ -23,7 +23,7 @@ extras = {
     "bnb": ["bitsandbytes"],
     "peft": ["peft"],
     "eval": ["lm-eval", "math-verify", "scipy"],
-    "gpu": ["triton; sys_platform == 'linux'"],
+    "gpu": ["triton>=3.6; sys_platform == 'linux'"],
     "train": ["heavyball", "pyarrow"],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})

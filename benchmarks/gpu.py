@@ -81,16 +81,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds; parts that do not fit are left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the parts that the budget has room for; needs no GPU"
+    )
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not options.plan:
         print("benchmarks/gpu.py: found no CUDA device, wanted one: nothing was measured", file=sys.stderr)
         return 2
     import gpu_parts
     import gpu_plot
 
-    device = torch.device("cuda", torch.cuda.current_device())
     parts = [Part("machine", 1, machine), *(Part(*row) for row in gpu_parts.PARTS)]
     kept = fitting(parts, options.budget)
+    if options.plan:
+        for part in kept:
+            print(f"{part.seconds:4.0f} s  {part.name}: {part.run.__doc__.splitlines()[0]}")
+        print(
+            f"{sum(part.seconds for part in kept):4.0f} s of {options.budget:.0f}; left out: {len(parts) - len(kept)}"
+        )
+        return 0
+    device = torch.device("cuda", torch.cuda.current_device())
     print(f"parts: {', '.join(part.name for part in kept)}; left out: {len(parts) - len(kept)}", flush=True)
     results = run(parts, device, options.out, options.budget)
     for file in gpu_plot.write(results, options.out):

@@ -138,15 +138,18 @@ def plain_transformers(device: torch.device) -> dict:
     return {"bf16": runs(lambda: build_plain(device), CASES[:3])}
 
 
+CACHES = ((1, 1024), (1, 8192), (1, 32768), (8, 8192), (64, 1024), (64, 8192))  # batch, length
+
+
 @torch.no_grad()
-def attention(device: torch.device) -> dict:
+def attention(device: torch.device, caches: tuple[tuple[int, int], ...] = CACHES) -> dict:
     """GB/s of latents that one new token's attention takes, of V2-Lite's 16 heads and V3's 128."""
     from gpu_parts import seconds_of
 
     rows = []
     for heads in (16, 128):
         layer = nn.Linear(512, heads * 256, bias=False, dtype=torch.bfloat16, device=device)
-        for batch, length in ((1, 1024), (1, 8192), (1, 32768), (8, 8192), (64, 1024), (64, 8192)):
+        for batch, length in caches:
             q = torch.randn((batch, heads, 1, 192), dtype=torch.bfloat16, device=device).split((128, 64), -1)
             cache = torch.randn((batch, 1, length, 576), dtype=torch.bfloat16, device=device)
             latents = [part.contiguous() for part in cache.split((512, 64), -1)]

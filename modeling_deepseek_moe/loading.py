@@ -38,6 +38,13 @@ from modeling_deepseek_moe.checkpoint.index import has_weights
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
+from modeling_deepseek_moe.device_memory import (
+    accelerators,
+    exhausted,
+    exhausted_in_conversions,
+    give_back,
+    not_loaded,
+)
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat, split_scale
 from modeling_deepseek_moe.hybrid.model import place_experts, unhook_experts
@@ -221,7 +228,17 @@ class ReleaseLoadingMixin(ResumingMixin):
             release = Release(CheckpointReader(checkpoint_files), model.config)
             recognize_experts(model, config, release)
             state_dict = saved_state_dict(model, release, _is_on_cpu(load_config.device_map))
-        result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        if (loading := _current.get()) is not None:
+            loading.device_map = load_config.device_map  # each module's device, where the caller's was "auto"
+        try:
+            result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+            failure = exhausted_in_conversions(result[0].conversion_errors)
+        except RuntimeError as error:
+            failure = exhausted(error)
+            if failure is None:
+                raise
+        if failure is not None:
+            raise torch.OutOfMemoryError(f"{not_loaded(model.state_dict())} ({failure})")
         place_experts(model, load_config.device_map)
         for module in stacked_experts(model).values():
             module.requires_grad_(False)
@@ -274,14 +291,16 @@ class ReleaseLoadingMixin(ResumingMixin):
                 loaded = super().from_pretrained(path, *args, **kwargs)
                 unhook_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
                 return loaded
-            except torch.OutOfMemoryError as error:
-                failure = str(error)  # not the error: its traceback holds what was loaded
+            except RuntimeError as error:
+                failure = exhausted(error)  # not the error: its traceback holds what was loaded
+                if failure is None:
+                    raise
             finally:
                 _current.reset(token)
-        gc.collect()
+        free = ", ".join(map(give_back, accelerators(loading.device_map)))
         raise torch.OutOfMemoryError(
-            f"{path}: the device's memory is exhausted while loading, nothing of the model is kept: {failure}. A device map such "
-            'as {"": 0, "model.layers.*.mlp.experts": "cpu"} leaves routed experts on the CPU, which computes them; '
+            f"{path}: the device's memory is exhausted while loading, nothing of the model is kept: {failure}; {free}. A device "
+            'map such as {"": 0, "model.layers.*.mlp.experts": "cpu"} leaves routed experts on the CPU, which computes them; '
             'device_map="auto" chooses it where the model does not fit what is free.'
         )
 

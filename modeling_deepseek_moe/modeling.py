@@ -40,6 +40,7 @@ from modeling_deepseek_moe.masks import PromptMaskMixin
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.moe.training_state import TrainingPass, TrainingState, sequence_ids
+from modeling_deepseek_moe.moving import MovingMixin
 from modeling_deepseek_moe.mtp import DeepseekMtpLayer
 from modeling_deepseek_moe.objective import Objective
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION
@@ -60,6 +61,7 @@ class DeepseekMoePreTrainedModel(
     ReleaseSavingMixin,
     ResizingMixin,
     HybridMixin,
+    MovingMixin,
     EngineReportMixin,
     BitsAndBytesMixin,
     PreTrainedModel,

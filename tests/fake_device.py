@@ -12,13 +12,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "fake"
+TOTAL = 1 << 30  # bytes, as the device says; `Memory.limit` is what it allows
 
 
 class Memory:
-    """Of the device: what it may hold, and the bytes that crossed each way."""
+    """Of the device: what it may hold, how many allocations are left to it and were made, and the bytes that crossed each way."""
 
     limit: int | None = None
-    to_device = from_device = 0
+    left: int | None = None
+    allocations = to_device = from_device = 0
 
     @classmethod
     def used(cls) -> int:
@@ -30,6 +32,11 @@ class Memory:
     def allocate(cls, values: torch.Tensor) -> torch.Tensor:
         if cls.limit is not None and cls.used() + values.nbytes > cls.limit:
             raise torch.OutOfMemoryError(f"fake:0 holds {cls.limit:,} bytes")
+        if values.nbytes and cls.left == 0:
+            raise torch.OutOfMemoryError(f"fake:0 has no {values.nbytes:,} bytes")
+        if values.nbytes:
+            cls.left = None if cls.left is None else cls.left - 1
+            cls.allocations += 1
         return FakeTensor(values)
 
 
@@ -62,6 +69,10 @@ class BackendModule(_DummyBackendModule):
         return 0
 
     @staticmethod
+    def mem_get_info(device) -> tuple[int, int]:
+        return TOTAL - Memory.used(), TOTAL
+
+    @staticmethod
     def get_amp_supported_dtype() -> list[torch.dtype]:
         return [torch.bfloat16]
 
@@ -84,6 +95,8 @@ def run(op, *args, **kwargs):
         raise RuntimeError(f"{op}: Expected all tensors to be on the same device, found {[t.device for t in tensors]}")
     if op in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         op = torch.ops.aten.reshape.default  # strides on the device are those of contiguous tensors
+    if op is torch.ops.aten.histc.default and not args[0].is_floating_point():  # which a CPU has for floats alone
+        return run(op, args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
     found = op(*tree_map(to_values, args), **tree_map(to_values, kwargs))
     writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments)
     held = {id(tensor.values): tensor for tensor in tensors if writes and on_device(tensor)}

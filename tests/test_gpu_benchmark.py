@@ -82,8 +82,38 @@ def test_without_a_card_nothing_is_measured(gpu, capsys):
     assert "found no CUDA device, wanted one" in capsys.readouterr().err
 
 
-def test_the_parts_fit_into_the_budget(gpu, parts):
+def test_the_parts_fit_into_the_budget(gpu, parts, capsys):
     assert sum(seconds for _, seconds, _ in parts.PARTS) <= gpu.BUDGET < 480
+    assert gpu.main(["--plan"]) == 0
+    *rows, total = capsys.readouterr().out.splitlines()
+    assert [row.split()[2] for row in rows] == ["machine:", *(f"{name}:" for name, _, _ in parts.PARTS)]
+    assert total.endswith("left out: 0") and float(total.split()[0]) < 480
+    assert gpu.main(["--plan", "--budget", "70"]) == 0
+    assert "left out: 8" in capsys.readouterr().out
+
+
+MEASURED = ("decode_experts", "attention", "end_to_end", "many_tokens", "plain_transformers", "trace")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_part_runs_on_small_models(parts, models, name, monkeypatch):
+    """Its calls into this package and into transformers, on a CPU; what it would measure is not looked at."""
+    monkeypatch.setattr(models, "V2_LITE", models.V2_LITE | SMALL)
+    monkeypatch.setattr(models, "CASES", ((1, 8), (2, 8), (1, 4)))
+    monkeypatch.setattr(parts, "V2_LITE", (8, 2, 256, 128))
+    monkeypatch.setattr(parts, "V3", (16, 2, 256, 128))
+    called = []
+    monkeypatch.setattr(parts, "seconds_of", lambda call, *how: called.append(call(0)) or 1e-3)
+    monkeypatch.setattr(models.attention, "__defaults__", (((1, 24), (3, 8)),))
+    [run] = [run for title, _, run in parts.PARTS if title == name]
+    found = run(CPU)
+    assert all(isinstance(result, torch.Tensor) for result in called)
+    rows = (
+        found.get("rows")
+        or found.get("longest", None)
+        or [row for part in found.values() if isinstance(part, dict) for row in part["rows"]]
+    )
+    assert rows or name == "trace"
 
 
 def test_parity_on_a_cpu(parts):

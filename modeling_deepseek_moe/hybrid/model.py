@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint.writer import parse_size
+from modeling_deepseek_moe.device_memory import NEITHER, accelerator, exhausted, give_back
 from modeling_deepseek_moe.hybrid import costs
 from modeling_deepseek_moe.hybrid.layer import HybridMoE
 from modeling_deepseek_moe.hybrid.placement import device_of
@@ -19,7 +20,6 @@ from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 logger = logging.get_logger(__name__)
 AUTO = "auto"
-NEITHER = ("cpu", "disk", "meta")
 
 
 class _Unchanged(Enum):
@@ -87,12 +87,12 @@ def place_experts(model: PreTrainedModel, device_map: object) -> None:
     """
     if not isinstance(device_map, dict):
         return
-    accelerators = [device for device in dict.fromkeys(device_map.values()) if str(device) not in NEITHER]
-    layers = _layers_apart(model, device_map) if accelerators else {}
+    names = [device for device in dict.fromkeys(device_map.values()) if str(device) not in NEITHER]
+    layers = _layers_apart(model, device_map) if names else {}
     by_device: dict[torch.device, list[nn.Module]] = {}
     for name, layer in layers.items():
         found = device_of(device_map, f"{name}.mlp.gate")
-        device = _device(found if str(found) not in NEITHER else accelerators[0])
+        device = accelerator(found if str(found) not in NEITHER else names[0])
         by_device.setdefault(device, []).append(layer)
     for device, those in by_device.items():
         experts = {layer.mlp.layer_idx: layer.mlp.experts for layer in those}
@@ -102,7 +102,7 @@ def place_experts(model: PreTrainedModel, device_map: object) -> None:
         if device.type == "cuda" and torch.cuda.is_available():
             _prepare_prompts(model.config, places)
     rest = {name: device for name, device in device_map.items() if not name.endswith(".mlp.experts")}
-    if layers and set(map(str, rest.values())) == {str(accelerators[0])}:
+    if layers and set(map(str, rest.values())) == {str(names[0])}:
         device_map.clear()
         device_map.update(rest)
 
@@ -140,20 +140,16 @@ def _hybrid_layers(model: PreTrainedModel) -> list[HybridMoE]:
     return [mlp for mlp in mlps if isinstance(mlp, HybridMoE)]
 
 
-def _device(device: object) -> torch.device:
-    if isinstance(device, int):
-        return torch.device(torch.accelerator.current_accelerator().type, device)
-    return torch.device(str(device))
-
-
 def _prepare_prompts(config, places: ExpertPlaces) -> None:
     """Measure, and take memory for the experts that prompts bring to the device, where that would pay."""
     device = places.crossing.device
     try:
         places.rates = costs.measure_rates(device)
         places.passing = ExpertSlots(config, next(iter(places.layers.values())), 2 * places.top_k, device)
-    except (torch.OutOfMemoryError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         places.passing = None
+        if isinstance(error, RuntimeError) and exhausted(error) is None:
+            raise
         logger.warning(f"The CPU computes the experts of prompts too: {error}")
 
 
@@ -186,12 +182,15 @@ def _set_device_memory(model: PreTrainedModel, budget: int | None, compute: str)
     try:
         slots = ExpertSlots(model.config, first, count, places.crossing.device)
         places.take(slots, compute, count / total)
-    except torch.OutOfMemoryError as error:
-        failure = str(error)  # not the error, whose traceback would hold what was allocated
+    except BaseException as error:
+        failure = exhausted(error) if isinstance(error, RuntimeError) else None
         places.release()
-        slots = None  # it would stay in the traceback of the next one
+        slots = None  # it would stay in the traceback
+        if failure is None:
+            raise
     if failure is not None:
+        device = places.crossing.device
         raise torch.OutOfMemoryError(
-            f"gpu expert memory of {budget:,} bytes, {count} experts: found too little free on {places.crossing.device} "
-            f"({failure}); the model goes on without: wanted a smaller gpu="
+            f"gpu expert memory of {budget:,} bytes, {count} experts of {size:,} bytes: found too little free on {device} "
+            f"({failure}); the model goes on without, {give_back(device)}: wanted a smaller gpu="
         )

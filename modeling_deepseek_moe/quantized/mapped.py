@@ -92,8 +92,6 @@ class MappedExperts(QuantizedExperts):
                 raw = target.view(torch.uint8)
                 raw.copy_(source.to(target.dtype).contiguous().view(torch.uint8).view_as(raw))
         stacked.train(self.training)
-        if self.stream is not None:
-            self.stream.cache.close()
         # Not a new module: hooks, parents and whatever else refers to this one stay as they are.
         hooks = {name: value for name, value in self.__dict__.items() if "_hooks" in name}
         self.__class__ = type(stacked)

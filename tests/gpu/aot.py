@@ -39,7 +39,9 @@ class Spec:
 
     Attributes:
         types: of its arguments that are no constants, ``"*bf16"``, ``"i32"``.
-        weight_bytes: that a block takes in one step of the loop with most loads; 0: not a loop over weights.
+        weight_bytes: of weights (of cached keys, of values cast) that a block takes in one step of the loop with most loads, each
+            counted once where several blocks read it; 0: instructions a byte tell nothing of it.
+        is_loop: else a block takes these bytes once, by all of its instructions.
         aligned: arguments besides pointers that are multiples of 16.
     """
 
@@ -51,12 +53,14 @@ class Spec:
     stages: int
     weight_bytes: int = 0
     aligned: tuple[str, ...] = field(default=())
+    is_loop: bool = True
 
     def source(self) -> str:
         """Of what is compiled: the kernel and what it calls, comments and docstrings apart, and the constants."""
         parts = sorted(_sources(self.kernel).items())
         options = sorted(map(str, (*self.types.items(), *self.constants.items())))
         text = repr((parts, options, self.warps, self.stages, self.weight_bytes, self.aligned))
+        text += "" if self.is_loop else " once"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def compile(self, card: int):
@@ -105,7 +109,8 @@ def report(spec: Spec, card: int) -> dict[str, object]:
         "shared": compiled.metadata.shared,
     }
     if spec.weight_bytes:
-        body = max(loops(assembly), key=lambda body: sum(body[op] for op in body if op.startswith(LOADS)))
+        bodies = loops(assembly) if spec.is_loop else [every(assembly)]
+        body = max(bodies, key=lambda body: sum(body[op] for op in body if op.startswith(LOADS)))
         found["per_byte"] = round(32 * spec.warps * sum(body.values()) / spec.weight_bytes, 2)
     return {"source": spec.source(), **found}
 
@@ -123,6 +128,12 @@ def loops(assembly: str) -> Iterator[Counter]:
         start = labels.get(target[1]) if target and name.startswith("BRA") else None
         if start is not None and start <= end:
             yield Counter(name for name, _ in instructions[start : end + 1])
+
+
+def every(assembly: str) -> Counter:
+    """All instructions, by name, but those that fill the end."""
+    found = (INSTRUCTION.match(line) for line in assembly.splitlines())
+    return Counter(match[1] for match in found if match and match[1] != "NOP")
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -33,8 +33,10 @@ def split(card: int, model: str, number: str, mask: str, in_codes: bool = False)
     else:
         types["mask_ptr"] = "*u8" if mask == "bool" else "*fp32"
     name = f"split {model} {'FP8' if in_codes else number} mask {mask}"
-    size = block_keys * (_latent_rows.row_bytes(512) + 128 if in_codes else 576 * TORCH[number].itemsize)
-    return Spec(name, kernels.split, types, constants, warps, 3, size, aligned=("H", *STRIDES))
+    row = _latent_rows.row_bytes(512) + 128 if in_codes else 576 * TORCH[number].itemsize
+    # of the latents, which the programs of a layer's blocks of heads share
+    nbytes = block_keys * row * min(block_heads, HEADS[model]) // HEADS[model]
+    return Spec(name, kernels.split, types, constants, warps, 3, nbytes, ("H", *STRIDES))
 
 
 def absorb(number: str, fp8: bool, rotate: bool) -> Spec:

@@ -59,9 +59,8 @@ def cast_tiles(card: int, swiglu: bool) -> Spec:
     types = {"x_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*fp32"}
     types |= dict.fromkeys(("R", "K", "sx_r", "sx_k", "ss_r", "ss_t"), "i32")
     constants = {"BM": 16, "POWER": True, "SWIGLU": swiglu, "NATIVE": card >= 89}
-    return Spec(
-        f"cast_tiles{' of SwiGLU' if swiglu else ''}", kernels.cast_tiles, types, constants, 4, 3, 0, ("K", "sx_r")
-    )
+    name, nbytes = f"cast_tiles{' of SwiGLU' if swiglu else ''}", 16 * 128 * (4 + 1 if swiglu else 2 + 1)
+    return Spec(name, kernels.cast_tiles, types, constants, 4, 3, nbytes, ("K", "sx_r"), is_loop=False)
 
 
 def specs(card: int) -> list[Spec]:
@@ -69,5 +68,6 @@ def specs(card: int) -> list[Spec]:
     found += [gate_up(card, *shape) for shape in ((1, 2048), (1, 18432), (16, 2048))]
     found += [gemm(card, rows) for rows in (128, 1)] + [cast_tiles(card, swiglu) for swiglu in (False, True)]
     types = {"codes_ptr": "*u8", "scale_ptr": "*fp32", "out_ptr": "*bf16", "N": "i32", "K": "i32"}
-    decode = Spec("decode_blocks", kernels.decode_blocks, types, {"ROWS": 128, "BM": 32, "BK": 128}, 4, 3, 0, ("K",))
+    constants, nbytes = {"ROWS": 128, "BM": 32, "BK": 128}, 32 * 128 * (1 + 2)
+    decode = Spec("decode_blocks", kernels.decode_blocks, types, constants, 4, 3, nbytes, ("K",), is_loop=False)
     return [*found, decode]

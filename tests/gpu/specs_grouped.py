@@ -36,7 +36,8 @@ def specs(card: int) -> list[Spec]:
         }
         for swiglu in (False, True):
             constants, name = {"SWIGLU": swiglu, "BN": 1024}, "quantize swiglu" if swiglu else "quantize"
-            found.append(Spec(name, kernels.quantize, types, constants, 4, 3, aligned=("K",)))
+            nbytes = 1024 * (4 + 1 if swiglu else 2 + 1)
+            found.append(Spec(name, kernels.quantize, types, constants, 4, 3, nbytes, ("K",), is_loop=False))
     rows = {"inner_ptr": "*bf16", "weights_ptr": "*fp32", "I": "i32", **SORTED}
     types = rows | {"out_ptr": "*bf16"}
     found.append(Spec("swiglu", kernels.swiglu, types, {"BN": 1024}, 4, 3, aligned=("I",)))
@@ -79,4 +80,5 @@ def _product(
         "EXPERTS": 256,
     }
     constants |= tiling.constants()
-    return Spec(name, kernels.product, types, constants, tiling.warps, tiling.stages, aligned=("N", "K", "HALF"))
+    nbytes = (tiling.rows + tiling.columns) * tiling.depth * (1 if fp8 else 2)  # of both factors
+    return Spec(name, kernels.product, types, constants, tiling.warps, tiling.stages, nbytes, ("N", "K", "HALF"))

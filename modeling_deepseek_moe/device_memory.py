@@ -1,0 +1,61 @@
+"""An accelerator whose memory is exhausted: known by its error, and how much is free once what was allocated is given back."""
+
+import gc
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from modeling_deepseek_moe.weights import natural_order
+
+NEITHER = ("cpu", "disk", "meta")
+
+
+def exhausted(error: Exception) -> str | None:
+    """What an error says, if it is that a device has no memory left; the error itself holds, in its traceback, what was allocated."""
+    out_of_memory = isinstance(error, torch.OutOfMemoryError) or (
+        # pinned memory, and a device whose context does not fit
+        isinstance(error, torch.AcceleratorError) and "out of memory" in str(error)
+    )
+    return " ".join(str(error).split()) if out_of_memory else None
+
+
+def exhausted_in_conversions(errors: Mapping[str, str]) -> str | None:
+    """As `exhausted`, of what transformers wrote down while a quantiser ran on the device, and went on."""
+    lines = (line.strip() for text in errors.values() for line in text.splitlines())
+    return next((line for line in lines if torch.OutOfMemoryError.__name__ in line), None)
+
+
+def not_loaded(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Which of a model's tensors have no data yet, the one first that was on its way."""
+    missing = sorted((name for name, tensor in tensors.items() if tensor.is_meta), key=natural_order)
+    at = f"{missing[0]} takes {tensors[missing[0]].nbytes:,} bytes, " if missing else ""
+    nbytes = sum(tensors[name].nbytes for name in missing)
+    return f"{at}{len(missing)} of {len(tensors)} tensors, {nbytes:,} bytes, were not loaded"
+
+
+def accelerator(device: object) -> torch.device:
+    """What a device map calls a device, a number or a name."""
+    if isinstance(device, int):
+        return torch.device(torch.accelerator.current_accelerator().type, device)
+    return torch.device(str(device))
+
+
+def accelerators(device_map: object) -> list[torch.device]:
+    """Those that a device map, or the one device in its place, names."""
+    named: Iterable = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return [
+        accelerator(device) for device in dict.fromkeys(named) if device is not None and str(device) not in NEITHER
+    ]
+
+
+def give_back(device: torch.device | str) -> str:
+    """Give memory that nothing refers to back to the device, and say how much is free there then: ``"1,024 bytes are free on cuda:0"``."""
+    gc.collect()
+    device = torch.device(device)
+    module = getattr(torch, device.type, None)
+    if hasattr(module, "empty_cache"):
+        module.empty_cache()
+    if not hasattr(module, "mem_get_info"):
+        return f"how much is free on {device} is not known"
+    free, _ = module.mem_get_info(device)
+    return f"{free:,} bytes are free on {device}"

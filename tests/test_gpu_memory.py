@@ -1,0 +1,56 @@
+"""Memory of a device that ends in the middle of something: nothing stays there, and what there was before works on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_mapped_moves import IDS, load, logits, write_fp8, write_nf4
+
+from modeling_deepseek_moe.moving import _Before
+
+CASES = Path(__file__).with_name("exhausted_cases.py")
+
+
+@pytest.mark.kernels
+def test_on_a_device():
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(CASES)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, check=False, capture_output=True, text=True, cwd=CASES.parent, env=environment)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    assert "failed" not in found.stdout and "skipped" not in found.stdout
+
+
+def test_what_bitsandbytes_moves_in_place_is_put_back(tmp_path):
+    write_nf4(tmp_path / "release")
+    model = load(tmp_path / "release")
+    wanted, before = logits(model), _Before(model)
+    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    assert states
+    for state in states:
+        state.to("meta")
+    assert all(state.absmax.is_meta for state in states)
+    before.restore()
+    assert not any(state.absmax.is_meta or state.code.is_meta for state in states)
+    assert torch.equal(logits(model), wanted)
+
+
+def test_a_move_that_fails_leaves_streams_as_they_were(tmp_path):
+    """The one thing besides tensors that a move ends: the reading of experts as they are needed."""
+    write_fp8(tmp_path / "release")
+    model = load(tmp_path / "release")
+    model.set_expert_memory("1MB")
+    wanted, streams = logits(model), [layer.mlp.experts.stream for layer in model.model.layers[1:]]
+    before = _Before(model)
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.restack("cpu")
+    before.restore()
+    assert [layer.mlp.experts.stream for layer in model.model.layers[1:]] == streams
+    assert torch.equal(logits(model), wanted)
+    for layer in model.model.layers[1:]:
+        layer.mlp.experts.restack("cpu")
+    before.close_streams()
+    assert not any(stream.cache._closing.alive for stream in streams)
+    assert torch.equal(model(IDS).logits, wanted)
