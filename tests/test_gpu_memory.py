@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mapped_moves import IDS, load, logits, write_fp8, write_nf4
+from test_mapped_moves import load, logits, write_fp8, write_nf4
 
 from modeling_deepseek_moe.moving import _Before
 
@@ -53,4 +53,4 @@ def test_a_move_that_fails_leaves_streams_as_they_were(tmp_path):
         layer.mlp.experts.restack("cpu")
     before.close_streams()
     assert not any(stream.cache._closing.alive for stream in streams)
-    assert torch.equal(model(IDS).logits, wanted)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
