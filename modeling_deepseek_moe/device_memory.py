@@ -34,10 +34,17 @@ def not_loaded(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def accelerator(device: object) -> torch.device:
-    """What a device map calls a device, a number or a name."""
-    if isinstance(device, int):
-        return torch.device(torch.accelerator.current_accelerator().type, device)
-    return torch.device(str(device))
+    """What a device map calls a device, a number or a name.
+
+    Raises:
+        ValueError: a number, and no accelerator.
+    """
+    if not isinstance(device, int):
+        return torch.device(str(device))
+    current = torch.accelerator.current_accelerator()
+    if current is None:
+        raise ValueError(f"device_map: found device {device}, wanted one that this machine has: it has no accelerator")
+    return torch.device(current.type, device)
 
 
 def accelerators(device_map: object) -> list[torch.device]:
@@ -53,9 +60,10 @@ def give_back(device: torch.device | str) -> str:
     gc.collect()
     device = torch.device(device)
     module = getattr(torch, device.type, None)
-    if hasattr(module, "empty_cache"):
-        module.empty_cache()
-    if not hasattr(module, "mem_get_info"):
+    empty_cache, mem_get_info = (getattr(module, name, None) for name in ("empty_cache", "mem_get_info"))
+    if empty_cache is not None:
+        empty_cache()
+    if mem_get_info is None:
         return f"how much is free on {device} is not known"
-    free, _ = module.mem_get_info(device)
+    free, _ = mem_get_info(device)
     return f"{free:,} bytes are free on {device}"
