@@ -60,7 +60,10 @@ class IndexerLosses:
             made = blocks(attention, queries, latents, over)
             with torch.autocast(weights.device.type, enabled=False):  # scores are summed in fp32
                 value, gradients = _by_blocks(made, scored, weights)
-            found = torch.autograd.grad(scored, parameters, gradients)
+            # an adapter may have some of the three alone
+            learned = [pair for pair in zip(scored, gradients, strict=True) if pair[0].requires_grad]
+            outputs, given = zip(*learned, strict=True)
+            found = torch.autograd.grad(outputs, parameters, given)
         self.value = value if self.value is None else self.value + value
         self.gradients |= zip(parameters, found, strict=True)
 

@@ -90,6 +90,24 @@ def _indexers_warm_up(model: nn.Module) -> bool:
     return stage == DENSE
 
 
+def check_learns(model: nn.Module) -> None:
+    """Before a causal language model's loss is computed in training.
+
+    Raises:
+        ValueError: nothing but indexers is to be trained (an adapter of theirs), and that loss has no gradient for them.
+    """
+    state = model.model.training_state
+    if not model.config.has_indexers or not torch.is_grad_enabled() or (state is not None and state.indexer_stage):
+        return
+    learned = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    first = next(learned, None)
+    if first is not None and ".indexer." in first and all(".indexer." in name for name in learned):
+        raise ValueError(
+            f"{first}: found nothing but indexers to train, which have no gradient from the next token's loss, wanted their own: "
+            "Trainer(..., callbacks=[IndexerLossCallback()]); or other layers in the adapter"
+        )
+
+
 def _check_sparse(model: nn.Module, kv_length: int, mla_path: str | None, outputs_attentions: bool) -> None:
     """
     Raises:

@@ -33,7 +33,7 @@ from modeling_deepseek_moe.engine.runs import recomputable, runs
 from modeling_deepseek_moe.families import KimiK2Config
 from modeling_deepseek_moe.hybrid.model import HybridMixin
 from modeling_deepseek_moe.indexer import DeepseekIndexer
-from modeling_deepseek_moe.layer_context import layer_context
+from modeling_deepseek_moe.layer_context import check_learns, layer_context
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin
 from modeling_deepseek_moe.masks import PromptMaskMixin
@@ -159,6 +159,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 module.register_load_state_dict_pre_hook(accept_release_keys)
             elif isinstance(module, DeepseekTopkRouter) and module.e_score_correction_bias is not None:
                 self._keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+            elif isinstance(module, DeepseekIndexer):
+                # a few rows that weigh the heads, which releases and transformers keep from fp16 and from quantisers too
+                self._keep_in_fp32_modules = ("indexer.weights_proj",)
         self.post_init()
 
     @property
@@ -278,6 +281,8 @@ class DeepseekMoeForCausalLM(
             raise ValueError(
                 "labels: found a stage of a pipeline (pp_size), which gives no loss, wanted tp_size or fsdp_size"
             )
+        if labels is not None and self.training:
+            check_learns(self)
         if labels is not None and self.training and self.model.training_state is not None:
             objective = Objective(self, input_ids, labels, attention_mask, position_ids, kwargs)
             kwargs["training_pass"] = objective.training_pass

@@ -317,15 +317,10 @@ class Release:
                     codes = "codes" if self.weight_format is None else f"{self.weight_format.title} codes"
                     yield Problem("scale", info.name, info, found, f"{codes} next to it")
                 continue
-            if ".self_attn.indexer." in name:
-                sparse = "deepseek_v32 and glm_moe_dsa have sparse attention"
-                reason = (
-                    f"indexer_types shares in layer {LAYER_KEY.match(name)[1]}" if self.config.has_indexers else sparse
-                )
-                wanted = f"attention without one by the config (model_type={self.config.model_type!r}: {reason})"
-                yield Problem("surplus", info.name, info, "an indexer's tensor", wanted)
-                continue
             layer = LAYER_KEY.match(name)
+            if ".self_attn.indexer." in name and not (layer and int(layer[1]) >= layers):
+                yield Problem("surplus", info.name, info, "an indexer's tensor", self._instead_of(name, expected))
+                continue
             if layer and int(layer[1]) >= layers:
                 wanted = (
                     f"{layers} layers (num_hidden_layers={self.config.num_hidden_layers}, "
@@ -341,6 +336,16 @@ class Release:
             if expert and int(expert[2]) >= (self.config.n_routed_experts or 0):
                 wanted = f"n_routed_experts={self.config.n_routed_experts}"
                 yield Problem("surplus", info.name, info, f"expert {expert[2]}", wanted)
+
+    def _instead_of(self, name: str, expected: dict[str, TensorSpec]) -> str:
+        """What is wanted where an indexer has a tensor too many."""
+        prefix = name[: name.index(".indexer.")] + ".indexer."
+        known = [other.removeprefix(prefix) for other in expected if other.startswith(prefix)]
+        if known:
+            return f"{', '.join(known)} and no other of an indexer"
+        sparse = "deepseek_v32 and glm_moe_dsa have sparse attention"
+        reason = f"indexer_types shares in layer {LAYER_KEY.match(name)[1]}" if self.config.has_indexers else sparse
+        return f"attention without one by the config (model_type={self.config.model_type!r}: {reason})"
 
     def _names_codes(self, info: TensorInfo) -> bool:
         """Whether it is said of a weight's codes themselves that they cannot be read."""

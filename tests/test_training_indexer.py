@@ -282,6 +282,21 @@ def test_without_the_callback_they_stay_and_it_is_said(tmp_path, monkeypatch):
     ]
 
 
+def test_an_adapter_of_indexers_alone_learns_by_their_loss_or_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["wq_b", "wk"])
+    message = r"indexer\.\S+lora_A\S+: found nothing but indexers to train.*IndexerLossCallback"
+    for options in ({}, {"gradient_checkpointing": True}):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(peft.get_peft_model(small(), config), tmp_path, None, steps=1, **options).train()
+    model = peft.get_peft_model(small(), config)
+    trainer_of(model, tmp_path, dsm.IndexerLossCallback(), steps=2).train()
+    learned = {name for name, parameter in model.named_parameters() if "lora_B" in name and parameter.any()}
+    assert {f"layers.{i}.self_attn.indexer.{name}" for i in range(3) for name in ("wq_b", "wk")} == {
+        name.partition(".model.model.")[2].partition(".lora_B")[0] for name in learned
+    }
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"stage='warm' must be 'dense' or 'sparse'"):
         dsm.IndexerLossCallback("warm")
