@@ -80,3 +80,6 @@ def test_what_is_printed(tmp_path):
     assert len(rows) == 2 and "read of the cache for a token: the indexer's keys of all" in " ".join(text.split())
     found = json.loads(CliRunner().invoke(app, ["plan", str(tmp_path), "--json"]).output)
     assert found["long_contexts"][1]["sparse_bytes"] == 2 * layers * (131_072 * 16 + 8 * 40)
+    long = CliRunner().invoke(app, ["plan", str(tmp_path), "--json", "--context", "163841"])
+    assert json.loads(long.stdout)["context"] == 163_841
+    assert "--context: 163,841 tokens are more than the model's 163,840" in " ".join(long.stderr.split())

@@ -117,6 +117,9 @@ def _plan_running(
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
     made = make_plan(breakdown, machine, context, speed, acceptance)
     splits = _plan_gpu.splits(config, breakdown, made, *gpu)
+    most = config.max_position_embeddings
+    if made.context > most:
+        stderr().print(f"[yellow]--context: {made.context:,} tokens are more than the model's {most:,}.[/]")
     if as_json:
         fields = {"architecture": describe(config), "parameters": parameters_dict(breakdown), "verdict": made.verdict}
         print_json(fields | asdict(made) | {"gpu_and_cpu": [asdict(split) for split in splits]})
@@ -126,12 +129,6 @@ def _plan_running(
     console.print()
     _show(made, breakdown, "measured now" if measured else "assumed" if disk is None else "as given", console)
     _plan_gpu.show(splits, console)
-    _warn_of_length(made.context, config.max_position_embeddings, console)
-
-
-def _warn_of_length(context: int, most: int, console: Console) -> None:
-    if context > most:
-        console.print(f"[yellow]{context:,} tokens are more than the model's {most:,}.[/]")
 
 
 def _existing(path: Path) -> Path:
