@@ -21,15 +21,16 @@ def folders(tmp_path_factory):
     return write_folders(tmp_path_factory)
 
 
-def adapted(model):
+def adapted(model, stacks=STACKS):
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=["o_proj"], target_parameters=STACKS, init_lora_weights=False)
+    config = peft.LoraConfig(r=4, target_modules=["o_proj"], target_parameters=stacks, init_lora_weights=False)
     return peft.get_peft_model(model, config)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("stacks", [STACKS, []], ids=["experts", "attention alone"])
 @pytest.mark.parametrize("kind", ["nf4", "fp4-double", "int8", "saved nf4"])
-def test_outputs_and_gradients_are_those_of_the_dequantised_model(folders, tmp_path, kind, width):
+def test_outputs_and_gradients_are_those_of_the_dequantised_model(folders, tmp_path, kind, width, stacks):
     def quantised():
         config = wish(kind.removeprefix("saved "), llm_int8_skip_modules=OTHERS)
         return load(folders[width, False], config, dtype=torch.float32)
@@ -39,12 +40,12 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_model(folders, tmp_p
         model.save_pretrained(tmp_path)
         model = load(tmp_path, dtype=torch.float32)
     found = []
-    for own in (adapted(model), adapted(quantised().dequantize())):
+    for own in (adapted(model, stacks), adapted(quantised().dequantize(), stacks)):
         out = own(input_ids=IDS, labels=IDS)
         out.loss.backward()
         with torch.no_grad():
             one = own(input_ids=IDS[:, :1]).logits
         gradients = {name: p.grad for name, p in own.named_parameters() if p.requires_grad}
         found.append({"all": out.logits.detach(), "one": one} | gradients)
-    assert found[0].keys() == found[1].keys() and sum("experts" in name for name in found[0]) == 4
+    assert found[0].keys() == found[1].keys() and sum("experts" in name for name in found[0]) == 2 * len(stacks)
     assert all(apart(ours, found[1][name]) < 1e-5 for name, ours in found[0].items())

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
@@ -55,6 +56,23 @@ def run(module, hidden, indices, weights, dtype=torch.float64, autocast=False):
 
 def error(found, wanted):
     return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def test_autocast_casts_the_hidden_states_once():
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            is_cast = isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16 and args[0].dtype == torch.float32
+            Casts.count += is_cast and out.shape == (TOKENS, HIDDEN)
+            return out
+
+    hidden, indices, weights = make_inputs()
+    module, weights = make_experts("deepseek_moe").float(), weights.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        module(hidden.float().requires_grad_(), indices, weights)
+    assert Casts.count == 1
 
 
 @pytest.mark.parametrize("hit", [EXPERTS, TOP_K], ids=["all", "few"])

@@ -18,7 +18,15 @@ from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, BackendError, may_u
 from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops.experts import cpu, grouped, triton, unsorted
 from modeling_deepseek_moe.ops.experts.cpu import accumulate
-from modeling_deepseek_moe.ops.experts.low_rank import Codes, Copies, LowRank, Pair, Stacks, routed_low_rank
+from modeling_deepseek_moe.ops.experts.low_rank import (
+    Codes,
+    Copies,
+    LowRank,
+    Pair,
+    Stacks,
+    may_pass_gradients,
+    routed_low_rank,
+)
 from modeling_deepseek_moe.ops.experts.operands import STACKS, Operands, kind_of, operands, unsupported_reason
 from modeling_deepseek_moe.ops.experts.reference import Slots, counts, run_experts
 from modeling_deepseek_moe.ops.experts.trained import RoutedSwiGlu
@@ -135,11 +143,11 @@ def routed_swiglu(
         and all(type(tensor) in PLAIN for tensor in (hidden_TD, gate_up, down))
     ):
         # the grouped kernels run one by one on a CPU too, and copy more for it
-        return RoutedSwiGlu.apply(hidden_TD, topk_indices, topk_weights, gate_up, down, dtype)
+        return RoutedSwiGlu.apply(given, topk_indices, topk_weights, gate_up, down, dtype)
     if autocast and gate_up.dtype != dtype:
         # The grouped kernels are no autocast ops: with fp32 weights they would run in fp32 throughout.
         cast = {"gate_up_proj": gate_up.to(dtype), "down_proj": down.to(dtype)}
-        return functional_call(module, cast, (hidden_TD.to(dtype), topk_indices, topk_weights))
+        return functional_call(module, cast, (given, topk_indices, topk_weights))
     # as `generate` chooses between transformers' two
     few = device_type != "cpu" and len(hidden_TD) <= FEW_TOKENS
     return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](module, hidden_TD, topk_indices, topk_weights)
@@ -169,6 +177,8 @@ def routed_quantized(
     if low_rank is not None:
         return routed_low_rank(hidden_TD, topk_indices, topk_weights, Codes(module), low_rank)
 
+    if may_pass_gradients(codes := Codes(module), hidden_TD, topk_weights):
+        return routed_low_rank(hidden_TD, topk_indices, topk_weights, codes, LowRank())
     if unsorted.may_run(hidden_TD, topk_weights):
         return unsorted.run(module, hidden_TD, topk_indices, topk_weights)
 

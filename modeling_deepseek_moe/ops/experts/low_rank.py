@@ -176,6 +176,14 @@ def routed_low_rank(
     )
 
 
+def may_pass_gradients(base: Base, hidden_TD: torch.Tensor, topk_weights: torch.Tensor) -> bool:
+    """Whether a constant base without pairs is for `routed_low_rank`: gradients are to pass through it on a CPU."""
+    wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or topk_weights.requires_grad)
+    if not wanted or hidden_TD.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return cpu.is_silu(base.module.act_fn) and may_use(CPU, unavailable_reason())
+
+
 def _defined(hidden_TD, topk_indices, topk_weights, act_fn, base: Base, low_rank: LowRank) -> torch.Tensor:
     """The definition, by autograd."""
     slots = Slots.of(topk_indices, len(next(iter((*low_rank.gate_up, *low_rank.down))).a))
@@ -200,8 +208,7 @@ class RoutedLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, topk_indices, topk_weights, base, dtype, count, scales, *matrices):
         ctx.dtypes, hidden_TD = (hidden_TD.dtype, topk_weights.dtype), hidden_TD.to(dtype)
-        experts = matrices[0].shape[0]
-        slots = Slots.of(topk_indices, experts)
+        slots = Slots.of(topk_indices, base.module.num_experts)
         weights_S = topk_weights.flatten()[slots.order].to(torch.promote_types(dtype, torch.float32)).unsqueeze(1)
         inner, y_SD = [], hidden_TD.new_empty((len(slots.order), hidden_TD.shape[1]))
         pairs = _pairs(matrices, scales)
