@@ -7,7 +7,9 @@ pass on gradients nor be read; there each test here meets packed layers too.
 import pytest
 import torch
 import transformers
+from families import write_family
 from releases import COMMON, V3, write_release
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Trainer, TrainingArguments
 
 import modeling_deepseek_moe as dsm
@@ -15,7 +17,7 @@ from modeling_deepseek_moe.bnb.packing import is_packed
 from modeling_deepseek_moe.ops._operands import weight_of
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes")
 IDS = torch.arange(10, 42)[None]
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
@@ -260,3 +262,21 @@ def test_an_adapter_reads_the_weights_that_a_use_has_packed(folder, use_dora):
         found.append((None if not used else logits(model), logits(model.merge_and_unload())))
     assert apart(found[1][1], found[0][1]) < 1e-5
     assert apart(found[1][1], found[1][0]) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("deepseek_v32", "DeepseekV32ForCausalLM"), ("glm_moe_dsa", "GlmMoeDsaForCausalLM")]
+)
+def test_the_head_weights_of_indexers_are_left_alone(tmp_path, kind, name):
+    """As plain transformers does, which has a list for them: a few rows, that weigh what the heads say."""
+    write_family(tmp_path / "release", kind)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "release", quantization_config=quantization).eval()
+    model.save_pretrained(tmp_path / "saved")
+    for found in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()):
+        indexer = found.model.layers[0].self_attn.indexer
+        assert isinstance(indexer.wq_b, bnb.nn.Linear4bit)
+        assert type(indexer.weights_proj) is nn.Linear and indexer.weights_proj.weight.is_floating_point()
+    kept = getattr(transformers, name)._keep_in_fp32_modules
+    assert kept is None or any("weights_proj" in part for part in kept)
+    assert torch.equal(found(IDS).logits, model(IDS).logits)

@@ -10,8 +10,7 @@ from families import FIELDS, write_family
 from releases import same_bits
 from safetensors.torch import load_file, save_file
 from test_generation import cacheless
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import CheckpointError, read_config
@@ -267,22 +266,6 @@ def test_fp8_keeps_the_head_weights_of_indexers(folders, tmp_path, kind):
     assert saved.keys() == wanted.keys() and all(same_bits(saved[name], wanted[name]) for name in saved)
     ids, mask = padded(2, 20)
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), cacheless(model, ids, mask, 12))
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_bitsandbytes_leaves_the_head_weights_of_indexers(folders, tmp_path, kind):
-    """As plain transformers, which has a list for them: a few rows, that weigh what the heads say."""
-    bnb = pytest.importorskip("bitsandbytes")
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    plain = getattr(transformers, KINDS[kind][1])._keep_in_fp32_modules
-    model = AutoModelForCausalLM.from_pretrained(folders(kind), quantization_config=quantization).eval()
-    model.save_pretrained(tmp_path)
-    for found in (model, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
-        indexer = found.model.layers[0].self_attn.indexer
-        assert isinstance(indexer.wq_b, bnb.nn.Linear4bit)
-        assert type(indexer.weights_proj) is nn.Linear and indexer.weights_proj.weight.is_floating_point()
-    assert plain is None or any("weights_proj" in name for name in plain)
-    assert torch.equal(found(prompt()).logits, model(prompt()).logits)
 
 
 def damaged(folder, target, change):
