@@ -1,5 +1,6 @@
 """Models with routed experts by bitsandbytes, saved and loaded: bits, files, and files that are broken."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.conversion.verify import verify
+from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
 from modeling_deepseek_moe.quantized.bitsandbytes_mapped import MappedBitsAndBytesExperts
 
 pytest.importorskip("bitsandbytes")
@@ -41,21 +43,28 @@ def test_saved_and_loaded(folders, tmp_path, kind, used):
     assert again.num_parameters() == model.num_parameters()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_loaded_on_a_cpu_experts_stay_in_the_files(folders, tmp_path, kind):
-    """Where a row is whole blocks and scales are plain: no copy of the codes, in memory or in the state dict."""
+    """Where a row is whole blocks: no copy of the codes, in memory or in the state dict; nor of those of nested scales."""
     settings = {"llm_int8_skip_modules": ["lm_head", "shared_experts.up_proj"]}
     model = load(folders["blocks", True], wish(kind, **settings), dtype=torch.float32)
     model.save_pretrained(tmp_path / "first")
     mapped = load(tmp_path / "first")
     experts = experts_of(mapped)[0]
-    assert type(experts) is MappedBitsAndBytesExperts and not list(experts.parameters())
-    assert experts.files.find(experts.matrices(0)["gate_proj"].codes) is not None
+    assert isinstance(experts, MappedBitsAndBytesExperts) and not list(experts.parameters())
+    gate = experts.matrices(0)["gate_proj"]
+    assert experts.files.find(gate.codes) is not None
+    assert not experts.nested or experts.files.find(gate.scales.codes) is not None
     assert mapped.num_parameters() == model.num_parameters()
     assert torch.equal(logits(mapped), logits(model))
     mapped.set_expert_memory("200KB")
     assert torch.equal(logits(mapped), logits(model))
-    mapped.set_expert_memory(None)
+    routed = torch.randn(3, 128), torch.tensor([[1], [5], [15]]), torch.ones(3, 1)
+    with dsm.use_backend("reference"):
+        streamed = experts(*routed)
+        mapped.set_expert_memory(None)
+        assert torch.equal(experts(*routed), streamed)
+    assert torch.equal(copy.deepcopy(experts)(*routed), experts(*routed))
     mapped.save_pretrained(tmp_path / "second")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys() and all(same_bits(first[name], second[name]) for name in first)
@@ -79,6 +88,22 @@ def test_mapped_experts_pass_gradients_on(folders, tmp_path):
         module(hidden, torch.arange(28).view(7, 4) % 16, torch.full((7, 4), 0.25)).square().sum().backward()
         found.append(hidden.grad)
     assert torch.equal(*found)
+
+
+def test_a_part_of_nested_experts_and_stacks_of_them(folders, tmp_path):
+    """What a rank keeps has the values of its experts, and so have stacks."""
+    load(folders["blocks", False], wish("nf4-double"), dtype=torch.float32).save_pretrained(tmp_path)
+    experts = experts_of(load(tmp_path))[0]
+    wanted = [experts.dequantized(matrix, torch.float32) for matrix in experts.matrices(9).values()]
+    hidden, chosen = torch.randn(3, 128), torch.full((3, 1), 9)
+    output = experts(hidden, chosen, torch.ones(3, 1))
+    experts.keep(8, 4)
+    assert torch.equal(experts(hidden, chosen - 8, torch.ones(3, 1)), output)
+    experts.restack("cpu")
+    assert type(experts) is BitsAndBytesExperts and experts.nested
+    found = [experts.dequantized(matrix, torch.float32) for matrix in experts.matrices(1).values()]
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert torch.equal(experts(hidden, chosen - 8, torch.ones(3, 1)), output)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from modeling_deepseek_moe.bnb.formats import BLOCK
 from modeling_deepseek_moe.bnb.loading import read_apart
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.ops.four_bit import KINDS, NESTED_GROUP
 from modeling_deepseek_moe.release import Release
@@ -34,8 +35,8 @@ def check_layers(model: PreTrainedModel, prefix: str, release: Release) -> None:
             _check(release, f"{full}.{part}", *wanted)
         if kind is not None:
             info = _info(release, f"{full}.weight.quant_state.bitsandbytes__{kind}")
-            check_state(release, info, kind, shape, nested)
-            check_table(release, _info(release, f"{full}.weight.quant_map"), kind)
+            check_state(release.reader, info, kind, shape, nested)
+            check_table(release.reader, _info(release, f"{full}.weight.quant_map"), kind)
 
 
 def _wanted(shape: tuple[int, int], kind: str | None, nested: bool) -> Wanted:
@@ -72,7 +73,7 @@ def _check(release: Release, name: str, count: int, dtype: torch.dtype) -> None:
         raise CheckpointError(f"{info.file}: tensor {info.name}: found a NaN or Inf, wanted finite scales")
 
 
-def check_state(release: Release, info: TensorInfo, kind: str, shape: tuple[int, int], nested: bool) -> dict:
+def check_state(reader: CheckpointReader, info: TensorInfo, kind: str, shape: tuple[int, int], nested: bool) -> dict:
     """What bitsandbytes wrote down of a 4-bit matrix.
 
     Raises:
@@ -82,7 +83,7 @@ def check_state(release: Release, info: TensorInfo, kind: str, shape: tuple[int,
     if nested:
         wanted |= {"nested_blocksize": NESTED_GROUP}
     try:
-        state = json.loads(bytes(read_apart(release.reader, info).tolist()))
+        state = json.loads(bytes(read_apart(reader, info).tolist()))
         found = {name: state.get(name) for name in wanted}
         float(state.get("nested_offset", 0))
     except (ValueError, TypeError, AttributeError) as error:
@@ -94,14 +95,14 @@ def check_state(release: Release, info: TensorInfo, kind: str, shape: tuple[int,
     return state
 
 
-def check_table(release: Release, info: TensorInfo, kind: str) -> None:
+def check_table(reader: CheckpointReader, info: TensorInfo, kind: str) -> None:
     """That codes stand for the values of their kind, as everything that computes with them takes them to, bitsandbytes too.
 
     Raises:
         CheckpointError: they stand for others.
     """
     values = torch.tensor(KINDS[kind].values)
-    found = read_apart(release.reader, info)
+    found = read_apart(reader, info)
     if (
         found.shape != values.shape
         or found.dtype != values.dtype

@@ -14,7 +14,7 @@ from modeling_deepseek_moe.bnb.layers import check_layers, check_state, check_ta
 from modeling_deepseek_moe.bnb.loading import prefix_of, read_apart, stacked_experts
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import MAP, BitsAndBytesExperts, parameter_of
-from modeling_deepseek_moe.quantized.bitsandbytes_mapped import MappedBitsAndBytesExperts
+from modeling_deepseek_moe.quantized.bitsandbytes_mapped import MappedBitsAndBytesExperts, MappedNestedExperts
 from modeling_deepseek_moe.release import Release
 from modeling_deepseek_moe.weights import LazyTensor
 
@@ -24,7 +24,7 @@ def saved_state_dict(
 ) -> dict[str, torch.Tensor | LazyTensor] | None:
     """A release that was saved quantised, under the names of a model that `recognize_experts` went over.
 
-    On the CPU experts whose rows are whole blocks, with plain scales, become `MappedBitsAndBytesExperts` and have no part in it.
+    On the CPU experts whose rows are whole blocks become `MappedBitsAndBytesExperts` and have no part in it.
     ``None`` where no experts are codes: transformers reads the files by itself.
     """
     coded, prefix = stacked_experts(model), prefix_of(model)
@@ -43,7 +43,7 @@ def saved_state_dict(
             state[own] = tensor
     for name, module in coded.items():
         saved = _SavedExperts(name, prefix, module, release)
-        if on_cpu and module.is_aligned and not module.nested:
+        if on_cpu and module.is_aligned:
             model.set_submodule(name, saved.mapped(model.config))
         else:
             state |= saved.tensors()
@@ -93,15 +93,21 @@ class _SavedExperts:
             return {}
         info = self._info(index, projection, f"weight.quant_state.bitsandbytes__{module.weight_format.name}")
         name = module.weight_format.name
-        check_table(self._release, self._info(index, projection, "weight.quant_map"), name)
-        return check_state(self._release, info, name, module.shapes[projection], module.nested)
+        check_table(self._release.reader, self._info(index, projection, "weight.quant_map"), name)
+        return check_state(self._release.reader, info, name, module.shapes[projection], module.nested)
 
     def mapped(self, config) -> MappedBitsAndBytesExperts:
         module = self._module
         places = [(index, projection) for index in range(module.num_experts) for projection in module.shapes]
-        scales = self._read([self._info(*place, "weight.absmax") for place in places], torch.float32)
-        codes = [self._info(*place, "weight") for place in places]
-        experts = MappedBitsAndBytesExperts(config, module.weight_format, codes, scales, self._release.reader.mapped)
+        scales = [self._info(*place, "weight.absmax") for place in places]
+        codes, files = [self._info(*place, "weight") for place in places], self._release.reader.mapped
+        if module.nested:
+            inner = [self._stack(name, "weight.nested_absmax", (-1,), torch.float32) for name in module.shapes]
+            own = inner, torch.stack(list(self._offsets.values()), dim=1), self._map()
+            experts = MappedNestedExperts(config, module.weight_format, codes, scales, files, *own)
+        else:
+            values = self._read(scales, torch.float32)
+            experts = MappedBitsAndBytesExperts(config, module.weight_format, codes, values, files)
         experts.compute_dtype, experts.source_dtype = module.compute_dtype, module.source_dtype
         experts.addresses()  # kept from here on: how they are found is nothing that torch.compile can trace
         return experts
@@ -127,7 +133,7 @@ class _SavedExperts:
 
     def _stack(self, projection: str, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         infos = [self._info(index, projection, part) for index in range(self._module.num_experts)]
-        return self._read(infos, dtype).view(-1, *shape)
+        return self._read(infos, dtype).view(self._module.num_experts, *shape)
 
     def _read(self, infos: list[TensorInfo], dtype: torch.dtype) -> torch.Tensor:
         """Tensors one after the other, in memory of their own.

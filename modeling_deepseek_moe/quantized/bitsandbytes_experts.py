@@ -219,19 +219,18 @@ class BitsAndBytesExperts(BitsAndBytesMatrices):
         return self._addresses
 
     def _find(self) -> torch.Tensor:
-        own, places = self._parameters, []
-        records = torch.zeros((self.num_experts, len(self.shapes), RECORD // 8), dtype=torch.int64, device="cpu")
-        for number, projection in enumerate(self.shapes):
+        own, places, inner, offsets = self._parameters, [], [], []
+        for projection in self.shapes:
             codes, absmax, *nested = (own[parameter_of(projection, part)] for part in self.layout(projection))
-            places.append(torch.stack((_rows(codes), _rows(absmax)), dim=-1))
+            places.append(torch.stack((addresses_in(codes), addresses_in(absmax)), dim=-1))
             if self.nested:
-                records[:, number, 0], records[:, number, 1] = _rows(absmax), _rows(nested[0])
-                records[:, number, 2] = own[MAP].data_ptr()
-                records.view(torch.float32)[:, number, 6] = nested[1]
+                inner.append(addresses_in(nested[0]))
+                offsets.append(nested[1])
         found = torch.stack(places, dim=1)
         if self.nested:
-            self._records = records
-            found[..., 1] = _rows(records.view(-1, RECORD // 8)).view(self.num_experts, -1)
+            parts = torch.stack(inner, dim=1), own[MAP].data_ptr(), torch.stack(offsets, dim=1)
+            self._records = nested_records(found[..., 1], *parts)
+            found[..., 1] = addresses_in(self._records.flatten(0, 1)).view(self.num_experts, -1)
         return found
 
     def __getstate__(self) -> dict:
@@ -247,7 +246,15 @@ def parameter_of(projection: str, part: str) -> str:
     return f"{projection.removesuffix('_proj')}_{part}"
 
 
-def _rows(stack: torch.Tensor) -> torch.Tensor:
+def nested_records(codes: torch.Tensor, absmax: torch.Tensor, table: int, offsets: torch.Tensor) -> torch.Tensor:
+    """What the engine reads of nested scales, ``[E, 3, 4]`` int64, of the addresses ``[E, 3]`` of their parts and of the table."""
+    records = torch.zeros((*codes.shape, RECORD // 8), dtype=torch.int64, device="cpu")
+    records[..., 0], records[..., 1], records[..., 2] = codes, absmax, table
+    records.view(torch.float32)[..., 6] = offsets
+    return records
+
+
+def addresses_in(stack: torch.Tensor) -> torch.Tensor:
     """Where the parts of a contiguous stack ``[E, ...]`` begin in memory."""
     size = stack.nbytes // len(stack)
     return stack.data_ptr() + size * torch.arange(len(stack), dtype=torch.int64, device="cpu")

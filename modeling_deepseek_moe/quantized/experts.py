@@ -21,6 +21,11 @@ class QuantizedMatrix(NamedTuple):
     codes: torch.Tensor
     scales: Any
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Codes, and scales or the parts of nested ones."""
+        return self.codes, *((self.scales,) if isinstance(self.scales, torch.Tensor) else self.scales)
+
 
 class QuantizedExperts(KeepsDtype):
     """What both ways of storing them share: three matrices per expert in one `WeightFormat`, and the layer's result from them."""

@@ -17,6 +17,22 @@ from modeling_deepseek_moe.quantized.experts import QuantizedExperts, QuantizedM
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
+class Table:
+    """Addresses ``[E, 3, 2]`` as `MappedExperts.addresses` has them, of which those of what is read are zero unless filled in."""
+
+    def __init__(self, addresses: torch.Tensor, read: int):
+        self.addresses = addresses.clone()
+        self._read = self.addresses[..., :read]
+        self._read.zero_()
+
+    def fill(self, experts: list[int], found: torch.Tensor) -> None:
+        """``found [experts, 3, read]``: where the codes of some experts are, and their scales if they are read too."""
+        self._read[experts] = found
+
+    def clear(self, experts: list[int]) -> None:
+        self._read[experts] = 0
+
+
 class MappedExperts(QuantizedExperts):
     """Experts that stay in the checkpoint's memory-mapped files: no copy, no load time, no private memory.
 
@@ -87,10 +103,11 @@ class MappedExperts(QuantizedExperts):
             stacked = self.empty_stacks()
         for index in range(self.num_experts):
             pairs = zip(stacked.matrices(index).values(), self.matrices(index).values(), strict=True)
-            for target, source in ((t, s) for matrices in pairs for t, s in zip(*matrices, strict=True)):
+            tensors = (pair for target, source in pairs for pair in zip(target.tensors, source.tensors, strict=True))
+            for target, source in tensors:
                 # as bytes: what copies them knows no dtype that it could round; scales in memory may be wider than on the disk
-                raw = target.view(torch.uint8)
-                raw.copy_(source.to(target.dtype).contiguous().view(torch.uint8).view_as(raw))
+                raw = target.view(-1).view(torch.uint8)
+                raw.copy_(source.to(target.dtype).reshape(-1).view(torch.uint8))
         stacked.train(self.training)
         # Not a new module: hooks, parents and whatever else refers to this one stay as they are.
         hooks = {name: value for name, value in self.__dict__.items() if "_hooks" in name}
@@ -151,6 +168,10 @@ class MappedExperts(QuantizedExperts):
                 scales = self._scales.data_ptr() + rows[:, None] + torch.tensor(starts, device="cpu")
             self._addresses = torch.stack((codes, scales), dim=-1)
         return self._addresses
+
+    def table(self) -> "Table":
+        """`addresses` without those of what is read (see `reads`), for a cache to fill in."""
+        return Table(self.addresses(), len(self.reads(0)) // len(PROJECTIONS))
 
     def infos(self, index: int) -> dict[str, TensorInfo]:
         """Where the codes of one expert lie in the files: ``gate_proj``, ``up_proj`` and ``down_proj``."""

@@ -8,8 +8,9 @@ from contextlib import closing
 import torch
 
 from modeling_deepseek_moe.ops import experts
+from modeling_deepseek_moe.ops.four_bit import NestedScales
 from modeling_deepseek_moe.quantized.experts import QuantizedMatrix
-from modeling_deepseek_moe.quantized.mapped import PROJECTIONS, MappedExperts
+from modeling_deepseek_moe.quantized.mapped import PROJECTIONS, MappedExperts, Table
 from modeling_deepseek_moe.streaming.ahead import FEW_TOKENS, NextLayerPredictor
 from modeling_deepseek_moe.streaming.cache import ExpertCache
 from modeling_deepseek_moe.streaming.resident import ResidentWeights
@@ -35,8 +36,7 @@ class LayerStream:
     ):
         self.cache, self.number = cache, number
         self._resident, self._predictor, self._here = resident, predictor, here
-        self._table: torch.Tensor | None = None
-        self._read = 1
+        self._table: Table | None = None
 
     @torch.compiler.disable
     def run(
@@ -61,17 +61,15 @@ class LayerStream:
             if not on_engine:
                 return self._reference(module, hidden_TD, topk_indices, topk_weights, groups)
             if self._table is None:
-                self._table = module.addresses().clone()
-                self._read = len(module.reads(0)) // len(PROJECTIONS)  # the codes, or their scales too
-                self._table[..., : self._read] = 0
+                self._table = module.table()
             out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32)
             given = weights.width, weights.dtype, weights.kind
             for group in groups:
                 rows = [slot.key[1] for slot in group]
                 found = torch.tensor([self.cache.addresses(slot) for slot in group])
-                self._table[rows, :, : self._read] = found.unflatten(1, (self._read, -1)).transpose(1, 2)
-                experts.accumulate(out_TD, hidden_TD, topk_indices, topk_weights, self._table, *given)
-                self._table[rows, :, : self._read] = 0
+                self._table.fill(rows, found.unflatten(1, (-1, len(PROJECTIONS))).transpose(1, 2))
+                experts.accumulate(out_TD, hidden_TD, topk_indices, topk_weights, self._table.addresses, *given)
+                self._table.clear(rows)
             return out_TD.to(hidden_TD.dtype)
 
     def _reference(self, module, hidden_TD, topk_indices, topk_weights, groups) -> torch.Tensor:
@@ -79,8 +77,12 @@ class LayerStream:
             (slot,) = next(groups)
             read = self.cache.views(slot, module.reads(index))
             held = [mapped.scales for mapped in module.matrices(index).values()]
-            scales = read[len(held) :] or held
-            matrices = [QuantizedMatrix(*pair) for pair in zip(read[: len(held)], scales, strict=True)]
+            codes, scales = read[: len(held)], read[len(held) :] or held
+            nested = [
+                own._replace(codes=part) if isinstance(own, NestedScales) else part
+                for own, part in zip(held, scales, strict=True)
+            ]
+            matrices = [QuantizedMatrix(*pair) for pair in zip(codes, nested, strict=True)]
             return module.expert(matrices, x_RD)
 
         return experts.run_experts(hidden_TD, topk_indices, topk_weights, expert, module.num_experts)
