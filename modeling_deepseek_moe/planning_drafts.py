@@ -1,24 +1,16 @@
 """Whether MTP decoding pays: the bytes of a step that drafts and verifies, compared with those of a plain token.
 
-A step of k drafts runs the model on k + 1 tokens. They share every weight but the routed experts, of which n tokens choose
-
-    E (1 - (1 - K/E)^n)
-
-different ones of E if routing is uniform, K each; neighbours in a text choose more alike, so that fewer are read. The MTP
-layers are read once a draft. Where each draft is right with probability a, given that the one before it was, a step makes
-
-    1 + a + ... + a^k
-
-tokens (arXiv:2211.17192, equation 1). It pays where that is more than the step costs, in tokens' time.
+Reckoned as in `decoding.expected`, of a release that need not be there. It pays where the tokens that a step makes are more
+than what it costs, in tokens' time.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from modeling_deepseek_moe.anatomy import ParameterBreakdown
+from modeling_deepseek_moe.decoding.expected import ACCEPTANCE, different, tokens_per_step
 from modeling_deepseek_moe.formats import WeightFormat
 
-ACCEPTANCE = 0.85  # of the second token (V3 report, 5.4.3: between 85 % and 90 %)
 _HALVINGS = 40
 
 
@@ -53,15 +45,10 @@ class Read:
     missed: int = 0
 
 
-def tokens_per_step(acceptance: float, drafts: int) -> float:
-    """Tokens that a step makes on average: those accepted, and the one that the model adds."""
-    return sum(acceptance**count for count in range(drafts + 1))
-
-
 def experts_read(breakdown: ParameterBreakdown, tokens: float) -> float:
     """Different experts of a layer that ``tokens`` tokens choose, over those that one does."""
     chosen, count = breakdown.experts
-    return count * (1 - (1 - chosen / count) ** tokens) / chosen if chosen else 0.0
+    return different(chosen, count, tokens)
 
 
 def weigh_drafts(

@@ -89,6 +89,7 @@ LAYERS = (
     "mtp",
     "decoding.verify",
     "decoding.rows",
+    "decoding.expected",
     "decoding.choose",
     "decoding.columns",
     "decoding.draft",

@@ -1,5 +1,7 @@
 """``generate(use_mtp=...)``: the model's own text, in fewer passes."""
 
+from functools import partial
+
 import pytest
 import torch
 from releases import SHAPES
@@ -14,8 +16,10 @@ from transformers import (
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
-from modeling_deepseek_moe.decoding.choose import DRAFTED_STEPS, PLAIN_STEPS, Choice
+from modeling_deepseek_moe.decoding.draft import MtpDraft
 from modeling_deepseek_moe.decoding.loop import DraftStats
+from modeling_deepseek_moe.decoding.mixin import _decode
+from modeling_deepseek_moe.decoding.sources import Source
 from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling
 from modeling_deepseek_moe.tiny.corpus import FAMILIES
 from modeling_deepseek_moe.tiny.score import held_out
@@ -117,9 +121,7 @@ def test_layers_see_what_training_has_them_see(deep):
         for depth in range(3):
             logits, state = deep.mtp_logits(depth, ids[:, 1 + depth : 28 + depth], state)
             wanted.append(logits[0])
-        from modeling_deepseek_moe.decoding.draft import MtpDraft
-
-        draft, seen = MtpDraft(deep, 3, 1, None), []
+        draft, seen = MtpDraft(deep, 3, None), []
         start = 0
         for width in (6, 1, 3, 2, 4, 1):
             given = iter(range(3))
@@ -240,31 +242,26 @@ def test_sampling_a_model(model, tokenizer):
         assert statistic < 2.5 * common.sum() + 20
 
 
-@pytest.mark.parametrize(
-    ("seconds", "tokens", "steps", "pays"),
-    [
-        (1.5, 2, DRAFTED_STEPS, True),
-        (1.5, 1.4, DRAFTED_STEPS, False),
-        (2.5, 2, 2, False),  # which no draft could make up for
-        (2.1, 2, 3, False),
-        (1.9, 1, 3, False),  # two steps without a draft that stood, and those left make up for one
-    ],
-)
-def test_automatic_choice_goes_by_the_clock(monkeypatch, seconds, tokens, steps, pays):
-    now = [0.0]
-    monkeypatch.setattr("modeling_deepseek_moe.decoding.choose.time.perf_counter", lambda: now[0])
-    choice, stats, drafted = Choice(1, True), DraftStats(), []
-    for _ in range(PLAIN_STEPS + DRAFTED_STEPS + 4):
-        with choice.step(1, stats) as count:
-            now[0] += seconds if count else 1.0
-            stats.tokens, stats.row_steps = stats.tokens + (tokens if count else 1), stats.row_steps + 1
-        drafted.append(count)
-    assert choice.pays is pays
-    assert drafted == [0] * PLAIN_STEPS + [1] * steps + [int(pays)] * (DRAFTED_STEPS + 4 - steps)
+def test_drafts_begin_with_the_end_of_the_prompt(model, tokenizer):
+    """As many drafts stand as of the whole prompt, nearly: hidden states know what was before."""
+    inputs = encoded(tokenizer, prompts(tokenizer, 1)[:3])
+    assert inputs["input_ids"].shape[1] > 40
+    wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+    padding = inputs["attention_mask"].bool()
+    kwargs = {"input_ids": inputs["input_ids"], "max_new_tokens": LENGTH, "do_sample": False}
+    for window in (3, 16):
+        source = Source("", 1, lambda rows, _, past, window=window: MtpDraft(model, 1, padding, window))
+        found = model.generate(
+            **kwargs,
+            attention_mask=inputs["attention_mask"],
+            custom_generate=partial(_decode, source=source),
+        )
+        assert torch.equal(found, wanted) and model.draft_stats.acceptance > 0.7
 
 
 def test_automatic_text_is_the_same(model, tokenizer):
-    same(model, encoded(tokenizer, prompts(tokenizer, 1)[:3]), use_mtp="auto", max_new_tokens=40)
+    _, stats = same(model, encoded(tokenizer, prompts(tokenizer, 1)[:3]), use_mtp="auto", max_new_tokens=40)
+    assert stats.reason is None and stats.steps
 
 
 def test_by_the_generation_config(model, tokenizer):

@@ -54,6 +54,6 @@ def summary(model: PreTrainedModel) -> str:
     """What drafting came to in the last run, in one line."""
     stats = model.draft_stats
     if not stats.drafted:
-        return "MTP: nothing was drafted"
+        return "MTP: nothing was drafted" + (f": {stats.reason}" if stats.reason else "")
     share = f"{stats.acceptance:.0%} of {plural(stats.drafted, 'draft')} stood"
     return f"MTP: {stats.tokens_per_pass:.2f} tokens a pass, {share}"

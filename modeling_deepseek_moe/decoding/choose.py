@@ -1,54 +1,102 @@
-"""Whether drafting pays: measured on the first tokens, and reckoned before from the bytes that a step reads."""
+"""Whether drafting pays: measured while the text is written, on an account that only what was saved, or a small share, may be spent of."""
 
 import contextlib
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
+
+from modeling_deepseek_moe.decoding.expected import ACCEPTANCE, Expected
 
 PLAIN_STEPS = 4  # measured first; the very first is left out, which finds everything cold
 DRAFTED_STEPS = 6
 CLEARLY = 1.2  # one step alone may be disturbed
+ALLOWED = 0.02  # of the time so far may be lost to trying
+ADVANCE = 1.0  # plain steps that may be lost besides, where the bytes promise that drafting pays
+MOST_SAVED = 8.0  # plain steps that drafting may lose again, of those that it saved
+RECENT = 16  # steps
 
 
 class Choice:
     """How many tokens to draft in each step.
 
-    Automatically: a few plain steps and a few drafted ones are timed, and drafting goes on where it gave more tokens per second. It
-    ends earlier where no acceptance of the steps to come could make up for those measured.
+    Automatically: an account holds time. Each step pays in a small share of its own; one that drafts takes out what it took
+    longer than the tokens that it made would have by plain steps, or pays in what it saved. Steps draft as long as the account
+    holds what the next one would lose if no draft of it stood, so that a text takes at no time much longer than a plain
+    one. After a few drafted steps it is decided whether they go on; earlier where no acceptance of the steps to come could make
+    up for those measured; and again where they stop paying later on.
     """
 
-    def __init__(self, drafts: int, is_automatic: bool):
-        self.drafts, self.is_automatic = drafts, is_automatic
-        self._plain: list[float] = []
-        self._drafted: list[float] = []
-        self._tokens, self._steps = 0.0, 0
+    def __init__(self, drafts: int, expected: Expected | None = None):
+        """
+        Args:
+            expected: of such steps, reckoned; ``None``: not automatically, but always.
+        """
+        self.drafts, self.is_automatic, self._expected = drafts, expected is not None, expected
         self.pays: bool | None = None
+        self._account = 0.0
+        self._advance = ADVANCE if expected and expected.speedup(ACCEPTANCE) > 1 else 0.0
+        self._plain: deque[float] = deque(maxlen=RECENT)
+        self._drafted: deque[float] = deque(maxlen=RECENT)
+        self._tokens, self._steps, self._is_cold = 0.0, 0, True
 
     @contextlib.contextmanager
     def step(self, most: int, stats) -> Iterator[int]:
         """Yields the tokens to draft, ``most`` at most, and measures what happens meanwhile."""
-        if not self.is_automatic or not most:
-            yield most
+        if not self.is_automatic or self.pays is False or not most:
+            yield 0 if self.pays is False else most
             return
-        plain = self.pays is False or (self.pays is None and len(self._plain) < PLAIN_STEPS)
+        count = most if self._can_lose(self._risk()) else 0
         before, rows, start = stats.tokens, stats.row_steps, time.perf_counter()
-        yield 0 if plain else most
-        if self.pays is not None:
-            return
+        yield count
         seconds, active = time.perf_counter() - start, stats.row_steps - rows
         if not active:
             return
-        if plain:
+        self._account += ALLOWED * seconds
+        if count:
+            self._enter(seconds, (stats.tokens - before) / active, most + 1)
+        elif self._is_cold:
+            self._is_cold = False
+        else:
             self._plain.append(seconds)
-            return
+
+    @property
+    def _token(self) -> float:
+        return statistics.median(self._plain)
+
+    def _risk(self) -> float | None:
+        """What the next drafted step loses if none of its drafts stands; ``None`` until plain steps are measured."""
+        if len(self._plain) < PLAIN_STEPS - 1:
+            return None
+        if self._drafted:
+            return statistics.median(self._drafted) - self._token
+        return ((self._expected.cost if self._steps else self._expected.first) - 1) * self._token
+
+    def _can_lose(self, seconds: float | None) -> bool:
+        if seconds is None:
+            return False
+        if self._account + self._advance * self._token >= seconds:
+            return True
+        if self.pays:  # no more: it is measured again
+            self.pays, self._tokens, self._steps = None, 0.0, 1
+            self._plain.clear()
+            self._drafted.clear()
+        return False
+
+    def _enter(self, seconds: float, tokens: float, most: int) -> None:
+        """A drafted step."""
+        token = self._token
+        self._account = min(self._account + tokens * token - seconds, MOST_SAVED * token)
         self._steps += 1
         if self._steps == 1:  # reads what was said before, too
             return
         self._drafted.append(seconds)
-        self._tokens += (stats.tokens - before) / active
-        token = min(self._plain[1:])
-        if self._steps == DRAFTED_STEPS:
+        if self.pays:
+            return
+        self._tokens += tokens
+        if self._steps >= DRAFTED_STEPS:
             self.pays = self._tokens * token > sum(self._drafted)
-        elif self._is_lost(most + 1, token):
+        elif self._is_lost(most, token):
             self.pays = False
 
     def _is_lost(self, tokens: int, token: float) -> bool:

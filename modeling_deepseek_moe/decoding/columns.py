@@ -36,9 +36,14 @@ class Columns:
         size = self.cache.get_max_length()
         return None if size < 0 else size - self.length
 
+    @property
+    def are_full(self) -> bool:
+        """Whether every column of every row counts: what a model takes for granted."""
+        return self.padding is None and not self.is_ragged
+
     def mask(self, new: int) -> torch.Tensor | None:
         """``[B, length + new]`` for a pass of ``new`` tokens a row; ``None`` where every column counts."""
-        if self.padding is None and not self.is_ragged:
+        if self.are_full:
             return None
         column = torch.arange(self.length + new, device=self.used.device)
         valid = (column < self.used[:, None]) | (column >= self.length)
@@ -73,6 +78,11 @@ class Columns:
         self._take_away(self.length + written - longest)
         self.length = longest
         self.is_ragged = bool((self.used != longest).any())
+
+    def keep_all(self, written: int) -> None:
+        """As `keep`, of rows of one length that have not ended, and keep all of the last pass."""
+        self.used = self._held = self.used + written
+        self.length += written
 
     def close(self, lengths: list[int]) -> None:
         """Leave the columns that hold tokens of every row, as a cache has them between two calls: it may be continued.

@@ -38,14 +38,13 @@ class MtpDraft:
         model: a `DeepseekMoeForCausalLM` with MTP layers.
         count: tokens to draft in a step.
         padding: as `Columns`, of the tokens that are read first.
+        window: of these, how many of the last ones are read; ``None``: all. Hidden states know what was before.
     """
 
-    def __init__(self, model: nn.Module, count: int, batch: int, padding: torch.Tensor | None):
-        self._model, self.count = model, count
-        depth = min(count, len(model.model.mtp_layers))
-        caches = [DraftCache(model.config.has_indexers) for _ in range(depth)]
-        self._columns = [Columns(cache, batch, model.device, padding) for cache in caches]
-        self._kept: list[torch.Tensor | None] = [None] * depth
+    def __init__(self, model: nn.Module, count: int, padding: torch.Tensor | None, window: int | None = None):
+        self._model, self.count, self._padding, self._window = model, count, padding, window
+        self._columns: list[Columns] = []
+        self._kept: list[torch.Tensor | None] = [None] * min(count, len(model.model.mtp_layers))
 
     def propose(
         self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, choose: Choose
@@ -57,6 +56,8 @@ class MtpDraft:
             tokens: ``[B, w]``, those next tokens; of row b the first ``counts[b]`` count.
             choose: logits ``[B, vocab_size]`` and the tokens drafted so far → a token of each row.
         """
+        if not self._columns:
+            hidden_states, tokens, counts = self._begin(hidden_states, tokens, counts)
         rows = torch.arange(len(tokens), device=tokens.device)
         drafted: list[torch.Tensor] = []
         kept: list[torch.Tensor | None] = [None]
@@ -83,6 +84,14 @@ class MtpDraft:
             drafted.append(choose(self._logits(depth, state[:, 0]), drafted))
             yield drafted[-1]
         columns.take_back(extra)
+
+    def _begin(self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor):
+        """What is read of the text so far, of which no row is further than another."""
+        skipped = 0 if self._window is None else max(0, tokens.shape[1] - self._window)
+        padding = None if self._padding is None else self._padding[:, skipped:]
+        with_indexer, batch = self._model.config.has_indexers, len(tokens)
+        self._columns = [Columns(DraftCache(with_indexer), batch, tokens.device, padding) for _ in self._kept]
+        return hidden_states[:, skipped:], tokens[:, skipped:], (counts - skipped).clamp(min=0)
 
     def _run(
         self, depth: int, columns: Columns, tokens, hidden_states, extra: int = 0, ahead: int = 0

@@ -32,11 +32,12 @@ class DraftStats:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    reason: str | None = None  # why nothing was drafted from the start
 
     @property
     def tokens_per_pass(self) -> float:
         """Of a row that is still being written."""
-        return self.tokens / self.row_steps if self.row_steps else 0.0
+        return self.tokens / self.row_steps if self.row_steps else 1.0
 
     @property
     def acceptance(self) -> float:
@@ -71,7 +72,7 @@ class Decoding:
         outputs = self.model.model(
             input_ids=input_ids,
             attention_mask=mask,
-            position_ids=self.main.positions(new),
+            position_ids=None if self.main.are_full else self.main.positions(new),
             use_cache=True,
             **{CACHE_NAME: self.main.cache},
         )
@@ -91,6 +92,8 @@ class Decoding:
 
     def step(self, count: int, put: Callable) -> None:
         """Draft ``count`` tokens a row at most, verify them, and keep what stands."""
+        if not count and self.rows.are_even:
+            return self._plain_step(put)
         last = self.rows.last
         drafted, probabilities = self._drafted(count)
         count = len(drafted)
@@ -110,8 +113,31 @@ class Decoding:
         self._write(new.tolist(), counts.tolist(), count, put)
         self.main.keep(counts, count + 1, None if self.rows.is_finished else ~self._open())
         width = int(counts.max())
-        if self.choice.pays is not False:  # else nothing is drafted any more
-            self._pending.append((hidden[:, :width], new[:, :width], counts))
+        self._leave(hidden[:, :width], new[:, :width], counts)
+
+    def _plain_step(self, put: Callable) -> None:
+        """One token of each row: what `step` comes to without a draft, in fewer operations."""
+        hidden = self.read(self.rows.last)
+        tokens = self._pick(self.rows.process(self._logits(hidden[:, -1]), []))
+        self.rows.add_column(tokens)
+        for row, token in enumerate(tokens.tolist()):
+            put(row, [token])
+        batch = len(tokens)
+        self.stats.steps += 1
+        self.stats.row_steps += batch
+        self.stats.tokens += batch
+        if self.rows.is_finished or all(self.rows.open):
+            self.main.keep_all(1)
+        else:
+            self.main.keep(torch.ones_like(tokens), 1, ~self._open())
+        self._leave(hidden, tokens[:, None], torch.ones_like(tokens))
+
+    def _leave(self, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        """For the draft to read."""
+        if self.choice.pays is False:  # nothing is drafted any more
+            self._pending.clear()
+        else:
+            self._pending.append((hidden, tokens, counts))
 
     def _open(self) -> torch.Tensor:
         """``[B]``: a row that has ended keeps nothing, or it would run ahead of those that go on."""
@@ -166,8 +192,7 @@ def decode(
     model: nn.Module,
     input_ids: torch.Tensor,
     *,
-    drafts: int,
-    is_automatic: bool,
+    choice: Choice,
     make_draft: Callable[[Rows, torch.Tensor | None, int], Draft],
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -178,8 +203,7 @@ def decode(
     """A `transformers` decoding method.
 
     Args:
-        drafts: tokens that a step drafts at most.
-        is_automatic: stop drafting where it takes longer than it saves.
+        choice: how many tokens a step drafts.
         make_draft: of the rows, which columns ``[B, S]`` of the prompt count (``None``: all) and how many are cached already.
 
     Returns:
@@ -194,20 +218,20 @@ def decode(
     batch, device = len(input_ids), input_ids.device
     past = int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")
-    padding = None if mask is None else mask.bool()
+    padding = None if mask is None or bool(mask.all()) else mask.bool()
     pad = generation_config._pad_token_tensor
     limit = generation_config.max_length
     pad = None if pad is None else int(pad)
-    rows = Rows(input_ids, limit, pad, logits_processor, stopping_criteria, drafts + 1)
+    rows = Rows(input_ids, limit, pad, logits_processor, stopping_criteria, choice.drafts + 1)
     main = Columns(cache, batch, device, padding)
     draft = make_draft(rows, padding, past)
-    decoding = Decoding(model, rows, main, draft, bool(generation_config.do_sample), Choice(drafts, is_automatic))
+    decoding = Decoding(model, rows, main, draft, bool(generation_config.do_sample), choice)
     put = partial(_put, streamer)
     decoding.first(input_ids[:, past:], put)
     while not rows.is_finished:
         # a pass reads a token more than it drafts
         room = rows.room if main.room is None else min(rows.room, main.room)
-        with decoding.choice.step(min(drafts, max(0, room - 1)), decoding.stats) as count:
+        with choice.step(min(choice.drafts, max(0, room - 1)), decoding.stats) as count:
             decoding.step(count, put)
     if streamer is not None:
         streamer.end()

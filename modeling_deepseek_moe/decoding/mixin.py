@@ -6,10 +6,14 @@ from functools import partial
 
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
 from modeling_deepseek_moe.compat import CACHE_NAME, ModelMixin
+from modeling_deepseek_moe.decoding.choose import Choice
 from modeling_deepseek_moe.decoding.loop import DraftStats, decode
 from modeling_deepseek_moe.decoding.sources import ASKED_BY, Source, of_a_batch, of_mtp_layers, refuse_ranks
+
+logger = logging.get_logger(__name__)
 
 # what the loop does not do, with what each would have to be
 REFUSED = {
@@ -42,8 +46,8 @@ class DraftingMixin(ModelMixin):
         distribution where tokens are sampled.
 
         Args:
-            use_mtp: ``True``: draft as many tokens as there are MTP layers; a number: that many; ``"auto"``: as ``True``, for
-                as long as measuring shows that it is faster.
+            use_mtp: ``True``: draft as many tokens as there are MTP layers; a number: that many; ``"auto"``: as ``True``, where
+                measuring shows that it is faster, and not at all where it cannot be (``draft_stats.reason``).
 
         Raises:
             ValueError: the model has no MTP layers, or drafts meet a setting that they do not go with.
@@ -51,12 +55,17 @@ class DraftingMixin(ModelMixin):
         kwargs |= dict(zip(list(inspect.signature(super().generate).parameters), args, strict=False))
         config = kwargs.get("generation_config") or self.generation_config
         wanted = getattr(config, "use_mtp", None) if use_mtp is None else use_mtp
-        source = of_mtp_layers(self, wanted) if wanted else of_a_batch(self, config, kwargs)
+        source = of_mtp_layers(self, wanted, config, kwargs) if wanted else of_a_batch(self, config, kwargs)
         if source is None:
             _switch_off(config, kwargs, ("use_mtp",))
             return super().generate(**kwargs)
         refuse_ranks(self, source)
         _refuse(source, config, kwargs, ASKED_BY if wanted else ())
+        if source.hopeless is not None:
+            logger.info_once(f"{source.said}: decodes without drafts: {source.hopeless}")
+            self.draft_stats = DraftStats(reason=source.hopeless)
+            _switch_off(config, kwargs, ("use_mtp",))
+            return super().generate(**kwargs)
         method = partial(_decode, source=source, streamer=kwargs.get("streamer"))
         _add_stop_strings(config, kwargs)
         _switch_off(config, kwargs, ("use_mtp", *ASKED_BY))
@@ -88,8 +97,7 @@ def _decode(model, input_ids, source, generation_config=None, **kwargs):
     sequences, stats, cache = decode(
         model,
         input_ids,
-        drafts=source.drafts,
-        is_automatic=source.is_automatic,
+        choice=Choice(source.drafts, source.expected),
         make_draft=source.make,
         generation_config=generation_config,
         **kwargs,

@@ -33,6 +33,9 @@ class Rows:
     @property
     def last(self) -> torch.Tensor:
         """``[B, 1]``."""
+        longest = max(self.lengths)
+        if longest == min(self.lengths):
+            return self.tokens[:, longest - 1 : longest]
         index = torch.tensor(self.lengths, device=self.tokens.device) - 1
         return self.tokens.gather(1, index[:, None])
 
@@ -51,6 +54,11 @@ class Rows:
         ]
 
     @property
+    def are_even(self) -> bool:
+        """Whether all take more tokens, and are of one length."""
+        return max(self.lengths) == min(self.lengths) and all(self.open)
+
+    @property
     def room(self) -> int:
         """Tokens that the shortest open row takes."""
         return self._limit - min(length for length, is_open in zip(self.lengths, self.open, strict=True) if is_open)
@@ -60,6 +68,8 @@ class Rows:
         scores = scores.float()
         if not self._processors:
             return scores
+        if not ahead and max(self.lengths) == min(self.lengths):
+            return self._processors(self.tokens[:, : self.lengths[0]], scores.clone())
         processed = torch.empty_like(scores)
         for length in set(self.lengths):
             of_length = [row for row, other in enumerate(self.lengths) if other == length]
@@ -83,6 +93,16 @@ class Rows:
             if self._stops[row] is None and bool(self._criteria(self.tokens[:, : length + 1], None)[row]):
                 self._stops[row] = length + 1
         return added
+
+    def add_column(self, tokens: torch.Tensor) -> None:
+        """Append ``tokens [B]`` to rows that `are_even`."""
+        length = self.lengths[0]
+        self.tokens[:, length] = tokens
+        self.lengths = [length + 1] * len(self.lengths)
+        ends = self._criteria(self.tokens[:, : length + 1], None).tolist()
+        for row, is_end in enumerate(ends):
+            if is_end and self._stops[row] is None:
+                self._stops[row] = length + 1
 
     def result(self) -> torch.Tensor:
         """``[B, length of the longest row]``, padded on the right."""

@@ -11,11 +11,13 @@ from transformers import GenerationConfig
 
 from modeling_deepseek_moe.decoding.assistant import AssistantDraft
 from modeling_deepseek_moe.decoding.draft import MtpDraft
+from modeling_deepseek_moe.decoding.expected import Expected, expect
 from modeling_deepseek_moe.decoding.lookup import LookupDraft
 from modeling_deepseek_moe.decoding.loop import Draft
 from modeling_deepseek_moe.decoding.rows import Rows
 
 AUTO = "auto"
+WINDOW = 32  # tokens of the prompt that MTP layers read where it is not known yet whether they pay
 # transformers' own, where neither the call nor a config says anything else
 NGRAM, ASSISTANT_TOKENS, CONFIDENCE = 2, 20, 0.4
 ASKED_BY = ("prompt_lookup_num_tokens", "assistant_model")
@@ -28,17 +30,25 @@ class Source:
         said: how the caller asked for it.
         drafts: tokens to draft in a step, at most.
         make: see `loop.decode`.
+        expected: of the steps, where they draft automatically.
         reads_hidden_states: the model's, as its MTP layers do.
     """
 
     said: str
     drafts: int
     make: Callable[[Rows, torch.Tensor | None, int], Draft]
-    is_automatic: bool = False
+    expected: Expected | None = None
     reads_hidden_states: bool = False
 
+    @property
+    def hopeless(self) -> str | None:
+        """Why plain decoding is faster whatever stands of the drafts; ``None`` if that is to be measured, or not asked for."""
+        return None if self.expected is None else self.expected.hopeless()
 
-def of_mtp_layers(model: nn.Module, wanted: bool | int | str) -> Source:
+
+def of_mtp_layers(
+    model: nn.Module, wanted: bool | int | str, config: GenerationConfig, kwargs: dict[str, Any]
+) -> Source:
     """
     Raises:
         ValueError: the model has no MTP layers, or ``wanted`` is no way of asking for them.
@@ -52,11 +62,13 @@ def of_mtp_layers(model: nn.Module, wanted: bool | int | str) -> Source:
             "wanted at least one; `deepseek-moe convert mtp --action graft` adds a release's own"
         )
     drafts = wanted if type(wanted) is int else depth
+    window = WINDOW if wanted == AUTO else None
+    expected = expect(model, max(1, _rows(config, kwargs)), drafts, WINDOW) if wanted == AUTO else None
 
     def make(rows: Rows, padding: torch.Tensor | None, past: int) -> Draft:
-        return MtpDraft(model, drafts, len(rows.tokens), None if padding is None else padding[:, past:])
+        return MtpDraft(model, drafts, None if padding is None else padding[:, past:], window)
 
-    return Source(said, drafts, make, wanted == AUTO, reads_hidden_states=True)
+    return Source(said, drafts, make, expected, reads_hidden_states=True)
 
 
 def refuse_ranks(model: nn.Module, source: Source) -> None:
@@ -72,7 +84,7 @@ def refuse_ranks(model: nn.Module, source: Source) -> None:
         raise ValueError(f"{said}, whose pipeline {reason}, wanted one without pp_size")
     if getattr(model, "_is_fsdp_managed_module", False):
         raise ValueError(f"{said}, each with a batch of its own (fsdp_size), wanted one batch for all: tp_size")
-    if source.is_automatic and (getattr(model, "_tp_size", None) or 1) > 1:
+    if source.expected is not None and (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(f"{said}, which would measure different times, wanted use_mtp=True, or a number")
 
 
