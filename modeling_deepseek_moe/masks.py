@@ -5,9 +5,10 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.paged import PagedLatents
@@ -51,6 +52,8 @@ def build_mask(
     # Nothing is cached: the keys are the new tokens, and the mask need not know the cache's size.
     cache = None if past_length == 0 else cache
     length = inputs_embeds.shape[1]
+    if length == 1 and past_length and _sees_all(config, attention_mask, cache, past_length, position_ids):
+        return None
     packing = None
     # transformers itself keeps packed sequences apart when there is neither a cache nor a mask
     padding = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
@@ -72,6 +75,22 @@ def build_mask(
     if isinstance(mask, torch.Tensor) and past_length is not None:
         mask = mask[..., : past_length + length]
     return _visible_pairs(mask) if by_key and isinstance(mask, torch.Tensor) else mask
+
+
+def _sees_all(config, attention_mask, cache: Cache | None, past_length: int, position_ids: torch.Tensor) -> bool:
+    """Whether the next token of each row attends to all before it, so that the function below would make no mask.
+
+    Two looks, where that function's way to the same answer takes a decoding step as long as a layer.
+    """
+    if type(cache) is not DynamicCache or config._attn_implementation != "sdpa" or position_ids.device.type != "cpu":
+        return False
+    if is_tracing(position_ids) or is_torchdynamo_exporting() or not getattr(config, "is_causal", True):
+        return False
+    if attention_mask is not None:
+        is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if not is_plain or attention_mask.shape[1] != past_length + 1 or not attention_mask.all():
+            return False
+    return bool((position_ids >= past_length).all())  # else a sequence began after the first cached token
 
 
 class PromptMaskMixin:

@@ -245,7 +245,7 @@ def test_sampling_a_model(model, tokenizer):
 def test_drafts_begin_with_the_end_of_the_prompt(model, tokenizer):
     """As many drafts stand as of the whole prompt, nearly: hidden states know what was before."""
     inputs = encoded(tokenizer, prompts(tokenizer, 1)[:3])
-    assert inputs["input_ids"].shape[1] > 40
+    assert inputs["input_ids"].shape[1] > 20
     wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
     padding = inputs["attention_mask"].bool()
     kwargs = {"input_ids": inputs["input_ids"], "max_new_tokens": LENGTH, "do_sample": False}

@@ -22,7 +22,7 @@ from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
-from modeling_deepseek_moe.ops._operands import is_hooked, operand_of
+from modeling_deepseek_moe.ops._operands import any_hooked, is_hooked, operand_of
 from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, LowRank, Matrix, MlaShape, Norm, Routing
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
@@ -76,7 +76,8 @@ class Plan:
         self._config, self._request = config, requested()
         is_there = may_use(CPU, _native.unavailable_reason())
         self.stages = [Stages.of(layer, dtype) if is_there else NO_ENGINE for layer in self.layers]
-        self._modules: list[tuple[nn.Module, bool]] = []
+        self._unhooked: list[dict] = []  # attributes of modules that nothing is attached to
+        self._hooked: list[nn.Module] = []
         self._children: list[tuple[dict, str, nn.Module]] = []
         self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
         self._numbers: list[tuple[dict, str, object]] = []
@@ -106,9 +107,8 @@ class Plan:
         """
         if dtype != self.dtype or requested() is not self._request:
             return False
-        for module, hooked in self._modules:
-            if is_hooked(module) is not hooked:
-                return False
+        if any_hooked(self._unhooked) or not all(map(is_hooked, self._hooked)):
+            return False
         try:
             for children, name, child in self._children:
                 if children[name] is not child:
@@ -188,7 +188,10 @@ class Plan:
 
     def _watch(self, layer: nn.Module) -> None:
         for module in layer.modules():
-            self._modules.append((module, is_hooked(module)))
+            if is_hooked(module):
+                self._hooked.append(module)
+            else:
+                self._unhooked.append(module.__dict__)
             self._children += [(module._modules, name, child) for name, child in module._modules.items()]
             for tensors in (module._parameters, module._buffers):
                 found = [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]

@@ -4,6 +4,7 @@ An operation that multiplies with a layer's weight is handed the layer, since on
 an adapter, a quantiser, a hook. Where nothing is, its weight may be read in place of the call.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,18 @@ KEPT = "_kept_weight"  # where a layer carries what it was dequantised to
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something happens when the module is called besides the ``forward`` of its class."""
-    # looked for where they are kept: `hasattr` takes a microsecond to find nothing, for each module and token
-    own = module.__dict__
-    forward = own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own
-    return bool(forward or own["_backward_hooks"] or own["_backward_pre_hooks"])
+    return any_hooked((module.__dict__,))
+
+
+def any_hooked(attributes: Iterable[dict]) -> bool:
+    """`is_hooked` of any of the modules whose ``__dict__`` are given."""
+    # looked for where they are kept, in one loop: a call for each module and token would take as long again
+    for own in attributes:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own:
+            return True
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+    return False
 
 
 def is_linear(layer: nn.Module) -> bool:
