@@ -73,7 +73,6 @@ def expect(model: nn.Module, rows: int, drafts: int, window: int) -> Expected:
     routed, rest = _split(list(base.layers)[:depth])
     rest += sum(map(own_bytes, model.lm_head.modules()))
     mtp_routed, mtp_rest = _split(base.mtp_layers)
-    mtp_rest -= sum(own_bytes(layer.embed_tokens) for layer in base.mtp_layers)
 
     def share(tokens: int) -> float:
         """Of the routed experts, that so many tokens of each row read."""
@@ -87,14 +86,14 @@ def expect(model: nn.Module, rows: int, drafts: int, window: int) -> Expected:
 
 
 def _split(layers: Iterable[nn.Module]) -> tuple[int, int]:
-    """Bytes of the routed experts, and of everything else."""
+    """Bytes of the routed experts, and of everything else but an embedding, of which a row is read."""
     routed = rest = 0
     for layer in layers:
         for name, part in layer.named_modules():
             found = own_bytes(part)
             if name.startswith("mlp.experts"):
                 routed += found
-            else:
+            elif not name.startswith("embed_tokens"):
                 rest += found
     return routed, rest
 

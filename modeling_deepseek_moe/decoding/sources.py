@@ -31,6 +31,7 @@ class Source:
         drafts: tokens to draft in a step, at most.
         make: see `loop.decode`.
         expected: of the steps, where they draft automatically.
+        hopeless: why plain decoding is faster whatever stands of the drafts; ``None`` if that is to be measured, or not asked for.
         reads_hidden_states: the model's, as its MTP layers do.
     """
 
@@ -39,11 +40,7 @@ class Source:
     make: Callable[[Rows, torch.Tensor | None, int], Draft]
     expected: Expected | None = None
     reads_hidden_states: bool = False
-
-    @property
-    def hopeless(self) -> str | None:
-        """Why plain decoding is faster whatever stands of the drafts; ``None`` if that is to be measured, or not asked for."""
-        return None if self.expected is None else self.expected.hopeless()
+    hopeless: str | None = None
 
 
 def of_mtp_layers(
@@ -68,7 +65,9 @@ def of_mtp_layers(
     def make(rows: Rows, padding: torch.Tensor | None, past: int) -> Draft:
         return MtpDraft(model, drafts, None if padding is None else padding[:, past:], window)
 
-    return Source(said, drafts, make, expected, reads_hidden_states=True)
+    # elsewhere a step of a small model takes what it takes to start its kernels, whatever they read
+    hopeless = expected.hopeless() if expected is not None and model.device.type == "cpu" else None
+    return Source(said, drafts, make, expected, reads_hidden_states=True, hopeless=hopeless)
 
 
 def refuse_ranks(model: nn.Module, source: Source) -> None:
