@@ -27,10 +27,6 @@ from modeling_deepseek_moe.training_memory import (
 )
 from modeling_deepseek_moe.weights import LAYER_KEY
 
-LATENT = (
-    ".q_a_proj.",
-    ".kv_a_proj_with_mqa.",
-)  # projections to what all heads share, which tensor parallelism leaves whole
 VOCABULARY = ("embed_tokens.", "lm_head.", ".shared_head.head.")
 # Of FSDP2's largest layer: the weights of one and of the next; in a backward pass gradients, and the buffer that is reduced.
 GATHERED, REDUCED = 2, 2
@@ -142,8 +138,7 @@ def kind_of(name: str) -> str:
         return EXPERTS
     if any(part in name for part in VOCABULARY):
         return DIVIDED
-    is_whole = any(part in name for part in LATENT) or "_proj." not in name or ".eh_proj." in name
-    return WHOLE if is_whole else DIVIDED
+    return DIVIDED if "_proj" in name and ".indexer." not in name else WHOLE
 
 
 def rank_memory(

@@ -147,6 +147,7 @@ LAYERS = (
     "quantized",
     "origin",
     "distributed.ranks",
+    "distributed.latents",
     "distributed.checks",
     "distributed.coded",
     "distributed.plans",

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 from transformers.distributed import DistributedConfig
 
+import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import __version__, quantizer
 from modeling_deepseek_moe.distributed import plans
 from modeling_deepseek_moe.ops.experts import may_run_natively, operands
@@ -26,6 +27,7 @@ from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+DIVIDED = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 IDS = (torch.arange(2 * 9).view(2, 9) * 7) % 120 + 3
 
 
@@ -41,7 +43,7 @@ def local_bytes(model, part: str) -> int:
 
 def divided_bytes(model) -> int:
     """Of attention's projections that tensor parallelism divides, on this rank."""
-    return sum(local_bytes(model, f".self_attn.{name}.") for name in ("q_proj", "q_b_proj", "kv_b_proj", "o_proj"))
+    return sum(local_bytes(model, f".self_attn.{name}.") for name in DIVIDED)
 
 
 def engine_runs(module) -> bool:
@@ -112,12 +114,26 @@ def load(case: dict, rank: int):
         return AutoModelForCausalLM.from_pretrained(release, **settings).eval()
 
 
+def attention_of(config: str, plan: dict | None = None) -> int:
+    """Bytes of attention in the one layer of a model of a config's own dimensions, on this rank. On meta."""
+    settings = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(getattr(dsm, config)(**settings), dtype=torch.bfloat16)
+    if plan is not None:
+        asked, _, mesh = model.prepare_distribute_model(DistributedConfig(**plan))
+        model = model.maybe_distribute_model(model, asked, mesh)
+    return local_bytes(model, ".self_attn.")
+
+
 def run_rank(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     distributed.init_process_group("gloo")
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         start, said = time.monotonic(), {}
         try:
+            if "dims" in case:
+                torch.save({"attention": attention_of(case["dims"], case["plan"])}, folder / f"{name}.{rank}.pt")
+                continue
             model = load(case, rank)
             said["kinds"] = sorted({type(m).__name__ for m in model.modules()})
             said |= observe(model, folder / name, **case.get("observe", {}))

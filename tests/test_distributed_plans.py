@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import write_family
-from plans_harness import free_port, load, observe, run_ranks
+from plans_harness import attention_of, free_port, load, observe, run_ranks
 from releases import COMMON, SHAPES, V3, write_release
 from safetensors.torch import load_file, save_file
 from test_int4_release import write_int4
@@ -31,6 +31,10 @@ WIDE = COMMON | {  # sides that are whole blocks of 128 on each of four ranks
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "num_hidden_layers": 2,
+}
+WHOLE_LATENTS = {
+    "model.layers.*.self_attn.q_a_proj": "replicate",
+    "model.layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
 }
 EP = {"tp_size": 2, "ep_size": 2}
 ALL = {"mtp": True, "grads": True}
@@ -64,6 +68,7 @@ def write_all(root: Path) -> dict[str, str]:
 # name → release, plan, and what else a case says. All of one number of ranks run in one start of them.
 SAME_2 = {
     "tp": ("v3-mtp", {"tp_size": 2}, {"observe": ALL}),
+    "tp-whole-latents": ("v3-mtp", {"tp_size": 2, "tp_plan": WHOLE_LATENTS}, {"observe": {"grads": True}}),
     "tp-v2-lite": ("v2-lite", {"tp_size": 2}, {"observe": {"grads": True}}),
     "tp-moonlight": ("moonlight", {"tp_size": 2}, {"observe": {"grads": True, "mla_path": "absorbed"}}),
     "tp-sparse": ("deepseek_v32", {"tp_size": 2}, {"observe": {"grads": True}}),
@@ -77,7 +82,7 @@ SAME_2 = {
     "tp-fp8": ("fp8", {"tp_size": 2}, {"observe": {"mtp": True, "grads": True}}),
     "tp-fp8-v2": ("fp8-v2", {"tp_size": 2}, {}),
     "tp-fp8-stacked": ("fp8", {"tp_size": 2}, {"stacked": True}),
-    "tp-fp8-dequantised": ("fp8", {"tp_size": 2}, {"dequantize": True, "observe": {"save": True}}),
+    "tp-fp8-dequantised": ("fp8", {"tp_size": 2}, {"dequantize": True, "dtype": "float64", "observe": {"save": True}}),
     "ep-fp8": ("fp8", EP, {"observe": {"mtp": True}}),
     "ep-fp8-all-to-all": ("fp8", EP | {"ep_implementation": "all_to_all"}, {"stacked": True}),
     "fsdp-fp8": ("fp8", {"fsdp_size": 2}, {}),
@@ -87,6 +92,7 @@ SAME_2 = {
     "tp-int4": ("int4", {"tp_size": 2}, {}),
     "tp-saved": ("v3-mtp", {"tp_size": 2}, {"dtype": "bfloat16", "observe": {"save": True, "generate": False}}),
 }
+DIMS_2 = {name: {"dims": name, "plan": {"tp_size": 2}} for name in ("DeepseekV3Config", "DeepseekV2Config")}
 SAME_4 = {
     "tp-4": ("v3-mtp", {"tp_size": 4}, {"observe": ALL}),
     "tp-fsdp": ("v3-mtp", {"tp_size": 2, "fsdp_size": 2}, {"observe": DATA}),
@@ -164,7 +170,7 @@ def run(root: Path, releases: dict[str, str], ranks: int, same: dict, refused: d
     cases = {name: {"release": releases[kind], "plan": plan, **more} for name, (kind, plan, more) in same.items()}
     for name, (kinds, plan, more, _) in refused.items():
         cases[name] = {"release": [releases[kind] for kind in kinds], "plan": plan, **more}
-    return run_ranks(root / f"ranks-{ranks}", ranks, cases)
+    return run_ranks(root / f"ranks-{ranks}", ranks, cases | (DIMS_2 if ranks == 2 else {}))
 
 
 @pytest.fixture(scope="module")
@@ -247,11 +253,23 @@ def test_saved_bytes(root, releases, two, name):
 def test_attention_halves(two, root, releases):
     model = load({"release": releases["fp8"]}, 0)
     whole = sum(p.nbytes for name, p in model.named_parameters() if ".self_attn." in name)
-    latents = sum(p.nbytes for name, p in model.named_parameters() if ".self_attn." in name and "_a_" in name)
+    norms = sum(p.nbytes for name, p in model.named_parameters() if ".self_attn." in name and "norm" in name)
     for rank in two["tp-fp8"]:
-        assert rank["attention"] - latents == (whole - latents) // 2
+        assert rank["attention"] - norms == (whole - norms) // 2
+    assert two["tp-whole-latents"][0]["attention"] > two["tp"][0]["attention"]
     for rank in two["experts-alone"]:
         assert rank["attention"] == two["tp"][0]["attention"] + two["tp"][0]["divided"]
+
+
+@pytest.mark.slow
+@EACH("name", DIMS_2)
+def test_attention_halves_at_the_dimensions_of_releases(two, name):
+    """But for the norms of its latents."""
+    for rank in two[name]:
+        assert rank["attention"] / attention_of(name) == pytest.approx(0.5, abs=1e-4)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "distributed-inference.md").read_text()
+    for nbytes in (attention_of(name), two[name][0]["attention"]):
+        assert f"{nbytes / 1e6:.1f} MB" in page
 
 
 @pytest.mark.slow
@@ -319,5 +337,6 @@ def test_each_rule_of_a_plan_names_something(kind):
         assert plan and plan.keys() <= names
     divided = {name.rpartition(".")[2] for name, style in model.tp_plan.items() if ".self_attn." in name}
     query = "q_proj" if model.config.q_lora_rank is None else "q_b_proj"
-    assert divided == {query, "kv_b_proj", "o_proj", "kv_a_proj_with_mqa"}
+    latents = {"kv_a_proj_with_mqa"} | ({"q_a_proj"} if model.config.q_lora_rank else set())
+    assert divided == {query, "kv_b_proj", "o_proj"} | latents
     assert ("model.layers.*.eh_proj" in model.tp_plan) == bool(model.config.num_nextn_predict_layers)

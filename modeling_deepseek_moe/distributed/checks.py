@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers.utils import logging
 
+from modeling_deepseek_moe.distributed.tables import KV_LATENT, LATENT
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesMatrices
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
@@ -13,13 +14,15 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 logger = logging.get_logger(__name__)
 
 COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
-ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input")
+ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input", LATENT, KV_LATENT)
 MOST_RANKS = 1024
 EXPERTS = "mlp.experts"
-# Modules that are divided together or not at all, by what their names in a plan end with.
-MLPS = (
+# Modules that need not be divided, and are together or not at all, by what their names in a plan end with.
+OPTIONAL = (
     ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     tuple(f"mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+    ("self_attn.q_a_proj",),
+    ("self_attn.kv_a_proj_with_mqa",),
 )
 
 
@@ -79,7 +82,9 @@ def check_model(model: nn.Module, plan: dict[str, str], tp_size: int, ep_size: i
         wholes.append(Whole("num_attention_heads", config.num_attention_heads))
     blocks = list(_blocks(model, plan))
     ragged = [
-        group for group in MLPS if not all(whole.divides(tp_size) for name, whole in blocks if name.endswith(group))
+        group
+        for group in OPTIONAL
+        if not all(whole.divides(tp_size) for name, whole in blocks if name.endswith(group))
     ]
     left = tuple(name for group in ragged for name in group)
     check("tp_size", tp_size, [*wholes, *(whole for name, whole in blocks if not name.endswith(left))])
@@ -105,7 +110,9 @@ def _blocks(model: nn.Module, plan: dict[str, str]) -> Iterator[tuple[str, Whole
 def _leave_whole(plan: dict[str, str], group: tuple[str, ...], ranks: int) -> None:
     left = [name for name in plan if name.endswith(group)]
     for name in left:
-        del plan[name]
+        style = plan.pop(name)
+        if style == KV_LATENT:
+            plan[name] = "mla_kv_a_proj"  # whole, its gradients summed
     if left:
         logger.warning(
             f"tp_size={ranks} does not divide the codes of {', '.join(left)} between blocks: every rank holds these whole."

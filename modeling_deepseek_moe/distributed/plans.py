@@ -6,17 +6,16 @@ The tables are in `tables`, and `config` has them as ``base_model_tp_plan`` and 
 import os
 import re
 
-import torch
 from torch import distributed, nn
 from transformers.distributed import DistributedConfig
 from transformers.distributed.pipeline_parallel import PipelineStage
-from transformers.distributed.utils import _bind_local_device, _ensure_torch_distributed, is_dtensor
+from transformers.distributed.utils import is_dtensor
 from transformers.utils import logging
 
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe._version import __version__
 from modeling_deepseek_moe.compat import ModelMixin
-from modeling_deepseek_moe.distributed import checks, coded, ranks
+from modeling_deepseek_moe.distributed import checks, coded, latents, ranks
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 logger = logging.get_logger(__name__)
@@ -33,7 +32,7 @@ class ParallelPlansMixin(ModelMixin):
         # The config's plans name every module that the family may have; this model keeps the entries that it has.
         named = (*self.named_modules(), *self.named_parameters())
         present = {re.sub(r"\d+", "*", name) for name, _ in named}
-        for plan in (self._tp_plan, self._ep_plan, self._fsdp_plan):
+        for plan in (self.tp_plan, self.ep_plan, self.fsdp_plan):
             for name in plan.keys() - present:
                 del plan[name]
 
@@ -48,11 +47,7 @@ class ParallelPlansMixin(ModelMixin):
         path = pretrained_model_name_or_path
         if all(kwargs.get(name) is None for name in ASKED_BY) or _world_size() == 1:
             return super().from_pretrained(path, *args, **kwargs)
-        # as transformers does a little later; a collective operation before that would be on every rank's first card
-        kind = torch._C._get_accelerator().type
-        _ensure_torch_distributed(kind)
-        if kind != "mps":
-            _bind_local_device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+        ranks.join()
         with ranks.meeting(f"loading {path} over {distributed.get_world_size()} ranks"):
             return super().from_pretrained(path, *args, **kwargs)
 
@@ -152,7 +147,7 @@ def _divide(model, asked: DistributedConfig, mesh_manager) -> None:
             f"pp_size={asked.pp_size}: found layers that attend to what an indexer of another one chose (the first: {shared[0]}), "
             "which a stage does not hand on; wanted tp_size, or fsdp_size"
         )
-    plan = model._tp_plan
+    plan = model.tp_plan
     if asked.tp_plan == {} and asked.tp_size > 1:
         # transformers takes an empty plan for a missing one: a rule that divides nothing stands for none
         plan.clear()
@@ -160,14 +155,15 @@ def _divide(model, asked: DistributedConfig, mesh_manager) -> None:
     if isinstance(asked.tp_plan, dict):
         plan.update(asked.tp_plan)
     checks.check_model(model, plan, asked.tp_size, asked.ep_size)
+    latents.tell_dims(model)
     coded.divide_linears(model)
     if not coded.are_coded(model):
         return
     if asked.ep_size > 1:
-        model._ep_plan = {**_without_experts(model._ep_plan), **coded.expert_plan(model, "ep_dispatch_experts")}
+        model.ep_plan = {**_without_experts(model.ep_plan), **coded.expert_plan(model, "ep_dispatch_experts")}
         mesh = mesh_manager.get_mesh("ep")
     elif asked.tp_size > 1 and any(style == "moe_tp_experts" for style in plan.values()):
-        model._tp_plan = {**_without_experts(plan), **coded.expert_plan(model, coded.WHOLE_EXPERTS)}
+        model.tp_plan = {**_without_experts(plan), **coded.expert_plan(model, coded.WHOLE_EXPERTS)}
         mesh = mesh_manager.get_mesh("tp")
     else:
         return

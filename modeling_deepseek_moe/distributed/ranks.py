@@ -5,6 +5,7 @@ group's time-out is. So each tells how far it came, at points that all of them p
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import timedelta
@@ -12,9 +13,28 @@ from typing import Any
 
 import torch
 from torch import distributed
+from transformers.distributed.utils import get_distributed_backend
 
 WAIT = timedelta(minutes=10)  # for ranks that do not come to a meeting; with gloo, which can name them
+LOADING = timedelta(
+    hours=2
+)  # for any other collective operation, as transformers has it: shards are read at different speeds
 BRIEF = 200  # characters of a value in an error
+
+
+def join() -> None:
+    """Make this process one of the default process group, on its own card.
+
+    As transformers does a little later: a collective operation before that would be on every rank's first card.
+    """
+    card = torch.accelerator.current_accelerator()
+    kind = "cpu" if card is None or card.type == "mps" else card.type  # torch has no mesh of mps
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind != "cpu" else None
+    if device is not None:
+        torch.accelerator.set_device_index(device.index)
+    if not distributed.is_initialized():
+        backend = get_distributed_backend(kind)
+        distributed.init_process_group(backend, timeout=LOADING, device_id=device if backend == "nccl" else None)
 
 
 class RankError(RuntimeError):

@@ -1,17 +1,21 @@
 """How a model of this family is divided among ranks: transformers' styles by module, ``*`` for a layer's number.
 
-Attention is divided by heads: latents are whole on every rank, and what leads to or from the heads is not. What a model does not
-have is taken out (`plans`).
+Attention is divided by heads. Latents are whole on every rank, and what makes them is divided by what it reads (`latents`). What a
+model does not have is taken out (`plans`).
 """
 
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+# styles of `latents`
+LATENT, KV_LATENT = "deepseek_moe_latent", "deepseek_moe_kv_latent"
+
 TENSOR = {
     "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.q_a_proj": LATENT,
     "layers.*.self_attn.q_b_proj": "colwise",
-    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+    "layers.*.self_attn.kv_a_proj_with_mqa": KV_LATENT,
     "layers.*.self_attn.kv_b_proj": "colwise",
     "layers.*.self_attn.o_proj": "rowwise",
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
