@@ -41,7 +41,13 @@ def test_outside_of_a_step_of_several_nothing_is_said():
 @pytest.mark.parametrize(
     "nodes, host",
     [
-        *[("a7", "a7"), ("a7,b1", "a7"), ("n[01-04]", "n01"), ("n[7,9-11],m1", "n7"), ("r2-n[008-011,020]", "r2-n008")],
+        *[
+            ("a7", "a7"),
+            ("a7,b1", "a7"),
+            ("n[01-04]", "n01"),
+            ("n[7,9-11],m1", "n7"),
+            ("r2-n[008-011,020]", "r2-n008"),
+        ],
         *[("r[2-3]-n[008-011]", "r2-n008"), ("n[1-2].cluster,m", "n1.cluster")],
     ],
 )

@@ -32,11 +32,10 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
 def first_host(nodes: str) -> str:
     """``"a7"`` of ``"a7"`` and ``"a7,b1"``; ``"rack2-n008"`` of ``"rack2-n[008-011,020]"`` and of ``"rack[2-3]-n[008-011]"``."""
     # up to the first comma outside of brackets, and of each pair of brackets what stands first
-    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodes.strip())
-    host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group()) if first else ""
-    if not host or "[" in host:
+    first = re.fullmatch(r"((?:[^,\[\]]|\[\w[^\[\]]*\])+)(?:,.*)?", nodes.strip())
+    if first is None:
         raise ValueError(f"SLURM_STEP_NODELIST: found {nodes!r}, wanted names of nodes, such as node[01-04]")
-    return host
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[1])
 
 
 def tasks_of(counts: str, node: int) -> int:
