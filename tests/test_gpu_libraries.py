@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from gpu import libraries
 from gpu.libraries import BF16, DEEP_GEMM, FLASH_3, FLASH_4, LIGER, install
+from torch.utils.checkpoint import checkpoint
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.ops import _libraries, _liger, _trials, _triton, block_fp8
@@ -241,6 +242,17 @@ def test_liger(monkeypatch, on_a_card, dtype):
             again = torch.autograd.grad(found, inputs, above, retain_graph=True)
             torch.testing.assert_close(again, gradients, **tolerance)
     assert all(torch.equal(leaf, other) for leaf, other in zip(leaves, kept, strict=True))
+
+
+def test_a_trial_within_a_checkpoint_leaves_no_trace(monkeypatch, on_a_card):
+    told = install(monkeypatch, {"liger-kernel": "0.8.5"}, liger_kernel__ops=LIGER)
+    x, weight = torch.randn(3, 5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    found = checkpoint(rms_norm, x, weight, 1e-6, use_reentrant=False)
+    wanted = reference.rms_norm(x, weight, 1e-6)
+    above = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(wanted, (x, weight), above)
+    torch.testing.assert_close(torch.autograd.grad(found, (x, weight), above), gradients)
+    assert len(told) == 1 and "Liger (liger-kernel 0.8.5): 1 µs" in told[0]
 
 
 def test_liger_is_not_for_graphs_and_mixed_dtypes(monkeypatch, on_a_card):

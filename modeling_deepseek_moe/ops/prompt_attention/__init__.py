@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_deepseek_moe.ops._dispatch import insists_on, takes
+from modeling_deepseek_moe.ops._dispatch import requested_backend, takes
 from modeling_deepseek_moe.ops.prompt_attention import flash_attention
 
 __all__ = ["attend", "flash_attention", "interface"]
@@ -43,7 +43,8 @@ def attend(
     """
     tensors, scale = (query, key, value), query.shape[-1] ** -0.5 if scaling is None else scaling
     own = partial(_by_torch, sdpa, module, scaling=scaling, **kwargs)
-    for library in sorted(flash_attention.CALLS, key=insists_on, reverse=True):
+    wanted = requested_backend()
+    for library in (wanted,) if wanted in flash_attention.CALLS else flash_attention.CALLS:
         if takes(
             library,
             "attention over prompts",

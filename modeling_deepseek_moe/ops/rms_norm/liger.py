@@ -16,9 +16,11 @@ MOST_BYTES = 1 << 16  # of a row
 
 def unsuitable(x: torch.Tensor, weight: torch.Tensor, eps: float) -> str | None:
     """Why it is not taken; ``None`` if it is. The first call for such a shape tries it out."""
-    if x.ndim < 2 or not x.numel() or x.shape[-1] * x.element_size() > MOST_BYTES or x.shape[-1:] != weight.shape:
-        return f"is for rows of up to {MOST_BYTES} bytes, with a weight for each feature, found {list(x.shape)}"
     reason = _liger.unsupported((CALL,), x, weight)
+    if reason is None and (x.ndim < 2 or not x.numel() or x.shape[-1] * x.element_size() > MOST_BYTES):
+        reason = f"is for rows of up to {MOST_BYTES} bytes, found {x.dtype} {list(x.shape)}"
+    if reason is None and x.shape[-1:] != weight.shape:
+        reason = f"wants a weight for each feature, found {list(x.shape)} and {list(weight.shape)}"
     own = partial(reference.rms_norm, eps=eps)
     return reason or _liger.unsuitable("RMSNorm", partial(rms_norm, eps=eps), own, x, weight)
 

@@ -14,9 +14,11 @@ MOST_FEATURES = 1 << 16
 
 def unsuitable(gate: torch.Tensor, up: torch.Tensor) -> str | None:
     """Why it is not taken; ``None`` if it is. The first call for such a shape tries it out."""
-    if gate.shape != up.shape or gate.ndim < 2 or not gate.numel() or gate.shape[-1] > MOST_FEATURES:
-        return f"is for gate and up of one shape, found {list(gate.shape)} and {list(up.shape)}"
     reason = _liger.unsupported((FORWARD, BACKWARD), gate, up)
+    if reason is None and (
+        gate.shape != up.shape or gate.ndim < 2 or not gate.numel() or gate.shape[-1] > MOST_FEATURES
+    ):
+        reason = f"is for gate and up of one shape, of up to {MOST_FEATURES} features, found {list(gate.shape)} and {list(up.shape)}"
     return reason or _liger.unsuitable("SwiGLU", activate, lambda gate, up: F.silu(gate) * up, gate, up)
 
 
