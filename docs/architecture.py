@@ -14,7 +14,7 @@ FAMILIES = {
     "planning_drafts planning_sparse training_memory training_scale training_speed bnb templates",
     "mathematics": "layers rope indexer masks cross_entropy attention_chunks attention sparse_attention layer_context moe block mtp decoding "
     "objective modeling config layer_types families named_models field_checks tokens chat_template training indexer_loss",
-    "machine": "ops formats quantized engine streaming hybrid cache paged machine cgroups distributed",
+    "machine": "ops formats quantized engine streaming hybrid cache paged machine cgroups distributed device_memory moving",
     "around": "_version compat terminal pages adapters registration tiny __init__ cli eval conversion",
 }
 PATHS = {
