@@ -5,16 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_deepseek_moe.formats.blocks import Block
+from modeling_deepseek_moe.formats import WeightFormat
 
 MUCH = 0.7  # of a change: half of its square and more
 
 
 @dataclass
 class Tally:
-    """Of one tensor: blocks, and sums of squares of what was wanted, of the change that was wanted, and of the rounding."""
+    """Of one weight: the tensors that it is, blocks, and sums of squares of what was wanted, of the change that was wanted, and of the rounding."""
 
     part: str
+    tensors: int = 1
     altered: bool = False
     blocks: int = 0
     changed: int = 0
@@ -28,16 +29,15 @@ class Tally:
         before: torch.Tensor,
         written: torch.Tensor,
         changed: torch.Tensor | None = None,
-        block: Block = (1, 1),
+        form: WeightFormat | None = None,
     ) -> None:
-        """Some rows; of blocks only those that changed."""
+        """Some rows; of codes, those of ``form``, only the blocks that changed."""
         self.altered |= not torch.equal(before, written)
-        if changed is not None:
+        if changed is not None and form is not None:
             self.blocks += changed.numel()
             self.changed += int(changed.sum())
             if not changed.all():
-                own = changed.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-                own = own[: wanted.shape[0], : wanted.shape[1]]
+                own = form.values_of(changed, tuple(wanted.shape))
                 wanted, before, written = (rows[own] for rows in (wanted, before, written))
         self.wanted += _squares(wanted)
         self.change += _squares(wanted - before)
@@ -53,10 +53,12 @@ class Report:
 
     Attributes:
         untouched: tensors that are copied.
+        decoded: weights whose values are what codes stood for, and no more.
     """
 
     def __init__(self):
-        self.untouched, self._lock = 0, threading.Lock()
+        self.untouched = self.decoded = 0
+        self._lock = threading.Lock()
         self._tallies: dict[str, Tally] = {}
 
     def keep(self, name: str, tally: Tally) -> None:
@@ -71,8 +73,9 @@ class Report:
             if tally.altered or tally.change:
                 parts.setdefault(tally.part, []).append(tally)
             if not tally.altered:
-                kept += 2 if tally.blocks else 1  # codes have scales
-        return [*(_line(part, parts[part]) for part in sorted(parts)), f"as they were: tensors {kept:,}"]
+                kept += tally.tensors
+        decoded = [f"decoded: weights {self.decoded:,}"] if self.decoded else []
+        return [*(_line(part, parts[part]) for part in sorted(parts)), *decoded, f"as they were: tensors {kept:,}"]
 
 
 def _line(part: str, tallies: list[Tally]) -> str:

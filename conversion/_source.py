@@ -3,6 +3,7 @@
 Tensors are read, not mapped: pages of a mapping count as the process's own memory until the system takes them back.
 """
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -127,6 +128,24 @@ class Source:
             start = info.start + first * width
             part = info._replace(shape=(end - first, *info.shape[1:]), start=start, end=info.start + end * width)
             yield slice(first, end), self.read(part)
+
+    def value_tiles(self, info: TensorInfo, step: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+        """As `tiles`, codes as the fp32 values that they stand for."""
+        form = self.format_of(info)
+        if form is None:
+            yield from self.tiles(info, step)
+            return
+        scale = self.read_scale(self.scale_of(info))
+        for rows, codes in self.tiles(info, math.lcm(step, form.block[0])):
+            yield rows, form.dequantize(codes, scale[form.scale_rows(rows)], torch.float32)
+
+    def values(self, info: TensorInfo) -> torch.Tensor:
+        """All of a tensor in fp32."""
+        return torch.cat([values.float() for _, values in self.value_tiles(info)])
+
+    def split(self, name: str) -> tuple[str, str | None]:
+        """The weight that a tensor belongs to, and its suffix if it is not the values or the codes."""
+        return formats.split_scale(formats.weight_name(name))
 
     def scale_of(self, info: TensorInfo) -> TensorInfo:
         """The scales that belong to a weight's codes: present, of the format's dtype and shape."""

@@ -1,7 +1,7 @@
 """``merge-adapter``: LoRA adapters, as peft saves them, into the weights that they were trained on: W + s·B·A.
 
 Computed in fp64 and rounded once. In a quantised checkpoint, in fp32, only the blocks that change get new codes and a new
-scale; all others, and tensors that no adapter changes, keep their bytes.
+scale; all others, and tensors that no adapter changes, keep their bytes. ``--dtype`` makes floating-point weights of all codes.
 """
 
 import itertools
@@ -16,12 +16,13 @@ import torch
 from modeling_deepseek_moe.checkpoint.headers import DTYPE_NAMES, CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan
 from modeling_deepseek_moe.conversion._adapter import Adapter
-from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales
+from modeling_deepseek_moe.conversion._bitsandbytes import BitsAndBytesSource, MadeTogether, open_folder
+from modeling_deepseek_moe.conversion._blocks import WIDE, CodesAndScales, wide_dtype, with_dtype
 from modeling_deepseek_moe.conversion._changes import Change, LowRank, Step, Tokens, Whole, round_once
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._report import Report, Tally
-from modeling_deepseek_moe.conversion._source import Source, as_is, quantization_of
-from modeling_deepseek_moe.formats import FORMATS, split_scale, weight_name
+from modeling_deepseek_moe.conversion._source import Source, as_is
+from modeling_deepseek_moe.formats import memory
 
 
 class Weighted(NamedTuple):
@@ -33,7 +34,7 @@ class Weighted(NamedTuple):
 
 
 def plan(source: Source, options: Options) -> Output:
-    """The checkpoint with the adapters in it, one after the other, dtypes and config as they were.
+    """The checkpoint with the adapters in it, one after the other, in its own format, or codes in the floats of ``--dtype``.
 
     Raises:
         CheckpointError: a tensor of an adapter that has no place in the checkpoint, or a weight that cannot be changed.
@@ -46,7 +47,6 @@ def plan(source: Source, options: Options) -> Output:
         raise ValueError(
             f"--weight: found {list(weights)}, wanted a finite number for each of {len(adapters)} adapters"
         )
-    _refuse_foreign(source)
     source.check_scales_have_weights()
     changes: dict[str, list[Weighted]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -54,52 +54,103 @@ def plan(source: Source, options: Options) -> Output:
             changes.setdefault(name, []).extend(Weighted(change, weight, adapter.folder) for change in own)
     for name, own in changes.items():
         _refuse_lost(name, own)
-    specs = source.specs
-    plans, report = [], Report()
-    for info in source.reader.values():
-        weight, suffix = split_scale(weight_name(info.name))
-        own = changes.get(weight)
-        if own is None or suffix in source.weight_format.others:
-            report.untouched += own is None
-            plans.append(as_is(source, info))
-        elif suffix is None:
-            part = specs[weight].part if weight in specs else "other"
-            plans += _plans(source, info, weight, own, partial(Tally, part), report)
+    report = Report()
+    if options.dtype is not None:
+        plans, config = _in_floats(source, options.dtype, changes, report)
+    else:
+        plans, config = _in_codes(source, changes, report), source.config
     return Output(
         plans,
-        source.config,
+        config,
         also_read=tuple(adapter.source for adapter in adapters),
         report=report.lines,
         decided_by=[adapter.config for adapter in adapters],
     )
 
 
-def _refuse_foreign(source: Source) -> None:
-    """
+def _tally(source: Source, name: str, tensors: int = 1) -> Callable[[], Tally]:
+    return partial(Tally, source.specs[name].part if name in source.specs else "other", tensors)
+
+
+def _in_codes(source: Source, changes: dict[str, list[Weighted]], report: Report) -> list[TensorPlan]:
+    """The checkpoint's own tensors: codes stay codes."""
+    plans: list[TensorPlan] = []
+    renewed: set[str] = set()
+    for info in source.reader.values():
+        weight, suffix = source.split(info.name)
+        own = changes.get(weight)
+        if own is not None and isinstance(source, BitsAndBytesSource) and source.is_codes(source.reader[weight]):
+            if weight not in renewed:  # what is made together is written together, and waits for nothing else
+                made = _renewed(source, source.reader[weight], own, report)
+                plans += made
+                renewed |= {weight, *(plan.name for plan in made)}
+            if info.name in renewed:
+                continue
+            own = None
+        if own is None or suffix in source.weight_format.others:
+            report.untouched += 1
+            plans.append(as_is(source, info))
+        elif suffix is None:
+            plans += _plans(source, info, weight, own, report)
+    return plans
+
+
+def _in_floats(
+    source: Source, name: str, changes: dict[str, list[Weighted]], report: Report
+) -> tuple[list[TensorPlan], dict]:
+    """What codes stand for in the dtype of that name, and everything else as it was; and the config that says so.
+
     Raises:
-        CheckpointError: codes of a format that another library loads and writes.
+        CheckpointError: there are no codes.
     """
-    announced = quantization_of(source.config)
-    method = announced.get("quant_method") if isinstance(announced, dict) else None
-    if method in {row.method for row in FORMATS if row.foreign}:
+    dtype, plans, found = wide_dtype(name), [], 0
+    for info in source.reader.values():
+        weight, suffix = source.split(info.name)
+        if suffix is not None:
+            continue
+        own, is_codes = changes.get(weight, []), source.is_codes(info)
+        found += is_codes
+        if not own and not is_codes:
+            report.untouched += 1
+            plans.append(as_is(source, info))
+            continue
+        report.decoded += not own
+        target, shape = (dtype, source.value_shape(weight)) if is_codes else (info.dtype, info.shape)
+        _check_floats(source, info)
+        make = partial(_merge, source, info, target, own, _tally(source, weight), report)
+        plans.append(TensorPlan(weight, target, shape, make))
+    if not found:
         raise CheckpointError(
-            f"{source.folder / 'config.json'}: quantization_config: found quant_method={method!r}, wanted floating-point weights or "
-            "a release's own codes: merge into the release that it was made of, and quantise what comes out "
-            "with `deepseek-moe convert to-4bit`"
+            f"{source.folder}: found no codes, wanted some for --dtype {name}: of floating-point weights `deepseek-moe convert dtype` "
+            "makes others"
         )
+    first = source.weight_format
+    return plans, with_dtype(source.config, name) | ({} if first.foreign else memory(first))
 
 
-def _plans(
-    source: Source, info: TensorInfo, name: str, changes: list[Weighted], tally: Callable[[], Tally], report: Report
-) -> list[TensorPlan]:
+def _check_floats(source: Source, info: TensorInfo) -> None:
+    if not source.is_codes(info) and info.dtype not in WIDE.values():
+        raise CheckpointError(f"{info.file}: tensor {info.name}: found {DTYPE_NAMES[info.dtype]}, wanted floats")
+
+
+def _plans(source: Source, info: TensorInfo, name: str, changes: list[Weighted], report: Report) -> list[TensorPlan]:
     """Of a weight that changes; of codes with their scales."""
+    _check_floats(source, info)
     if source.is_codes(info):
-        make = partial(_merge_codes, source, info, source.scale_of(info), changes, tally, report)
+        make = partial(_merge_codes, source, info, source.scale_of(info), changes, _tally(source, name, 2), report)
         shape = source.weight_format.value_shape(info.shape)
         return CodesAndScales(make).plans(name, shape, source.weight_format)[:2]
-    if info.dtype in WIDE.values():
-        return [TensorPlan(name, info.dtype, info.shape, partial(_merge, source, info, changes, tally, report))]
-    raise CheckpointError(f"{info.file}: tensor {info.name}: found {DTYPE_NAMES[info.dtype]}, wanted floats")
+    make = partial(_merge, source, info, info.dtype, changes, _tally(source, name), report)
+    return [TensorPlan(name, info.dtype, info.shape, make)]
+
+
+def _renewed(
+    source: BitsAndBytesSource, info: TensorInfo, changes: list[Weighted], report: Report
+) -> list[TensorPlan]:
+    """Of bitsandbytes' codes that change: codes and scales."""
+    infos = [info, *source.scale_infos(info)]
+    made = MadeTogether(partial(_renew, source, info, changes, _tally(source, info.name, len(infos)), report))
+    return [TensorPlan(own.name, own.dtype, own.shape, partial(made.take, own.name)) for own in infos]
 
 
 def _refuse_lost(name: str, changes: list[Weighted]) -> None:
@@ -119,15 +170,7 @@ def _refuse_lost(name: str, changes: list[Weighted]) -> None:
 
 
 def _begin(changes: list[Weighted], source: Source, info: TensorInfo, dtype: torch.dtype) -> list[tuple[Step, float]]:
-    return [(change.begin(partial(_values, source, info), dtype), weight) for change, weight, _ in changes]
-
-
-def _values(source: Source, info: TensorInfo) -> torch.Tensor:
-    """All of a tensor in fp32."""
-    if not source.is_codes(info):
-        return source.read(info).float()
-    scales = source.read_scale(source.scale_of(info))
-    return source.weight_format.dequantize(source.read(info), scales, torch.float32)
+    return [(change.begin(partial(source.values, info), dtype), weight) for change, weight, _ in changes]
 
 
 def _changed(steps: list[tuple[Step, float]], base: torch.Tensor, rows: slice, info: TensorInfo) -> torch.Tensor:
@@ -142,17 +185,23 @@ def _changed(steps: list[tuple[Step, float]], base: torch.Tensor, rows: slice, i
 
 
 def _merge(
-    source: Source, info: TensorInfo, changes: list[Weighted], begin: Callable[[], Tally], report: Report
+    source: Source,
+    info: TensorInfo,
+    dtype: torch.dtype,
+    changes: list[Weighted],
+    begin: Callable[[], Tally],
+    report: Report,
 ) -> Iterator[torch.Tensor]:
     steps, tally = _begin(changes, source, info, torch.float64), begin()
-    for rows, tile in source.tiles(info):
+    for rows, tile in source.value_tiles(info):
         wanted = _changed(steps, tile.double(), rows, info)
-        made = round_once(wanted, tile.dtype)
+        made = round_once(wanted, dtype)
         if not torch.isfinite(made).all():
-            raise CheckpointError(f"{info.file}: tensor {info.name}: found values beyond {tile.dtype} once merged")
+            raise CheckpointError(f"{info.file}: tensor {info.name}: found values beyond {dtype} once merged")
         tally.add(wanted, tile, made)
         yield made
-    report.keep(info.name, tally)
+    if changes:
+        report.keep(info.name, tally)
 
 
 def _merge_codes(
@@ -170,15 +219,35 @@ def _merge_codes(
         before = form.dequantize(codes, scale, torch.float32)
         wanted = _changed(steps, before, rows, info)
         codes, scale, changed = form.requantize(codes, scale, wanted)
-        tally.add(wanted, before, form.dequantize(codes, scale, torch.float32), changed, form.block)
+        tally.add(wanted, before, form.dequantize(codes, scale, torch.float32), changed, form)
+        assert isinstance(scale, torch.Tensor)  # nested ones are bitsandbytes'
         yield codes, scale
     report.keep(info.name, tally)
+
+
+def _renew(
+    source: BitsAndBytesSource, info: TensorInfo, changes: list[Weighted], begin: Callable[[], Tally], report: Report
+) -> dict[str, torch.Tensor]:
+    """A matrix at a time: of nested scales the mean is that of all."""
+    form, (codes, scales) = source.format_of(info), source.matrix(info)
+    assert form is not None, info.name
+    steps, tally = _begin(changes, source, info, torch.float32), begin()
+    before = form.dequantize(codes, scales, torch.float32)
+    wanted = _changed(steps, before, slice(0, len(before)), info)
+    try:
+        codes, scales, changed = form.requantize(codes, scales, wanted)
+    except ValueError as error:
+        raise CheckpointError(f"{info.file}: tensor {info.name}: {error}") from None
+    tally.add(wanted, before, form.dequantize(codes, scales, torch.float32), changed, form)
+    report.keep(info.name, tally)
+    return source.named(info, (codes, scales))
 
 
 CONVERSION = Conversion(
     "merge-adapter",
     plan,
-    ("max_shard_size", "adapter", "weight"),
+    ("max_shard_size", "adapter", "weight", "dtype"),
     required={"adapter": "a folder with adapter_config.json"},
     no_inverse="sums are rounded to the weights' dtype: what was added cannot be taken off to the bit",
+    open=open_folder,
 )

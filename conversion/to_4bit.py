@@ -3,7 +3,6 @@
 Each weight is read, quantised and written by itself; FP8 is quantised from the fp32 values of codes × scales.
 """
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -129,28 +128,17 @@ def _check(info: TensorInfo, spec: TensorSpec, own: WeightFormat | None) -> None
         )
 
 
-def _values(source: Source, info: TensorInfo, step: int = 1) -> Iterator[torch.Tensor]:
-    """A weight in ranges of a multiple of ``step`` rows: as it is, or in fp32 what codes stand for."""
-    form = source.format_of(info)
-    if form is None:
-        yield from (tile for _, tile in source.tiles(info, step))
-        return
-    scale = source.read_scale(source.scale_of(info))
-    for rows, codes in source.tiles(info, math.lcm(step, form.block[0])):
-        yield form.dequantize(codes, scale[form.scale_rows(rows)], torch.float32)
-
-
 def _quantized(
     source: Source, info: TensorInfo, form: WeightFormat, errors: WeightErrors, part: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for values in _values(source, info, form.block[0]):
+    for _, values in source.value_tiles(info, form.block[0]):
         codes, scales = form.quantize(values)
         errors.add(part, values, form.dequantize(codes, scales, torch.float32))
         yield codes, scales
 
 
 def _wide(source: Source, info: TensorInfo) -> Iterator[torch.Tensor]:
-    return (values.to(torch.bfloat16) for values in _values(source, info))
+    return (values.to(torch.bfloat16) for _, values in source.value_tiles(info))
 
 
 CONVERSION = Conversion(

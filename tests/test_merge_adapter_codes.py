@@ -355,16 +355,3 @@ def test_into_int4_as_kimi_s_releases_have_it(tmp_path):
     base, merged = (logits(load(folder, **WIDE)) for folder in (tmp_path / "int4", tmp_path / "merged"))
     assert (merged - wanted).norm() < 0.5 * (base - wanted).norm()
     torch.testing.assert_close(logits(load(tmp_path / "merged", dtype=torch.float32)), merged, rtol=1e-3, atol=1e-3)
-
-
-def test_bitsandbytes_folders_are_refused_with_the_way_out(base, tmp_path):
-    folder = shutil.copytree(base, tmp_path / "bnb")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    message = refused("merge-adapter", folder, tmp_path / "out", "--adapter", adapter_of(base, tmp_path / "adapter"))
-    assert "quant_method='bitsandbytes'" in message and "merge into the release that it was made of" in message

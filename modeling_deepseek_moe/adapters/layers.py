@@ -14,10 +14,10 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from modeling_deepseek_moe.adapters.merging import Merge, add_to_codes
+from modeling_deepseek_moe.adapters.merging import Merge, add_to_codes, copy_of, write_over
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION, STACKS, Copies, LowRank, Pair
-from modeling_deepseek_moe.quantized.experts import QuantizedExperts
+from modeling_deepseek_moe.quantized.experts import QuantizedExperts, QuantizedMatrix
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
@@ -199,11 +199,6 @@ class ParamWrapper(lora.ParamWrapper):
     def _add_to_codes(self, name: str, keep: bool) -> None:
         experts = self.get_base_layer()
         self.merge_record.check()
-        if not isinstance(experts.matrices(0)["gate_proj"].scales, torch.Tensor):
-            raise ValueError(
-                f"adapter {name}: found experts in {experts.weight_format.name} with nested scales, wanted plain ones to merge "
-                "into: `deepseek-moe convert merge-adapter` adds adapters to the files"
-            )
         for expert in range(self.num_experts):
             matrices, difference = self._own(expert), self._difference(name, expert).float()
             parts = difference.chunk(len(matrices))
@@ -212,18 +207,16 @@ class ParamWrapper(lora.ParamWrapper):
                 for matrix, part in zip(matrices, parts, strict=True)
             ]
             if keep and expert not in self._kept:
-                self._kept[expert] = tuple((codes.clone(), scales.clone()) for codes, scales in matrices)
+                self._kept[expert] = tuple(copy_of(*matrix) for matrix in matrices)
             self._write(expert, new)
 
-    def _own(self, expert: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _own(self, expert: int) -> list[QuantizedMatrix]:
         gate, up, down = self.get_base_layer().matrices(expert).values()
         return [gate, up] if self.parameter_name == STACKS[0] else [down]
 
     def _write(self, expert: int, matrices) -> None:
-        with torch.no_grad():
-            for own, new in zip(self._own(expert), matrices, strict=True):
-                for mine, value in zip(own, new, strict=True):
-                    mine.view(torch.uint8).copy_(value.to(mine.dtype).contiguous().view(torch.uint8))
+        for own, new in zip(self._own(expert), matrices, strict=True):
+            write_over(*own, new)
 
 
 class LoraLinear(lora.Linear):

@@ -42,6 +42,22 @@ def _decode_rows(
     return int8_vectorwise_dequant(codes, absmax).to(dtype)
 
 
+def _renew_rows(
+    codes: torch.Tensor, absmax: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `WeightFormat.requantize`: rows of int8 that changed, whole ones; ``changed [N, 1]``."""
+    changed = (weight != _decode_rows(codes, absmax, weight.dtype)).any(1)
+    rows = weight[changed]
+    if not torch.isfinite(rows.half()).all():
+        raise ValueError(
+            "found NaN, Inf or values beyond fp16, which bitsandbytes rounds weights to, wanted finite ones"
+        )
+    new, new_absmax = codes.clone(), absmax.clone()
+    if len(rows):
+        new[changed], new_absmax[changed] = _encode_rows(rows, INT8.block)
+    return new, new_absmax, changed.unsqueeze(1)
+
+
 # Of ``Linear8bitLt``. No row of `formats.FORMATS`: its scales have one dimension, and nothing but bitsandbytes reads or writes it.
 INT8 = WeightFormat(
     name="int8",
@@ -55,6 +71,7 @@ INT8 = WeightFormat(
     scale_suffix=".SCB",
     encode=_encode_rows,
     decode=_decode_rows,
+    renew=_renew_rows,
     foreign=True,
 )
 
@@ -99,9 +116,9 @@ def dequantize(kind: str, codes: torch.Tensor, scales: Scales, dtype: torch.dtyp
 
 def ragged(row: WeightFormat) -> WeightFormat:
     """``nf4`` or ``fp4`` for matrices whose blocks go on in the next row, by bitsandbytes alone; scales have one dimension."""
-    return replace(
-        row, kernel=None, linear=partial(_ragged_linear, row.name), decode=partial(_ragged_decode, row.name)
-    )
+    name = row.name
+    decode, renew = partial(_ragged_decode, name), partial(_ragged_renew, name)
+    return replace(row, kernel=None, linear=partial(_ragged_linear, name), decode=decode, renew=renew)
 
 
 def _ragged_linear(
@@ -113,6 +130,30 @@ def _ragged_linear(
 
 def _ragged_decode(kind: str, codes: torch.Tensor, scales: Scales, dtype: torch.dtype, block) -> torch.Tensor:
     return dequantize(kind, codes, scales, dtype)
+
+
+def _ragged_renew(
+    kind: str, codes: torch.Tensor, scales: Scales, weight: torch.Tensor
+) -> tuple[torch.Tensor, Scales, torch.Tensor]:
+    """As `WeightFormat.requantize`: a block of 64 is a row here, and ``changed [blocks]`` counts them through the matrix."""
+    row, beyond = formats.by_name(kind), -weight.numel() % BLOCK
+    zeros = row.quantize(torch.zeros(1, BLOCK, device=codes.device))[0].view(-1)
+    lines = torch.cat((codes.reshape(-1), zeros[: beyond // 2])).view(-1, BLOCK // 2)
+    inner, shape = _shaped(scales, (-1, 1)), (scales.codes if isinstance(scales, NestedScales) else scales).shape
+    apart = torch.nn.functional.pad((weight != dequantize(kind, codes, scales, weight.dtype)).view(-1), (0, beyond))
+    wanted = torch.nn.functional.pad(weight.reshape(-1), (0, beyond)).view(-1, BLOCK)
+    # the row's own values where nothing changed: bitsandbytes' may differ from them in their last bit
+    wanted = torch.where(
+        apart.view(-1, BLOCK).any(1, keepdim=True), wanted, row.dequantize(lines, inner, weight.dtype)
+    )
+    new, made, changed = row.requantize(lines, inner, wanted)
+    return new.view(-1)[: codes.numel()].view(codes.shape), _shaped(made, shape), changed.view(-1)
+
+
+def _shaped(scales: Scales, shape: tuple[int, ...]) -> Scales:
+    if isinstance(scales, NestedScales):
+        return scales._replace(codes=scales.codes.reshape(shape))
+    return scales.reshape(shape)
 
 
 def is_bitsandbytes(fields: Mapping | None) -> bool:

@@ -38,7 +38,10 @@ DryRunOption = Annotated[
 ]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Shards written at a time.")]
 MaxShardSizeOption = Annotated[str, typer.Option(help="Maximum shard size, such as 5GB.")]
-DtypeOption = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default=False)]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32; merge-adapter: of what codes stand for.", show_default=False),
+]
 ScalesFromOption = Annotated[
     Path | None, typer.Option(help="bf16-to-fp8: the release whose scales are kept.", show_default=False)
 ]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from modeling_deepseek_moe.ops.four_bit import NestedScales, expand
+from modeling_deepseek_moe.ops.four_bit import NestedScales, expand, renest
 
 Block = tuple[int, int]
 
@@ -39,12 +39,12 @@ class Format(Protocol):
 
 def requantize(
     form: Format, codes: torch.Tensor, scales: torch.Tensor | NestedScales, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | NestedScales, torch.Tensor]:
     """Codes and scales of ``weight``, in which blocks whose values did not change keep their bytes.
 
     Args:
-        codes, scales: of the weight ``[N, K]`` as it was; both stay as they are. Nested scales come back plain, those
-            of blocks that keep their codes with the values that they stood for.
+        codes, scales: of the weight ``[N, K]`` as it was; both stay as they are. Nested scales stay nested, and where a new
+            one is beyond its run's, the others of the run move by what rounding them takes.
         weight: ``[N, K]`` in a floating-point dtype, in which it is compared with what the codes stand for.
 
     Returns:
@@ -57,7 +57,13 @@ def requantize(
     if weight.shape != shape or not weight.is_floating_point():
         raise ValueError(f"{form.title}: found {weight.dtype} {list(weight.shape)}, wanted floats {list(shape)}")
     if isinstance(scales, NestedScales):
-        scales = expand(scales)
+        before = expand(scales)
+        new, values, changed = requantize(form, codes, before, weight)
+        if not changed.any():
+            return codes, scales, changed
+        assert isinstance(values, torch.Tensor)  # as the scales were
+        nested = renest(values, scales, changed)
+        return new, nested, changed | (expand(nested) != before)
     changed = any_in_blocks(weight != form.dequantize(codes, scales, weight.dtype), block)
     if not changed.any():
         return codes, scales, changed

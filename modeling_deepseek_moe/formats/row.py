@@ -31,6 +31,7 @@ class WeightFormat:
         decode: codes, scales, a dtype and the block → the weight, rounded once.
         kernel: the name of the CPU engine's kernels for it, ``"block_fp8"``; ``None``: it has none.
         linear: ``x, codes, scales, bias, block → x · Wᵀ + bias`` for a format with kernels; ``None``: by `decode`.
+        renew: codes, scales and a weight → as `requantize`, where what shares a scale is no block of rows and columns.
         find_scales: the scales of `encode` alone, where they are had for less.
         encode_with: a weight, scales and the block → the nearest codes; ``None`` where scales are never given.
         nan_code: codes that are no number have these bits, sign apart; ``None`` where each code is one.
@@ -56,6 +57,7 @@ class WeightFormat:
     decode: Callable[..., torch.Tensor]  # and, as a keyword too, the block
     kernel: str | None = None
     linear: Callable[..., torch.Tensor] | None = None
+    renew: Callable[..., tuple[torch.Tensor, Scales, torch.Tensor]] | None = None
     find_scales: Callable[[torch.Tensor, Block], torch.Tensor] | None = None
     encode_with: Callable[[torch.Tensor, torch.Tensor, Block], torch.Tensor] | None = None
     nan_code: int | None = None
@@ -129,9 +131,18 @@ class WeightFormat:
 
     def requantize(
         self, codes: torch.Tensor, scales: Scales, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Scales, torch.Tensor]:
         """`blocks.requantize`: codes and scales of ``weight``, and the blocks that changed; all others keep their bytes."""
+        if self.renew is not None:
+            return self.renew(codes, scales, weight)
         return blocks.requantize(self, codes, scales, weight)
+
+    def values_of(self, changed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Bool ``[N, K]`` of what `requantize` says of blocks: ``[rows, columns]`` of them, or ``[blocks]`` through the rows."""
+        if changed.ndim == 1:
+            return changed.repeat_interleave(self.block[1])[: math.prod(shape)].view(shape)
+        rows, columns = (min(own, size) for own, size in zip(self.block, shape, strict=True))
+        return changed.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
 
     def multiply(
         self, x: torch.Tensor, codes: torch.Tensor, scales: Scales, bias: torch.Tensor | None = None

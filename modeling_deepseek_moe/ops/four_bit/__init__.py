@@ -39,6 +39,7 @@ __all__ = [
     "expand",
     "nest",
     "nested_table",
+    "renest",
     "scale_values",
 ]
 
@@ -103,6 +104,13 @@ def expand(scales: NestedScales) -> torch.Tensor:
 def nest(scales: torch.Tensor) -> NestedScales:
     """Plain fp32 scales ``[N, K/group]`` quantised once more, as ``quantize_4bit(compress_statistics=True)`` on a CPU."""
     return reference.nest(scales)
+
+
+def renest(values: torch.Tensor, scales: NestedScales, changed: torch.Tensor) -> NestedScales:
+    """``scales`` with the fp32 ``values [N, G]`` where ``changed [N, G]``; the offset stays, and runs of 256 whose new
+    values fit into them keep their scale and the codes of all others.
+    """
+    return reference.renest(values, scales, changed)
 
 
 def nested_table() -> torch.Tensor:

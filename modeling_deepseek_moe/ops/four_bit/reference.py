@@ -155,6 +155,23 @@ def nest(scales: torch.Tensor) -> NestedScales:
     return NestedScales(nearest[steps].view(scales.shape), absmax, table, offset)
 
 
+def renest(values: torch.Tensor, scales: NestedScales, changed: torch.Tensor) -> NestedScales:
+    """``scales`` with new values ``[N, G]`` where ``changed [N, G]``; all others keep their codes.
+
+    The offset stays, and so does the scale of a run of 256, unless a new value lies beyond it: then all of that run get codes.
+    """
+    offsets, own = (values - scales.offset).reshape(-1), scales.codes.reshape(-1)
+    runs = torch.nn.functional.pad(offsets, (0, -len(offsets) % NESTED_GROUP)).view(-1, NESTED_GROUP)
+    touched = torch.nn.functional.pad(changed.reshape(-1), (0, -len(offsets) % NESTED_GROUP)).view(-1, NESTED_GROUP)
+    largest = torch.where(touched, runs.abs(), 0).amax(-1)
+    grows = largest > scales.absmax
+    absmax = torch.where(grows, largest, scales.absmax)
+    middles = (scales.table[:-1] + scales.table[1:]) / 2
+    nearest = torch.bucketize(runs / absmax.unsqueeze(-1), middles, out_int32=True).to(torch.uint8)
+    codes = torch.where((touched | grows.unsqueeze(-1)).view(-1)[: len(own)], nearest.view(-1)[: len(own)], own)
+    return scales._replace(codes=codes.view(scales.codes.shape), absmax=absmax)
+
+
 def nested_table() -> torch.Tensor:
     """The dynamic 8-bit type (arXiv:1511.04561): a sign, leading zeros for the exponent, the rest a fraction."""
     values = [0.0, 1.0]
