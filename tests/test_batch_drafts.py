@@ -197,6 +197,6 @@ def test_a_quantised_cache_is_refused(model):
     with pytest.raises(ValueError, match="found a QuantizedCache, wanted a cache that gives back drafts"):
         decode(
             *(model, torch.tensor([[3, 4]])),
-            **{"drafts": 1, "is_automatic": False, "make_draft": None, "generation_config": None, CACHE_NAME: cache},
+            **{"choice": None, "make_draft": None, "generation_config": None, CACHE_NAME: cache},
             **lists,
         )
