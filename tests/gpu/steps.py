@@ -7,10 +7,13 @@ import json
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from unittest import mock
 
 import peft
 import torch
 from gpu.fake import DEVICE, Watch, card, equal_slots, fake_mode, fake_model, no_kernels, on_other_devices
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -96,7 +99,11 @@ def train_balanced(model, watch: Watch) -> None:
 def train_adapted(model, watch: Watch) -> None:
     """As `train`, of adapters on the attention's output and the routed experts alone."""
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["o_proj"], target_parameters=stacks))
+    config = peft.LoraConfig(r=16, target_modules=["o_proj"], target_parameters=stacks)
+    # fake parameters cannot be moved: adapters are made where they belong
+    stay = [mock.patch.object(kind, MOVE, lambda *_, **__: None) for kind in (BaseTunerLayer, ParamWrapper)]
+    with DEVICE, stay[0], stay[1]:
+        adapted = peft.get_peft_model(model, config)
     train(adapted, watch)
 
 
@@ -112,6 +119,7 @@ STEPS = {
     "train-fp8": train_fp8,
     "train-adapted": train_adapted,
 }
+MOVE = "_move_adapter_to_device_of_base_layer"  # peft's
 WAITS = ("train-fp8", "train-adapted")  # steps that look at the routing on the host, once a layer, without Triton
 
 
