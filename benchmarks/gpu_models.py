@@ -194,7 +194,7 @@ def training(device: torch.device, layers: int = 4, batch: int = 2, length: int 
 def trace(device: torch.device, layers: int = 4) -> dict:
     """The kernels of one decoding step in FP8: how many, and the ones that take longest."""
     model = build(device, "fp8", num_hidden_layers=layers)
-    out = model(torch.randint(0, 1000, (1, 1024), device=device), use_cache=True)
+    out = model(torch.randint(0, model.config.vocab_size, (1, 1024), device=device), use_cache=True)
     token = torch.zeros((1, 1), dtype=torch.int64, device=device)
     for _ in range(3):
         model(token, **{CACHE: out[CACHE]}, use_cache=True)
