@@ -68,6 +68,7 @@ class Choice:
         """What the next drafted step loses if none of its drafts stands; ``None`` until plain steps are measured."""
         if len(self._plain) < PLAIN_STEPS - 1:
             return None
+        assert self._expected is not None
         if self._drafted:
             return statistics.median(self._drafted) - self._token
         return ((self._expected.cost if self._steps else self._expected.first) - 1) * self._token

@@ -85,7 +85,9 @@ class MtpDraft:
             yield drafted[-1]
         columns.take_back(extra)
 
-    def _begin(self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor):
+    def _begin(
+        self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What is read of the text so far, of which no row is further than another."""
         skipped = 0 if self._window is None else max(0, tokens.shape[1] - self._window)
         padding = None if self._padding is None else self._padding[:, skipped:]

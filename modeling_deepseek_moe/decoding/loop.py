@@ -93,7 +93,8 @@ class Decoding:
     def step(self, count: int, put: Callable) -> None:
         """Draft ``count`` tokens a row at most, verify them, and keep what stands."""
         if not count and self.rows.are_even:
-            return self._plain_step(put)
+            self._plain_step(put)
+            return
         last = self.rows.last
         drafted, probabilities = self._drafted(count)
         count = len(drafted)
