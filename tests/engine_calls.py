@@ -10,6 +10,7 @@ import torch
 from engine_cases import FP8, Experts, random_fp8, random_routing
 
 from modeling_deepseek_moe.ops import _native, four_bit
+from modeling_deepseek_moe.ops._latents import DTYPES as LATENT_DTYPES
 from modeling_deepseek_moe.ops._structs import NESTED, Nested
 from modeling_deepseek_moe.ops.absorbed_attention import cpu as attention
 from modeling_deepseek_moe.ops.block_fp8 import cpu as fp8
@@ -67,9 +68,9 @@ def every_call(
         calls[f"dequantize-{name}"] = fp8.dequantize, (codes, scale, dtype)
         calls[f"quantize-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, False)
         calls[f"quantize-ue8m0-{name}"] = fp8.quantize, ((random(width, hidden) * magnitude).to(dtype), True, True)
-        if dtype in attention.CACHES:
+        if dtype in LATENT_DTYPES:
             calls |= choice_calls(random, name, dtype, tokens)
-        for kind in homes if dtype in attention.CACHES else ():
+        for kind in homes if dtype in LATENT_DTYPES else ():
             label = f"{'fp8' if kind == FP8 else 'bf16'}-{name}"
             calls |= attention_calls(random, label, kind, dtype, tokens, hidden, magnitude)
         for kind, home in homes.items():
@@ -100,7 +101,7 @@ def four_bit_calls(random: Callable, kind: str, x, chosen, width: int, magnitude
     gate, up, down = (matrix(*shape) for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
     three = [part for _, scales in (gate, up, down) for part in four_bit_cpu.parts_of(scales)]
     calls[f"swiglu-{label}"] = experts.swiglu_four_bit, (x, [gate[0], up[0], down[0]], three, row)
-    if x.dtype in attention.CACHES:
+    if x.dtype in LATENT_DTYPES:
         up, up_scales = matrix(4 * 36, hidden)
         shapes = ((2, 4, 1, 16), (2, 4, 1, 8), (2, 1, 30, hidden), (2, 1, 30, 8))
         given = [(random(*shape) * magnitude).to(x.dtype) for shape in shapes]

@@ -11,6 +11,7 @@ LAYERS = (
     "ops._dispatch",
     "ops._structs",
     "ops._native",
+    "ops._latents",
     "ops._library",
     "ops._libraries",
     "ops._trials",

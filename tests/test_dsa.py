@@ -380,8 +380,13 @@ def test_wishes_that_sparse_attention_has_not_are_refused(pair):
             with pytest.raises(ValueError, match=f"{next(iter(wish))}=.*at most index_topk={TOPK}"):
                 model(ids, **wish)
     ours.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="continuous batching: found model_type"):
-        ours.init_continuous_batching()
+    for call in (
+        ours.init_continuous_batching,
+        partial(ours.generate_batch, [[3, 4, 5]]),
+        lambda: ours.continuous_batching_context_manager().__enter__(),
+    ):
+        with pytest.raises(ValueError, match=f"continuous batching: found model_type='{ours.config.model_type}'"):
+            call()
 
 
 def test_a_cache_without_room_for_keys_is_refused(pair, folders):
