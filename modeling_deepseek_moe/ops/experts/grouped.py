@@ -54,10 +54,14 @@ def run(
     matrices = [matrix for pair in pairs for matrix in (pair.a, pair.b)]
     scales = Scales(len(low_rank.gate_up), [pair.scale for pair in pairs])
     weights = weights or _operands(module, hidden_TD)
-    if triton.kind(weights) == triton.BF16:
+    kind = triton.kind(weights)
+    if kind is None:
+        raise ValueError(f"experts: found {weights.kind or weights.dtype}, which no kernel multiplies")
+    if kind == triton.BF16:
         stacks, codes = weights.stacks[:2], None
     else:
-        stacks, codes = (None, None), _codes(module, weights)
+        found = module.stacked().values()
+        stacks, codes = (None, None), Codes(*(Matrix.of(matrix.codes, matrix.scales, kind) for matrix in found))
     return GroupedSwiGlu.apply(hidden_TD, topk_indices, topk_weights, *stacks, codes, scales, *matrices)
 
 
@@ -75,8 +79,3 @@ def _operands(module: nn.Module, hidden_TD: torch.Tensor) -> Operands:
 
 def _codes_of(scales) -> torch.Tensor:
     return scales.codes if isinstance(scales, NestedScales) else scales
-
-
-def _codes(module: nn.Module, weights: Operands) -> Codes:
-    name = triton.kind(weights)
-    return Codes(*(Matrix.of(*matrix, name) for matrix in module.stacked().values()))

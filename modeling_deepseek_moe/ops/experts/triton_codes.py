@@ -115,7 +115,7 @@ class Codes(NamedTuple):
     down: Matrix
 
     @property
-    def count(self) -> int:
+    def experts(self) -> int:
         return len(self.down.words)
 
     def gate_up_product(self, x_TD: torch.Tensor, order: Order) -> torch.Tensor:

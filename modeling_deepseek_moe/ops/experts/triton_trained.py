@@ -24,7 +24,7 @@ class Stacks(NamedTuple):
     down: torch.Tensor
 
     @property
-    def count(self) -> int:
+    def experts(self) -> int:
         return len(self.down)
 
     def gate_up_product(self, x_TD: torch.Tensor, order: Order) -> torch.Tensor:
@@ -83,9 +83,9 @@ class Pair(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Of the pairs: ``count`` are gate's and up's, which come first; ``values``: a number or ``[T]`` of each."""
+    """Of the pairs: ``of_inner`` are gate's and up's, which come first; ``values``: a number or ``[T]`` of each."""
 
-    count: int
+    of_inner: int
     values: Sequence[float | torch.Tensor]
 
     def pairs(
@@ -98,9 +98,9 @@ class Scales(NamedTuple):
                 each = torch.full(slots.shape, scale, dtype=torch.float32, device=slots.device)
             else:
                 each = scale.float().repeat_interleave(top_k) if scale.ndim else scale.float().expand(slots.shape)
-            own = (m.detach().to(BF16, memory_format=torch.contiguous_format).contiguous() for m in (a, b))
-            found.append(Pair(*own, each))
-        return found[: self.count], found[self.count :]
+            a, b = (m.detach().to(BF16).contiguous() for m in (a, b))
+            found.append(Pair(a, b, each))
+        return found[: self.of_inner], found[self.of_inner :]
 
 
 class GroupedSwiGlu(torch.autograd.Function):
@@ -123,7 +123,7 @@ class GroupedSwiGlu(torch.autograd.Function):
             topk_weights.float().contiguous(),
         )
         base = Stacks(*(stack.to(BF16).contiguous() for stack in (gate_up, down))) if codes is None else codes
-        order = Order.of(indices, base.count)
+        order = Order.of(indices, base.experts)
         of_inner, of_down = scales.pairs(matrices, order.slots, order.top_k)
         inner = base.gate_up_product(x, order)
         lows = [pair.add(inner, x, order, by_token=True) for pair in of_inner]
@@ -134,13 +134,13 @@ class GroupedSwiGlu(torch.autograd.Function):
         stacks = base if codes is None else ()
         ctx.counts = len(stacks), len(matrices)
         ctx.save_for_backward(x, indices, weights, inner, *order[:2], *stacks, *matrices, *lows)
-        return combine(y, indices, base.count, ctx.dtypes[0])
+        return combine(y, indices, base.experts, ctx.dtypes[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
         x, indices, weights, inner, *saved = ctx.saved_tensors
-        order, saved, (stacks, count) = Order(*saved[:2], indices.shape[1]), saved[2:], ctx.counts
+        order, saved, (stacks, count) = Order(saved[0], saved[1], indices.shape[1]), saved[2:], ctx.counts
         base = Stacks(*saved[:stacks]) if stacks else ctx.codes
         matrices, lows = saved[stacks : stacks + count], saved[stacks + count :]
         of_inner, of_down = ctx.scales.pairs(matrices, order.slots, order.top_k)
@@ -149,11 +149,11 @@ class GroupedSwiGlu(torch.autograd.Function):
         dy, d_down, d_gate_up, d_x = dy_TD.to(BF16).contiguous(), None, None, None
         d_h = base.down_back(dy, order)
         h = _weighted(inner, weights, order) if needs_down or of_down else None
-        if needs_down:
+        if needs_down and h is not None:
             d_down = grouped_outer(dy, h, order, a_by_token=True, dtype=ctx.dtypes[3])
         last = zip(of_down, lows[len(of_inner) :], dtypes[len(of_inner) :], strict=True)
         d_last = [pair.back(d_h, dy, h, low, order, own, by_token=True) for pair, low, own in last]
-        d_inner, d_weights = _swiglu_backward(inner, weights, order, d_h, base.count)
+        d_inner, d_weights = _swiglu_backward(inner, weights, order, d_h, base.experts)
         if needs_gate_up:
             d_gate_up = grouped_outer(d_inner, x, order, b_by_token=True, dtype=ctx.dtypes[2])
         d_y = base.gate_up_back(d_inner, order) if needs_x else None
@@ -161,8 +161,8 @@ class GroupedSwiGlu(torch.autograd.Function):
         d_first = [
             pair.back(d_y, d_inner, x, low, order, own, x_by_token=True, by_slot=True) for pair, low, own in first
         ]
-        if needs_x:
-            d_x = combine(d_y, indices, base.count, ctx.dtypes[0])
+        if d_y is not None:
+            d_x = combine(d_y, indices, base.experts, ctx.dtypes[0])
         d_weights = d_weights.to(ctx.dtypes[1]) if needs_weights else None
         d_matrices = [gradient for pair in (*d_first, *d_last) for gradient in pair]
         return d_x, None, d_weights, d_gate_up, d_down, None, None, *d_matrices
