@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.attention_chunks import attend, finish, merge
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention
+from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention, attend_pages, takes_pages
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.ops.prompt_attention import interface
 from modeling_deepseek_moe.paged import PagedLatents
@@ -112,10 +112,11 @@ class DeepseekAttention(nn.Module):
             ``[B, q, hidden_size]`` and the probabilities ``[B, H, q, kv]`` where the implementation gives them.
         """
         (batch, _, length, _), new = q_nope.shape, (c_kv, k_pe)
-        c_kv, k_pe = self._cached(c_kv, k_pe, cache, past_length, q_nope)
         if isinstance(cache, PagedLatents):
-            output, weights = self._each_request(q_nope, q_pe, c_kv, k_pe, cache.requests), None
-        elif mla_path == ABSORBED:
+            output = self._of_requests(q_nope, q_pe, c_kv, k_pe, cache)
+            return project(self.o_proj, output.reshape(batch, length, -1)), None
+        c_kv, k_pe = self._cached(c_kv, k_pe, cache, past_length, q_nope)
+        if mla_path == ABSORBED:
             output, weights = self._absorbed(q_nope, q_pe, c_kv, k_pe, attention_mask, output_attentions)
         elif past_length and not output_attentions:
             output, weights = self._expanded_in_chunks(q_nope, q_pe, c_kv, k_pe, attention_mask), None
@@ -145,7 +146,7 @@ class DeepseekAttention(nn.Module):
         if cache is not None:
             length = c_kv.shape[2]
             c_kv, k_pe = cache.update(c_kv, k_pe, self.layer_idx)
-            if past_length is not None and not isinstance(cache, PagedLatents):
+            if past_length is not None:
                 used = past_length + length
                 c_kv, k_pe = c_kv[:, :, :used], k_pe[:, :, :used]
         if c_kv.dtype != like.dtype:  # a cache kept in another dtype
@@ -201,10 +202,16 @@ class DeepseekAttention(nn.Module):
             q_nope, q_pe, c_kv, k_pe, mask, self.kv_b_proj, self.scaling, dropout, output_attentions
         )
 
-    def _each_request(self, q_nope, q_pe, c_kv, k_pe, requests):
-        """Each request's queries over its own latents, in the form that costs less."""
+    def _of_requests(self, q_nope, q_pe, c_kv, k_pe, cache: PagedLatents):
+        """Each request's queries over its own latents: at once where a kernel can, else one by one in the form that costs less."""
+        if cache.is_decoding:
+            pages, queries = cache.located(self.layer_idx), (q_nope.transpose(0, 2), q_pe.transpose(0, 2))
+            if takes_pages(*queries, pages, self.kv_b_proj):
+                cache.write(c_kv, k_pe, self.layer_idx)
+                return attend_pages(*queries, pages, self.kv_b_proj, self.scaling)
+        c_kv, k_pe = self._cached(c_kv, k_pe, cache, None, q_nope)
         outputs = []
-        for queries, keys in requests:
+        for queries, keys in cache.requests:
             tensors = q_nope[:, :, queries], q_pe[:, :, queries], c_kv[:, :, keys], k_pe[:, :, keys]
             if choose_mla_path(self.config, tensors[0].shape[2], tensors[2].shape[2]) == ABSORBED:
                 outputs.append(self._absorbed(*tensors, None, False)[0])

@@ -8,6 +8,7 @@ transformers sizes a page by ``num_key_value_heads`` and ``head_dim`` and keeps 
 
 import copy
 import itertools
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.machine import probe_machine
+from modeling_deepseek_moe.ops.absorbed_attention import Pages
 
 # Settings of graphs with fixed shapes; a forward pass over pages depends on how long each request is.
 FIXED_SHAPES = (
@@ -51,9 +53,19 @@ class PagedLatents:
         self.pages = pages
         self.arguments = arguments
         self.widths = widths
-        queries = arguments["cu_seq_lens_q"].tolist()
-        (keys,) = (lengths.tolist() for lengths in arguments["cu_seq_lens_k"].values())  # one kind of attention
-        self.requests = list(zip(_slices(queries), _slices(keys), strict=True))
+
+    @cached_property
+    def requests(self) -> list[tuple[slice, slice]]:
+        """Each request's new tokens in the row, and its latents in what `update` returns; waits for the device."""
+        (keys,) = self.arguments["cu_seq_lens_k"].values()  # one kind of attention
+        lengths = self.arguments["cu_seq_lens_q"], keys
+        return list(zip(*(_slices(cumulative.tolist()) for cumulative in lengths), strict=True))
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether each request has one new token, and any has a past."""
+        (index,) = self.arguments["read_index"]
+        return self.arguments["max_length_q"] == 1 and len(index) > 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the row's first: none, the requests' own pasts are their own."""
@@ -61,12 +73,26 @@ class PagedLatents:
 
     def update(self, c_kv: torch.Tensor, k_pe: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new latents ``[1, 1, T, r]`` and ``[1, 1, T, p]``; returns all of every request, ``[1, 1, kv, ·]``."""
-        width = sum(self.widths)
+        halves = self._update(c_kv, k_pe, layer_idx, self.arguments["read_index"])
+        return torch.cat(halves, dim=-1)[..., : sum(self.widths)].split(self.widths, dim=-1)
+
+    def write(self, c_kv: torch.Tensor, k_pe: torch.Tensor, layer_idx: int) -> None:
+        """As `update`, and nothing is read: `located` tells where."""
+        self._update(c_kv, k_pe, layer_idx, [index[:0] for index in self.arguments["read_index"]])
+
+    def located(self, layer_idx: int) -> Pages:
+        """Where the latents of every request of a step that `is_decoding` lie."""
+        halves = self.pages.layer_to_allocator[layer_idx].get_cache_for_block_table(layer_idx)
+        (index,) = self.arguments["read_index"]
+        (starts,), (longest,) = (self.arguments[name].values() for name in ("cu_seq_lens_k", "max_length_k"))
+        return Pages(*(half.flatten(0, -2) for half in halves), index, starts, longest)
+
+    def _update(self, c_kv, k_pe, layer_idx: int, read_index: list[torch.Tensor]):
+        """The manager's: it reads nothing by an empty index."""
         latents = torch.cat((c_kv, k_pe), dim=-1).to(self.pages.dtype)
-        halves = F.pad(latents, (0, width % 2)).chunk(2, dim=-1)
+        halves = F.pad(latents, (0, sum(self.widths) % 2)).chunk(2, dim=-1)
         # the cache writes into the arguments that it is given
-        halves = self.pages.update(*halves, layer_idx, dict(self.arguments))
-        return torch.cat(halves, dim=-1)[..., :width].split(self.widths, dim=-1)
+        return self.pages.update(*halves, layer_idx, self.arguments | {"read_index": read_index})
 
 
 class PagedModel:

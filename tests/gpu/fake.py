@@ -35,6 +35,7 @@ NO_KERNEL = {
 }
 LAUNCHES = {
     "triton_mla_decode": 3,
+    "triton_mla_decode_pages": 3,
     "experts_on_card": 3,
     "experts_and_norm_on_card": 3,
 }  # of operators that start several kernels

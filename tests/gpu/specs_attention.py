@@ -6,10 +6,12 @@ from gpu.aot import Spec
 from modeling_deepseek_moe.ops import _latent_rows
 from modeling_deepseek_moe.ops.absorbed_attention import triton
 from modeling_deepseek_moe.ops.absorbed_attention import triton_kernels as kernels
+from modeling_deepseek_moe.ops.absorbed_attention import triton_pages_kernels as pages_kernels
 
 HEADS = {"V2-Lite": 16, "V3": 128}
 DIMS = {"N": 128, "V": 128, "R": 512}
 STRIDES = ("sp_b", "sp_h", "sc_b", "sc_t", "sk_b", "sk_t")
+PAGE_STRIDES = ("sp_b", "sp_h", "sf_t", "ss_t")
 SCALES = ("ss_b", "ss_t")
 NUMBERS = ("bf16", "fp32")
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -37,6 +39,20 @@ def split(card: int, model: str, number: str, mask: str, in_codes: bool = False)
     # of the latents, which the programs of a layer's blocks of heads share
     nbytes = block_keys * row * min(block_heads, HEADS[model]) // HEADS[model]
     return Spec(name, kernels.split, types, constants, warps, 3, nbytes, ("H", *STRIDES))
+
+
+def split_pages(card: int, model: str, number: str) -> Spec:
+    """As `split`, of bf16 or fp32 latents in pages, whose rows are halved."""
+    block_heads, block_keys, warps, stages = triton.tiles(card, HEADS[model], TORCH[number])
+    types = dict.fromkeys(("q_ptr", "pe_ptr", "first_ptr", "second_ptr"), f"*{number}")
+    types |= {"index_ptr": "*i64", "starts_ptr": "*i32", "o_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("H", *PAGE_STRIDES), "i32")
+    constants = {"R": 512, "P": 64, "HALF": 288, "RP": 512, "PP": 64, "BH": block_heads, "BN": block_keys}
+    row = 576 * TORCH[number].itemsize + torch.int64.itemsize
+    nbytes = block_keys * row * min(block_heads, HEADS[model]) // HEADS[model]
+    aligned = ("H", *PAGE_STRIDES)
+    name = f"split_pages {model} {number}"
+    return Spec(name, pages_kernels.split_pages, types, constants | {"STAGES": stages}, warps, 3, nbytes, aligned)
 
 
 def absorb(number: str, fp8: bool, rotate: bool) -> Spec:
@@ -78,6 +94,7 @@ def specs(card: int) -> list[Spec]:
     found += [split(card, model, "bf16", "bool") for model in HEADS]
     found += [split(card, model, "bf16", "bool", in_codes=True) for model in HEADS]
     found += [split(card, "V2-Lite", "bf16", "add"), split(card, "V2-Lite", "fp32", "bool")]
+    found += [split_pages(card, model, "bf16") for model in HEADS] + [split_pages(card, "V2-Lite", "fp32")]
     found += [absorb("bf16", fp8, rotate) for fp8 in (False, True) for rotate in (False, True)]
     found += [merge("bf16", fp8) for fp8 in (False, True)]
     types = {"mask_ptr": "*u8", "bounds_ptr": "*i32", "length": "i32", "sm_b": "i32"}

@@ -16,9 +16,13 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.distributed import DistributedHelper
 
 from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, Fp8StaticCache, prepare_fp8_training
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.paged import PagedModel
 from modeling_deepseek_moe.training.attach import attach_state
 
 MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -63,6 +67,24 @@ def decode(model, watch: Watch, cache_class: str, rows: int = 1) -> None:
         positions = torch.full((rows, 1), PROMPT, device=DEVICE)
         with watch:
             call(model, ids, cache, attention_mask=mask, position_ids=positions)
+
+
+def decode_paged(model, watch: Watch, rows: int = 8) -> None:
+    """One token of each of several requests whose latents are in pages, as the manager of `generate_batch` asks for it."""
+    paged = PagedModel(model)
+    settings = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64, max_blocks_per_request=0)
+    pages = PagedAttentionCache(paged.config, settings, DEVICE, DistributedHelper(None, None), torch.bfloat16)
+    (kind,) = pages.cache_allocators
+
+    def numbers(size: int, dtype=torch.int32) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=DEVICE)
+
+    places = {"read_index": [numbers(rows * 20, torch.int64)], "write_index": [numbers(rows, torch.int64)]}
+    lengths = {"cu_seq_lens_q": numbers(rows + 1), "cu_seq_lens_k": {kind: numbers(rows + 1)}}
+    lengths |= {"max_length_q": 1, "max_length_k": {kind: 33}}
+    ids = numbers(rows, torch.int64)
+    with torch.no_grad(), watch:
+        paged(ids[None], ids[None], pages, ids, **places, **lengths)
 
 
 def prefill(model, watch: Watch, cache=None, rows: int = 1) -> None:
@@ -113,6 +135,7 @@ STEPS = {
     "decode-static": lambda model, watch: decode(model, watch, "static"),
     "decode-codes": lambda model, watch: decode(model, watch, "growing FP8"),
     "decode-static-codes": lambda model, watch: decode(model, watch, "static FP8"),
+    "decode-paged": decode_paged,
     "prefill": prefill,
     "train": train,
     "train-balanced": train_balanced,

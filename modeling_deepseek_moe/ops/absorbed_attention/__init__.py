@@ -6,8 +6,10 @@ q̃ = W_UKᵀ q_nope;  p = softmax((c_kv q̃ + k_pe q_pe) · scaling + mask);  o
 import torch
 from torch import nn
 
+from modeling_deepseek_moe.ops import _triton
 from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, may_use
 from modeling_deepseek_moe.ops._operands import (
+    RowsOfRank,
     is_of_four_bits,
     kept_weight_of,
     operand_of,
@@ -18,10 +20,11 @@ from modeling_deepseek_moe.ops._operands import (
     unsupported_linear,
 )
 from modeling_deepseek_moe.ops._structs import NESTED
-from modeling_deepseek_moe.ops.absorbed_attention import cpu, reference, triton
+from modeling_deepseek_moe.ops.absorbed_attention import cpu, reference, triton, triton_pages
+from modeling_deepseek_moe.ops.absorbed_attention.pages import Pages
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 
-__all__ = ["absorbed_attention", "triton"]
+__all__ = ["Pages", "absorbed_attention", "attend_pages", "takes_pages", "triton"]
 
 
 def absorbed_attention(
@@ -52,13 +55,7 @@ def absorbed_attention(
         if may_use(CPU, reason):
             parts, kind = four_bit.parts_of(operand.scales), operand.kind.removesuffix(NESTED)
             return cpu.decode_four_bit(*tensors, operand.codes, parts, kind, scaling), None
-    in_place = in_place and operand is None
-    if in_place:
-        weight, scale = kv_b_proj.weight, scale_of(kv_b_proj)
-    elif rows is not None and (rows.scale is None or unsupported_format(kv_b_proj.weight_format) is None):
-        weight, scale, in_place = *rows, True
-    else:
-        weight, scale = kept_weight_of(kv_b_proj, q_nope), None
+    weight, scale, in_place = _weight_of(kv_b_proj, rows, in_place and operand is None, q_nope)
     if plain and may_use(CPU, cpu.unsupported_reason(*tensors, weight)):
         return cpu.decode(*tensors, weight, scale, scaling), None
     if plain and may_use(TRITON, triton.unsupported_reason(*tensors, weight)):
@@ -68,3 +65,43 @@ def absorbed_attention(
     heads, nope = q_nope.shape[1], q_nope.shape[3]
     w_uk, w_uv = weight.view(heads, -1, weight.shape[-1]).tensor_split((nope,), dim=1)
     return reference.absorbed_attention(*tensors, w_uk, w_uv, scaling, dropout, output_attentions)
+
+
+def takes_pages(q_nope: torch.Tensor, q_pe: torch.Tensor, pages: Pages, kv_b_proj: nn.Module) -> bool:
+    """Whether `attend_pages` can, with its arguments."""
+    # looked at first: elsewhere a weight in four bits would be decoded for nothing
+    if _triton.refusal(q_nope.device) is not None or torch.is_autocast_enabled(q_nope.device.type):
+        return False
+    weight, _ = _weight_on_card(kv_b_proj, q_nope)
+    return may_use(TRITON, triton.unsupported_reason(q_nope, q_pe, pages.first, pages.second, None, weight))
+
+
+def attend_pages(
+    q_nope: torch.Tensor, q_pe: torch.Tensor, pages: Pages, kv_b_proj: nn.Module, scaling: float
+) -> torch.Tensor:
+    """`absorbed_attention` of one new token of each request to all of its own latents, all requests in one call.
+
+    Args:
+        q_nope, q_pe: ``[B, H, 1, n]`` and, rotated, ``[B, H, 1, p]``.
+        kv_b_proj: as for `absorbed_attention`.
+
+    Returns:
+        ``[B, 1, H, v]``.
+    """
+    return triton_pages.decode(q_nope, q_pe, *pages, *_weight_on_card(kv_b_proj, q_nope), scaling)
+
+
+def _weight_on_card(kv_b_proj: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    in_place = unsupported_linear(kv_b_proj) is None and not is_of_four_bits(kv_b_proj)
+    return _weight_of(kv_b_proj, rows_of_rank(kv_b_proj), in_place, like)[:2]
+
+
+def _weight_of(
+    kv_b_proj: nn.Module, rows: RowsOfRank | None, in_place: bool, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """The weight, its scales, and whether it is read where it lies; else it is in the dtype of ``like``."""
+    if in_place:
+        return kv_b_proj.weight, scale_of(kv_b_proj), True
+    if rows is not None and (rows.scale is None or unsupported_format(kv_b_proj.weight_format) is None):
+        return *rows, True
+    return kept_weight_of(kv_b_proj, like), None, False

@@ -94,7 +94,7 @@ def bounds_of(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
     return bounds if len(bounds) == batch else bounds.expand(batch, 2).contiguous()
 
 
-def _absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave: bool, value: int):
+def absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave: bool, value: int):
     """Queries ``[B, H, r]`` in the latent space and, if there are tables, ``q_pe [B, H, p]`` rotated."""
     batch, heads, _, nope = q_nope.shape
     rope, rank = q_pe.shape[3], weight.shape[1]
@@ -105,7 +105,7 @@ def _absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave: bool, value: 
         kernels("absorbed_attention").absorb,
         (heads, blocks(rank, block), blocks(batch, BATCH)),
         q_nope.device,
-        *(q_nope, q_pe, cos, sin, _bytes(weight), scale_inv, latent, rotated, batch, heads),
+        *(q_nope, q_pe, cos, sin, as_bytes(weight), scale_inv, latent, rotated, batch, heads),
         *(*q_nope.stride()[:2], *q_pe.stride()[:2]),
         0 if cos is None or cos.shape[0] == 1 else cos.stride(0),
         **dict(N=nope, V=value, P=rope, R=rank, NP=padded(nope), PP=padded(rope // 2), BM=BATCH, BR=block),
@@ -148,7 +148,7 @@ def _decode(
     q_nope, q_pe, c_kv, k_pe = (t if t.stride(3) == 1 else t.contiguous() for t in (q_nope, q_pe, c_kv, k_pe))
     in_codes = c_kv.dtype == torch.uint8
     c_kv, scales = _latent_rows.codes_and_scales(c_kv, rank) if in_codes else (c_kv, None)
-    latent, q_pe = _absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
+    latent, q_pe = absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
     card = _triton.capability(q_nope.device)
     block_heads, block_keys, warps, stages = tiles(card, heads, q_nope.dtype, in_codes)
     parts = splits(batch, blocks(heads, block_heads), length, _triton.processors(q_nope.device))
@@ -170,10 +170,10 @@ def _decode(
         **dict(STAGES=stages, warps=warps),
         MASK=kind,
     )
-    return _merge(partial, log_sums, weight, scale_inv, q_nope)
+    return merge(partial, log_sums, weight, scale_inv, q_nope)
 
 
-def _merge(partial, log_sums, weight, scale_inv, q_nope) -> torch.Tensor:
+def merge(partial, log_sums, weight, scale_inv, q_nope) -> torch.Tensor:
     """W_UV of each head times its joined parts ``[B, parts, H, r]``, whose sums' logarithms are ``[B, parts, H]``, both fp32."""
     batch, parts, heads, rank = partial.shape
     nope = q_nope.shape[3]
@@ -183,7 +183,7 @@ def _merge(partial, log_sums, weight, scale_inv, q_nope) -> torch.Tensor:
         kernels("absorbed_attention").merge,
         (heads, blocks(value, 32), blocks(batch, BATCH)),
         q_nope.device,
-        *(partial, log_sums, _bytes(weight), scale_inv, out, batch, heads, parts),
+        *(partial, log_sums, as_bytes(weight), scale_inv, out, batch, heads, parts),
         **dict(N=nope, V=value, R=rank, BM=BATCH, BV=32, BK=min(128, padded(rank)), FP8=scale_inv is not None),
     )
     return out
@@ -193,9 +193,9 @@ def _by_library(q_nope, q_pe, c_kv, k_pe, weight, scale_inv, scaling, cos, sin, 
     """As `_decode` without a mask: queries and values go through W_UK and W_UV here, and between them FlashAttention attends."""
     q_nope, q_pe = (t if t.stride(3) == 1 else t.contiguous() for t in (q_nope, q_pe))
     value = weight.shape[0] // q_nope.shape[1] - q_nope.shape[3]
-    latent, q_pe = _absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
+    latent, q_pe = absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
     attended = flash_attention.attend(latent, q_pe, c_kv, k_pe, scaling=scaling).float().unsqueeze(1)
-    return _merge(attended, attended.new_zeros(attended.shape[:3]), weight, scale_inv, q_nope)
+    return merge(attended, attended.new_zeros(attended.shape[:3]), weight, scale_inv, q_nope)
 
 
 def _chosen(
@@ -221,7 +221,7 @@ def _read_mask(mask: torch.Tensor | None) -> tuple[str, torch.Tensor | None, int
     return kind, mask, 0 if mask.shape[0] == 1 else mask.stride(0)
 
 
-def _bytes(weight: torch.Tensor) -> torch.Tensor:
+def as_bytes(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight
 
 

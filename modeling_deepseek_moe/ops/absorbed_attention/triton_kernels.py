@@ -68,6 +68,33 @@ def decoded(raw, s_p, t, tm, ss_t, R: tl.constexpr, RP: tl.constexpr, NATIVE: tl
 
 
 @triton.jit
+def part(begin, end, BN: tl.constexpr):
+    """The first of the keys ``begin <= t < end`` that this program attends to, and one past its last."""
+    per = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), BN) * BN
+    lo = begin + tl.program_id(1) * per
+    return lo, tl.minimum(lo + per, end)
+
+
+@triton.jit
+def weighed(s, c, top, total, acc):
+    """Of scores ``s [BH, BN]`` of latents ``c [BN, RP]``, in log2, and those before: the largest, the sum of weights, weights times latents."""
+    new = tl.maximum(top, tl.max(s, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    w = tl.exp2(s - shift[:, None])
+    fade = tl.exp2(top - shift)
+    return new, total * fade + tl.sum(w, 1), tl.dot(w.to(c.dtype), c, acc * fade[:, None], input_precision="ieee")
+
+
+@triton.jit
+def keep(o_ptr, lse_ptr, row, r, hm, top, total, acc, R: tl.constexpr):
+    """Store what `weighed` left at the end: divided, and the sum's logarithm."""
+    seen = total != 0  # NaN is to be seen
+    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    tl.store(o_ptr + row[:, None].to(tl.int64) * R + r[None, :], acc, mask=hm[:, None] & (r < R)[None, :])
+    tl.store(lse_ptr + row, tl.where(seen, top + tl.log2(total), float("-inf")), mask=hm)
+
+
+@triton.jit
 def split(
     q_ptr, pe_ptr, c_ptr, s_ptr, k_ptr, mask_ptr, bounds_ptr, o_ptr, lse_ptr, scale_log2, H, length, sp_b, sp_h, sc_b, sc_t,
     ss_b, ss_t, sk_b, sk_t, sm_b, R: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, BH: tl.constexpr,
@@ -85,9 +112,7 @@ def split(
     begin, end = 0, length
     if BOUNDS:
         begin, end = tl.load(bounds_ptr + 2 * b), tl.load(bounds_ptr + 2 * b + 1)
-    per = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), BN) * BN
-    lo = begin + tl.program_id(1) * per
-    hi = tl.minimum(lo + per, end)
+    lo, hi = part(begin, end, BN)
     row = (b * tl.num_programs(1) + tl.program_id(1)) * H + h
     if lo >= hi:
         tl.store(lse_ptr + row, tl.full((BH,), float("-inf"), tl.float32), mask=hm)
@@ -114,17 +139,8 @@ def split(
         if MASK == "add":
             s += tl.load(mask_ptr + b * sm_b + t, mask=tm, other=0.0).to(tl.float32)[None, :] * 1.4426950408889634
         s = tl.where(tm[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        w = tl.exp2(s - shift[:, None])
-        fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(w, 1)
-        acc = tl.dot(w.to(c.dtype), c, acc * fade[:, None], input_precision="ieee")
-        top = new
-    seen = total != 0  # NaN is to be seen
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    tl.store(o_ptr + row[:, None].to(tl.int64) * R + r[None, :], acc, mask=hm[:, None] & (r < R)[None, :])
-    tl.store(lse_ptr + row, tl.where(seen, top + tl.log2(total), float("-inf")), mask=hm)
+        top, total, acc = weighed(s, c, top, total, acc)
+    keep(o_ptr, lse_ptr, row, r, hm, top, total, acc, R)
 
 
 @triton.jit
