@@ -19,12 +19,14 @@ from transformers.generation import ContinuousBatchingConfig
 
 from modeling_deepseek_moe import DeepseekV3Config, tiny_checkpoint
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 PLAIN = {"v3": transformers.DeepseekV3ForCausalLM, "v2": transformers.DeepseekV2ForCausalLM}
 NEW = 12
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SMALL = {"page_size": 16, "num_blocks": 16, "max_batch_tokens": 64}
+RANK = COMMON["kv_lora_rank"]
 STATIC_CROPS = Version(transformers.__version__) >= Version("5.24")
 
 
@@ -135,6 +137,33 @@ def test_more_than_fits_at_once(folder, settings):
     requests = prompts(5, 30, 3, 9, 21, 14, 2, 26)
     requests += [requests[1][:20] + requests[4], requests[1]]  # of which pages are shared
     assert batched(model, requests, **settings) == [alone(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("kind", ["v3", "v2-lite"])
+def test_all_requests_at_once_as_on_a_card(folder, kind, monkeypatch):
+    """Steps of one token each find every latent by the manager's index, and make no list of the requests."""
+    calls = []
+
+    def attend(q_nope, q_pe, pages, kv_b_proj, scaling):
+        calls.append(len(q_nope))
+        ranges = zip(pages.starts.tolist(), pages.starts.tolist()[1:], strict=False)
+        outputs = []
+        for request, (start, stop) in enumerate(ranges):
+            assert 0 < stop - start <= pages.longest
+            own = pages.index[start:stop]
+            latents = torch.cat((pages.first[own], pages.second[own]), dim=-1)
+            c_kv, k_pe, _ = latents[None, None].tensor_split((RANK, RANK + q_pe.shape[3]), dim=-1)
+            query = q_nope[request, None], q_pe[request, None]
+            outputs.append(absorbed_attention(*query, c_kv, k_pe, None, kv_b_proj, scaling)[0])
+        return torch.cat(outputs)
+
+    requests = prompts(5, 17, 1, 40, 9)
+    model = load(folder(kind))
+    wanted = batched(model, requests)
+    monkeypatch.setattr("modeling_deepseek_moe.attention.takes_pages", lambda *_: True)
+    monkeypatch.setattr("modeling_deepseek_moe.attention.attend_pages", attend)
+    assert batched(model, requests) == wanted
+    assert calls.count(len(requests)) >= (NEW - 2) * model.config.num_hidden_layers
 
 
 def test_several_answers_a_prompt(folder):

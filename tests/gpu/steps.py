@@ -72,7 +72,8 @@ def decode(model, watch: Watch, cache_class: str, rows: int = 1) -> None:
 def decode_paged(model, watch: Watch, rows: int = 8) -> None:
     """One token of each of several requests whose latents are in pages, as the manager of `generate_batch` asks for it."""
     paged = PagedModel(model)
-    settings = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64, max_blocks_per_request=0)
+    sizes = {"page_size": 16, "num_blocks": 32, "max_batch_tokens": 64, "max_requests_per_batch": rows}
+    settings = ContinuousBatchingConfig(**sizes, max_blocks_per_request=0, max_memory_percent=1.0)
     pages = PagedAttentionCache(paged.config, settings, DEVICE, DistributedHelper(None, None), torch.bfloat16)
     (kind,) = pages.cache_allocators
 
