@@ -90,7 +90,9 @@ class PagedLatents:
     def _update(self, c_kv, k_pe, layer_idx: int, read_index: list[torch.Tensor]):
         """The manager's: it reads nothing by an empty index."""
         latents = torch.cat((c_kv, k_pe), dim=-1).to(self.pages.dtype)
-        halves = F.pad(latents, (0, sum(self.widths) % 2)).chunk(2, dim=-1)
+        if sum(self.widths) % 2:
+            latents = F.pad(latents, (0, 1))
+        halves = latents.chunk(2, dim=-1)
         # the cache writes into the arguments that it is given
         return self.pages.update(*halves, layer_idx, self.arguments | {"read_index": read_index})
 

@@ -36,6 +36,7 @@ CEILINGS = {
     "lite/fp8/decode-static/triton": 12,
     "lite/bf16/decode-static/triton": 13,
     "v3/fp8/decode-static/triton": 13,
+    "v3/fp8/decode-paged/triton": 42,
     "small/fp8/prefill/triton": 56,
     "small/fp8/train-adapted/triton": 265,
     "small/int4/train-adapted/triton": 244,
