@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import accelerate
 import accelerate.utils
 import torch
+from safetensors.torch import save_file
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from training_harness import Padded, Record, arguments
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_deepseek_moe as dsm
@@ -31,12 +33,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def train(folder, release, *, parts=None, resume=None, fp8=None, lora=None, kill=None, **settings):
+def train(folder, release, *, parts=None, resume=None, fp8=None, lora=None, targets=None, kill=None, **settings):
     """Train with the whole recipe; ``{"biases", "loads", "logs"}``, one entry a step.
 
     Args:
         parts: of `DistributedConfig`; nothing: DDP, or one process.
-        lora: what an adapter is trained on: ``"plain"`` weights, ``"fp8"`` ones that are mapped, or ``"nf4"``.
+        lora: what an adapter is trained on: ``"plain"`` weights, ``"fp8"`` or ``"int4"`` ones that are mapped, or ``"nf4"``. It is
+            left in ``folder/adapter``, the gradients of its first step in ``folder/gradients.safetensors``.
+        targets: of the adapter, as `with_lora` takes them.
         kill: a rank and the step in which it kills itself.
     """
     set_seed(0)
@@ -50,7 +54,8 @@ def train(folder, release, *, parts=None, resume=None, fp8=None, lora=None, kill
     record = Record()
     callbacks = [dsm.BalanceLossCallback(1e-3), dsm.MoeTelemetryCallback(), record]
     if lora:
-        model = with_lora(model)
+        model = with_lora(model, **(targets or {}))
+        callbacks.append(Gradients(Path(folder) / "gradients.safetensors"))
     else:
         callbacks.append(dsm.MtpLossCallback())
     callbacks.append(dsm.LoadBalanceCallback(0.01))
@@ -64,11 +69,28 @@ def train(folder, release, *, parts=None, resume=None, fp8=None, lora=None, kill
     training = arguments(folder, **(batch | {"max_steps": STEPS} | settings))
     trainer = Trainer(model, training, train_dataset=Padded(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
+    if lora:
+        trainer.save_model(Path(folder) / "adapter")
     loads = [json.loads(line)["load"] for line in (Path(folder) / "expert_load.jsonl").read_text().splitlines()]
     kinds = sorted({type(parameter).__name__ for parameter in model.parameters()})
     return {"biases": [list(biases.values()) for biases in record.biases], "loads": loads, "logs": record.logs} | {
         "kinds": kinds
     }
+
+
+class Gradients(TrainerCallback):
+    """Those of the first step, written by rank 0."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step:
+            return
+        named = ((name.removeprefix("module."), p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        found = {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in named}
+        if args.process_index == 0:
+            save_file(found, self.file)
 
 
 class Killed(dsm.LoadBalanceCallback):
@@ -89,13 +111,12 @@ class Killed(dsm.LoadBalanceCallback):
             os.kill(os.getpid(), 9)
 
 
-def with_lora(model):
+def with_lora(model, attention=("o_proj",), stacks=("gate_up_proj", "down_proj")):
     import peft
 
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = peft.LoraConfig(
-        r=2, target_modules=["o_proj"], target_parameters=experts, task_type="CAUSAL_LM", init_lora_weights="gaussian"
-    )
+    experts = [f"mlp.experts.{name}" for name in stacks]
+    targets = {"target_modules": list(attention), "target_parameters": experts or None}
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights="gaussian", **targets)
     return peft.get_peft_model(model, config)
 
 
@@ -188,7 +209,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def on_ranks(folder: Path, ranks: int, *cases: tuple) -> dict[str, list[dict]]:
+def on_ranks(folder: Path, ranks: int, *cases: tuple, timeout: float = 300) -> dict[str, list[dict]]:
     """Do ``(name, case, settings)`` on several processes: by name, what each rank found."""
     port, command = free_port(), [sys.executable, __file__, str(folder), json.dumps(cases, default=str)]
     processes = [
@@ -196,7 +217,7 @@ def on_ranks(folder: Path, ranks: int, *cases: tuple) -> dict[str, list[dict]]:
         for rank in range(ranks)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=timeout)
         assert process.returncode == 0, errors[-4000:]
     names = [name for name, *_ in cases]
     return {n: [json.loads((folder / n / f"rank-{r}.json").read_text()) for r in range(ranks)] for n in names}

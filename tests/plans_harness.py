@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
+import peft
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_deepseek_moe as dsm
@@ -111,7 +112,15 @@ def load(case: dict, rank: int):
     place = patch.object(quantizer, "_stays_on_cpu", lambda _: not case.get("stacked"))
     version = case.get("versions", {rank: __version__})[rank]
     with place, patch.object(plans, "__version__", version):
-        return AutoModelForCausalLM.from_pretrained(release, **settings).eval()
+        model = AutoModelForCausalLM.from_pretrained(release, **settings).eval()
+    return adapted(model, **case["adapter"]) if "adapter" in case else model
+
+
+def adapted(model, **targets):
+    """With a LoRA of random numbers, the same on all ranks."""
+    set_seed(0)
+    model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, **targets))
+    return model
 
 
 def attention_of(config: str, plan: dict | None = None) -> int:

@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import distributed_runs
 import pytest
 import torch
 from distributed_runs import free_port, on_ranks
 from releases import SHAPES, write_release
+from safetensors.torch import load_file
+from test_int4_release import write_int4
 
 from modeling_deepseek_moe import CheckpointReader
 from modeling_deepseek_moe.distributed.checkpoints import newest_whole
@@ -20,6 +23,11 @@ pytestmark = pytest.mark.slow
 
 # fp32: sums are divided among ranks in another order, and Adam makes steps of signs at first
 TOLERANCE = 1e-5
+# name → what an adapter is trained on, and how the ranks divide it
+ADAPTERS = {
+    **{f"ddp-{base}": (base, {}) for base in ("plain", "fp8", "int4", "nf4")},
+    **{f"fsdp-{base}": (base, {"parts": {"fsdp_size": 2}}) for base in ("plain", "fp8", "int4")},
+}
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +129,50 @@ def test_fp8_training_on_two_ranks(release, tmp_path, fp8):
     assert_like(found[0], alone)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("base, parts", [("plain", None), ("plain", {"fsdp_size": 2}), ("fp8", None), ("nf4", None)])
-def test_adapters_on_two_ranks(tmp_path, base, parts):
-    """The base frozen in fp32, in mapped FP8, and in bitsandbytes' NF4."""
-    write_release(tmp_path / "release", SHAPES["v3"](), fp8=base == "fp8")
-    settings = {"lora": base, "release": str(tmp_path / "release"), "max_steps": 3}
-    (tmp_path / "one").mkdir()
-    alone = distributed_runs.train(tmp_path / "one", **settings)
-    found = on_ranks(tmp_path, 2, ("two", "train", settings | ({"parts": parts} if parts else {})))["two"]
-    assert_like(found[0], alone)
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """What adapters are trained on: the folder, and settings of `train` by name. SGD, whose steps are as near as gradients are."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for base in ("plain", "fp8"):
+        write_release(folder / base, SHAPES["v3"](), fp8=base == "fp8")
+    write_int4(folder / "int4", SHAPES["kimi"](), linears=True)
+    stored = {"plain": "plain", "fp8": "fp8", "int4": "int4", "nf4": "plain"}
+    common = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    return folder, {base: common | {"lora": base, "release": str(folder / place)} for base, place in stored.items()}
+
+
+@pytest.fixture(scope="module")
+def adapters(bases):
+    """On two ranks, by name."""
+    folder, settings = bases
+    return on_ranks(
+        folder, 2, *((name, "train", settings[base] | more) for name, (base, more) in ADAPTERS.items()), timeout=900
+    )
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(bases):
+    """On one process, by base."""
+
+    @cache
+    def of(base: str):
+        place = bases[0] / f"alone-{base}"
+        place.mkdir()
+        return place, distributed_runs.train(place, **bases[1][base])
+
+    return of
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_on_two_ranks(bases, adapters, adapted_alone, name):
+    """Losses, gradients of the first step, and the adapter that is saved."""
+    place, alone = adapted_alone(ADAPTERS[name][0])
+    assert_like(adapters[name][0], alone)
+    for file in ("gradients.safetensors", "adapter/adapter_model.safetensors"):
+        found, wanted = load_file(bases[0] / name / file), load_file(place / file)
+        assert found.keys() == wanted.keys() and wanted
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor, rtol=TOLERANCE, atol=TOLERANCE * tensor.abs().max().item())
 
 
 def test_a_killed_rank_ends_the_others(release, tmp_path):

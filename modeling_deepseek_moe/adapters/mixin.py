@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.core_model_loading import WeightRenaming
 
 from modeling_deepseek_moe.adapters.merging import Merge
-from modeling_deepseek_moe.adapters.refusals import check_config, check_packed
+from modeling_deepseek_moe.adapters.refusals import check_config, check_divided, check_packed
 from modeling_deepseek_moe.adapters.stored import (
     MERGE,
     accept_projections,
@@ -242,6 +242,7 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config) -> Targets
     """Of a config that is new; one of LoRA gets the layers that peft has none for."""
     if config.peft_type.value != "LORA":
         check_config(modules, config, False)
+        check_divided(model, modules, config, False)
         return Targets(config)
     from modeling_deepseek_moe.adapters.layers import CUSTOM
 
@@ -250,6 +251,7 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config) -> Targets
         undo.callback(vars(config).update, before)
         targets = Targets.of(model, modules, config)
         check_config(modules, config, targets.reaches_experts)
+        check_divided(model, modules, config, targets.reaches_experts)
         undo.pop_all()
     config._register_custom_module(CUSTOM)  # peft's own name for it; it has no other
     targets.say()

@@ -18,6 +18,7 @@ DEQUANTIZE = (
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight
+DIVIDED = ("colwise", "rowwise")  # layers of tensor parallelism that peft divides an adapter with
 PLAIN = ("lora_dropout", "fan_in_fan_out", "lora_bias")  # fields that low-rank products of experts have no use for
 
 
@@ -33,6 +34,36 @@ def check_config(modules: dict[str, nn.Module], config, reaches_experts: bool) -
         experts = [name for name, module in modules.items() if is_experts(module)]
         _check_experts(experts, modules, config, reaches_experts)
     _check_codes(modules.items(), config)
+
+
+def check_divided(model: nn.Module, modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
+    """
+    Raises:
+        ValueError: ranks divide what the adapter is for, and peft divides no adapter so.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    asked = getattr(model.config, "distributed_config", None)
+    is_divided = getattr(model, "is_distributed_loading_by_transformers", False) and asked is not None
+    if not is_divided or asked.tp_size == asked.ep_size == 1:
+        return
+    sizes = f"tp_size={asked.tp_size}, ep_size={asked.ep_size}"
+    if reaches_experts:
+        raise ValueError(
+            f"{sizes}: found an adapter of routed experts, of which each rank has a part, wanted one without them, or ranks that "
+            "have them whole: DDP, or fsdp_size alone"
+        )
+    if asked.tp_size == 1:
+        return
+    if config.peft_type.value != "LORA":
+        raise ValueError(f"{sizes}: found an adapter of {config.peft_type.value}, wanted LoRA, DDP, or fsdp_size")
+    for name in modules:
+        style = model.tp_plan.get(re.sub(r"\b\d+\b", "*", name))
+        if style not in (None, *DIVIDED) and check_target_module_exists(config, name):
+            raise ValueError(
+                f"{sizes}: {name}: found a layer divided as {style!r} among target_modules, wanted one of those that are "
+                f"{' or '.join(DIVIDED)}, or DDP, or fsdp_size"
+            )
 
 
 def _check_experts(experts: list[str], modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from modeling_deepseek_moe.distributed.tables import KV_LATENT, LATENT
@@ -58,7 +59,7 @@ def check(field: str, ranks: int, wholes: Iterable[Whole]) -> None:
     )
 
 
-def check_model(model: nn.Module, plan: dict[str, str], tp_size: int, ep_size: int) -> None:
+def check_model(model: nn.Module, plan: dict[str, str], asked: DistributedConfig) -> None:
     """Look over an empty model, whose layers are of the kinds that will be loaded.
 
     Args:
@@ -67,9 +68,10 @@ def check_model(model: nn.Module, plan: dict[str, str], tp_size: int, ep_size: i
     Raises:
         ValueError: the ranks do not divide heads, experts or blocks; a layer that bitsandbytes quantised is in the plan.
     """
-    config = model.config
+    config, tp_size, ep_size = model.config, asked.tp_size, asked.ep_size
     experts = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
-    _refuse_guests(model, plan if tp_size > 1 else {}, ep_size > 1 or any(name.endswith(EXPERTS) for name in plan))
+    divides_experts = ep_size > 1 or (tp_size > 1 and any(name.endswith(EXPERTS) for name in plan))
+    _refuse_guests(model, plan if tp_size > 1 else {}, divides_experts, asked.fsdp_size > 1)
     if ep_size > 1:
         check("ep_size", ep_size, [Whole("n_routed_experts", config.n_routed_experts or 1)])
     if tp_size == 1:
@@ -119,11 +121,17 @@ def _leave_whole(plan: dict[str, str], group: tuple[str, ...], ranks: int) -> No
         )
 
 
-def _refuse_guests(model: nn.Module, plan: dict[str, str], divides_experts: bool) -> None:
+def _refuse_guests(model: nn.Module, plan: dict[str, str], divides_experts: bool, is_sharded: bool) -> None:
     for name, module in model.named_modules():
         kind = type(module)
-        is_layer = kind.__module__.partition(".")[0] == "bitsandbytes" and wildcard(name) in plan
-        if is_layer or (divides_experts and isinstance(module, BitsAndBytesMatrices)):
+        is_layer = kind.__module__.partition(".")[0] == "bitsandbytes"
+        is_guest = is_layer or isinstance(module, BitsAndBytesMatrices)
+        if is_guest and is_sharded:
+            raise ValueError(
+                f"fsdp_size: {name}: found {kind.__name__}, whose weights bitsandbytes quantises and no rank holds a part of; wanted "
+                "floating-point, FP8 or INT4 ones, or ranks that have them whole: DDP, without a distributed_config"
+            )
+        if (is_layer and wildcard(name) in plan) or (divides_experts and isinstance(module, BitsAndBytesMatrices)):
             raise ValueError(
                 f"tp_size, ep_size: {name}: found {kind.__name__}, whose weights bitsandbytes quantises and no rank holds a part "
                 "of; wanted floating-point, FP8 or INT4 ones: `deepseek-moe convert to-4bit` writes a folder that divides"

@@ -82,6 +82,8 @@ class ParallelPlansMixin(ModelMixin):
             fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPARED}
             meeting.meet({"config": fields})
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if distributed_config.tp_size == 1:
+            model._tp_size = None  # by which peft would gather all of the model on every rank, to save an adapter
         if distributed_config.pp_size > 1:
             _number_stage(model.base_model)
         return model
@@ -154,7 +156,7 @@ def _divide(model, asked: DistributedConfig, mesh_manager) -> None:
         asked.tp_plan = {"norm" if model.base_model is model else "model.norm": "replicate"}
     if isinstance(asked.tp_plan, dict):
         plan.update(asked.tp_plan)
-    checks.check_model(model, plan, asked.tp_size, asked.ep_size)
+    checks.check_model(model, plan, asked)
     latents.tell_dims(model)
     coded.divide_linears(model)
     if not coded.are_coded(model):
