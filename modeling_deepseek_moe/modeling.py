@@ -99,7 +99,8 @@ class DeepseekMoePreTrainedModel(
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Read by DistributedDataParallel when it wraps the model: what gets no gradient, for which DDP would wait.
 
-        The MTP layers without their loss, and indexers that are not trained. The names are as they are here and as they are inside a ``PeftModel``.
+        The MTP layers without their loss, and indexers that are not trained; codes, which each rank has loaded and gloo does not send
+        in FP8. The names are as they are here and as they are inside a ``PeftModel``.
         """
         base = self.base_model
         state = base.training_state or TrainingState()
@@ -107,7 +108,7 @@ class DeepseekMoePreTrainedModel(
         if state.indexer_stage is None:
             modules += [module for module in base.modules() if isinstance(module, DeepseekIndexer)]
         unused = {id(parameter) for module in modules for parameter in module.parameters()}
-        names = [name for name, parameter in self.named_parameters() if id(parameter) in unused]
+        names = [name for name, p in self.named_parameters() if id(p) in unused or p.dtype.itemsize == 1]
         return names + [f"base_model.model.{name}" for name in names]
 
     @torch.no_grad()
