@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-import peft
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
@@ -118,9 +117,10 @@ def load(case: dict, rank: int):
 
 def adapted(model, **targets):
     """With a LoRA of random numbers, the same on all ranks."""
+    import peft
+
     set_seed(0)
-    model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, **targets))
-    return model
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, init_lora_weights=False, **targets), model)
 
 
 def attention_of(config: str, plan: dict | None = None) -> int:

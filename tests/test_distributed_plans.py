@@ -36,7 +36,6 @@ WHOLE_LATENTS = {
     "model.layers.*.self_attn.q_a_proj": "replicate",
     "model.layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
 }
-HEADS = {"target_modules": ["q_b_proj", "o_proj"]}
 EP = {"tp_size": 2, "ep_size": 2}
 ALL = {"mtp": True, "grads": True}
 DATA = ALL | {"drafted": False}  # ranks with batches of their own do not draft
@@ -70,8 +69,6 @@ def write_all(root: Path) -> dict[str, str]:
 SAME_2 = {
     "tp": ("v3-mtp", {"tp_size": 2}, {"observe": ALL}),
     "tp-whole-latents": ("v3-mtp", {"tp_size": 2, "tp_plan": WHOLE_LATENTS}, {"observe": {"grads": True}}),
-    "tp-lora": ("v3-mtp", {"tp_size": 2}, {"adapter": HEADS, "observe": {"grads": True}}),
-    "tp-fp8-lora": ("fp8", {"tp_size": 2}, {"adapter": HEADS, "observe": {"grads": True}}),
     "tp-v2-lite": ("v2-lite", {"tp_size": 2}, {"observe": {"grads": True}}),
     "tp-moonlight": ("moonlight", {"tp_size": 2}, {"observe": {"grads": True, "mla_path": "absorbed"}}),
     "tp-sparse": ("deepseek_v32", {"tp_size": 2}, {"observe": {"grads": True}}),
@@ -121,11 +118,11 @@ REFUSED_2 = {
         {"adapter": {"target_parameters": ["mlp.experts.down_proj"]}},
         "tp_size=2, ep_size=1: found an adapter of routed experts",
     ),
-    "lora-latents": (
+    "lora-heads": (
         ["v3"] * 2,
         {"tp_size": 2},
-        {"adapter": {"target_modules": ["q_a_proj"]}},
-        "q_a_proj: found a layer divided as 'deepseek_moe_latent'.*wanted one of those that are colwise or rowwise",
+        {"adapter": {"target_modules": ["o_proj"]}},
+        "o_proj: found a layer divided as 'rowwise' among target_modules, wanted one that each rank has whole",
     ),
     "blocks": (
         ["small-fp8"] * 2,

@@ -28,6 +28,7 @@ ADAPTERS = {
     **{f"ddp-{base}": (base, {}) for base in ("plain", "fp8", "int4", "nf4")},
     **{f"fsdp-{base}": (base, {"parts": {"fsdp_size": 2}}) for base in ("plain", "fp8", "int4")},
 }
+SOON = ("ddp-fp8", "fsdp-fp8")  # on ranks that CI starts anyway; the others are long
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def one(release, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(release, tmp_path_factory):
+def two(release, adapter_runs, tmp_path_factory):
     """Two ranks; the first run is stopped after two steps of six."""
     folder, parts = tmp_path_factory.mktemp("two"), {"fsdp_size": 2}
     saving = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
@@ -53,7 +54,7 @@ def two(release, tmp_path_factory):
         "experts": {"parts": parts | {"ep_size": 2}},
     }
     runs = [(name, "train", settings | {"release": str(release)}) for name, settings in cases.items()]
-    return folder, on_ranks(folder, 2, *runs)
+    return folder, on_ranks(folder, 2, *runs, *(adapter_runs[name] for name in SOON))
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +143,16 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapters(bases):
-    """On two ranks, by name."""
-    folder, settings = bases
-    return on_ranks(
-        folder, 2, *((name, "train", settings[base] | more) for name, (base, more) in ADAPTERS.items()), timeout=900
-    )
+def adapter_runs(bases):
+    """As `on_ranks` takes them, by name."""
+    return {name: (name, "train", bases[1][base] | more) for name, (base, more) in ADAPTERS.items()}
+
+
+@pytest.fixture(scope="module")
+def two_adapted(adapter_runs, tmp_path_factory):
+    """Two ranks, with the adapters that are long."""
+    folder = tmp_path_factory.mktemp("adapted")
+    return folder, on_ranks(folder, 2, *(run for name, run in adapter_runs.items() if name not in SOON), timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +168,17 @@ def adapted_alone(bases):
     return of
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters_on_two_ranks(bases, adapters, adapted_alone, name):
+@pytest.mark.parametrize("name", [n if n in SOON else pytest.param(n, marks=pytest.mark.long) for n in ADAPTERS])
+def test_adapters_on_two_ranks(request, adapted_alone, name):
     """Losses, gradients of the first step, and the adapter that is saved."""
     place, alone = adapted_alone(ADAPTERS[name][0])
-    assert_like(adapters[name][0], alone)
+    folder, found = request.getfixturevalue("two" if name in SOON else "two_adapted")
+    assert_like(found[name][0], alone)
     for file in ("gradients.safetensors", "adapter/adapter_model.safetensors"):
-        found, wanted = load_file(bases[0] / name / file), load_file(place / file)
-        assert found.keys() == wanted.keys() and wanted
+        ours, wanted = load_file(folder / name / file), load_file(place / file)
+        assert ours.keys() == wanted.keys() and wanted
         for key, tensor in wanted.items():
-            torch.testing.assert_close(found[key], tensor, rtol=TOLERANCE, atol=TOLERANCE * tensor.abs().max().item())
+            torch.testing.assert_close(ours[key], tensor, rtol=TOLERANCE, atol=TOLERANCE * tensor.abs().max().item())
 
 
 def test_a_killed_rank_ends_the_others(release, tmp_path):

@@ -18,7 +18,6 @@ DEQUANTIZE = (
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight
-DIVIDED = ("colwise", "rowwise")  # layers of tensor parallelism that peft divides an adapter with
 PLAIN = ("lora_dropout", "fan_in_fan_out", "lora_bias")  # fields that low-rank products of experts have no use for
 
 
@@ -39,7 +38,7 @@ def check_config(modules: dict[str, nn.Module], config, reaches_experts: bool) -
 def check_divided(model: nn.Module, modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
     """
     Raises:
-        ValueError: ranks divide what the adapter is for, and peft divides no adapter so.
+        ValueError: ranks divide what the adapter is for: peft 0.21 makes such adapters, whose forward pass fails on shapes.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -59,10 +58,10 @@ def check_divided(model: nn.Module, modules: dict[str, nn.Module], config, reach
         raise ValueError(f"{sizes}: found an adapter of {config.peft_type.value}, wanted LoRA, DDP, or fsdp_size")
     for name in modules:
         style = model.tp_plan.get(re.sub(r"\b\d+\b", "*", name))
-        if style not in (None, *DIVIDED) and check_target_module_exists(config, name):
+        if style is not None and check_target_module_exists(config, name):
             raise ValueError(
-                f"{sizes}: {name}: found a layer divided as {style!r} among target_modules, wanted one of those that are "
-                f"{' or '.join(DIVIDED)}, or DDP, or fsdp_size"
+                f"{sizes}: {name}: found a layer divided as {style!r} among target_modules, wanted one that each rank has whole, or "
+                "DDP, or fsdp_size"
             )
 
 
