@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -48,7 +48,7 @@ from modeling_deepseek_moe.device_memory import (
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat, split_scale
 from modeling_deepseek_moe.hybrid.model import place_experts, unhook_experts
-from modeling_deepseek_moe.hybrid.placement import device_map_of
+from modeling_deepseek_moe.hybrid.placement import device_map_of, device_of, take_experts_out
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
@@ -69,6 +69,7 @@ class Loading:
     """One call of `from_pretrained`: what its caller asked for, and the one release that it loads.
 
     ``reader`` is that of a local folder, whose headers are read already. ``wish`` is what bitsandbytes is to make of it.
+    ``apart`` are the device map's entries that its quantiser was not shown.
     """
 
     reader: CheckpointReader | None
@@ -76,6 +77,7 @@ class Loading:
     release: Release | None = None
     wish: Wish | None = None
     device_map: object = None
+    apart: Mapping[str, object] = field(default_factory=dict)
 
 
 # The one thing that `from_pretrained` hands on past transformers, which passes nothing of its caller's through.
@@ -208,6 +210,9 @@ class ReleaseLoadingMixin(ResumingMixin):
                 "FineGrainedFP8Config applies to FP8 checkpoints here. To quantise a bf16 model, save it with "
                 "save_pretrained(folder, quantize='fp8') and load that folder."
             )
+        loading = _current.get() or Loading(None)
+        if loading.apart:
+            load_config.device_map.update(loading.apart)
         # What another quantiser saved is its own format, whose tensors no config tells: transformers loads that.
         config = None if quantizer is None else bitsandbytes_config(quantizer.quantization_config)
         is_foreign = (
@@ -216,7 +221,6 @@ class ReleaseLoadingMixin(ResumingMixin):
             and getattr(quantizer.quantization_config, "quant_method", None) != QUANT_METHOD
         )
         if state_dict is None and checkpoint_files and not is_foreign:
-            loading = _current.get() or Loading(None)
             ignored = {"shape"} if load_config.ignore_mismatched_sizes else set()
             release = release_for(model, checkpoint_files, ignored | ({"missing"} if loading.wants_info else set()))
             state_dict = lazy_state_dict(model, release)
@@ -227,9 +231,8 @@ class ReleaseLoadingMixin(ResumingMixin):
         elif state_dict is None and checkpoint_files and config is not None:
             release = Release(CheckpointReader(checkpoint_files), model.config)
             recognize_experts(model, config, release)
-            state_dict = saved_state_dict(model, release, _is_on_cpu(load_config.device_map))
-        if (loading := _current.get()) is not None:
-            loading.device_map = load_config.device_map  # each module's device, where the caller's was "auto"
+            state_dict = saved_state_dict(model, release, partial(_is_on_cpu, load_config.device_map))
+        loading.device_map = load_config.device_map  # each module's device, where the caller's was "auto"
         try:
             result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
             failure = exhausted_in_conversions(result[0].conversion_errors)
@@ -281,11 +284,11 @@ class ReleaseLoadingMixin(ResumingMixin):
             reader = None
             if path is not None and variant is None and kwargs.get("gguf_file") is None:
                 reader = _open_folder(path, subfolder)
-            if kwargs.get("device_map") is not None and path is not None and wish is None:
-                kwargs["device_map"] = device_map_of(cls, path, kwargs)
-            loading = Loading(
-                reader, bool(kwargs.get("output_loading_info")), wish=wish, device_map=kwargs.get("device_map")
-            )
+            given, apart = kwargs.get("device_map"), {}
+            if path is not None and (isinstance(given, Mapping) or (given is not None and wish is None)):
+                given = kwargs["device_map"] = device_map_of(cls, path, kwargs)
+                apart = take_experts_out(cls, path, kwargs, wish.config if wish else None)
+            loading = Loading(reader, bool(kwargs.get("output_loading_info")), None, wish, given, apart)
             token = _current.set(loading)
             try:
                 loaded = super().from_pretrained(path, *args, **kwargs)
@@ -379,8 +382,8 @@ def _open_folder(path, subfolder: str) -> CheckpointReader | None:
     return None
 
 
-def _is_on_cpu(device_map: dict | None) -> bool:
-    return all(str(device) == "cpu" for device in (device_map or {}).values())
+def _is_on_cpu(device_map: dict | None, name: str) -> bool:
+    return device_map is None or str(device_of(device_map, name)) in ("cpu", "None")
 
 
 def _device_of(device_map: dict | None, name: str) -> torch.device | str | int:

@@ -1,6 +1,9 @@
 """Models with routed experts by bitsandbytes, and the same of a layer of bitsandbytes' own for each projection."""
 
+import copy
+
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from releases import COMMON, V3, write_release
 from torch import nn
@@ -89,9 +92,20 @@ class OneByOne(nn.Module):
         return out
 
 
+class InOneRow(Linear4bit):
+    """For rows of no whole blocks, which bitsandbytes misreads on CPUs with AVX-512 unless they are one."""
+
+    def forward(self, x):
+        state = copy.copy(self.weight.quant_state)
+        shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+        weight = dequantize_4bit(self.weight.data, state).view(shape)
+        given = x.to(self.compute_dtype)
+        return nn.functional.linear(given, weight.to(given.dtype)).to(x.dtype)
+
+
 def four_bit_layer(weight, config):
     rows, columns = weight.shape
-    layer = Linear4bit(
+    layer = (InOneRow if columns % 64 else Linear4bit)(
         *(columns, rows, False, config.bnb_4bit_compute_dtype),
         compress_statistics=config.bnb_4bit_use_double_quant,
         quant_type=config.bnb_4bit_quant_type,

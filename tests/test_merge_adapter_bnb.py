@@ -47,8 +47,10 @@ def rounded(kind, weight):
     if kind == "int8":
         codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
         return functional.int8_vectorwise_dequant(codes, absmax)
-    own = functional.quantize_4bit(weight, blocksize=64, quant_type=kind[:3], compress_statistics="double" in kind)
-    return functional.dequantize_4bit(*own)
+    own = functional.quantize_4bit(
+        weight.reshape(1, -1), blocksize=64, quant_type=kind[:3], compress_statistics="double" in kind
+    )
+    return functional.dequantize_4bit(*own).view(weight.shape)
 
 
 def test_in_the_format_that_it_had(base, tmp_path):
@@ -68,7 +70,7 @@ def test_in_the_format_that_it_had(base, tmp_path):
     for name, weight in read(tmp_path / "read").items():
         if name in touched:
             wanted = sums[name]
-            assert apart(weight, wanted) <= 1.03 * apart(rounded(kind, wanted), wanted) < 0.3
+            assert apart(weight, wanted) <= 1.03 * apart(rounded(kind, wanted), wanted) < 0.15
     line = r"routed experts: tensors changed 12, blocks [\d,]+ of [\d,]+; rounding took ([\d.e-]+) of the weights"
     assert 1e-4 < float(re.search(line, printed)[1]) < 0.2
     assert torch.equal(logits(load(tmp_path / "out", dtype=torch.float32)), expected)

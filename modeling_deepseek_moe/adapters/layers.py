@@ -43,7 +43,7 @@ class ParamWrapper(lora.ParamWrapper):
         self._copies: dict[str, Copies] = {}
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, **kwargs)
         if is_mapped(self):
-            self.merge_record.mapped = kwargs.get("target_name")
+            self.merge_record.mapped = str(kwargs.get("target_name")), self.get_base_layer().weight_format
 
     def get_param(self) -> torch.Tensor:
         """The stack, or what peft has to know of one that is codes: shape, device, and fp32 for the adapter's dtype."""

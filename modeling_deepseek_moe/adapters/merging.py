@@ -20,10 +20,11 @@ class Merge:
     """What a model's adapters lost where they were merged into codes, since it was last said.
 
     Attributes:
-        mapped: a layer of experts that an adapter is on and that lies in files, which nothing can be merged into.
+        mapped: a layer of experts that an adapter is on and that lies in files, which nothing can be merged into, and
+            their format.
     """
 
-    mapped: str | None = None
+    mapped: tuple[str, WeightFormat] | None = None
     blocks: int = 0
     touched: int = 0
     error: float = 0.0  # sums of squares, of what is lost, of the differences and of the weights that are touched
@@ -36,10 +37,11 @@ class Merge:
             ValueError: there are experts in mapped files.
         """
         if self.mapped is not None:
+            name, weight_format = self.mapped
             raise ValueError(
-                f"{self.mapped}: found experts in the checkpoint's mapped files, wanted them in memory to merge an adapter "
-                "into: `deepseek-moe convert merge-adapter` merges into the files themselves; or load the model with "
-                "FineGrainedFP8Config(dequantize=True)"
+                f"{name}: found experts in the checkpoint's mapped files, wanted them in memory to merge an adapter "
+                "into: `deepseek-moe convert merge-adapter` merges into the files themselves; or, before there is an adapter, "
+                f"{weight_format.to_floats}"
             )
 
     def report(self) -> None:

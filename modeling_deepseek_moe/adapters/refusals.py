@@ -12,9 +12,6 @@ from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
-DEQUANTIZE = (
-    "load the model with FineGrainedFP8Config(dequantize=True), or convert it with `deepseek-moe convert fp8-to-bf16`"
-)
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight
@@ -125,27 +122,30 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
             continue
         kind = "codes" if isinstance(module, QuantizedLinear) else "routed experts"
         kept = f"{module.weight_format.title}-resident {kind}"
+        way_out = module.weight_format.to_floats
+        if not module.weight_format.foreign:
+            way_out += ", or convert it with `deepseek-moe convert fp8-to-bf16`"
         found = [
             target for target in parameters if isinstance(module, QuantizedLinear) and suffix(target, f"{name}.weight")
         ]
         if found:
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for target_parameters={found}, of which peft makes the sum: "
-                f"name the layer in target_modules; or {DEQUANTIZE}"
+                f"name the layer in target_modules; or {way_out}"
             )
         parts = name.split(".")
         parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         if copies and any(parent.endswith(copies) for parent in parents):
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for modules_to_save={list(copies)}, which trains a copy: "
-                f"{DEQUANTIZE}"
+                f"{way_out}"
             )
         if method not in METHODS and (
             config.target_modules == "all-linear" or check_target_module_exists(config, name)
         ):
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for an adapter of peft_type={method}; on codes there are "
-                f"{', '.join(METHODS)}: {DEQUANTIZE}"
+                f"{', '.join(METHODS)}: {way_out}"
             )
 
 

@@ -14,7 +14,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.formats import MAX_BLOCK, announcements
 from modeling_deepseek_moe.formats.row import Scales, WeightFormat
-from modeling_deepseek_moe.ops.four_bit import NESTED_GROUP, NestedScales
+from modeling_deepseek_moe.ops.four_bit import NESTED_GROUP, NestedScales, expand
+from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 METHOD = "bitsandbytes"
 BLOCK = 64  # values that share a scale, row by row through a matrix
@@ -101,17 +102,26 @@ def quant_state(kind: str, codes: torch.Tensor, scales: Scales, dtype: torch.dty
 
 
 def multiply(kind: str, x: torch.Tensor, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
-    """``x · Wᵀ`` in the dtype of ``x`` and differentiable in it, by bitsandbytes."""
+    """``x · Wᵀ`` in the dtype of ``x`` and differentiable in it, by bitsandbytes; see `dequantize` for rows of no whole blocks."""
+    if x.shape[-1] % BLOCK:
+        plain = expand(scales) if isinstance(scales, NestedScales) else scales
+        return quantized_linear(x, codes, plain.view(1, -1), None, len(codes), partial(dequantize, kind))
     from bitsandbytes import matmul_4bit
 
     return matmul_4bit(x, codes.view(-1, 1), quant_state=quant_state(kind, codes, scales, x.dtype))
 
 
 def dequantize(kind: str, codes: torch.Tensor, scales: Scales, dtype: torch.dtype) -> torch.Tensor:
-    """The weight ``[N, K]`` in ``dtype``, by bitsandbytes."""
+    """The weight ``[N, K]`` in ``dtype``, by bitsandbytes.
+
+    As one long row: bitsandbytes 0.50's code for AVX-512 takes each row's first block for the start of a scale, which is wrong
+    where blocks go on in the next row.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(codes.view(-1, 1), quant_state(kind, codes, scales, dtype))
+    state = quant_state(kind, codes, scales, dtype)
+    shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+    return dequantize_4bit(codes.view(-1, 1), state).view(shape)
 
 
 def ragged(row: WeightFormat) -> WeightFormat:

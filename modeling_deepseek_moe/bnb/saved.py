@@ -5,6 +5,7 @@ small state that names their kind and shape.
 """
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -20,7 +21,7 @@ from modeling_deepseek_moe.weights import LazyTensor
 
 
 def saved_state_dict(
-    model: PreTrainedModel, release: Release, on_cpu: bool
+    model: PreTrainedModel, release: Release, is_on_cpu: Callable[[str], bool]
 ) -> dict[str, torch.Tensor | LazyTensor] | None:
     """A release that was saved quantised, under the names of a model that `recognize_experts` went over.
 
@@ -43,7 +44,7 @@ def saved_state_dict(
             state[own] = tensor
     for name, module in coded.items():
         saved = _SavedExperts(name, prefix, module, release)
-        if on_cpu and module.is_aligned:
+        if module.is_aligned and is_on_cpu(name):
             model.set_submodule(name, saved.mapped(model.config))
         else:
             state |= saved.tensors()

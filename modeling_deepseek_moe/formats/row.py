@@ -78,6 +78,13 @@ class WeightFormat:
         return self.name.replace("_", " ").upper()
 
     @property
+    def to_floats(self) -> str:
+        """How a user comes to a loaded model in floating point, in a sentence."""
+        return (
+            "call model.dequantize()" if self.foreign else "load the model with FineGrainedFP8Config(dequantize=True)"
+        )
+
+    @property
     def scale_parameter(self) -> str:
         """What follows a weight's name in that of the parameter with its scales, where a dot would end a module's name."""
         return self.scale_suffix.replace(".", "_")

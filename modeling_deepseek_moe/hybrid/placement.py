@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_max_memory
 from transformers.utils import CONFIG_NAME, logging
 
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown
-from modeling_deepseek_moe.bnb.loading import HUB
+from modeling_deepseek_moe.bnb.loading import HUB, bitsandbytes_config
 from modeling_deepseek_moe.config import DeepseekMoeConfig
+from modeling_deepseek_moe.device_memory import NEITHER
 
 logger = logging.get_logger(__name__)
 LAYER_COUNTS = ("num_hidden_layers", "num_nextn_predict_layers")
@@ -87,13 +88,9 @@ def device_map_of(model_class: type[PreTrainedModel], path, arguments: dict) -> 
         return dict(given)  # entries of experts will be taken out
     if not starred and not (isinstance(given, str) and given in AUTOMATIC and torch.accelerator.is_available()):
         return given
-    config = arguments.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        if config is None and Path(path).is_dir() and not (Path(path) / CONFIG_NAME).exists():
-            return given  # an adapter's folder
-        hub = {name: value for name, value in arguments.items() if name in HUB}
-        layers = {name: arguments[name] for name in LAYER_COUNTS if name in arguments}
-        config = model_class.config_class.from_pretrained(path if config is None else config, **hub, **layers)
+    config = _config_of(model_class, path, arguments)
+    if config is None:
+        return given
     if starred:
         return expand(given, config)
     dtype = arguments.get("dtype")
@@ -103,6 +100,43 @@ def device_map_of(model_class: type[PreTrainedModel], path, arguments: dict) -> 
     sizes = Sizes.of(parameter_breakdown(config), itemsize, dequantized=dequantized)
     prefix = "" if hasattr(model_class, "mtp_layers") else f"{model_class.base_model_prefix}."
     return choose(given, config, sizes, get_max_memory(arguments.get("max_memory")), prefix)
+
+
+def take_experts_out(
+    model_class: type[PreTrainedModel], path, arguments: dict, wanted: BitsAndBytesConfig | None
+) -> dict[str, object]:
+    """Take experts on the CPU out of a ``device_map`` that has an accelerator, for bitsandbytes; returns their entries.
+
+    transformers' quantiser refuses every part on the CPU that is not to stay in floating point there, before there is a
+    model. Experts compute with their codes on a CPU too, so they get their places once it has looked.
+
+    Args:
+        wanted: what weights in floating point are to become; ``None``: what they are is in the config.
+    """
+    device_map = arguments["device_map"]
+    if not isinstance(device_map, dict) or all(str(device) in NEITHER for device in device_map.values()):
+        return {}
+    found = {name: at for name, at in device_map.items() if name.endswith(".mlp.experts") and str(at) == "cpu"}
+    if found and wanted is None:
+        config = _config_of(model_class, path, arguments)
+        wanted = bitsandbytes_config(getattr(config, "quantization_config", None))
+    if wanted is None or wanted.llm_int8_enable_fp32_cpu_offload:
+        return {}
+    for name in found:
+        del device_map[name]
+    return found
+
+
+def _config_of(model_class: type[PreTrainedModel], path, arguments: dict) -> PreTrainedConfig | None:
+    """Of what a `from_pretrained` is to load; ``None`` for an adapter's folder."""
+    config = arguments.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if config is None and Path(path).is_dir() and not (Path(path) / CONFIG_NAME).exists():
+        return None
+    hub = {name: value for name, value in arguments.items() if name in HUB}
+    layers = {name: arguments[name] for name in LAYER_COUNTS if name in arguments}
+    return model_class.config_class.from_pretrained(path if config is None else config, **hub, **layers)
 
 
 def choose(wish: str, config: DeepseekMoeConfig, sizes: Sizes, room: Mapping[int | str, int], prefix: str) -> object:

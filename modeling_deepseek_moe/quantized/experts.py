@@ -64,7 +64,7 @@ class QuantizedExperts(KeepsDtype):
         if torch.compiler.is_exporting():
             raise NotImplementedError(
                 f"torch.export: {self.weight_format.name} experts run one by one, those that tokens chose, which no exported program "
-                'can; load the model with quantization_config=FineGrainedFP8Config(dequantize=True), dtype="bfloat16"'
+                f"can; {self.weight_format.to_floats}"
             )
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
