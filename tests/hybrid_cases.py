@@ -4,10 +4,11 @@ import fake_device
 import pytest
 import torch
 from fake_device import Memory
-from releases import SHAPES, write_release
+from releases import COMMON, SHAPES, V3, write_release
 from test_int4_release import write_int4
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from modeling_deepseek_moe import DeepseekV3Config
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.hybrid import held as held_module
@@ -18,6 +19,7 @@ from modeling_deepseek_moe.hybrid.placement import DEVICE_WORKSPACE, Sizes
 from modeling_deepseek_moe.hybrid.slots import expert_bytes
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops._dispatch import use_backend
+from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesMatrices
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 DEVICE = fake_device.NAME
@@ -221,6 +223,32 @@ def test_int4_experts(tmp_path):
         model.set_expert_memory(gpu=count * size_of(model), compute=compute)
         torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
         assert model.gpu_expert_stats().misses
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+def test_bitsandbytes_experts(tmp_path, kind):
+    """Codes made of a bf16 checkpoint lie in memory, and those of a saved model in its files; the device has no kernels of
+    bitsandbytes for the other layers, which stay plain here."""
+    bnb_models = pytest.importorskip("bnb_models")
+    sizes = bnb_models.SIZES | {"moe_intermediate_size": 64, "num_hidden_layers": 2}
+    write_release(tmp_path / "bf16", DeepseekV3Config(**(COMMON | V3 | sizes)))
+    wish = bnb_models.wish(
+        kind, llm_int8_skip_modules=["lm_head", "model.layers.0", ".*self_attn", ".*shared_experts"]
+    )
+    plain = load(tmp_path / "bf16", quantization_config=wish)
+    wanted = logits(plain)
+    plain.save_pretrained(tmp_path / "saved")
+    for folder, settings, form in (("bf16", {"quantization_config": wish}, "gate_codes"), ("saved", {}, "Mapped")):
+        model = load(tmp_path / folder, device_map=APART, **settings)
+        layer = model.model.layers[1].mlp
+        assert type(layer) is HybridMoE and isinstance(layer.experts, BitsAndBytesMatrices)
+        assert hasattr(layer.experts, form) or type(layer.experts).__name__.startswith(form)
+        assert {p.device.type for p in model.parameters()} - {"cpu"} == {DEVICE}
+        assert all(".mlp.experts." in name for name, p in model.named_parameters() if p.device.type == "cpu")
+        assert torch.equal(logits(model), wanted)
+        with pytest.raises(ValueError, match=r"found \w+Experts, wanted plain or released"):
+            model.set_expert_memory(gpu="1GB")
+        assert torch.equal(logits(model), wanted)
 
 
 def test_memory_that_ends_while_loading(folder):

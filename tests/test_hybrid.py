@@ -12,16 +12,25 @@ import numpy as np
 import pytest
 import torch
 from releases import SHAPES, write_release
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
+from modeling_deepseek_moe import DeepseekV3ForCausalLM
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.cli import app, plan
 from modeling_deepseek_moe.formats import FP8, by_name
 from modeling_deepseek_moe.hybrid.costs import CPU, DEVICE, Layer, Rates, faster, measure_rates, seconds_on_cpu
 from modeling_deepseek_moe.hybrid.held import UseCounts
 from modeling_deepseek_moe.hybrid.layer import HybridMoE
-from modeling_deepseek_moe.hybrid.placement import DEVICE_WORKSPACE, Sizes, device_of, expand, experts_apart, is_hybrid
+from modeling_deepseek_moe.hybrid.placement import (
+    DEVICE_WORKSPACE,
+    Sizes,
+    device_of,
+    expand,
+    experts_apart,
+    is_hybrid,
+    take_experts_out,
+)
 from modeling_deepseek_moe.hybrid.places import ExpertPlaces
 from modeling_deepseek_moe.hybrid.prediction import CROSSING_SECONDS, Given, predict
 from modeling_deepseek_moe.hybrid.slots import ExpertSlots
@@ -91,6 +100,29 @@ def test_maps():
     assert device_of(found, "model.layers.1.mlp.gate") == 0 and device_of({"a": 1}, "b") is None
     with pytest.raises(ValueError, match=r"found 'layers\.\*\.\*', wanted one \*"):
         expand({"layers.*.*": "cpu"}, config)
+
+
+def test_what_bitsandbytes_quantiser_is_not_shown():
+    """Experts on the CPU beside an accelerator; all that transformers itself is to see stays in the map."""
+    experts = "model.layers.1.mlp.experts"
+    wish, config = BitsAndBytesConfig(load_in_4bit=True), SHAPES["v3"]()
+
+    def take(device_map, wanted=wish):
+        own = dict(device_map)
+        return take_experts_out(DeepseekV3ForCausalLM, "", {"device_map": own, "config": config}, wanted), own
+
+    assert take({"": 0, experts: "cpu"}) == ({experts: "cpu"}, {"": 0})
+    assert take({"": 0, experts: "cpu", "lm_head": "cpu"}) == ({experts: "cpu"}, {"": 0, "lm_head": "cpu"})
+    wide = BitsAndBytesConfig(load_in_4bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    for given, wanted in (
+        ({"": "cpu", experts: "cpu"}, wish),
+        ({"": 0, experts: "cpu"}, wide),
+        ({"": 0, experts: 1}, wish),
+    ):
+        assert take(given, wanted) == ({}, given)
+    assert take({"": 0, experts: "cpu"}, None) == ({}, {"": 0, experts: "cpu"})
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert take({"": 0, experts: "cpu"}, None) == ({experts: "cpu"}, {"": 0})
 
 
 def test_the_most_used():
