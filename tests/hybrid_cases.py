@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modeling_deepseek_moe import DeepseekV3Config
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
+from modeling_deepseek_moe.conversion import _job, _table
+from modeling_deepseek_moe.conversion._conversion import Options
 from modeling_deepseek_moe.hybrid import held as held_module
 from modeling_deepseek_moe.hybrid import placement
 from modeling_deepseek_moe.hybrid.costs import Rates
@@ -227,18 +229,22 @@ def test_int4_experts(tmp_path):
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
 def test_bitsandbytes_experts(tmp_path, kind):
-    """Codes made of a bf16 checkpoint lie in memory, and those of a saved model in its files; the device has no kernels of
-    bitsandbytes for the other layers, which stay plain here."""
+    """Codes made of a bf16 checkpoint lie in memory, and those of a saved model, or of ``convert to-4bit``, in its files; the
+    device has no kernels of bitsandbytes for the other layers, which stay plain here."""
     bnb_models = pytest.importorskip("bnb_models")
     sizes = bnb_models.SIZES | {"moe_intermediate_size": 64, "num_hidden_layers": 2}
     write_release(tmp_path / "bf16", DeepseekV3Config(**(COMMON | V3 | sizes)))
     wish = bnb_models.wish(
         kind, llm_int8_skip_modules=["lm_head", "model.layers.0", ".*self_attn", ".*shared_experts"]
     )
-    plain = load(tmp_path / "bf16", quantization_config=wish)
-    wanted = logits(plain)
-    plain.save_pretrained(tmp_path / "saved")
-    for folder, settings, form in (("bf16", {"quantization_config": wish}, "gate_codes"), ("saved", {}, "Mapped")):
+    load(tmp_path / "bf16", quantization_config=wish).save_pretrained(tmp_path / "saved")
+    forms = [("bf16", {"quantization_config": wish}, "gate_codes"), ("saved", {}, "Mapped")]
+    if kind == "nf4":
+        options = Options(format="nf4", keep="attention,dense,shared")
+        _job.run(_table.make_job("to-4bit", tmp_path / "bf16", options), tmp_path / "made")
+        forms.append(("made", {}, "Mapped"))
+    for folder, settings, form in forms:
+        wanted = logits(load(tmp_path / folder, **settings))
         model = load(tmp_path / folder, device_map=APART, **settings)
         layer = model.model.layers[1].mlp
         assert type(layer) is HybridMoE and isinstance(layer.experts, BitsAndBytesMatrices)

@@ -125,7 +125,9 @@ def test_what_is_refused(folders, tmp_path):
     load(folders["blocks", False], wish("nf4"), dtype=torch.float32).save_pretrained(tmp_path / "bnb")
     model = adapted(load(tmp_path / "bnb", dtype=torch.float32), **TARGETS)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"mlp\.experts.*mapped files.*convert merge-adapter"):
+    with pytest.raises(
+        ValueError, match=r"mlp\.experts.*mapped files.*convert merge-adapter.*call model\.dequantize\(\)"
+    ):
         model.merge_and_unload()
     config = json.loads((tmp_path / "bnb" / "config.json").read_text())
     config["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
