@@ -286,8 +286,7 @@ DAMAGES = {
     ),
     "unknown": (
         lambda tensors: tensors.update({"model.layers.0.self_attn.indexer.gain.weight": torch.zeros(4)}),
-        r"layers\.0\.self_attn\.indexer\.gain\.weight: found an indexer's tensor, wanted wq_b\.weight, wk\.weight, k_norm\.weight, "
-        r"k_norm\.bias, weights_proj\.weight and no other of an indexer",
+        r"layers\.0\.self_attn\.indexer\.gain\.weight: found an indexer's tensor, wanted wq_b\.weight, .* and no other of an indexer",
     ),
     "beyond": (
         lambda tensors: tensors.update({"model.layers.9.self_attn.indexer.wk.weight": torch.zeros(16, 64)}),
@@ -380,11 +379,8 @@ def test_wishes_that_sparse_attention_has_not_are_refused(pair):
             with pytest.raises(ValueError, match=f"{next(iter(wish))}=.*at most index_topk={TOPK}"):
                 model(ids, **wish)
     ours.set_attn_implementation("sdpa")
-    for call in (
-        ours.init_continuous_batching,
-        partial(ours.generate_batch, [[3, 4, 5]]),
-        lambda: ours.continuous_batching_context_manager().__enter__(),
-    ):
+    starts = ours.init_continuous_batching, partial(ours.generate_batch, [[3, 4, 5]])
+    for call in (*starts, lambda: ours.continuous_batching_context_manager().__enter__()):
         with pytest.raises(ValueError, match=f"continuous batching: found model_type='{ours.config.model_type}'"):
             call()
 
