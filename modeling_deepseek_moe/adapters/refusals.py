@@ -35,7 +35,7 @@ def check_config(modules: dict[str, nn.Module], config, reaches_experts: bool) -
 def check_divided(model: nn.Module, modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
     """
     Raises:
-        ValueError: ranks divide what the adapter is for: peft 0.21 makes such adapters, whose forward pass fails on shapes.
+        ValueError: ranks divide what the adapter is for: of 'rowwise' layers peft 0.21's forward pass fails on shapes.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -55,9 +55,9 @@ def check_divided(model: nn.Module, modules: dict[str, nn.Module], config, reach
         raise ValueError(f"{sizes}: found an adapter of {config.peft_type.value}, wanted LoRA, DDP, or fsdp_size")
     for name in modules:
         style = model.tp_plan.get(re.sub(r"\b\d+\b", "*", name))
-        if style is not None and check_target_module_exists(config, name):
+        if style not in (None, "colwise") and check_target_module_exists(config, name):
             raise ValueError(
-                f"{sizes}: {name}: found a layer divided as {style!r} among target_modules, wanted one that each rank has whole, or "
+                f"{sizes}: {name}: found a layer divided as {style!r} among target_modules, wanted one that each rank has whole, 'colwise', or "
                 "DDP, or fsdp_size"
             )
 
