@@ -17,7 +17,7 @@ DENSE = {
 }
 LAYERS = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "initializer_range": 0.2}
 CASES = [
-    pytest.param("deepseek_v32", TOPK - 1, id="deepseek_v32-dense"),
+    pytest.param("deepseek_v32", TOPK - 1, id="deepseek_v32-dense", marks=pytest.mark.long),
     pytest.param("deepseek_v32", TOPK + 4, id="deepseek_v32-sparse"),
     pytest.param("glm_moe_dsa", TOPK + 4, id="glm_moe_dsa-sparse"),
 ]
