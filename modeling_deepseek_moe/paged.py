@@ -85,7 +85,8 @@ class PagedLatents:
         halves = self.pages.layer_to_allocator[layer_idx].get_cache_for_block_table(layer_idx)
         (index,) = self.arguments["read_index"]
         (starts,), (longest,) = (self.arguments[name].values() for name in ("cu_seq_lens_k", "max_length_k"))
-        return Pages(*(half.flatten(0, -2) for half in halves), index, starts, longest)
+        first, second = (half.flatten(0, -2) for half in halves)
+        return Pages(first, second, index, starts, longest)
 
     def _update(self, c_kv, k_pe, layer_idx: int, read_index: list[torch.Tensor]):
         """The manager's: it reads nothing by an empty index."""

@@ -150,7 +150,7 @@ def test_all_requests_at_once_as_on_a_card(folder, kind, monkeypatch):
         outputs = []
         for request, (start, stop) in enumerate(ranges):
             assert 0 < stop - start <= pages.longest
-            own = pages.index[start:stop]
+            own = pages.rows[start:stop]
             latents = torch.cat((pages.first[own], pages.second[own]), dim=-1)
             c_kv, k_pe, _ = latents[None, None].tensor_split((RANK, RANK + q_pe.shape[3]), dim=-1)
             query = q_nope[request, None], q_pe[request, None]

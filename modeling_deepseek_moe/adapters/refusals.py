@@ -40,8 +40,9 @@ def check_divided(model: nn.Module, modules: dict[str, nn.Module], config, reach
     from peft.tuners.tuners_utils import check_target_module_exists
 
     asked = getattr(model.config, "distributed_config", None)
-    is_divided = getattr(model, "is_distributed_loading_by_transformers", False) and asked is not None
-    if not is_divided or asked.tp_size == asked.ep_size == 1:
+    if asked is None or not getattr(model, "is_distributed_loading_by_transformers", False):
+        return
+    if asked.tp_size == asked.ep_size == 1:
         return
     sizes = f"tp_size={asked.tp_size}, ep_size={asked.ep_size}"
     if reaches_experts:

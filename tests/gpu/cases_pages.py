@@ -70,7 +70,7 @@ def test_refuses_what_does_not_fit(broken):
     case = Case(BF16, 16, (24, 40, 8, 48), (0, 0), (20, 30))
     pages = paged(case)
     if broken == "index":
-        pages = pages._replace(index=pages.index.int())
+        pages = pages._replace(rows=pages.rows.int())
     elif broken == "starts":
         pages = pages._replace(starts=pages.starts[:-1])
     elif broken == "halves":

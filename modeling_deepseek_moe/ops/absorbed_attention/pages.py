@@ -10,13 +10,13 @@ class Pages(NamedTuple):
 
     Attributes:
         first, second: ``[S, ⌈(r+p)/2⌉]``, any stride over S: the halves of every row that there is.
-        index: ``[K]`` int64, the rows of all requests' tokens, one request after the other.
-        starts: ``[B+1]`` int32, where each request begins in ``index``, and the end.
+        rows: ``[K]`` int64, the rows of all requests' tokens, one request after the other.
+        starts: ``[B+1]`` int32, where each request begins in ``rows``, and the end.
         longest: no request has more tokens.
     """
 
     first: torch.Tensor
     second: torch.Tensor
-    index: torch.Tensor
+    rows: torch.Tensor
     starts: torch.Tensor
     longest: int
