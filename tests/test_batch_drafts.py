@@ -193,6 +193,7 @@ def test_a_pipeline_is_refused_for_what_it_lacks(model, inputs, monkeypatch):
 
 def test_a_quantised_cache_is_refused(model):
     cache = QuantizedCache.__new__(QuantizedCache)  # without the package that one of its layers wants
+    cache.layers = []
     lists = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()}
     with pytest.raises(ValueError, match="found a QuantizedCache, wanted a cache that gives back drafts"):
         decode(
