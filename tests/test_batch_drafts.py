@@ -1,5 +1,7 @@
 """Prompt lookup and assistants for several rows, which transformers does for one: the model's own text, in fewer passes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from releases import SHAPES
@@ -193,9 +195,11 @@ def test_a_pipeline_is_refused_for_what_it_lacks(model, inputs, monkeypatch):
 
 def test_a_quantised_cache_is_refused(model):
     cache = QuantizedCache.__new__(QuantizedCache)  # without the package that one of its layers wants
-    cache.layers = []
+    cache.layers = [SimpleNamespace(is_croppable=False)]
     lists = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()}
-    with pytest.raises(ValueError, match="found a QuantizedCache, wanted a cache that gives back drafts"):
+    with pytest.raises(
+        ValueError, match="found a QuantizedCache, wanted one in FP8 or another cache that gives back drafts"
+    ):
         decode(
             *(model, torch.tensor([[3, 4]])),
             **{"choice": None, "make_draft": None, "generation_config": None, CACHE_NAME: cache},
