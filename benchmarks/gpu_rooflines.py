@@ -1,6 +1,6 @@
 """What the kernels' instructions allow of a card, from `tests/gpu/aot_*.json` and data sheets: the table of docs/gpu.md.
 
-    python benchmarks/gpu_rooflines.py     writes it anew
+    python benchmarks/gpu_rooflines.py     writes it again
 
 A processor of a card starts four warps' instructions a clock, 128 lanes: ``processors · 128 · clock`` lane instructions a second.
 A kernel that takes ``n`` of them for a byte cannot read faster than that over ``n``: as a share of the card's bandwidth that is
@@ -44,7 +44,7 @@ class Card(NamedTuple):
         return min(1.0, self.least * most), min(1.0, most)
 
     def of_tensor_cores(self, instructions: float, operations: float, rate: float) -> tuple[float, float]:
-        """At least, at most, of a step with so many lane instructions and floating-point operations."""
+        """At least, at most, of a step of these lane instructions and floating-point operations."""
         most = operations / (rate * 1e12) / (instructions / (self.processors * LANES * self.clock * 1e9))
         return min(1.0, self.least * most), min(1.0, most)
 

@@ -6,7 +6,7 @@
 
 The dims of Kimi-K2 (hidden 7168, experts of 2048 of which a token takes 8, 64 heads, latents of 512 + 64), random codes, and few of
 its layers and experts: a layer's 384 experts take 17 GB in FP8. Those that a token does not take cost memory alone, so that time and
-bytes a token are those of as many layers with all experts. The vocabulary is cut so that the head is as large a part of these layers
+bytes per token are those of as many layers with all experts. The vocabulary is cut so that the head is as large a part of these layers
 as it is of the whole model. The contestants:
 
     FP8              as Kimi-K2 was released: all but head, embedding, router and norms in FP8
@@ -233,7 +233,7 @@ def show(rows: dict[str, dict], options: argparse.Namespace) -> None:
     quantities = {
         "resident_per_expert_parameter": "bytes resident a parameter, experts",
         "resident_per_parameter": "the same, all",
-        "bytes_per_token": "bytes a token",
+        "bytes_per_token": "bytes per token",
         "bytes_of_fp8": "of FP8's",
         "tokens_s": "tokens/s",
         "times_fp8": "times FP8's",
@@ -248,7 +248,7 @@ def show(rows: dict[str, dict], options: argparse.Namespace) -> None:
         values = [row[key] for row in rows.values()]
         table.add_row(text, *(f"{value:.3f}" if isinstance(value, float) else f"{value:,}" for value in values))
     Console().print(table)
-    print("Experts that a token does not take cost memory alone: time and bytes a token are those of all 384.")
+    print("Experts that a token does not take cost memory alone: time and bytes per token are those of all 384.")
 
 
 def measure(options: argparse.Namespace) -> dict:

@@ -135,7 +135,7 @@ class Fp8StaticLayer(StaticLayer):
 
 
 class Fp8StaticCache(StaticCache):
-    """transformers' `StaticCache` for latents, which it keeps in FP8: 656 bytes a token and layer of DeepSeek-V3, 1,152 in bf16.
+    """transformers' `StaticCache` for latents, which it keeps in FP8: 656 bytes per token and layer of DeepSeek-V3, 1,152 in bf16.
 
     Args:
         config: of the model.

@@ -107,7 +107,8 @@ def test_a_part_runs_on_small_models(parts, models, name, monkeypatch):
     monkeypatch.setattr(models.attention, "__defaults__", (((1, 24), (3, 8)),))
     [run] = [run for title, _, run in parts.PARTS if title == name]
     found = run(CPU)
-    assert all(isinstance(result, torch.Tensor) for result in called)
+    # attention gives its weights too, or None
+    assert all(isinstance(result[0] if isinstance(result, tuple) else result, torch.Tensor) for result in called)
     rows = (
         found.get("rows")
         or found.get("longest", None)

@@ -103,7 +103,7 @@ def test_maps():
 
 
 def test_what_bitsandbytes_quantiser_is_not_shown():
-    """Experts on the CPU beside an accelerator; all that transformers itself is to see stays in the map."""
+    """Experts on the CPU next to an accelerator; all that transformers itself is to see stays in the map."""
     experts = "model.layers.1.mlp.experts"
     wish, config = BitsAndBytesConfig(load_in_4bit=True), SHAPES["v3"]()
 

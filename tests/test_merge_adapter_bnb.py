@@ -42,7 +42,7 @@ def base(request, folders, tmp_path_factory):
 
 
 def rounded(kind, weight):
-    """As bitsandbytes quantises it anew."""
+    """As bitsandbytes quantises it again."""
     functional = bitsandbytes.functional
     if kind == "int8":
         codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())

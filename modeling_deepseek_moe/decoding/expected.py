@@ -75,7 +75,7 @@ def expect(model: nn.Module, rows: int, drafts: int, window: int) -> Expected:
     mtp_routed, mtp_rest = _split(base.mtp_layers)
 
     def share(tokens: int) -> float:
-        """Of the routed experts, that so many tokens of each row read."""
+        """Of the routed experts, that ``tokens`` of each row read."""
         return different(chosen, count, rows * tokens) * chosen / count if count else 0.0
 
     plain = rest + routed * share(1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 TILE = 128  # values that share a scale
-ALIGNMENT = 16  # of codes and of scales, for loads of so many bytes
+ALIGNMENT = 16  # of codes and of scales: bytes of the widest loads
 
 
 def row_bytes(rank: int) -> int:

@@ -108,6 +108,6 @@ def call(function: str, latents: tuple, weight: Matrix, between: tuple[Any, ...]
 
 
 def attended(q_nope: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[B, S, H, v]`` without values, of ``kv_b_proj`` with so many rows."""
+    """``[B, S, H, v]`` without values; ``rows`` of ``kv_b_proj``: H·(n+v)."""
     batch, heads, tokens, nope = q_nope.shape
     return q_nope.new_empty((batch, tokens, heads, rows // heads - nope))

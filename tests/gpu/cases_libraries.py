@@ -41,7 +41,7 @@ def test_fp8_linear(hopper, rows):
 
 
 def test_fp8_experts(hopper):
-    """Rows that are served elsewhere, and an expert that nobody asks for."""
+    """Rows that are served elsewhere, and an expert that no one asks for."""
     g = torch.Generator().manual_seed(8)
     x, weights = torch.randn((T, 256), generator=g).bfloat16(), torch.rand((T, K), generator=g)
     indices = torch.tensor([0, 2, E])[torch.rand((T, 3), generator=g).topk(K).indices]

@@ -15,7 +15,7 @@ from modeling_deepseek_moe.ops._trials import Trial, random, trials
 CALL = Call("flash_attn_with_kvcache", ("q", "k_cache", "v_cache", "qv", "softmax_scale"))
 RANK, ROPE = 512, 64  # that it has kernels for
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # weights are rounded before they meet latents
-MOST_TOKENS = 1 << 17  # what is faster for so many is for more
+MOST_TOKENS = 1 << 17  # what is faster for that number is for more
 
 
 def unsuitable(

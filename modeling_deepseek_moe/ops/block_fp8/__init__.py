@@ -160,7 +160,7 @@ def linear(
     reason = cpu.unsupported_weight(weight, block) or cpu.unsupported_activations(x)
     on_card = triton.unsupported_linear(x, weight, block)
     reasons = {CPU: reason, TRITON: on_card}
-    if insists_on(DEEP_GEMM):  # else it is asked where its times are taken: beside the kernels
+    if insists_on(DEEP_GEMM):  # else it is asked where its times are taken: next to the kernels
         reasons[DEEP_GEMM] = on_card or deep_gemm.unsupported(_triton.capability(x.device), x, weight)
     backend = choose("FP8 linear", reasons)
     if backend != "reference":

@@ -15,7 +15,7 @@ from modeling_deepseek_moe.ops.block_fp8 import deep_gemm, scaled_mm
 
 FP8_DTYPE = torch.float8_e4m3fn
 FEW_ROWS = 64  # up to which gate and up are multiplied in one kernel
-MOST_ROWS = 1 << 14  # what is faster for so many is for more
+MOST_ROWS = 1 << 14  # what is faster for that number is for more
 MANY_ROWS = 256  # from here on, activations are quantised as the releases' recipe has it, on cards that multiply codes
 
 

@@ -14,7 +14,7 @@ from modeling_deepseek_moe.ops._triton_table import Tiles, tiles
 from modeling_deepseek_moe.ops.experts import deep_gemm
 
 FP8 = torch.float8_e4m3fn
-MOST_SLOTS = 1 << 17  # what is faster for so many is for more
+MOST_SLOTS = 1 << 17  # what is faster for that number is for more
 
 
 class Order(NamedTuple):

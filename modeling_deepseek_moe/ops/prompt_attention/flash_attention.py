@@ -15,7 +15,7 @@ CALL = Call("flash_attn_func", ("q", "k", "v", "softmax_scale", "causal"))
 CALLS = {FLASH_ATTENTION_3: CALL, FLASH_ATTENTION_4: CALL}
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # weights are rounded before they meet values
 FEW_TOKENS = 128  # up to which a prompt is not worth a trial
-MOST_TOKENS = 1 << 14  # what is faster for so many is for more
+MOST_TOKENS = 1 << 14  # what is faster for that number is for more
 
 
 def unsuitable(
