@@ -125,8 +125,8 @@ def train_adapted(model, watch: Watch) -> None:
     config = peft.LoraConfig(r=16, target_modules=["o_proj"], target_parameters=stacks)
     # fake parameters cannot be moved: adapters are made where they belong
     stay = [mock.patch.object(kind, MOVE, lambda *_, **__: None) for kind in (BaseTunerLayer, ParamWrapper)]
-    with DEVICE, stay[0], stay[1]:
-        adapted = peft.get_peft_model(model, config)
+    with DEVICE, stay[0], stay[1], mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     train(adapted, watch)
 
 
