@@ -53,7 +53,7 @@ def guard(tmp_path_factory) -> Path:
     return build_guard(tmp_path_factory.mktemp("guard"))
 
 
-COMPILED = ["v3/fp8/decode-static/triton", "lite/bf16/decode-static/triton", "lite/bf16/decode-static-codes/triton"]
+COMPILED = ["v3/fp8/decode-static/triton", "lite/bf16/decode-static/triton"]
 
 
 @pytest.fixture(scope="module")
