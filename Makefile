@@ -11,11 +11,11 @@ DOORS := $(if $(filter .venv,$(VENV)),.venv/.doors)
 OLDEST := 5.23.0
 OLD_VENV := .venv-$(OLDEST)
 # What `make test` leaves to targets of their own.
-QUICK := not long and not benchmark and not pages and not kernels and not slow
+QUICK := not long and not benchmark and not pages and not kernels and not slow and not tools
 C_FILES := $(wildcard modeling_deepseek_moe/ops/csrc/*.[ch] tests/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow ranks pages kernels test-oldest peer types lint format wheel clean
+.PHONY: help demo test tools slow ranks pages kernels test-oldest peer types lint format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model (two
 
 test: lint $(DOORS) ## Check style and types, and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+tools: $(DOORS) ## Run the tests that go through peft, bitsandbytes, TRL, lm-eval and torch.compile (five minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "tools and not long and not slow and not pages" -n 2 --dist loadfile $(ARGS)
 
 slow: $(DOORS) ## Run the tests that start and kill processes or compile graphs (five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not long and not pages" -n 2 --dist loadfile $(ARGS)

@@ -18,6 +18,9 @@ pytest.importorskip("bitsandbytes")
 from bnb_models import SIZES, wish  # noqa: E402
 
 # rows of whole blocks of 64, as in the releases
+
+pytestmark = pytest.mark.tools
+
 SHAPE = COMMON | V3 | SIZES | {"num_hidden_layers": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
 LOADED = {
     "INT4, mapped": ("int4", load, MappedExperts),

@@ -7,6 +7,8 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 from bnb_models import IDS, WIDTHS, apart, load, wish, write_folders  # noqa: E402
 
+pytestmark = pytest.mark.tools
+
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 OTHERS = [
     "lm_head",

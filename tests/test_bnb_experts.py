@@ -18,6 +18,8 @@ from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExp
 pytest.importorskip("bitsandbytes")
 from bnb_models import KINDS, SIZES, WIDTHS, apart, experts_of, load, logits, one_by_one, wish, write_folders
 
+pytestmark = pytest.mark.tools
+
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 

@@ -17,6 +17,8 @@ from modeling_deepseek_moe.quantized.bitsandbytes_mapped import MappedBitsAndByt
 pytest.importorskip("bitsandbytes")
 from bnb_models import KINDS, apart, experts_of, load, logits, one_by_one, wish, write_folders
 
+pytestmark = pytest.mark.tools
+
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 LAYER = "model.layers.1.self_attn.o_proj.weight"
 

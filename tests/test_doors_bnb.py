@@ -18,6 +18,9 @@ from modeling_deepseek_moe.ops._operands import weight_of
 
 peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
+
+pytestmark = pytest.mark.tools
+
 IDS = torch.arange(10, 42)[None]
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]

@@ -17,6 +17,8 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 
+pytestmark = pytest.mark.tools
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

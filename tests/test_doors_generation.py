@@ -22,6 +22,8 @@ from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
+pytestmark = pytest.mark.tools
+
 PLAIN = {"v3": transformers.DeepseekV3ForCausalLM, "v2": transformers.DeepseekV2ForCausalLM}
 NEW = 12
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

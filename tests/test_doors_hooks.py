@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, FineGrainedFP8Confi
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
 
+pytestmark = pytest.mark.tools
+
 LINEAR = "model.layers.2.self_attn.o_proj"
 IDS = torch.arange(20, 44)[None]
 

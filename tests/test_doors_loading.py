@@ -27,6 +27,8 @@ from transformers.utils.import_utils import is_peft_greater_or_equal
 
 from modeling_deepseek_moe import CheckpointError, DeepseekV3Config
 
+pytestmark = pytest.mark.tools
+
 IDS = torch.arange(5, 37)[None]
 LOADING = "modeling_deepseek_moe.loading"
 needs_add_adapter = pytest.mark.skipif(

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 
+pytestmark = pytest.mark.tools
+
 IDS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(3))
 HOLES = {  # of the second row
     "in the prompt": [range(5, 9)],

@@ -11,6 +11,9 @@ from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.training.attach import attach_state
 
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.tools
+
 KINDS = {
     "attention": {"target_modules": ATTENTION},
     "dora": {"target_modules": ATTENTION, "use_dora": True},

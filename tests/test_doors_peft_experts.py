@@ -17,6 +17,9 @@ from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.tools
+
 ROUTED = {"target_modules": [], "target_parameters": EXPERTS}
 BASES = {"mapped": load, "stacked": stacked, "fp32": dequantised}
 KINDS = {

@@ -22,6 +22,8 @@ from transformers.utils.import_utils import is_peft_greater_or_equal
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.tools
+
 QUERY = ["q_b_proj", "o_proj", "kv_b_proj"]
 METHODS = {
     "lora": lambda: peft.LoraConfig(r=2, target_modules=QUERY),

@@ -11,6 +11,9 @@ from modeling_deepseek_moe.formats import FORMATS
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.tools
+
 BOTH = {"target_modules": ATTENTION, "target_parameters": EXPERTS}
 
 

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 import modeling_deepseek_moe as dsm
 
 pytest.importorskip("bitsandbytes")
+
+pytestmark = pytest.mark.tools
+
 IDS = torch.arange(3, 27)[None]
 
 

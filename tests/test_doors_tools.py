@@ -15,6 +15,8 @@ from modeling_deepseek_moe.cli._model import load_tokenizer
 from modeling_deepseek_moe.cli._train_data import load_documents
 from modeling_deepseek_moe.tokens import encode_text
 
+pytestmark = pytest.mark.tools
+
 TEXT = "Question: Solve x + 4 = 11 for x.\nAnswer:"
 
 

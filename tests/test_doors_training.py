@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_deepseek_moe as dsm
 
+pytestmark = pytest.mark.tools
+
 ROWS = [{"prompt": f"Solve x + {i} = 11 for x.", "chosen": " x = 7", "rejected": " no"} for i in range(4)]
 
 

@@ -13,7 +13,7 @@ from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
-pytestmark = needs_engine
+pytestmark = [needs_engine, pytest.mark.tools]
 
 COMPILERS = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 KEPT = []

@@ -17,6 +17,8 @@ from modeling_deepseek_moe.checkpoint.journal import Journal
 from modeling_deepseek_moe.eval.model import DeepseekLM, Settings
 from modeling_deepseek_moe.eval.sampling import RowSampler
 
+pytestmark = pytest.mark.tools
+
 GREEDY = {"until": [], "do_sample": False, "temperature": 0.0, "top_p": 1.0, "max_gen_toks": 24}
 TEXTS = [f"Question: {name} has {i} pens and buys {2 * i} more." + " How many?" * (i % 5) for i, name in
          enumerate(["Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida"])]  # fmt: skip

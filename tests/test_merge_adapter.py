@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_conversion_roundtrip import ok, read
 
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.tools
+
 KINDS = {
     "patterns": {
         "target_modules": ["q_a_proj", "o_proj", "kv_b_proj"],

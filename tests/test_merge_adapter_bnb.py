@@ -14,6 +14,8 @@ from releases import same_bits  # noqa: E402
 from test_conversion_parts import refused  # noqa: E402
 from test_conversion_roundtrip import ok, read  # noqa: E402
 
+pytestmark = pytest.mark.tools
+
 KINDS = ["nf4", "fp4-double", "int8"]
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 TARGETS = {"target_modules": ["o_proj"], "target_parameters": EXPERTS, "lora_alpha": 0.2}

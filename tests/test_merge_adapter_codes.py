@@ -17,6 +17,9 @@ from transformers import FineGrainedFP8Config
 from modeling_deepseek_moe.conversion import _job
 
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.tools
+
 WIDE = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
