@@ -3,22 +3,24 @@
 Modules that compute by plain torch stand in their place, see ``gpu.libraries``; clocks are set by hand.
 """
 
+import contextlib
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gpu import libraries
-from gpu.libraries import BF16, DEEP_GEMM, FLASH_3, FLASH_4, LIGER, install
+from gpu.libraries import BF16, DEEP_GEMM, FLASH_3, LIGER, install
 from torch.utils.checkpoint import checkpoint
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe.ops import _libraries, _liger, _trials, _triton, block_fp8
+from modeling_deepseek_moe.ops import _liger, _trials, block_fp8
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.ops.absorbed_attention import flash_attention as latents
 from modeling_deepseek_moe.ops.block_fp8 import deep_gemm
 from modeling_deepseek_moe.ops.experts import deep_gemm as grouped
-from modeling_deepseek_moe.ops.prompt_attention import attend, flash_attention
+from modeling_deepseek_moe.ops.prompt_attention import attend
+from modeling_deepseek_moe.ops.rms_norm import liger as norm
 from modeling_deepseek_moe.ops.rms_norm import reference, rms_norm
 from modeling_deepseek_moe.ops.swiglu import liger as activation
 
@@ -33,9 +35,7 @@ def forgotten():
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    """Tensors on a CPU pass for those of an SM90."""
-    monkeypatch.setattr(_triton, "refusal", lambda *_: None)
-    monkeypatch.setattr(_triton, "capability", lambda device: 90)
+    libraries.be_a_card(monkeypatch)
 
 
 def by_tile(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +181,7 @@ def test_times_are_taken_in_turns_after_warming_up(monkeypatch):
         now[0] += takes
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: _libraries.contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     found = _trials.times(torch.device("cuda"), partial(call, "theirs", 0.25), partial(call, "own", 0.5))
     assert found == [250.0, 500.0] and order == ["theirs", "own"] * (2 + _trials.TURNS)
 
@@ -244,6 +244,34 @@ def test_liger(monkeypatch, on_a_card, dtype):
     assert all(torch.equal(leaf, other) for leaf, other in zip(leaves, kept, strict=True))
 
 
+def test_norms_start_on_their_tensors_card(monkeypatch):
+    """Triton starts a kernel on the current device."""
+    held, called = [], []
+
+    class Norm(LIGER["LigerRMSNormFunction"]):
+        @staticmethod
+        def forward(ctx, X, W, eps, offset, casting_mode, in_place):
+            called.append(list(held))
+            return LIGER["LigerRMSNormFunction"].forward(ctx, X, W, eps, offset, casting_mode, in_place)
+
+        @staticmethod
+        def backward(ctx, dY):
+            called.append(list(held))
+            return LIGER["LigerRMSNormFunction"].backward(ctx, dY)
+
+    @contextlib.contextmanager
+    def current(device):
+        held.append(device)
+        yield
+        held.pop()
+
+    install(monkeypatch, {"liger-kernel": "0.8.5"}, liger_kernel__ops={**LIGER, "LigerRMSNormFunction": Norm})
+    monkeypatch.setattr(norm, "current", current)
+    x, weight = torch.randn(3, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    norm.rms_norm(x, weight, 1e-6).sum().backward()
+    assert called == [[torch.device("cpu")]] * 2 and not held
+
+
 def test_a_trial_within_a_checkpoint_leaves_no_trace(monkeypatch, on_a_card):
     told = install(monkeypatch, {"liger-kernel": "0.8.5"}, liger_kernel__ops=LIGER)
     x, weight = torch.randn(3, 5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
@@ -262,41 +290,6 @@ def test_liger_is_not_for_graphs_and_mixed_dtypes(monkeypatch, on_a_card):
     assert rms_norm(x, weight, 1e-6).dtype == torch.float32
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert "not called in graphs" in _liger.unsupported((), x)
-
-
-class OnCard(torch.Tensor):
-    """A tensor on a CPU that says it is on a card."""
-
-    device = torch.device("cuda", 0)
-
-
-@pytest.mark.parametrize("library", ("flash_attention_3", "flash_attention_4"))
-@pytest.mark.parametrize("gradients", (False, True), ids=("inference", "training"))
-def test_prompts(monkeypatch, on_a_card, library, gradients):
-    package = library.replace("attention", "attn").replace("_", "-")
-    modules = {"flash_attn_interface": FLASH_3} if library[-1] == "3" else {"flash_attn__cute": FLASH_4}
-    told = install(monkeypatch, {package: "1.0"}, **modules)
-    query, key = (torch.randn(2, 3, 140, 24).to(BF16) for _ in range(2))
-    value = torch.randn(2, 3, 140, 40).to(BF16)[..., :16]  # a part of what was projected
-    tensors = [tensor.requires_grad_(gradients) for tensor in (query, key, value)]
-    own = partial(flash_attention._defined, scaling=0.3)
-    monkeypatch.setattr(flash_attention, "current", lambda device: _libraries.contextlib.nullcontext())
-    cards = [tensor.as_subclass(OnCard) for tensor in tensors]
-    reasons = partial(flash_attention.unsuitable, library, *cards)
-    assert "no other mask and no dropout" in reasons(torch.ones(2, 1, 140, 140), 0.0, 0.3, own)
-    assert "no other mask and no dropout" in reasons(None, 0.1, 0.3, own)
-    assert flash_attention._tried(library, tensors, 0.3, own) is None
-    heading = "attention over prompts, with gradients" if gradients else "attention over prompts"
-    assert told[0].startswith(f"{heading} torch.bfloat16, 3, 24, 16, 2, 256 on cpu: FlashAttention {library[-1]}")
-    found = flash_attention.attend(library, *tensors, 0.3)
-    assert found.shape == (2, 140, 3, 16)
-    torch.testing.assert_close(found, own(*tensors), rtol=2e-2, atol=2e-2)
-    with use_backend(library):
-        short = [tensor[:, :, :5] for tensor in cards]
-        assert "bf16 or fp16" in flash_attention.unsuitable(
-            library, *map(torch.Tensor.float, short), None, 0.0, 0.3, own
-        )
-    assert "more than 128 tokens" in flash_attention.unsuitable(library, *short, None, 0.0, 0.3, own)
 
 
 def test_latents_are_read_where_they_lie(monkeypatch):

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from modeling_deepseek_moe.ops import _libraries, _trials
+from modeling_deepseek_moe.ops import _libraries, _trials, _triton
 from modeling_deepseek_moe.ops.block_fp8 import reference
 from modeling_deepseek_moe.ops.rms_norm import liger
 
@@ -29,6 +29,12 @@ def forget() -> None:
     """What was found out about libraries."""
     for function in CACHES:
         function.cache_clear()
+
+
+def be_a_card(monkeypatch) -> None:
+    """Tensors on a CPU pass for those of an SM90."""
+    monkeypatch.setattr(_triton, "refusal", lambda *_: None)
+    monkeypatch.setattr(_triton, "capability", lambda device: 90)
 
 
 def install(monkeypatch, packages: dict[str, str], times=(1.0, 2.0), **modules) -> list[str]:

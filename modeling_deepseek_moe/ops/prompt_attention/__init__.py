@@ -16,6 +16,7 @@ from modeling_deepseek_moe.ops.prompt_attention import flash_attention
 __all__ = ["attend", "flash_attention", "interface"]
 
 SDPA = "sdpa"
+CHANGES = ("position_bias", "softcap")  # of scores, by transformers' names
 
 
 def interface(name: str, default: Callable) -> Callable:
@@ -39,16 +40,20 @@ def attend(
 
     Args:
         sdpa: transformers' function of torch's attention, with these arguments.
-        attention_mask: ``None``: causal.
+        attention_mask: ``None``: causal, unless ``is_causal`` or else the module says otherwise.
     """
     tensors, scale = (query, key, value), query.shape[-1] ** -0.5 if scaling is None else scaling
     own = partial(_by_torch, sdpa, module, scaling=scaling, **kwargs)
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    changed = attention_mask is not None or dropout or any(kwargs.get(name) is not None for name in CHANGES)
+    is_plain = bool(is_causal and not changed)
     wanted = requested_backend()
     for library in (wanted,) if wanted in flash_attention.CALLS else flash_attention.CALLS:
         if takes(
             library,
             "attention over prompts",
-            partial(flash_attention.unsuitable, library, *tensors, attention_mask, dropout, scale, own),
+            partial(flash_attention.unsuitable, library, *tensors, is_plain, scale, own),
         ):
             return flash_attention.attend(library, *tensors, scale), None
     return sdpa(module, *tensors, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -23,22 +23,22 @@ def unsuitable(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
+    is_plain: bool,
     scaling: float,
     own: Callable[..., torch.Tensor],
 ) -> str | None:
     """Why a library does not attend; ``None`` if it does. The first call for such a shape tries it out.
 
     Args:
+        is_plain: each token attends to itself and those before it, to no others and with no dropout.
         own: torch's attention, of the three tensors.
     """
     if query.device.type != "cuda":
         return f"needs CUDA, got {query.device.type}"
     if torch.compiler.is_compiling():
         return "is not called in graphs"
-    if mask is not None or dropout:
-        return "attends causally, with no other mask and no dropout"
+    if not is_plain:
+        return "attends causally, with no other mask, no bias and no dropout"
     length = query.shape[2]
     if length != key.shape[2] or (length <= FEW_TOKENS and not insists_on(library)):
         return f"is for prompts of more than {FEW_TOKENS} tokens, found {length} new ones of {key.shape[2]}"

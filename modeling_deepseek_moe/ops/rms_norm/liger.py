@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from modeling_deepseek_moe.ops import _liger
 from modeling_deepseek_moe.ops._dispatch import LIGER
-from modeling_deepseek_moe.ops._libraries import Call, function_of
+from modeling_deepseek_moe.ops._libraries import Call, current, function_of
 from modeling_deepseek_moe.ops.rms_norm import reference
 
 CALL = Call("LigerRMSNormFunction", ("X", "W", "eps", "offset", "casting_mode", "in_place"))
@@ -33,6 +33,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @cache
 def _function() -> type[torch.autograd.Function]:
-    """Liger's own, which raises where its gradients are to be differentiated: else they would count as constants."""
+    """Liger's own on its tensors' card, which raises where its gradients are to be differentiated: else they would count as constants."""
     function = function_of(LIGER, CALL)
-    return type("RMSNorm", (function,), {"backward": staticmethod(once_differentiable(function.backward))})
+
+    def forward(ctx, x, *others):
+        with current(x.device):
+            return function.forward(ctx, x, *others)
+
+    def backward(ctx, gradient):
+        with current(gradient.device):
+            return function.backward(ctx, gradient)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    return type("RMSNorm", (function,), methods)
