@@ -5,18 +5,20 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from modeling_deepseek_moe.ops._memory import exhausted
 from modeling_deepseek_moe.weights import natural_order
 
+__all__ = [
+    "NEITHER",
+    "accelerator",
+    "accelerators",
+    "exhausted",
+    "exhausted_in_conversions",
+    "give_back",
+    "not_loaded",
+]
+
 NEITHER = ("cpu", "disk", "meta")
-
-
-def exhausted(error: Exception) -> str | None:
-    """What an error says, if it is that a device has no memory left; the error itself holds, in its traceback, what was allocated."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError) or (
-        # pinned memory, and a device whose context does not fit
-        isinstance(error, torch.AcceleratorError) and "out of memory" in str(error)
-    )
-    return " ".join(str(error).split()) if out_of_memory else None
 
 
 def exhausted_in_conversions(errors: Mapping[str, str]) -> str | None:

@@ -13,6 +13,7 @@ LAYERS = (
     "ops._native",
     "ops._latents",
     "ops._library",
+    "ops._memory",
     "ops._libraries",
     "ops._trials",
     "ops._triton_probe",

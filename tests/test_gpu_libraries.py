@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from gpu import libraries
 from gpu.libraries import BF16, DEEP_GEMM, FLASH_3, LIGER, install
-from torch.utils.checkpoint import checkpoint
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.ops import _liger, _trials, block_fp8
@@ -160,32 +159,6 @@ def test_nothing_is_tried_without_values_or_within_a_graph(monkeypatch):
     assert reason == "was not tried before a CUDA graph was captured" and told == []
 
 
-def test_times_are_taken_in_turns_after_warming_up(monkeypatch):
-    order, now = [], [0.0]
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = now[0]
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, end):
-            return end.at - self.at
-
-    def call(name, takes):
-        order.append(name)
-        now[0] += takes
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    found = _trials.times(torch.device("cuda"), partial(call, "theirs", 0.25), partial(call, "own", 0.5))
-    assert found == [250.0, 500.0] and order == ["theirs", "own"] * (2 + _trials.TURNS)
-
-
 def test_backends_by_name():
     x, codes, scale = operands()
     with use_backend("deep_gemm"), pytest.raises(BackendError, match="FP8 linear: backend 'deep_gemm' needs CUDA"):
@@ -270,17 +243,6 @@ def test_norms_start_on_their_tensors_card(monkeypatch):
     x, weight = torch.randn(3, 64, requires_grad=True), torch.randn(64, requires_grad=True)
     norm.rms_norm(x, weight, 1e-6).sum().backward()
     assert called == [[torch.device("cpu")]] * 2 and not held
-
-
-def test_a_trial_within_a_checkpoint_leaves_no_trace(monkeypatch, on_a_card):
-    told = install(monkeypatch, {"liger-kernel": "0.8.5"}, liger_kernel__ops=LIGER)
-    x, weight = torch.randn(3, 5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
-    found = checkpoint(rms_norm, x, weight, 1e-6, use_reentrant=False)
-    wanted = reference.rms_norm(x, weight, 1e-6)
-    above = torch.randn_like(wanted)
-    gradients = torch.autograd.grad(wanted, (x, weight), above)
-    torch.testing.assert_close(torch.autograd.grad(found, (x, weight), above), gradients)
-    assert len(told) == 1 and "Liger (liger-kernel 0.8.5): 1 µs" in told[0]
 
 
 def test_liger_is_not_for_graphs_and_mixed_dtypes(monkeypatch, on_a_card):

@@ -35,7 +35,7 @@ def unsuitable(operation: str, theirs: Function, own: Function, *tensors: torch.
         theirs, own: of the tensors; both are run forwards and backwards.
     """
     rows = _triton.power_of_two(tensors[0].shape[:-1].numel())
-    needed = tuple(tensor.requires_grad for tensor in tensors)
+    needed = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors)
 
     def make() -> Trial:
         size, tensor = min(tensors[0].shape[-1], 1024), tensors[0]

@@ -2,13 +2,14 @@
 
 At an operation's first use outside of a CUDA graph the library runs on small random operands, next to this package's definition,
 and then on the operands that are there, in turns with this package's kernels, by the card's own clock. One line in the log
-says what was taken, with the times, or why not.
+says what was taken, with the times, or why not. Nothing is taken by the clock where kernels have to be the same ones each time.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,9 +17,16 @@ from transformers.utils import logging
 
 from modeling_deepseek_moe.ops._dispatch import insists_on
 from modeling_deepseek_moe.ops._libraries import LIBRARIES, installed, told
+from modeling_deepseek_moe.ops._memory import exhausted
 
+T = TypeVar("T")
 logger = logging.get_logger(__name__)
 TURNS = 7
+TRIES = 3  # that may end for want of memory, before it is a verdict
+SAME_KERNELS = "is not taken by the clock where torch.use_deterministic_algorithms wants the same kernels in each run"
+SAME_SUMS = (
+    "is not taken by the clock in a job of several processes: one might take it and another not, and their sums differ"
+)
 
 
 class Trial(NamedTuple):
@@ -55,6 +63,8 @@ class Trials:
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple, Verdict] = {}
+        self._exhausted: Counter[tuple] = Counter()
+        self._barred: set[tuple[str, str]] = set()
 
     def reason(
         self,
@@ -72,6 +82,12 @@ class Trials:
             make: the trial, if there was none for it yet.
         """
         insisted = insists_on(library)
+        bar = None if insisted else barred()
+        if bar is not None:
+            if (library, bar) not in self._barred:
+                self._barred.add((library, bar))
+                logger.info(f"{_named(library)} {bar}")
+            return bar
         key = library, operation, str(tensor.device), tensor.dtype, *shape
         verdict = self._verdicts.get(key)
         if verdict is None:
@@ -79,14 +95,22 @@ class Trials:
                 return "is tried on values, found tensors that have shapes alone"
             if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return "was not tried before a CUDA graph was captured"
-            verdict = self._verdicts[key] = judge(make, tensor.device)
+            try:
+                verdict = judge(make, tensor.device)
+            except Exception as error:
+                if exhausted(error) is None:
+                    raise
+                verdict = Verdict("found no memory left to be tried with")
+                self._exhausted[key] += 1
+                if self._exhausted[key] < TRIES:
+                    return verdict.refusal
+            self._verdicts[key] = verdict
             self._tell(library, operation, key[3:], tensor.device, verdict)
         return verdict.refusal or (None if insisted else verdict.slower)
 
     @staticmethod
     def _tell(library: str, operation: str, shape: tuple, device: torch.device, verdict: Verdict) -> None:
-        row = LIBRARIES[library]
-        name, reason = f"{row.name} ({installed(row.packages)})", verdict.refusal or verdict.slower
+        name, reason = _named(library), verdict.refusal or verdict.slower
         if reason is None:
             taken = f"{name}: {verdict.theirs:.0f} µs, this package's kernels {verdict.own:.0f}"
         else:
@@ -94,24 +118,53 @@ class Trials:
         logger.info(f"{operation} {', '.join(map(str, shape))} on {device}: {taken}")
 
 
+def _named(library: str) -> str:
+    row = LIBRARIES[library]
+    return f"{row.name} ({installed(row.packages)})"
+
+
+def barred() -> str | None:
+    """Why nothing is taken by the clock, which may say one thing today, another tomorrow or elsewhere; ``None`` if it may."""
+    if torch.are_deterministic_algorithms_enabled():
+        return SAME_KERNELS
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return SAME_SUMS
+    return None
+
+
 @cache
 def trials() -> Trials:
     return Trials()
 
 
-def judge(make: Callable[[], Trial], device: torch.device) -> Verdict:
-    """Compare, then time; what a library raises is its refusal."""
+class LibraryError(RuntimeError):
+    """What a library raised, as a trial's verdict."""
+
+
+def _of_others(call: Callable[[], T]) -> T:
+    """What a library computes; whatever its code raises becomes a `LibraryError`, but for memory that ends."""
     try:
-        # what a trial saves for gradients is not the model's: a checkpoint would count it, and miss it as it computes again
-        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
-            trial = make()
-            pairs = zip(trial.found(), trial.wanted(), strict=True)
-            difference = max(relative_difference(*pair) for pair in pairs)
+        return call()
+    except Exception as error:
+        if exhausted(error):
+            raise
+        raise LibraryError(f"raised {told(error)}") from error
+
+
+def judge(make: Callable[[], Trial], device: torch.device) -> Verdict:
+    """Compare, then time; what a library raises is its refusal, what this package raises is raised."""
+    # what a trial saves for gradients is not the model's: a checkpoint would count it, and miss it as it computes again
+    with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        trial = make()
+        wanted = trial.wanted()
+        try:
+            difference = _of_others(lambda: largest_difference(trial.found(), wanted))
             if not difference <= trial.tolerance:
                 return Verdict(f"differs by {difference:.2g} of the norm, allowed is {trial.tolerance:.2g}")
-            return Verdict(None, *times(device, trial.theirs, trial.own))
-    except Exception as error:  # of others' code: it is told, and this package's kernels run
-        return Verdict(f"raised {told(error)}")
+            return Verdict(None, *times(device, partial(_of_others, trial.theirs), trial.own))
+        except LibraryError as error:  # it is told, and this package's kernels run
+            return Verdict(str(error))
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,6 +185,11 @@ def step(function: Callable[..., torch.Tensor], tensors, needed: tuple[bool, ...
         return [found.detach(), *(torch.autograd.grad(found, wanted, torch.ones_like(found)) if wanted else ())]
 
 
+def largest_difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """`relative_difference` of each two, the worst."""
+    return max(relative_difference(*pair) for pair in zip(found, wanted, strict=True))
+
+
 def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """``‖found - wanted‖ / ‖wanted‖``; infinite where shapes differ or something is not finite."""
     if found.shape != wanted.shape:
@@ -142,17 +200,20 @@ def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def times(device: torch.device, *calls: Callable[[], object]) -> list[float]:
-    """Microseconds of each on a card: the median of several, taken in turns after two that warm up."""
-    for call in calls * 2:
-        call()
-    found: list[list[float]] = [[] for _ in calls]
+    """Microseconds of each on a card: the median of several, taken in turns after two that warm up.
+
+    All are started one behind the other, as a model's kernels are: while the card still computes, starting them is not seen.
+    """
     with torch.cuda.device(device):
-        for _ in range(TURNS):
-            for place, call in enumerate(calls):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                call()
-                end.record()
-                end.synchronize()
-                found[place].append(1000 * start.elapsed_time(end))
-    return [statistics.median(turns) for turns in found]
+        for call in calls * 2:
+            call()
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        for call in calls * TURNS:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        events[-1][1].synchronize()
+    taken = [1000 * start.elapsed_time(end) for start, end in events]
+    return [statistics.median(taken[place :: len(calls)]) for place in range(len(calls))]

@@ -15,6 +15,7 @@ import torch
 
 from modeling_deepseek_moe.ops._dispatch import AUTO, requested_backend
 from modeling_deepseek_moe.ops._libraries import announce, announce_fallback
+from modeling_deepseek_moe.ops._memory import exhausted
 
 OLDEST = 80  # Ampere: bf16 in its tensor cores, copies that do not wait
 OLDEST_TRITON = (3, 6)  # that of the oldest torch that is supported
@@ -45,7 +46,7 @@ def _cannot_start(index: int) -> str | None:
     """Why Triton starts no kernel on a card, found by starting one that does nothing; ``None`` if it does.
 
     Before the first kernel of a process Triton compiles C that needs a compiler and Python's headers, runs ``ptxas`` and writes
-    to a cache; each can be missing.
+    to a cache; each can be missing. Memory that ends is raised: there may be more the next time.
     """
     try:
         with torch.cuda.device(index):
@@ -53,6 +54,8 @@ def _cannot_start(index: int) -> str | None:
 
             nothing[(1,)]()
     except Exception as error:  # Triton's, a subprocess's, the operating system's
+        if exhausted(error):
+            raise
         return f"Triton cannot start a kernel ({_brief(error)})"
     return None
 

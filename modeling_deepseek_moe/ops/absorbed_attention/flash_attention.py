@@ -11,6 +11,7 @@ import torch
 from modeling_deepseek_moe.ops._dispatch import FLASH_ATTENTION_3
 from modeling_deepseek_moe.ops._libraries import Call, current, function_of, lacks, refusal
 from modeling_deepseek_moe.ops._trials import Trial, random, trials
+from modeling_deepseek_moe.ops._triton import power_of_two
 
 CALL = Call("flash_attn_with_kvcache", ("q", "k_cache", "v_cache", "qv", "softmax_scale"))
 RANK, ROPE = 512, 64  # that it has kernels for
@@ -57,9 +58,9 @@ def unsuitable(
             own,
         )
 
-    # a new verdict as a cache doubles
-    length = 1 << (min(c_kv.shape[2], MOST_TOKENS) - 1).bit_length()
-    return trials().reason(FLASH_ATTENTION_3, "attention over latents", q_nope, (heads, batch, length), make)
+    # a new verdict as a cache or a batch doubles
+    sizes = power_of_two(batch), power_of_two(min(c_kv.shape[2], MOST_TOKENS))
+    return trials().reason(FLASH_ATTENTION_3, "attention over latents", q_nope, (heads, *sizes), make)
 
 
 def attend(

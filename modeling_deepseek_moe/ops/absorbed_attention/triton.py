@@ -131,8 +131,8 @@ def _decode(
     """
     Args:
         q_nope, q_pe: ``[B, H, 1, n]`` and ``[B, H, 1, p]``; the latter rotated, unless ``cos`` and ``sin`` are given.
-        c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``, any stride over B and kv. ``c_kv`` of bytes is as `_latent_rows` lays
-            them out: the result is that of the decoded latents in the queries' dtype.
+        c_kv, k_pe: ``[B, 1, kv, r]`` and ``[B, 1, kv, p]``, any stride over B and kv, as the queries 1 over the last. ``c_kv`` of
+            bytes is as `_latent_rows` lays them out: the result is that of the decoded latents in the queries' dtype.
         mask: ``[B or 1, 1, 1, kv]``; boolean (True attends) or added to the scores.
         bounds: ``[B, 2]`` int32, the first key of each row and one past its last; nothing else is read.
         weight, scale_inv: ``kv_b_proj [H·(n+v), r]`` and its scales if it is FP8.
@@ -141,11 +141,9 @@ def _decode(
     Returns:
         ``[B, 1, H, v]``; zeros where a row attends to nothing.
     """
-    _check(q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv)
     batch, heads, _, nope = q_nope.shape
     length, rank = c_kv.shape[2], weight.shape[1]
     rope, value = k_pe.shape[3], weight.shape[0] // heads - nope
-    q_nope, q_pe, c_kv, k_pe = (t if t.stride(3) == 1 else t.contiguous() for t in (q_nope, q_pe, c_kv, k_pe))
     in_codes = c_kv.dtype == torch.uint8
     c_kv, scales = _latent_rows.codes_and_scales(c_kv, rank) if in_codes else (c_kv, None)
     latent, q_pe = absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
@@ -191,7 +189,6 @@ def merge(partial, log_sums, weight, scale_inv, q_nope) -> torch.Tensor:
 
 def _by_library(q_nope, q_pe, c_kv, k_pe, weight, scale_inv, scaling, cos, sin, interleave: bool) -> torch.Tensor:
     """As `_decode` without a mask: queries and values go through W_UK and W_UV here, and between them FlashAttention attends."""
-    q_nope, q_pe = (t if t.stride(3) == 1 else t.contiguous() for t in (q_nope, q_pe))
     value = weight.shape[0] // q_nope.shape[1] - q_nope.shape[3]
     latent, q_pe = absorb(q_nope, q_pe, weight, scale_inv, cos, sin, interleave, value)
     attended = flash_attention.attend(latent, q_pe, c_kv, k_pe, scaling=scaling).float().unsqueeze(1)
@@ -201,7 +198,9 @@ def _by_library(q_nope, q_pe, c_kv, k_pe, weight, scale_inv, scaling, cos, sin, 
 def _chosen(
     q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv, scaling, cos=None, sin=None, interleave=True
 ) -> torch.Tensor:
-    """`_decode`, or what does the same faster on this card."""
+    """`_decode`, or what does the same faster on this card; tensors that do not fit each other raise before either."""
+    _check(q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv)
+    q_nope, q_pe, c_kv, k_pe = (t if t.stride(3) == 1 else t.contiguous() for t in (q_nope, q_pe, c_kv, k_pe))
     rest = weight, scale_inv, scaling, cos, sin, interleave
     own = functools.partial(_decode, q_nope, q_pe, c_kv, k_pe, mask, bounds, *rest)
     theirs = functools.partial(_by_library, q_nope, q_pe, c_kv, k_pe, *rest)
