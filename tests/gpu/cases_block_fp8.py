@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from gpu.errors import check, poisoned
 
-from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.cache import encode_latents
+from modeling_deepseek_moe.ops import _latent_rows, block_fp8
 from modeling_deepseek_moe.ops.block_fp8 import reference, triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -108,6 +109,39 @@ def test_decodes_all_codes(dtype):
     scale = random(2, 3).abs()
     found = triton.dequantize.cuda(codes, scale, dtype)
     assert torch.equal(found.nan_to_num(7), values(codes, scale, dtype).nan_to_num(7))
+
+
+def test_rows_of_a_cache_are_decoded_where_they_lie(monkeypatch):
+    """Codes and scales of a row lie next to each other; nothing of them is copied first."""
+    rows = encode_latents(random(1, 1, 70, 200)).flatten(0, 2)
+    codes, scales = _latent_rows.codes_and_scales(rows, 200)
+    codes, places = codes.view(torch.float8_e4m3fn), []
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "launch", lambda *given, **_: places.extend(t.data_ptr() for t in given[3:5]))
+        triton.dequantize.cuda(codes, scales, torch.bfloat16, 1)
+    assert places == [codes.data_ptr(), scales.data_ptr()]
+    found = triton.dequantize.cuda(codes, scales, torch.bfloat16, 1)
+    assert torch.equal(found, reference.dequantize_tiles(codes, scales, torch.bfloat16))
+    columns = codes.contiguous().t().contiguous().t()  # rows are no runs of bytes
+    assert torch.equal(triton.dequantize.cuda(columns, scales, torch.bfloat16, 1), found)
+
+
+def test_grids_have_room_for_many_rows(monkeypatch):
+    """A grid may be 65,535 long on every side but the first."""
+    grids = []
+    monkeypatch.setattr(triton, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    codes, scale = triton.quantize_tiles.cuda(torch.zeros(1, 1).expand(1 << 22, 1), False, False)
+    triton.dequantize.cuda(codes, scale, torch.bfloat16, 1)
+    assert len(grids) > 2 and all(max(grid[1:]) < 1 << 16 for grid in grids)
+
+
+@pytest.mark.parametrize("by_tile", (False, True))
+def test_casts_in_several_grids(monkeypatch, by_tile):
+    monkeypatch.setattr(triton, "MOST_BLOCKS", 2)
+    x = random(70, 200)
+    codes, scale = triton.quantize_tiles.cuda(x, False, False, by_tile)
+    wanted, wanted_scale = block_fp8.quantize_tiles(x)
+    assert torch.equal(scale, wanted_scale) and torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8))
 
 
 @pytest.mark.long

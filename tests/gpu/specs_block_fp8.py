@@ -67,7 +67,8 @@ def specs(card: int) -> list[Spec]:
     found = [few_rows(card, *shape) for shape in FEW] + [few_rows(card, 1, 2112, second=True)]
     found += [gate_up(card, *shape) for shape in ((1, 2048), (1, 18432), (16, 2048))]
     found += [gemm(card, rows) for rows in (128, 1)] + [cast_tiles(card, swiglu) for swiglu in (False, True)]
-    types = {"codes_ptr": "*u8", "scale_ptr": "*fp32", "out_ptr": "*bf16", "N": "i32", "K": "i32"}
+    types = {"codes_ptr": "*u8", "scale_ptr": "*fp32", "out_ptr": "*bf16"}
+    types |= dict.fromkeys(("N", "K", "sc_n", "ss_n"), "i32")
     constants, nbytes = {"ROWS": 128, "BM": 32, "BK": 128}, 32 * 128 * (1 + 2)
-    decode = Spec("decode_blocks", kernels.decode_blocks, types, constants, 4, 3, nbytes, ("K",), is_loop=False)
+    decode = Spec("decode_blocks", kernels.decode_blocks, types, constants, 4, 3, nbytes, ("K", "sc_n"), is_loop=False)
     return [*found, decode]

@@ -16,6 +16,7 @@ from modeling_deepseek_moe.ops.block_fp8 import deep_gemm, scaled_mm
 FP8_DTYPE = torch.float8_e4m3fn
 FEW_ROWS = 64  # up to which gate and up are multiplied in one kernel
 MOST_ROWS = 1 << 14  # what is faster for that number is for more
+MOST_BLOCKS = (1 << 16) - 1  # on any side of a grid but the first
 MANY_ROWS = 256  # from here on, activations are quantised as the releases' recipe has it, on cards that multiply codes
 
 
@@ -229,19 +230,14 @@ def _dequantize(weight: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtyp
         found = f"{weight.dtype} {[n, k]} with scales {list(scale_inv.shape)}"
         raise ValueError(f"FP8 dequantize: found {found}, wanted a scale for {rows} × 128 codes of {FP8_DTYPE}")
     out = weight.new_empty((n, k), dtype=dtype)
-    codes, scale = weight.contiguous().view(torch.uint8), scale_inv.float().contiguous()
+    # where they lie: rows of a cache hold both
+    codes, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (weight.view(torch.uint8), scale_inv.float()))
     launch(
         kernels("block_fp8").decode_blocks,
-        (blocks(k, 128), blocks(n, 32)),
+        (blocks(n, 32), blocks(k, 128)),
         weight.device,
-        codes,
-        scale,
-        out,
-        n,
-        k,
-        ROWS=rows,
-        BM=32,
-        BK=128,
+        *(codes, scale, out, n, k, codes.stride(0), scale.stride(0)),
+        **dict(ROWS=rows, BM=32, BK=128),
     )
     return out
 
@@ -257,15 +253,17 @@ dequantize = define(
 
 def _quantize_tiles(x, power_of_two: bool, swiglu: bool, by_tile: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scale = _tiles_like(x, power_of_two, swiglu, by_tile)
-    rows, k = codes.shape
-    native = _triton.capability(x.device) >= _triton.FP8_CORES
-    launch(
-        kernels("block_fp8").cast_tiles,
-        (blocks(k, 128), blocks(rows, 16)),
-        x.device,
-        *(x, codes.view(torch.uint8), scale, rows, k, *x.stride(), *scale.stride()),
-        **dict(BM=16, POWER=power_of_two, SWIGLU=swiglu, NATIVE=native),
-    )
+    k, native = codes.shape[1], _triton.capability(x.device) >= _triton.FP8_CORES
+    # rows on the grid's first side, which has no end, would take a twentieth more instructions
+    parts = (tensor.split(16 * MOST_BLOCKS) for tensor in (x, codes.view(torch.uint8), scale))
+    for rows, rows_codes, rows_scale in zip(*parts, strict=True):
+        launch(
+            kernels("block_fp8").cast_tiles,
+            (blocks(k, 128), blocks(len(rows), 16)),
+            x.device,
+            *(rows, rows_codes, rows_scale, len(rows), k, *x.stride(), *scale.stride()),
+            **dict(BM=16, POWER=power_of_two, SWIGLU=swiglu, NATIVE=native),
+        )
     return codes, scale
 
 

@@ -168,14 +168,17 @@ def cast_tiles(
 
 @triton.jit
 def decode_blocks(
-    codes_ptr, scale_ptr, out_ptr, N, K, ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    codes_ptr, scale_ptr, out_ptr, N, K, sc_n, ss_n, ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """out [N, K] = code · scale, scales [ceil(N/ROWS), ceil(K/128)]. NaN codes stay NaN. grid (ceil(K/BK), ceil(N/BM))."""
-    n = tl.program_id(1) * BM + tl.arange(0, BM)
-    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    """out [N, K] = code · scale, scales [ceil(N/ROWS), ceil(K/128)]. NaN codes stay NaN. grid (ceil(N/BM), ceil(K/BK)).
+
+    Rows of codes and of scales are ``sc_n`` and ``ss_n`` apart.
+    """
+    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
     m = (n < N)[:, None] & (k < K)[None, :]
-    at = n[:, None].to(tl.int64) * K + k[None, :]
-    raw = tl.load(codes_ptr + at, mask=m, other=0)
-    s = tl.load(scale_ptr + (n[:, None] // ROWS) * tl.cdiv(K, 128) + k[None, :] // 128, mask=m, other=0.0)
+    row = n[:, None].to(tl.int64)
+    raw = tl.load(codes_ptr + row * sc_n + k[None, :], mask=m, other=0)
+    s = tl.load(scale_ptr + (n[:, None] // ROWS).to(tl.int64) * ss_n + k[None, :] // 128, mask=m, other=0.0)
     v = tl.where((raw & 0x7F) == 0x7F, float("nan"), codes.e4m3_bytes(raw).to(tl.float32)) * s
-    tl.store(out_ptr + at, v.to(out_ptr.dtype.element_ty), mask=m)
+    tl.store(out_ptr + row * K + k[None, :], v.to(out_ptr.dtype.element_ty), mask=m)
