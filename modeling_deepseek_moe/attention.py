@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.attention_chunks import attend, finish, merge
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention, attend_pages, takes_pages
+from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention, attend_pages, weight_for_pages
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.ops.prompt_attention import interface
 from modeling_deepseek_moe.paged import PagedLatents
@@ -206,9 +206,10 @@ class DeepseekAttention(nn.Module):
         """Each request's queries over its own latents: at once where a kernel can, else one by one in the form that costs less."""
         if cache.is_decoding:
             pages, queries = cache.located(self.layer_idx), (q_nope.transpose(0, 2), q_pe.transpose(0, 2))
-            if takes_pages(*queries, pages, self.kv_b_proj):
+            weight = weight_for_pages(*queries, pages, self.kv_b_proj)
+            if weight is not None:
                 cache.write(c_kv, k_pe, self.layer_idx)
-                return attend_pages(*queries, pages, self.kv_b_proj, self.scaling)
+                return attend_pages(*queries, pages, weight, self.scaling)
         c_kv, k_pe = self._cached(c_kv, k_pe, cache, None, q_nope)
         outputs = []
         for queries, keys in cache.requests:

@@ -162,7 +162,7 @@ def test_all_requests_at_once_as_on_a_card(folder, kind, monkeypatch):
     requests = prompts(5, 17, 1, 40, 9)
     model = load(folder(kind))
     wanted = batched(model, requests)
-    monkeypatch.setattr("modeling_deepseek_moe.attention.takes_pages", lambda *_: True)
+    monkeypatch.setattr("modeling_deepseek_moe.attention.weight_for_pages", lambda *arguments: arguments[-1])
     monkeypatch.setattr("modeling_deepseek_moe.attention.attend_pages", attend)
     assert batched(model, requests) == wanted
     assert calls.count(len(requests)) >= (NEW - 2) * model.config.num_hidden_layers

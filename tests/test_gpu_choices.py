@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+from gpu import libraries
+from transformers import AutoModelForCausalLM
 
+import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import use_backend
-from modeling_deepseek_moe.ops import block_fp8, four_bit
+from modeling_deepseek_moe.bnb.formats import INT8
+from modeling_deepseek_moe.ops import absorbed_attention, block_fp8, four_bit
 from modeling_deepseek_moe.ops._dispatch import BackendError
+from modeling_deepseek_moe.ops.absorbed_attention import Pages
 from modeling_deepseek_moe.ops.absorbed_attention import triton as attention
 from modeling_deepseek_moe.ops.block_fp8 import scaled_mm
 from modeling_deepseek_moe.ops.block_fp8 import triton as fp8
+from modeling_deepseek_moe.ops.experts import grouped
+from modeling_deepseek_moe.ops.experts.operands import Operands
 from modeling_deepseek_moe.ops.four_bit import product
 from modeling_deepseek_moe.ops.four_bit import triton as four_bit_triton
 from modeling_deepseek_moe.ops.rms_norm import add_rms_norm, rms_norm
@@ -55,6 +62,43 @@ def test_every_card_has_tiles(card):
         block_m, block_n, warps, _ = fp8.tile(card, rows, 2112, 108)
         assert block_m >= min(rows, 64) and block_n >= 16 * min(warps, 4)
         assert 128 % block_n == 0  # the rows of a program share the scales of their block
+
+
+def test_pages_are_attended_to_with_a_weight_that_is_made_once(monkeypatch):
+    """Weights of a quantiser's layers, or of layers with an adapter, are decoded first."""
+    layer = AutoModelForCausalLM.from_pretrained(dsm.tiny_checkpoint()).model.layers[0].self_attn
+    queries = torch.zeros(1, layer.num_heads, 3, sum(layer.query_dims)).split(layer.query_dims, dim=-1)
+    written, made, used = [], [], []
+
+    class Cache:
+        is_decoding = True
+
+        def located(self, layer_idx):
+            rows = torch.zeros(9, sum(layer.kv_dims) // 2)
+            return Pages(rows, rows, torch.arange(9), torch.tensor([0, 2, 5, 9], dtype=torch.int32), 4)
+
+        def write(self, *latents):
+            written.append(latents)
+
+    def make(kv_b_proj, like):
+        made.append(kv_b_proj.weight.detach().clone())
+        return made[-1]
+
+    layer.kv_b_proj.register_forward_hook(lambda *_: None)
+    libraries.be_a_card(monkeypatch)
+    monkeypatch.setattr(absorbed_attention, "kept_weight_of", make)
+    monkeypatch.setattr(absorbed_attention.triton_pages, "decode", lambda *given: used.append(given))
+    assert layer._of_requests(*queries, None, None, Cache()) is None
+    assert len(written) == len(made) == len(used) == 1 and used[0][7] is made[0]
+
+
+def test_int8_experts_are_said_to_have_no_kernel(monkeypatch):
+    libraries.be_a_card(monkeypatch)
+    module = type("Experts", (torch.nn.Module,), {"stacked": lambda self: {}})()
+    module.act_fn, module.weight_format = torch.nn.SiLU(), INT8
+    monkeypatch.setattr(grouped, "_operands", lambda *_: Operands((), None, 32, torch.int8))
+    reason = grouped.refuses(module, torch.zeros(2, 8).bfloat16(), torch.zeros(2, 2))
+    assert reason == "has no kernels for experts in torch.int8"
 
 
 def test_groups_of_codes_have_tiles():

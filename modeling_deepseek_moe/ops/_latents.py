@@ -25,7 +25,7 @@ def unsupported_reason(
     if q_nope.device.type != "cpu" or weight.device.type != "cpu":
         return f"needs CPU tensors, found {q_nope.device} and {weight.device}"
     if q_nope.dtype not in DTYPES or {q_nope.dtype, q_pe.dtype, k_pe.dtype} != {c_kv.dtype}:
-        return f"takes queries and caches in one dtype, bf16 or fp32, found {q_nope.dtype} and {c_kv.dtype}"
+        return f"takes queries and caches in one dtype, bf16 or fp32, found {_dtypes(q_nope, q_pe, c_kv, k_pe)}"
     if (weight.dtype not in WEIGHTS and kind is None) or not weight.is_contiguous():
         return f"takes contiguous FP8, bf16 or four-bit weights, found {weight.dtype}"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, c_kv, k_pe, weight)):
@@ -81,7 +81,14 @@ def check(
     if found != (rows, rank):
         raise ValueError(f"{operation}: weight is {found}, wanted {(rows, rank)}")
     if q_nope.dtype not in DTYPES or {q_nope.dtype, q_pe.dtype, k_pe.dtype} != {c_kv.dtype}:
-        raise ValueError(f"{operation}: queries {q_nope.dtype}, caches {c_kv.dtype}, wanted one dtype of {DTYPES}")
+        found = _dtypes(q_nope, q_pe, c_kv, k_pe)
+        raise ValueError(f"{operation}: found queries and caches in {found}, wanted one dtype of {DTYPES}")
+
+
+def _dtypes(*latents: torch.Tensor) -> str:
+    return ", ".join(
+        f"{name} {tensor.dtype}" for name, tensor in zip(("q_nope", "q_pe", "c_kv", "k_pe"), latents, strict=True)
+    )
 
 
 def call(function: str, latents: tuple, weight: Matrix, between: tuple[Any, ...], scaling: float) -> torch.Tensor:

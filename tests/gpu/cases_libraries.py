@@ -97,7 +97,9 @@ def test_one_token_over_latents(hopper, in_fp8):
         tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (c_kv, k_pe)
     ]  # values of a row lie apart
     assert torch.equal(attention.decode.cuda(q_nope, q_pe, *apart, *arguments[4:]), found)
-    with pytest.raises(ValueError, match="triton_mla_decode: found queries, caches"):  # before the library reads them
+    with pytest.raises(
+        ValueError, match="triton_mla_decode: found tensors that do not fit"
+    ):  # before the library reads them
         attention.decode.cuda(q_nope, q_pe, c_kv, k_pe[:, :, :40], *arguments[4:])
     bounds = torch.tensor([[0, 41]] * 2, dtype=torch.int32)
     with (

@@ -24,7 +24,7 @@ from modeling_deepseek_moe.ops.absorbed_attention import cpu, reference, triton,
 from modeling_deepseek_moe.ops.absorbed_attention.pages import Pages
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 
-__all__ = ["Pages", "absorbed_attention", "attend_pages", "takes_pages", "triton"]
+__all__ = ["Pages", "absorbed_attention", "attend_pages", "triton", "weight_for_pages"]
 
 
 def absorbed_attention(
@@ -67,33 +67,33 @@ def absorbed_attention(
     return reference.absorbed_attention(*tensors, w_uk, w_uv, scaling, dropout, output_attentions)
 
 
-def takes_pages(q_nope: torch.Tensor, q_pe: torch.Tensor, pages: Pages, kv_b_proj: nn.Module) -> bool:
-    """Whether `attend_pages` can, with its arguments."""
+Weight = tuple[torch.Tensor, torch.Tensor | None]  # with the scales of its blocks
+
+
+def weight_for_pages(q_nope: torch.Tensor, q_pe: torch.Tensor, pages: Pages, kv_b_proj: nn.Module) -> Weight | None:
+    """The weight that `attend_pages` takes, of its other arguments and ``kv_b_proj`` as for `absorbed_attention`; ``None`` where it cannot."""
     # looked at first: elsewhere a weight in four bits would be decoded for nothing
     if _triton.refusal(q_nope.device) is not None or torch.is_autocast_enabled(q_nope.device.type):
-        return False
-    weight, _ = _weight_on_card(kv_b_proj, q_nope)
-    return may_use(TRITON, triton.unsupported_reason(q_nope, q_pe, pages.first, pages.second, None, weight))
+        return None
+    in_place = unsupported_linear(kv_b_proj) is None and not is_of_four_bits(kv_b_proj)
+    weight, scale, _ = _weight_of(kv_b_proj, rows_of_rank(kv_b_proj), in_place, q_nope)
+    reason = triton.unsupported_reason(q_nope, q_pe, pages.first, pages.second, None, weight)
+    return (weight, scale) if may_use(TRITON, reason) else None
 
 
 def attend_pages(
-    q_nope: torch.Tensor, q_pe: torch.Tensor, pages: Pages, kv_b_proj: nn.Module, scaling: float
+    q_nope: torch.Tensor, q_pe: torch.Tensor, pages: Pages, weight: Weight, scaling: float
 ) -> torch.Tensor:
     """`absorbed_attention` of one new token of each request to all of its own latents, all requests in one call.
 
     Args:
         q_nope, q_pe: ``[B, H, 1, n]`` and, rotated, ``[B, H, 1, p]``.
-        kv_b_proj: as for `absorbed_attention`.
+        weight: what `weight_for_pages` returned.
 
     Returns:
         ``[B, 1, H, v]``.
     """
-    return triton_pages.decode(q_nope, q_pe, *pages, *_weight_on_card(kv_b_proj, q_nope), scaling)
-
-
-def _weight_on_card(kv_b_proj: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    in_place = unsupported_linear(kv_b_proj) is None and not is_of_four_bits(kv_b_proj)
-    return _weight_of(kv_b_proj, rows_of_rank(kv_b_proj), in_place, like)[:2]
+    return triton_pages.decode(q_nope, q_pe, *pages, *weight, scaling)
 
 
 def _weight_of(

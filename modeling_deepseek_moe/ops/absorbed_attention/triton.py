@@ -15,6 +15,7 @@ WEIGHTS = (torch.float8_e4m3fn, *_triton.FLOATS)  # the first in blocks of 128 x
 MOST_SPLITS = 64
 BLOCK_KEYS = 64  # at least, for each split
 BATCH = 16  # rows of a product of one head
+WEIGHT = "a weight [H·(n+v), r], fp32 scales of its blocks of 128 × 128 if it is FP8, else none"
 
 
 def unsupported_reason(
@@ -233,21 +234,34 @@ def _check(q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv) -> None:
         and tuple(q_pe.shape) == (batch, heads, 1, rope)
         and tuple(c_kv.shape[:2]) == (batch, 1)
         and tuple(k_pe.shape[:3]) == (batch, 1, length)
-        and weight.ndim == 2
+        and weight_fits(weight, scale_inv, heads, nope)
         and width == (_latent_rows.row_bytes(rank) if c_kv.dtype == torch.uint8 else rank)
-        and weight.shape[0] % heads == 0
-        and weight.shape[0] // heads > nope
         and (mask is None or (mask.shape[0] in (1, batch) and mask.shape[-1] >= length))
         and (bounds is None or (tuple(bounds.shape) == (batch, 2) and bounds.dtype == torch.int32))
+    )
+    if not fits:
+        raise unfit(
+            "triton_mla_decode",
+            "q_nope [B, H, 1, n], q_pe [B, H, 1, p], c_kv [B, 1, kv, r], k_pe [B, 1, kv, p], a mask [B or 1, 1, 1, kv] or none, int32 "
+            f"bounds [B, 2] or none, {WEIGHT}",
+            *(q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv),
+        )
+
+
+def weight_fits(weight: torch.Tensor, scale_inv: torch.Tensor | None, heads: int, nope: int) -> bool:
+    """Whether ``kv_b_proj`` has rows of W_UK and of W_UV for each head, and scales of its blocks if it is FP8."""
+    return (
+        weight.ndim == 2
+        and weight.shape[0] % heads == 0
+        and weight.shape[0] // heads > nope
         and (scale_inv is None) == (weight.dtype != torch.float8_e4m3fn)
         and (scale_inv is None or tuple(scale_inv.shape) == tuple(blocks(n, 128) for n in weight.shape))
     )
-    if not fits:
-        tensors = (q_nope, q_pe, c_kv, k_pe, mask, bounds, weight, scale_inv)
-        found = ", ".join("no" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
-        raise ValueError(
-            f"triton_mla_decode: found queries, caches, mask, bounds, weight and scales that do not fit: {found}"
-        )
+
+
+def unfit(operation: str, wanted: str, *tensors: torch.Tensor | None) -> ValueError:
+    found = ", ".join("none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+    return ValueError(f"{operation}: found tensors that do not fit each other, {found}, wanted {wanted}")
 
 
 decode = define(

@@ -63,7 +63,8 @@ def _check(q_nope, q_pe, first, second, index, starts, weight, scale_inv) -> Non
     fits = (
         new == 1
         and tuple(q_pe.shape[:3]) == (batch, heads, 1)
-        and weight.ndim == first.ndim == second.ndim == 2
+        and triton.weight_fits(weight, scale_inv, heads, nope)
+        and first.ndim == second.ndim == 2
         and first.shape == second.shape
         and first.stride(1) == second.stride(1) == 1
         and first.shape[1] == blocks(q_pe.shape[3] + weight.shape[1], 2)
@@ -72,16 +73,13 @@ def _check(q_nope, q_pe, first, second, index, starts, weight, scale_inv) -> Non
         and tuple(starts.shape) == (batch + 1,)
         and index.is_contiguous()
         and starts.is_contiguous()
-        and weight.shape[0] % heads == 0
-        and weight.shape[0] // heads > nope
-        and (scale_inv is None) == (weight.dtype != torch.float8_e4m3fn)
-        and (scale_inv is None or tuple(scale_inv.shape) == tuple(blocks(n, 128) for n in weight.shape))
     )
     if not fits:
-        tensors = (q_nope, q_pe, first, second, index, starts, weight, scale_inv)
-        found = ", ".join("no" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
-        raise ValueError(
-            f"triton_mla_decode_pages: found queries, halves, index, starts, weight and scales that do not fit: {found}"
+        raise triton.unfit(
+            "triton_mla_decode_pages",
+            "q_nope [B, H, 1, n], q_pe [B, H, 1, p], halves [rows, ⌈(r+p)/2⌉] of rows, contiguous int64 index [keys] and int32 starts [B + 1], "
+            f"{triton.WEIGHT}",
+            *(q_nope, q_pe, first, second, index, starts, weight, scale_inv),
         )
 
 

@@ -29,7 +29,7 @@ def refuses(module: nn.Module, hidden_TD: torch.Tensor, topk_weights: torch.Tens
     if torch.compiler.is_compiling():
         return "has no graphs of experts with an adapter, or with gate and up apart"
     weights = _operands(module, hidden_TD)
-    if not weights.stacks and hasattr(type(module), "stacked"):
+    if not weights.stacks and hasattr(type(module), "stacked") and module.weight_format.bits == 4:
         return (
             f"takes 4-bit experts whose rows are whole groups, found {module.weight_format.name} rows of other lengths"
         )

@@ -49,6 +49,8 @@ def refuses(
         return reason
     if hidden_TD.dtype != torch.bfloat16:
         return f"takes activations in torch.bfloat16, found {hidden_TD.dtype}"
+    if kind(weights) is None:
+        return f"has no kernels for experts in {weights.kind or weights.dtype}"
     if not weights.stacks:
         return "needs stacked experts on the card, found experts mapped from files"
     if needs_gradients(hidden_TD, topk_weights, *weights.stacks[:2]):
@@ -77,8 +79,6 @@ def torch_is_faster(weights, hidden_TD: torch.Tensor, slots: int) -> bool:
 
 def _refuses_stacks(weights, hidden_TD: torch.Tensor) -> str | None:
     name = kind(weights)
-    if name is None:
-        return f"has no kernels for experts in {weights.kind or weights.dtype}"
     for stack in weights.stacks:
         if stack is None:
             continue

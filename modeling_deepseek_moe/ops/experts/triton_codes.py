@@ -67,7 +67,7 @@ class Matrix(NamedTuple):
         (count, n, k), slots = self.shape, len(order.slots)
         if a.shape[1] != k or out.shape != (slots, n):
             raise ValueError(
-                f"experts: found a product {list(a.shape)} → {list(out.shape)} with codes of {[count, n, k]}"
+                f"experts: found a product {list(a.shape)} → {list(out.shape)} with codes of {[count, n, k]}, wanted [·, {k}] → {[slots, n]}"
             )
         few = "" if slots >= MANY_ROWS * count else "_few"
         tiling, scales = tiles(f"grouped_codes{few}", capability_of(a.device)), self._plain_scales()
@@ -91,8 +91,12 @@ class Matrix(NamedTuple):
     ) -> torch.Tensor:
         """``a [S, N] · W_e → [S, K]``; with ``more``, a matrix like this one, ``a [S, 2N]`` times both, one above the other."""
         count, n, k = self.shape
-        if a.shape[1] != (n if more is None else 2 * n) or (more is not None and more.shape != self.shape):
-            raise ValueError(f"experts: found a product of {list(a.shape)} with transposed codes of {[count, n, k]}")
+        shapes = [list(matrix.shape) for matrix in (self, more) if matrix is not None]
+        if a.shape[1] != n * len(shapes) or shapes[-1] != shapes[0]:
+            found = f"{list(a.shape)} with transposed codes of {' and '.join(map(str, shapes))}"
+            raise ValueError(
+                f"experts: found a product of {found}, wanted [·, {n * len(shapes)}] and codes of one shape"
+            )
         tiling = tiles("grouped_codes_back", capability_of(a.device))
         out = torch.empty((len(order.slots), k), dtype=dtype, device=a.device)
         scales = self._plain_scales()

@@ -75,7 +75,10 @@ def grouped_product(
     count, n, k = (b.shape[0], b.shape[2], b.shape[1]) if turned else b.shape
     fp8, device = a.dtype == FP8, a.device
     if a.shape[1] != k or b.dtype != a.dtype or (fp8 and (turned or a_scale is None or b_scale is None)):
-        raise ValueError(f"experts: found factors {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
+        wanted = f"a [S, {k}] like it" + (" with scales of both, not turned" if fp8 else "")
+        raise ValueError(
+            f"experts: found factors {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}, wanted {wanted}"
+        )
     tiling = tiles("grouped_fp8", capability_of(device)) if fp8 else _tiles("grouped", device, n, k)
     out = torch.empty((len(order.slots), n), dtype=dtype, device=device) if onto is None else onto
     grid = programs(len(order.slots), count, tiling.rows), _triton.blocks(n, tiling.columns)
