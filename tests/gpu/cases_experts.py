@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu.errors import poison_empty
 
 from modeling_deepseek_moe.formats import by_name
 from modeling_deepseek_moe.ops import _triton
@@ -77,14 +78,7 @@ def routed(tokens: int, size: int):
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What no kernel has written is NaN."""
-    empty = torch.empty
-
-    def poisoned(*arguments, **named):
-        made = empty(*arguments, **named)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_empty(monkeypatch)
 
 
 @pytest.mark.parametrize("name", RAGGED)

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu.cases_experts import RAGGED, E, K, Layer
+from gpu.errors import poison_empty
 
 from modeling_deepseek_moe.ops import four_bit
-from modeling_deepseek_moe.ops.experts import low_rank
+from modeling_deepseek_moe.ops.experts import low_rank, triton_trained
 from modeling_deepseek_moe.ops.experts.low_rank import Copies, LowRank
 from modeling_deepseek_moe.ops.experts.triton_codes import Codes, Matrix
 from modeling_deepseek_moe.ops.experts.triton_products import Order
@@ -56,7 +57,8 @@ class Case:
         return [tensor.to(dtype, copy=True).requires_grad_() for tensor in (self.x, self.weights, *self.matrices)]
 
     def gradients(self, y, leaves, dtype):
-        return y.detach(), *torch.autograd.grad(y, leaves, self.dy.to(dtype))
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        return y.detach(), *torch.autograd.grad(y, asked, self.dy.to(dtype))
 
     def defined(self, dtype):
         x, weights, *matrices = leaves = self.leaves(dtype)
@@ -68,9 +70,10 @@ class Case:
         y = low_rank._defined(x, self.indices, weights, F.silu, Definition(self.layer, dtype), both)
         return self.gradients(y, leaves, dtype)
 
-    def found(self):
-        """By the kernels, of matrices in fp32 as peft has them."""
-        x, weights, *matrices = leaves = [leaf.detach().requires_grad_() for leaf in self.leaves(torch.float32)]
+    def found(self, asked=range(8)):
+        """By the kernels, of matrices in fp32 as peft has them; with the gradients of these leaves."""
+        leaves = [leaf.detach().requires_grad_(i in asked) for i, leaf in enumerate(self.leaves(torch.float32))]
+        x, weights, *matrices = leaves
         x = x.to(torch.bfloat16)
         stacks, codes = self.base()
         y = GroupedSwiGlu.apply(
@@ -99,19 +102,34 @@ def check(case: Case) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What no kernel has written is NaN."""
-    empty = torch.empty
-
-    def poisoned(*arguments, **named):
-        made = empty(*arguments, **named)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_empty(monkeypatch)
 
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_gradients_with_adapters(name):
     check(Case(name))
+
+
+@pytest.mark.parametrize(
+    ("asked", "outer", "goes_on"),
+    [((2,), 1, True), ((3, 4), 2, True), ((1,), 0, True), ((5, 7), 2, False)],
+    ids=["A-of-gate-up", "B-and-A", "weights", "B-of-down"],
+)
+def test_gradients_that_nobody_asks_for_are_not_computed(asked, outer, goes_on, monkeypatch):
+    """As peft freezes A or B, trains down alone, or learns the routing alone."""
+    case, computed = Case("nf4"), []
+    every = case.found()
+    for name in ("grouped_outer", "_swiglu_backward"):
+        own = getattr(triton_trained, name)
+
+        def counted(*given, name=name, own=own, **named):
+            computed.append(name)
+            return own(*given, **named)
+
+        monkeypatch.setattr(triton_trained, name, counted)
+    found = case.found(asked)
+    assert computed.count("grouped_outer") == outer and ("_swiglu_backward" in computed) == goes_on
+    assert all(torch.equal(got, every[1 + index]) for got, index in zip(found[1:], asked, strict=True))
 
 
 def test_a_scale_for_each_token():

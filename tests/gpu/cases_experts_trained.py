@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.errors import poison_empty
 
 from modeling_deepseek_moe.ops import _triton, block_fp8
 from modeling_deepseek_moe.ops.block_fp8 import reference
@@ -37,15 +38,9 @@ def run(function, dtype, x, indices, weights, gate_up, down, dy, *more):
 
 
 def test_gradients(inputs, monkeypatch):
-    empty = torch.empty
     exact = run(RoutedSwiGlu, torch.float64, *inputs, torch.float64)
     bf16 = run(RoutedSwiGlu, torch.bfloat16, *inputs, torch.bfloat16)
-
-    def poisoned(*arguments, **named):
-        made = empty(*arguments, **named)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_empty(monkeypatch)
     found = run(grouped.GroupedSwiGlu, torch.bfloat16, *inputs, None, grouped.Scales(0, ()))
     for name, y, wanted, by_reference in zip(
         ("y", "x", "weights", "gate_up", "down"), found, exact, bf16, strict=True

@@ -16,6 +16,17 @@ def check(found: torch.Tensor, reference: torch.Tensor, wanted: torch.Tensor) ->
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
+def poison_empty(monkeypatch) -> None:
+    """What no kernel has written is NaN."""
+    empty = torch.empty
+
+    def poisoned(*arguments, **named):
+        made = empty(*arguments, **named)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with NaN on all sides of it in memory, so that what is read past its ends shows."""
     room = torch.full((tensor.numel() + 512,), float("nan"), dtype=tensor.dtype)

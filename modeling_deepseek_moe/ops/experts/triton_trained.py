@@ -44,6 +44,13 @@ class Stacks(NamedTuple):
         return grouped_product(dy_TD, self.down, order, turned=True, by_token=True)
 
 
+class Wanted(NamedTuple):
+    """The dtypes of A's gradient and of B's; ``None`` where nobody asks for it."""
+
+    a: torch.dtype | None
+    b: torch.dtype | None
+
+
 class Pair(NamedTuple):
     """``a [E, r, M]``, ``b [E, N, r]`` in bf16, and a scale for each slot, ``[S]`` fp32."""
 
@@ -64,22 +71,27 @@ class Pair(NamedTuple):
         x,
         low,
         order: Order,
-        dtypes,
+        wanted: Wanted,
         *,
         x_by_token=False,
         by_token=False,
         by_slot=False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of A and B, in ``dtypes``, of ``dy [S, N]``, ``x`` and ``low``; what A hands on goes onto ``dx`` in place.
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of A and B, where ``wanted``, of ``dy [S, N]``, ``x`` and ``low``; what A hands on goes onto ``dx`` in place.
 
         Args:
             x_by_token, by_token: ``x``, ``dy`` have a row for each token; by_slot: ``dx`` is in the slots' order.
         """
-        d_low = grouped_product(dy, self.b, order, turned=True, by_token=by_token, weights=self.scale)
-        if dx is not None:
-            grouped_product(d_low, self.a, order, turned=True, by_slot=by_slot, onto=dx)
-        d_a = grouped_outer(d_low, x, order, b_by_token=x_by_token, dtype=dtypes[0])
-        return d_a, grouped_outer(dy, low, order, a_by_token=by_token, dtype=dtypes[1])
+        d_a = d_b = None
+        if dx is not None or wanted.a is not None:
+            d_low = grouped_product(dy, self.b, order, turned=True, by_token=by_token, weights=self.scale)
+            if dx is not None:
+                grouped_product(d_low, self.a, order, turned=True, by_slot=by_slot, onto=dx)
+            if wanted.a is not None:
+                d_a = grouped_outer(d_low, x, order, b_by_token=x_by_token, dtype=wanted.a)
+        if wanted.b is not None:
+            d_b = grouped_outer(dy, low, order, a_by_token=by_token, dtype=wanted.b)
+        return d_a, d_b
 
 
 class Scales(NamedTuple):
@@ -144,20 +156,25 @@ class GroupedSwiGlu(torch.autograd.Function):
         base = Stacks(*saved[:stacks]) if stacks else ctx.codes
         matrices, lows = saved[stacks : stacks + count], saved[stacks + count :]
         of_inner, of_down = ctx.scales.pairs(matrices, order.slots, order.top_k)
-        dtypes = [(a.dtype, b.dtype) for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
+        asked = zip(matrices, ctx.needs_input_grad[7:], strict=True)
+        each = [matrix.dtype if needed else None for matrix, needed in asked]
+        wanted = [Wanted(*pair) for pair in zip(each[::2], each[1::2], strict=True)]
         needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:5]
         dy, d_down, d_gate_up, d_x = dy_TD.to(BF16).contiguous(), None, None, None
         d_h = base.down_back(dy, order)
         h = _weighted(inner, weights, order) if needs_down or of_down else None
         if needs_down and h is not None:
             d_down = grouped_outer(dy, h, order, a_by_token=True, dtype=ctx.dtypes[3])
-        last = zip(of_down, lows[len(of_inner) :], dtypes[len(of_inner) :], strict=True)
+        last = zip(of_down, lows[len(of_inner) :], wanted[len(of_inner) :], strict=True)
         d_last = [pair.back(d_h, dy, h, low, order, own, by_token=True) for pair, low, own in last]
+        if not (needs_x or needs_weights or needs_gate_up or any(each[: 2 * len(of_inner)])):
+            d_matrices = [gradient for pair in d_last for gradient in pair]
+            return *(None,) * 4, d_down, None, None, *[None] * (2 * len(of_inner)), *d_matrices
         d_inner, d_weights = _swiglu_backward(inner, weights, order, d_h, base.experts)
         if needs_gate_up:
             d_gate_up = grouped_outer(d_inner, x, order, b_by_token=True, dtype=ctx.dtypes[2])
         d_y = base.gate_up_back(d_inner, order) if needs_x else None
-        first = zip(of_inner, lows, dtypes, strict=False)
+        first = zip(of_inner, lows, wanted, strict=False)
         d_first = [
             pair.back(d_y, d_inner, x, low, order, own, x_by_token=True, by_slot=True) for pair, low, own in first
         ]
