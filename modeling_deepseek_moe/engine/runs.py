@@ -1,6 +1,7 @@
 """What the model's loop over its layers asks: which calls to make, a layer each, or one for a run of layers."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -65,12 +66,41 @@ def runs(
 
 
 def recomputable(layer: nn.Module, *arguments, **context) -> torch.Tensor:
-    """A layer in training, by operations that are the same whether gradients are wanted or not.
+    """A layer in training, by operations that are the same ones when a checkpoint runs it again.
 
     Reentrant checkpointing runs a layer once without gradients and once with them. The engine has none: it would round
-    otherwise in the first run, and the router could choose other experts than in the second. FP8 it computes in both.
+    otherwise in the first run, and the router could choose other experts than in the second. FP8 it computes in both. On a card
+    other kernels serve each of the two; without such a checkpoint gradients are wanted each time, and the kernels are the same.
     """
+    on_a_card, reentrant = arguments[0].is_cuda, _is_reentrant(layer)
+    if on_a_card and torch.is_grad_enabled() and not reentrant:
+        return layer(*arguments, **context)
     if any(parameter.dtype.itemsize == 1 for parameter in layer.parameters()):
         return layer(*arguments, **context)
-    with use_backend(REFERENCE):
+    with (
+        _recomputed_by_reference(layer) if on_a_card and reentrant else contextlib.nullcontext(),
+        use_backend(REFERENCE),
+    ):
         return layer(*arguments, **context)
+
+
+def _is_reentrant(layer: nn.Module) -> bool:
+    """Whether transformers runs a layer within a reentrant checkpoint."""
+    wanted = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return wanted and bool(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"))
+
+
+@contextlib.contextmanager
+def _recomputed_by_reference(layer: nn.Module) -> Iterator[None]:
+    """While it lasts, what a checkpoint of the layer runs again in the backward pass, in another thread, is plain torch too."""
+    checkpoint = layer._gradient_checkpointing_func
+
+    def by_reference(run: Callable, *inputs):
+        with use_backend(REFERENCE):
+            return run(*inputs)
+
+    layer._gradient_checkpointing_func = lambda run, *inputs: checkpoint(partial(by_reference, run), *inputs)
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = checkpoint

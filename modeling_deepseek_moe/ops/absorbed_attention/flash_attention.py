@@ -10,12 +10,11 @@ import torch
 
 from modeling_deepseek_moe.ops._dispatch import FLASH_ATTENTION_3
 from modeling_deepseek_moe.ops._libraries import Call, current, function_of, lacks, refusal
-from modeling_deepseek_moe.ops._trials import Trial, random, trials
+from modeling_deepseek_moe.ops._trials import OF_ATTENTION, Trial, random, trials
 from modeling_deepseek_moe.ops._triton import power_of_two
 
 CALL = Call("flash_attn_with_kvcache", ("q", "k_cache", "v_cache", "qv", "softmax_scale"))
 RANK, ROPE = 512, 64  # that it has kernels for
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # weights are rounded before they meet latents
 MOST_TOKENS = 1 << 17  # what is faster for that number is for more
 
 
@@ -39,7 +38,7 @@ def unsuitable(
         return reason
     if masked:
         return "attends to all keys of a cache, found a mask (padding, or a static cache)"
-    if (c_kv.shape[3], k_pe.shape[3]) != (RANK, ROPE) or {q_nope.dtype, c_kv.dtype, k_pe.dtype} - set(TOLERANCES):
+    if (c_kv.shape[3], k_pe.shape[3]) != (RANK, ROPE) or {q_nope.dtype, c_kv.dtype, k_pe.dtype} - set(OF_ATTENTION):
         found = f"{c_kv.dtype}, {c_kv.shape[3]} and {k_pe.shape[3]}"
         return f"has kernels for latents and keys of {RANK} and {ROPE} numbers in bf16 and fp16, found {found}"
     reason = lacks(FLASH_ATTENTION_3, CALL)
@@ -53,7 +52,7 @@ def unsuitable(
         return Trial(
             lambda: [attend(*small, scaling=scaling)],
             lambda: [_defined(*[tensor.float() for tensor in small], scaling=scaling)],
-            TOLERANCES[q_nope.dtype],
+            OF_ATTENTION[q_nope.dtype],
             theirs,
             own,
         )

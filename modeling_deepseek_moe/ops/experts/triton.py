@@ -7,6 +7,7 @@ S = T·K slots, E experts, D hidden size, I expert width.
 """
 
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from modeling_deepseek_moe.ops import _triton
 from modeling_deepseek_moe.ops._library import PLAIN_OR_FAKE, define
 from modeling_deepseek_moe.ops._triton_table import tiles
 from modeling_deepseek_moe.ops.experts.cpu import is_silu
-from modeling_deepseek_moe.ops.experts.triton_products import by_codes
+from modeling_deepseek_moe.ops.experts.triton_products import Order, by_codes, capability_of, programs
 from modeling_deepseek_moe.ops.four_bit.reference import KINDS
 
 FP8, BF16 = "fp8", "bf16"
@@ -24,6 +25,7 @@ SORT_FROM = 32  # slots: from here on several are of one expert, whose weights a
 MANY_ROWS = 16  # of an expert on average: from here on a program takes many rows
 GROUPED_MM = (9, 10)  # generations that torch has grouped kernels for
 NAN_CODE = 0x7F
+Scales = TypeVar("Scales", torch.Tensor, torch.Tensor | None)
 SLOT = "_finite_stacks"  # where a module says of which stacks it is known that all codes are numbers
 
 
@@ -178,25 +180,42 @@ def slot_results(
     """
     hidden, indices, weights = hidden.contiguous(), indices.contiguous(), weights.contiguous()
     device, slots, count = hidden.device, indices.numel(), len(stacks[0])
-    way, card = _way(slots, count), _triton.capability(device) if device.type == "cuda" else _triton.OLDEST
+    way, card = _way(slots, count), capability_of(device)
     if name == FP8 and way == "many" and card >= _triton.FP8_CORES:
         return by_codes(hidden, indices, weights, *stacks)
     order = ends = indices
     if way != "slots":
-        order, ends = (torch.empty(n, dtype=torch.int32, device=device) for n in (slots, count))
-        _triton.launch(_triton.kernels("experts").plan, (count,), device, indices, order, ends, slots, BLOCK=1024)
+        order, ends, _ = Order.of(indices, count)
     if name in KINDS and way != "many":
         return _by_groups(hidden, (indices, order, ends), weights, stacks, name, card, way != "slots")
     return _by_parts(hidden, (indices, order, ends), weights, stacks, name, card, way, shared or [])
 
 
+def group_of(name: str) -> int:
+    """Codes that share a scale."""
+    return KINDS[name].group if name in KINDS else 128
+
+
+def is_looked_up(name: str) -> bool:
+    """Whether the kernels look a byte's two values up in `table_of`."""
+    return name in KINDS and not KINDS[name].low_first
+
+
+def decoder(name: str) -> str:
+    """The ``KIND`` of kernels that decode part by part."""
+    return "nf4" if is_looked_up(name) else name
+
+
 def _constants(name: str, is_sorted: bool, count: int) -> dict:
-    group = KINDS[name].group if name in KINDS else 128
-    return {"GROUP": group, "SORTED": is_sorted, "EXPERTS": _triton.power_of_two(count) if is_sorted else 1}
+    return {
+        "GROUP": group_of(name),
+        "SORTED": is_sorted,
+        "EXPERTS": _triton.power_of_two(count) if is_sorted else 1,
+    }
 
 
 def _programs(slots: int, count: int, rows: int, is_sorted: bool) -> int:
-    return min(_triton.blocks(slots, rows) + count, slots) if is_sorted else slots
+    return programs(slots, count, rows) if is_sorted else slots
 
 
 def _by_parts(
@@ -205,16 +224,15 @@ def _by_parts(
     """`slot_results` of weights that are decoded part by part."""
     (gate_up, down, *scales), kernels, device = stacks, _triton.kernels("experts"), hidden.device
     (tokens, size), slots, (count, width) = hidden.shape, routed[0].numel(), (len(gate_up), gate_up.shape[1] // 2)
-    codes, scales = _words(gate_up, down), _plain_scales(*scales)
-    by_byte = name in KINDS and not KINDS[name].low_first
-    table = table_of(name, device) if by_byte else routed[0]
+    codes, scales = _words(gate_up, down), [plain(scale) for scale in scales]
+    table = table_of(name, device) if is_looked_up(name) else routed[0]
     more, shared_width = (tokens, shared[0].shape[0]) if shared else (0, 0)
     h = torch.empty((slots, width), dtype=torch.bfloat16, device=device)
     inner = torch.empty((more, shared_width), dtype=torch.bfloat16, device=device) if shared else None
     y = torch.empty((slots + more, size), dtype=torch.float32, device=device)
     gate, up, last = _words(*shared[:3]) if shared else (None, None, None)
     gate_s, up_s, last_s = shared[3:] if len(shared) > 3 else (None, None, None)
-    constants = _constants(name, way != "slots", count) | {"KIND": "nf4" if by_byte else name, "SHARED": bool(shared)}
+    constants = _constants(name, way != "slots", count) | {"KIND": decoder(name), "SHARED": bool(shared)}
     first = tiles(f"experts_gate_up_{'joined' if shared and name == BF16 else way}", card)
     second = tiles(f"experts_down_{way}", card)
     _triton.launch(
@@ -239,7 +257,7 @@ def _by_groups(hidden, routed, weights, stacks, name: str, card: int, is_sorted:
     (gate_up, down, *scales), device = stacks, hidden.device
     kernels, table = _triton.kernels("experts", "triton_group_kernels"), _triton.words_of(KINDS[name].values, device)
     size, slots, (count, width) = hidden.shape[1], routed[0].numel(), (len(gate_up), gate_up.shape[1] // 2)
-    codes, scales = _words(gate_up, down), _plain_scales(*scales)
+    codes, scales = _words(gate_up, down), [plain(scale) for scale in scales]
     h = torch.empty((slots, width), dtype=torch.bfloat16, device=device)
     y = torch.empty((slots, size), dtype=torch.float32, device=device)
     constants = _constants(name, is_sorted, count) | {"KIND": name}
@@ -266,9 +284,9 @@ def _words(*stacks: torch.Tensor) -> list[torch.Tensor]:
     return [stack if stack.dtype == torch.bfloat16 else stack.view(torch.int32) for stack in stacks]
 
 
-def _plain_scales(*scales: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Exponents as bytes; a tensor stands where there are none."""
-    return [scale.view(torch.uint8) if scale is not None and scale.itemsize == 1 else scale for scale in scales]
+def plain(scales: Scales) -> Scales:
+    """Exponents as bytes."""
+    return scales.view(torch.uint8) if scales is not None and scales.itemsize == 1 else scales
 
 
 routed = define(

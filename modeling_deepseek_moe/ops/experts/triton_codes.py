@@ -10,11 +10,9 @@ import torch
 
 from modeling_deepseek_moe.ops import _triton
 from modeling_deepseek_moe.ops._triton_table import Tiles, tiles
-from modeling_deepseek_moe.ops.experts.triton import MANY_ROWS, table_of
+from modeling_deepseek_moe.ops.experts.triton import FP8, MANY_ROWS, decoder, group_of, is_looked_up, plain, table_of
 from modeling_deepseek_moe.ops.experts.triton_products import Order, capability_of, programs
-from modeling_deepseek_moe.ops.four_bit.reference import KINDS, NESTED_GROUP, NestedScales
-
-FP8 = "fp8"
+from modeling_deepseek_moe.ops.four_bit.reference import NESTED_GROUP, NestedScales
 
 
 class Matrix(NamedTuple):
@@ -38,20 +36,16 @@ class Matrix(NamedTuple):
         return experts, rows, words * (4 if self.name == FP8 else 8)
 
     def _constants(self, tiling: Tiles) -> dict:
-        by_byte = self.name in KINDS and not KINDS[self.name].low_first
-        constants = {
-            "KIND": "nf4" if by_byte else self.name,
-            "GROUP": KINDS[self.name].group if self.name in KINDS else 128,
-        }
-        return constants | {
+        return {
+            "KIND": decoder(self.name),
+            "GROUP": group_of(self.name),
             "EXPERTS": _triton.power_of_two(len(self.words)),
             **tiling.constants(),
             "warps": tiling.warps,
         }
 
     def _table(self) -> torch.Tensor:
-        by_byte = self.name in KINDS and not KINDS[self.name].low_first
-        return table_of(self.name, self.words.device) if by_byte else self.words
+        return table_of(self.name, self.words.device) if is_looked_up(self.name) else self.words
 
     def _plain_scales(self) -> torch.Tensor:
         """Nested ones expanded, exponents as bytes."""
@@ -60,7 +54,7 @@ class Matrix(NamedTuple):
             values = table.index_select(0, codes.flatten().int()).view(codes.shape)
             each = absmax.repeat_interleave(NESTED_GROUP, dim=1)[:, : codes[0].numel()].reshape(codes.shape)
             return torch.addcmul(offset.view(-1, 1, 1), values, each)
-        return self.scales.view(torch.uint8) if self.scales.itemsize == 1 else self.scales
+        return plain(self.scales)
 
     def product(self, a: torch.Tensor, order: Order, out: torch.Tensor, *, by_token=False, by_slot=False) -> None:
         """``a [S, K] · W_eᵀ`` into ``out [S, N]``, whose rows may lie apart; else as `triton_products.grouped_product`."""

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from modeling_deepseek_moe.ops import _triton
 from modeling_deepseek_moe.ops._dispatch import FLASH_ATTENTION_3, FLASH_ATTENTION_4, insists_on
 from modeling_deepseek_moe.ops._libraries import Call, current, function_of, lacks, refusal
-from modeling_deepseek_moe.ops._trials import Trial, random, step, trials
+from modeling_deepseek_moe.ops._trials import OF_ATTENTION, Trial, random, step, trials
 
 CALL = Call("flash_attn_func", ("q", "k", "v", "softmax_scale", "causal"))
 CALLS = {FLASH_ATTENTION_3: CALL, FLASH_ATTENTION_4: CALL}
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # weights are rounded before they meet values
 FEW_TOKENS = 128  # up to which a prompt is not worth a trial
 MOST_TOKENS = 1 << 14  # what is faster for that number is for more
 
@@ -43,7 +42,7 @@ def unsuitable(
     if length != key.shape[2] or (length <= FEW_TOKENS and not insists_on(library)):
         return f"is for prompts of more than {FEW_TOKENS} tokens, found {length} new ones of {key.shape[2]}"
     dtypes = {tensor.dtype for tensor in (query, key, value)}
-    if len(dtypes) > 1 or not dtypes <= set(TOLERANCES) or torch.is_autocast_enabled("cuda"):
+    if len(dtypes) > 1 or not dtypes <= set(OF_ATTENTION) or torch.is_autocast_enabled("cuda"):
         return f"takes bf16 or fp16, and no autocast, found {', '.join(sorted(map(str, dtypes)))}"
     reason = refusal(library, _triton.capability(query.device)) or lacks(library, CALLS[library])
     return reason or _tried(library, (query, key, value), scaling, own)
@@ -63,7 +62,7 @@ def _tried(library: str, tensors, scaling: float, own: Callable[..., torch.Tenso
         return Trial(
             lambda: step(theirs, small, needs),
             lambda: step(partial(_defined, scaling=scaling), [tensor.float() for tensor in small], needs),
-            TOLERANCES[query.dtype],
+            OF_ATTENTION[query.dtype],
             lambda: step(theirs, tensors, needed),
             lambda: step(own, tensors, needed),
         )
