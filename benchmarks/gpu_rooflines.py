@@ -100,7 +100,8 @@ ROWS = (
 
 def tables() -> dict[str, dict]:
     """What was compiled, by file."""
-    return {path.stem.removeprefix("aot_"): json.loads(path.read_text()) for path in TABLES.glob("aot_*.json")}
+    paths = TABLES.glob("aot_*.json")
+    return {path.stem.removeprefix("aot_"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def share(row: Row, card: Card, per_byte: float) -> tuple[float, float]:
@@ -133,9 +134,17 @@ def _cell(per_byte: float, least: float, most: float) -> str:
 
 
 def page(text: str) -> str:
-    """The page with its table as the files are now."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    """The page with its table as the files are now.
+
+    Raises:
+        ValueError: a page without a place for it.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(
+            f"{PAGE}: found {begin or 'no ' + BEGIN}, {end or 'no ' + END}, wanted {BEGIN} and after it {END}"
+        )
     return "\n".join((f"{before}{BEGIN}", *lines(), f"{END}{after}"))
 
 

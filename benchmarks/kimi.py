@@ -118,6 +118,11 @@ def write_release(folder: Path, config: dsm.KimiK2Config, form: WeightFormat, ig
             plans.append(TensorPlan(name, torch.bfloat16, shape, lambda name=name, shape=shape: floats(name, shape)))
         else:
             (coded, kind), (scales, scale_kind) = form.on_disk(name, shape).items()
+            size = math.prod(kind[1]) * kind[0].itemsize
+            if size > POOL:
+                raise SystemExit(
+                    f"{coded}: found {size:,} bytes of codes, wanted {POOL:,} at most: fewer --layers make a smaller head"
+                )
             plans.append(TensorPlan(coded, *kind, lambda kind=kind: codes(*kind)))
             plans.append(TensorPlan.of(scales, torch.full(scale_kind[1], SCALE, dtype=scale_kind[0])))
             plans += [TensorPlan.of(name + suffix, make(shape)) for suffix, make in form.others.items()]

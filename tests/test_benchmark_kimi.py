@@ -37,6 +37,15 @@ def test_a_tiny_model(kimi, tmp_path):
     assert rows["INT4 throughout"]["bytes_per_token"] < 0.6 * rows["FP8"]["bytes_per_token"]
 
 
+def test_codes_that_are_too_large_are_named(kimi, tmp_path, monkeypatch):
+    options = argparse.Namespace(folder=tmp_path, quick=True, layers=1, experts=8, rounds=1)
+    form, ignored = kimi.CONTESTANTS["INT4 throughout"]
+    config = kimi.config_of(options, form.quantization_config(ignored))
+    monkeypatch.setattr(kimi, "POOL", config.vocab_size * config.hidden_size // 2 - 1)
+    with pytest.raises(SystemExit, match=r"lm_head\.weight_packed: found 327,680 bytes of codes, wanted 327,679 at most"):
+        kimi.write_release(tmp_path / "one", config, form, ignored)
+
+
 def test_bytes_that_changed_are_told(kimi, tmp_path, monkeypatch):
     options = argparse.Namespace(folder=tmp_path, quick=True, layers=1, experts=8, rounds=1)
     form, ignored = kimi.CONTESTANTS["INT4 throughout"]

@@ -29,7 +29,7 @@ GEMM = {"sgl-deep-gemm": "0.2.5"}
 @pytest.fixture(autouse=True)
 def forgotten():
     yield
-    libraries.forget()
+    _trials.forget()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from gpu.libraries import BF16, FLASH_3, FLASH_4, install
 from transformers import AutoModelForCausalLM
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.ops import _trials
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.ops.prompt_attention import attend, flash_attention
 
@@ -22,7 +23,7 @@ def on_a_card(monkeypatch):
     libraries.be_a_card(monkeypatch)
     monkeypatch.setattr(flash_attention, "current", lambda device: contextlib.nullcontext())
     yield
-    libraries.forget()
+    _trials.forget()
 
 
 class OnCard(torch.Tensor):

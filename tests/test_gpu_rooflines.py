@@ -25,6 +25,13 @@ def test_the_page_has_the_table_of_the_files(rooflines):
         assert any(kind in line for line in lines)
 
 
+@pytest.mark.parametrize("missing", ("BEGIN", "END"))
+def test_a_page_without_a_place_is_left_alone(rooflines, missing):
+    text = rooflines.PAGE.read_text(encoding="utf-8").replace(getattr(rooflines, missing), "")
+    with pytest.raises(ValueError, match=r"gpu\.md: found .*no <!-- "):
+        rooflines.page(text)
+
+
 def test_every_kernel_with_a_count_for_one_token_has_a_row(rooflines):
     """But those that differ from one of the table by their shape alone."""
     shown = {(row.file, row.kernel) for row in rooflines.ROWS}

@@ -20,7 +20,7 @@ LIGER = {"liger-kernel": "0.8.5"}
 @pytest.fixture(autouse=True)
 def told(monkeypatch):
     yield install(monkeypatch, LIGER, liger_kernel__ops=libraries.LIGER)
-    libraries.forget()
+    _trials.forget()
 
 
 def nothing() -> None:
@@ -56,7 +56,7 @@ def test_memory_that_ends_is_no_verdict(told, place):
     with torch.no_grad():
         assert asked(**ends) == "found no memory left to be tried with" and told == []
         assert asked() is None and len(told) == 1
-        libraries.forget()
+        _trials.forget()
         told.clear()
         for _ in range(_trials.TRIES):
             assert told == [] and "no memory" in asked(**ends)

@@ -124,6 +124,12 @@ def _resolved(library: str, call: Call) -> tuple[Any, str | None]:
     return function, f"{release} has no {wanted}: no {', '.join(missing)}" if missing else None
 
 
+def forget() -> None:
+    """What was found out about this machine's libraries is to be found out again, and told."""
+    for function in (installed, refusal, _resolved, announce, announce_fallback):
+        function.cache_clear()
+
+
 def current(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes ``device`` the current one, on which libraries start their kernels whatever their tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

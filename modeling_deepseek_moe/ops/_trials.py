@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import logging
 
+from modeling_deepseek_moe.ops import _libraries
 from modeling_deepseek_moe.ops._dispatch import insists_on
 from modeling_deepseek_moe.ops._libraries import LIBRARIES, installed, told
 from modeling_deepseek_moe.ops._memory import exhausted
@@ -138,6 +139,12 @@ def barred() -> str | None:
 @cache
 def trials() -> Trials:
     return Trials()
+
+
+def forget() -> None:
+    """All verdicts, and what is known of the libraries: what is installed, and by which calls."""
+    trials.cache_clear()
+    _libraries.forget()
 
 
 class LibraryError(RuntimeError):

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from gpu import libraries
 from gpu.errors import check, poisoned
 from gpu.libraries import DEEP_GEMM, FLASH_3, install
 
-from modeling_deepseek_moe.ops import _triton, block_fp8
+from modeling_deepseek_moe.ops import _trials, _triton, block_fp8
 from modeling_deepseek_moe.ops._dispatch import BackendError, use_backend
 from modeling_deepseek_moe.ops.absorbed_attention import reference
 from modeling_deepseek_moe.ops.absorbed_attention import triton as attention
@@ -21,7 +20,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(_triton, "capability", lambda device: 90)
     packages = {"sgl-deep-gemm": "0.2.5", "flash-attn-3": "3.0.0"}
     yield install(monkeypatch, packages, deep_gemm=DEEP_GEMM, flash_attn_interface=FLASH_3)
-    libraries.forget()
+    _trials.forget()
 
 
 @pytest.mark.parametrize("rows", (3, 300), ids=("few", "many"))

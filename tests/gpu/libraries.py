@@ -12,23 +12,8 @@ import torch.nn.functional as F
 
 from modeling_deepseek_moe.ops import _libraries, _trials, _triton
 from modeling_deepseek_moe.ops.block_fp8 import reference
-from modeling_deepseek_moe.ops.rms_norm import liger
 
 FP8, FP32, BF16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
-CACHES = (
-    _libraries.installed,
-    _libraries.refusal,
-    _libraries._resolved,
-    _libraries.announce,
-    _trials.trials,
-    liger._function,
-)
-
-
-def forget() -> None:
-    """What was found out about libraries."""
-    for function in CACHES:
-        function.cache_clear()
 
 
 def be_a_card(monkeypatch) -> None:
@@ -61,7 +46,7 @@ def install(monkeypatch, packages: dict[str, str], times=(1.0, 2.0), **modules) 
         module = ModuleType(name.replace("__", "."))
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    forget()
+    _trials.forget()
     return told
 
 

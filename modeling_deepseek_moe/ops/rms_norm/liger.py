@@ -28,13 +28,12 @@ def unsuitable(x: torch.Tensor, weight: torch.Tensor, eps: float) -> str | None:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As `reference.rms_norm`; its gradients have none."""
     # gradients in a tensor of their own: what comes from above is a residual's too
-    return _function().apply(x, weight, eps, 0.0, "llama", False)
+    return _on_its_card(function_of(LIGER, CALL)).apply(x, weight, eps, 0.0, "llama", False)
 
 
 @cache
-def _function() -> type[torch.autograd.Function]:
+def _on_its_card(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Liger's own on its tensors' card, which raises where its gradients are to be differentiated: else they would count as constants."""
-    function = function_of(LIGER, CALL)
 
     def forward(ctx, x, *others):
         with current(x.device):
