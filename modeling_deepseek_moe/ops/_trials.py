@@ -211,7 +211,7 @@ def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def times(device: torch.device, *calls: Callable[[], object]) -> list[float]:
     """Microseconds of each on a card: the median of several, taken in turns after two that warm up.
 
-    All are started one behind the other, as a model's kernels are: while the card still computes, starting them is not seen.
+    One is started after the other without a wait, as a model's kernels are: while the card still computes, starting them is not seen.
     """
     with torch.cuda.device(device):
         for call in calls * 2:

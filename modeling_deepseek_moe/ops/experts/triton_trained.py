@@ -45,7 +45,7 @@ class Stacks(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The dtypes of A's gradient and of B's; ``None`` where nobody asks for it."""
+    """The dtypes of A's gradient and of B's; ``None`` where it is not asked for."""
 
     a: torch.dtype | None
     b: torch.dtype | None
