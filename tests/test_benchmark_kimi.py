@@ -42,7 +42,9 @@ def test_codes_that_are_too_large_are_named(kimi, tmp_path, monkeypatch):
     form, ignored = kimi.CONTESTANTS["INT4 throughout"]
     config = kimi.config_of(options, form.quantization_config(ignored))
     monkeypatch.setattr(kimi, "POOL", config.vocab_size * config.hidden_size // 2 - 1)
-    with pytest.raises(SystemExit, match=r"lm_head\.weight_packed: found 327,680 bytes of codes, wanted 327,679 at most"):
+    with pytest.raises(
+        SystemExit, match=r"lm_head\.weight_packed: found 327,680 bytes of codes, wanted 327,679 at most"
+    ):
         kimi.write_release(tmp_path / "one", config, form, ignored)
 
 
