@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu.libraries import EVERY, forget, install
+from gpu.libraries import EVERY, install
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from modeling_deepseek_moe.formats import by_name
-from modeling_deepseek_moe.ops import _libraries, _triton, _triton_table
+from modeling_deepseek_moe.ops import _libraries, _trials, _triton, _triton_table
 from modeling_deepseek_moe.ops._dispatch import LIBRARIES, UNUSED, BackendError, use_backend
 from modeling_deepseek_moe.ops.experts import (
     Operands,
@@ -29,7 +29,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def forgotten():
     yield
-    forget()
+    _trials.forget()
 
 
 @pytest.fixture
