@@ -57,8 +57,17 @@ class BitsAndBytesSource(Source):
     def _shape(self, info: TensorInfo) -> tuple[int, ...]:
         return info.shape if self.weight_format is INT8 else tuple(self._state(info)["shape"])
 
+    @cached_property
+    def _states(self) -> dict[str, dict]:
+        return {}
+
     def _state(self, info: TensorInfo) -> dict:
-        """What bitsandbytes wrote down of a 4-bit matrix, as the config's model has it and as its tensors lie."""
+        """What bitsandbytes wrote down of a 4-bit matrix, as the config's model has it and as its tensors lie; read once."""
+        if info.name not in self._states:
+            self._states[info.name] = self._read_state(info)
+        return self._states[info.name]
+
+    def _read_state(self, info: TensorInfo) -> dict:
         kind, spec = self.weight_format.name, self.specs.get(info.name)
         if spec is None:
             raise CheckpointError(
@@ -145,13 +154,20 @@ class BitsAndBytesSource(Source):
 
 
 class MadeTogether:
-    """Tensors by name that are made in one go though they are written one after the other, and again where one is gone."""
+    """Tensors by name that are made in one go though they are written one after the other, and again where one is gone.
 
-    def __init__(self, make: Callable[[], dict[str, torch.Tensor]]):
-        self._make, self._made, self._lock = make, dict[str, torch.Tensor](), threading.Lock()
+    Args:
+        held: of all such groups of a job. A thread holds the rest of one, the last: a run that goes on with an earlier one's
+            work never takes all of a group that lies in two files.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, torch.Tensor]], held: threading.local):
+        self._make, self._held = make, held
 
     def take(self, name: str) -> torch.Tensor:
-        with self._lock:
-            if name not in self._made:
-                self._made = self._make()
-            return self._made.pop(name)
+        owner, rest = getattr(self._held, "last", (None, {}))
+        if owner is not self or name not in rest:
+            self._held.last = None, {}
+            rest = self._make()
+            self._held.last = self, rest
+        return rest.pop(name)

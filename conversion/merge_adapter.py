@@ -6,6 +6,7 @@ scale; all others, and tensors that no adapter changes, keep their bytes. ``--dt
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -76,12 +77,13 @@ def _in_codes(source: Source, changes: dict[str, list[Weighted]], report: Report
     """The checkpoint's own tensors: codes stay codes."""
     plans: list[TensorPlan] = []
     renewed: set[str] = set()
+    held = threading.local()
     for info in source.reader.values():
         weight, suffix = source.split(info.name)
         own = changes.get(weight)
         if own is not None and isinstance(source, BitsAndBytesSource) and source.is_codes(source.reader[weight]):
             if weight not in renewed:  # what is made together is written together, and waits for nothing else
-                made = _renewed(source, source.reader[weight], own, report)
+                made = _renewed(source, source.reader[weight], own, report, held)
                 plans += made
                 renewed |= {weight, *(plan.name for plan in made)}
             if info.name in renewed:
@@ -96,36 +98,35 @@ def _in_codes(source: Source, changes: dict[str, list[Weighted]], report: Report
 
 
 def _in_floats(
-    source: Source, name: str, changes: dict[str, list[Weighted]], report: Report
+    source: Source, dtype_name: str, changes: dict[str, list[Weighted]], report: Report
 ) -> tuple[list[TensorPlan], dict]:
     """What codes stand for in the dtype of that name, and everything else as it was; and the config that says so.
 
     Raises:
         CheckpointError: there are no codes.
     """
-    dtype, plans, found = wide_dtype(name), [], 0
+    dtype, plans = wide_dtype(dtype_name), []
+    if not any(map(source.is_codes, source.reader.values())):
+        raise CheckpointError(
+            f"{source.folder}: found no codes, wanted some for --dtype {dtype_name}: of floating-point weights `deepseek-moe convert "
+            "dtype` makes others"
+        )
     for info in source.reader.values():
-        weight, suffix = source.split(info.name)
+        name, suffix = source.split(info.name)
         if suffix is not None:
             continue
-        own, is_codes = changes.get(weight, []), source.is_codes(info)
-        found += is_codes
+        own, is_codes = changes.get(name, []), source.is_codes(info)
         if not own and not is_codes:
             report.untouched += 1
             plans.append(as_is(source, info))
             continue
         report.decoded += not own
-        target, shape = (dtype, source.value_shape(weight)) if is_codes else (info.dtype, info.shape)
+        target, shape = (dtype, source.value_shape(name)) if is_codes else (info.dtype, info.shape)
         _check_floats(source, info)
-        make = partial(_merge, source, info, target, own, _tally(source, weight), report)
-        plans.append(TensorPlan(weight, target, shape, make))
-    if not found:
-        raise CheckpointError(
-            f"{source.folder}: found no codes, wanted some for --dtype {name}: of floating-point weights `deepseek-moe convert dtype` "
-            "makes others"
-        )
+        make = partial(_merge, source, info, target, own, _tally(source, name), report)
+        plans.append(TensorPlan(name, target, shape, make))
     first = source.weight_format
-    return plans, with_dtype(source.config, name) | ({} if first.foreign else memory(first))
+    return plans, with_dtype(source.config, dtype_name) | ({} if first.foreign else memory(first))
 
 
 def _check_floats(source: Source, info: TensorInfo) -> None:
@@ -145,11 +146,12 @@ def _plans(source: Source, info: TensorInfo, name: str, changes: list[Weighted],
 
 
 def _renewed(
-    source: BitsAndBytesSource, info: TensorInfo, changes: list[Weighted], report: Report
+    source: BitsAndBytesSource, info: TensorInfo, changes: list[Weighted], report: Report, held: threading.local
 ) -> list[TensorPlan]:
     """Of bitsandbytes' codes that change: codes and scales."""
     infos = [info, *source.scale_infos(info)]
-    made = MadeTogether(partial(_renew, source, info, changes, _tally(source, info.name, len(infos)), report))
+    make = partial(_renew, source, info, changes, _tally(source, info.name, len(infos)), report)
+    made = MadeTogether(make, held)
     return [TensorPlan(own.name, own.dtype, own.shape, partial(made.take, own.name)) for own in infos]
 
 

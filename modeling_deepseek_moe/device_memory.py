@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 NEITHER = ("cpu", "disk", "meta")
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that are made of sizes
 
 
 def exhausted_in_conversions(errors: Mapping[str, str]) -> str | None:
@@ -50,22 +51,38 @@ def accelerator(device: object) -> torch.device:
 
 
 def accelerators(device_map: object) -> list[torch.device]:
-    """Those that a device map, or the one device in its place, names."""
+    """Those that a device map, or the one device in its place, names: all where it names none."""
+    if device_map is None or str(device_map) in AUTOMATIC:
+        return [accelerator(index) for index in range(torch.accelerator.device_count())]
     named: Iterable = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     return [
         accelerator(device) for device in dict.fromkeys(named) if device is not None and str(device) not in NEITHER
     ]
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether what is copied there takes none of the host's memory: not of MPS, nor of a GPU that shares it."""
+    if device.type == "cuda":
+        return not getattr(torch.cuda.get_device_properties(device), "is_integrated", False)
+    return device.type in ("xpu", torch._C._get_privateuse1_backend_name())
+
+
 def give_back(device: torch.device | str) -> str:
-    """Give memory that nothing refers to back to the device, and say how much is free there then: ``"1,024 bytes are free on cuda:0"``."""
+    """Give memory that nothing refers to back to the device, and say how much is free there then: ``"1,024 bytes are free on cuda:0"``.
+
+    It is said within the report of another failure, and raises none of its own.
+    """
     gc.collect()
     device = torch.device(device)
     module = getattr(torch, device.type, None)
     empty_cache, mem_get_info = (getattr(module, name, None) for name in ("empty_cache", "mem_get_info"))
-    if empty_cache is not None:
-        empty_cache()
-    if mem_get_info is None:
-        return f"how much is free on {device} is not known"
-    free, _ = mem_get_info(device)
+    unknown = f"how much is free on {device} is not known"
+    try:
+        if empty_cache is not None:
+            empty_cache()
+        if mem_get_info is None:
+            return unknown
+        free, _ = mem_get_info(device)
+    except RuntimeError as error:  # a device whose context did not fit
+        return f"{unknown} ({' '.join(str(error).split())})"
     return f"{free:,} bytes are free on {device}"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from modeling_deepseek_moe.device_memory import (
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat, split_scale
 from modeling_deepseek_moe.hybrid.model import place_experts, unhook_experts
-from modeling_deepseek_moe.hybrid.placement import device_map_of, device_of, take_experts_out
+from modeling_deepseek_moe.hybrid.placement import config_to_load, device_map_of, device_of, take_experts_out
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
@@ -286,8 +286,9 @@ class ReleaseLoadingMixin(ResumingMixin):
                 reader = _open_folder(path, subfolder)
             given, apart = kwargs.get("device_map"), {}
             if path is not None and (isinstance(given, Mapping) or (given is not None and wish is None)):
-                given = kwargs["device_map"] = device_map_of(cls, path, kwargs)
-                apart = take_experts_out(cls, path, kwargs, wish.config if wish else None)
+                config_of = cache(partial(config_to_load, cls, path, dict(kwargs)))
+                given = kwargs["device_map"] = device_map_of(cls, kwargs, config_of)
+                apart = take_experts_out(given, config_of, wish.config if wish else None)
             loading = Loading(reader, bool(kwargs.get("output_loading_info")), None, wish, given, apart)
             token = _current.set(loading)
             try:
@@ -300,9 +301,9 @@ class ReleaseLoadingMixin(ResumingMixin):
                     raise
             finally:
                 _current.reset(token)
-        free = ", ".join(map(give_back, accelerators(loading.device_map)))
+        free = "".join(f"; {give_back(device)}" for device in accelerators(loading.device_map))
         raise torch.OutOfMemoryError(
-            f"{path}: the device's memory is exhausted while loading, nothing of the model is kept: {failure}; {free}. A device "
+            f"{path}: the device's memory is exhausted while loading, nothing of the model is kept: {failure}{free}. A device "
             'map such as {"": 0, "model.layers.*.mlp.experts": "cpu"} leaves routed experts on the CPU, which computes them; '
             'device_map="auto" chooses it where the model does not fit what is free.'
         )
@@ -335,10 +336,10 @@ def _refuse_requantising(path, config, wanted) -> None:
     found, wanted = (on_disk(c if isinstance(c, Mapping) else c.to_dict()) for c in (found, wanted))
     method = str(getattr(wanted.get("quant_method"), "value", wanted.get("quant_method")))
     if found.get("quant_method") in formats.methods() and "fp8" not in method:
+        row = formats.of_config(found)
         raise ValueError(
-            f"{path}: found {formats.of_config(found).title} weights, wanted floating-point ones for {method}: turn them into bf16 with "
-            "`deepseek-moe convert fp8-to-bf16`, or with FineGrainedFP8Config(dequantize=True) and save_pretrained, and "
-            "load that folder"
+            f"{path}: found {row.title} weights, wanted floating-point ones for {method}: turn them into bf16 with "
+            f"{row.converter}, or with FineGrainedFP8Config(dequantize=True) and save_pretrained, and load that folder"
         )
 
 

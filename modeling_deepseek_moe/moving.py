@@ -1,4 +1,4 @@
-"""A model that is moved to an accelerator: as a whole, or not at all."""
+"""A model that is moved to an accelerator with memory of its own: as a whole, or not at all."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.compat import ModelMixin
-from modeling_deepseek_moe.device_memory import exhausted, give_back
+from modeling_deepseek_moe.device_memory import exhausted, give_back, has_own_memory
 from modeling_deepseek_moe.hybrid.layer import HybridMoE
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
@@ -45,11 +45,14 @@ class MovingMixin(ModelMixin):
     def _apply(self, fn, recurse=True):
         """As `nn.Module._apply`; what fails on the way to an accelerator leaves every tensor where it was.
 
+        Where an accelerator shares the host's memory (MPS) tensors are given up one by one: to hold all of them until the last
+        has arrived would take twice the model.
+
         Raises:
             torch.OutOfMemoryError: the accelerator has too little memory; nothing of the model stays there.
         """
         device = torch.device("cpu") if isinstance(fn, Move) else fn(torch.empty(0, device="cpu")).device
-        if device.type in HOST:
+        if device.type in HOST or not has_own_memory(device):
             return super()._apply(fn, recurse)
         parts = [part for part in _parts(self, "") if not part.is_on(device)]
         before = _Before(self)
@@ -84,7 +87,7 @@ def _parts(module: nn.Module, prefix: str) -> Iterator[Part]:
 
 
 class _Before:
-    """What a model's modules and tensors were, by reference: no memory is taken for it."""
+    """What a model's modules and tensors were, by reference: memory of the host is not given back meanwhile."""
 
     def __init__(self, model: nn.Module):
         self._modules = [

@@ -12,7 +12,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
-from modeling_deepseek_moe.hybrid.placement import AUTOMATIC, device_of
+from modeling_deepseek_moe.device_memory import AUTOMATIC
+from modeling_deepseek_moe.hybrid.placement import device_of
 from modeling_deepseek_moe.loading import release_for
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts

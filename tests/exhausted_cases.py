@@ -11,8 +11,10 @@ import torch
 from fake_device import Memory
 from releases import SHAPES, write_release
 from test_mapped_moves import write_fp8, write_int4, write_nf4
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
+from modeling_deepseek_moe import moving
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.hybrid import placement
 from modeling_deepseek_moe.hybrid.copies import Copies
@@ -98,6 +100,13 @@ def test_loaded(folder, device_map, monkeypatch):
     torch.testing.assert_close(logits(model), logits(load(folder)), rtol=1e-4, atol=1e-4)
 
 
+def test_memory_ends_while_loading_with_a_map_of_sizes(folder, monkeypatch):
+    """Or with none, where an earlier device is the default: the report names every accelerator."""
+    monkeypatch.setattr(placement, "get_max_memory", dict)
+    auto = {"device_map": "auto", "max_memory": {0: 4 << 30, "cpu": 4 << 30}}
+    fails(lambda: load(folder, **auto), 3, rf"exhausted while loading, nothing of the model is kept: .*; {FREE}")
+
+
 @pytest.mark.parametrize("device_map", [DEVICE, APART], ids=["whole", "apart"])
 def test_memory_ends_while_loading(folder, device_map):
     match = rf"exhausted while loading, nothing of the model is kept: .*{FREE}"
@@ -121,6 +130,22 @@ def test_memory_ends_while_moving(folder):
     model.to(DEVICE)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"fake"}
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_tensors_are_given_up_one_by_one_where_the_host_has_the_memory(folder, monkeypatch, is_own):
+    monkeypatch.setattr(moving, "has_own_memory", lambda _: is_own)
+    model, gone = load(folder), []
+    first, norm = model.model.embed_tokens, model.model.layers[2].input_layernorm
+    held, apply = StorageWeakRef(first.weight.untyped_storage()), norm._apply
+
+    def watching(fn, recurse=True):
+        gone.append(first.weight.device.type == "fake" and held.expired())
+        return apply(fn, recurse)
+
+    monkeypatch.setattr(norm, "_apply", watching)
+    model.to(DEVICE)
+    assert gone == [not is_own] and {t.device.type for t in (*model.parameters(), *model.buffers())} == {"fake"}
 
 
 def test_memory_ends_in_the_stacks_of_nf4(tmp_path):

@@ -97,6 +97,7 @@ LAYERS = (
     "decoding.expected",
     "decoding.choose",
     "decoding.columns",
+    "decoding.pending",
     "decoding.draft",
     "decoding.lookup",
     "decoding.assistant",

@@ -15,7 +15,6 @@ from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
-from modeling_deepseek_moe import DeepseekV3ForCausalLM
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.cli import app, plan
 from modeling_deepseek_moe.formats import FP8, by_name
@@ -109,7 +108,7 @@ def test_what_bitsandbytes_quantiser_is_not_shown():
 
     def take(device_map, wanted=wish):
         own = dict(device_map)
-        return take_experts_out(DeepseekV3ForCausalLM, "", {"device_map": own, "config": config}, wanted), own
+        return take_experts_out(own, lambda: config, wanted), own
 
     assert take({"": 0, experts: "cpu"}) == ({experts: "cpu"}, {"": 0})
     assert take({"": 0, experts: "cpu", "lm_head": "cpu"}) == ({experts: "cpu"}, {"": 0, "lm_head": "cpu"})

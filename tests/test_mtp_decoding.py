@@ -1,5 +1,7 @@
 """``generate(use_mtp=...)``: the model's own text, in fewer passes."""
 
+import contextlib
+import itertools
 from functools import partial
 
 import pytest
@@ -19,7 +21,8 @@ from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.draft import MtpDraft
 from modeling_deepseek_moe.decoding.loop import DraftStats
 from modeling_deepseek_moe.decoding.mixin import _decode
-from modeling_deepseek_moe.decoding.sources import Source
+from modeling_deepseek_moe.decoding.pending import Pending, first_columns
+from modeling_deepseek_moe.decoding.sources import Source, of_mtp_layers
 from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling
 from modeling_deepseek_moe.tiny.corpus import FAMILIES
 from modeling_deepseek_moe.tiny.score import held_out
@@ -132,7 +135,8 @@ def test_layers_see_what_training_has_them_see(deep):
                 return ids[:, end + 1 + depth]
 
             stop = start + width
-            list(draft.propose(hidden[:, start:stop], ids[:, start + 1 : stop + 1], torch.tensor([width]), follow))
+            draft.see(hidden[:, start:stop], ids[:, start + 1 : stop + 1], torch.tensor([width]))
+            list(draft.propose(follow))
             start = stop
     for depth, position, logits in seen:
         torch.testing.assert_close(logits, wanted[depth][position], rtol=1e-4, atol=1e-4)
@@ -259,6 +263,61 @@ def test_drafts_begin_with_the_end_of_the_prompt(model, tokenizer):
         assert torch.equal(found, wanted) and model.draft_stats.acceptance > 0.7
 
 
+class Runs:
+    """A `Choice` that drafts in runs of ``drafted`` steps with ``plain`` ones between them."""
+
+    def __init__(self, drafted: int, plain: int):
+        self.drafts, self.pays, self._pattern = 1, None, itertools.cycle([1] * drafted + [0] * plain)
+
+    @contextlib.contextmanager
+    def step(self, most, stats):
+        yield min(next(self._pattern), most)
+
+
+@pytest.mark.parametrize(("drafted", "plain", "window"), [(1, 1, 32), (2, 3, 32), (2, 9, 4)], ids=str)
+def test_rows_at_unlike_places_with_plain_steps_between(model, tokenizer, monkeypatch, drafted, plain, window):
+    """Of a batch as many drafts stand as where every step drafts: the layers read what each row accepted, and nothing else."""
+    inputs = encoded(tokenizer, prompts(tokenizer, 2)[:6])
+    settings = {"max_new_tokens": 48, "eos_token_id": None}
+    wanted, always = same(model, inputs, **settings)
+    monkeypatch.setattr("modeling_deepseek_moe.decoding.mixin.Choice", lambda *_: Runs(drafted, plain))
+    monkeypatch.setattr("modeling_deepseek_moe.decoding.sources.WINDOW", window)
+    source = of_mtp_layers(model, "auto", model.generation_config, dict(inputs))
+    found = model.generate(**inputs, do_sample=False, custom_generate=partial(_decode, source=source), **settings)
+    stats = model.draft_stats
+    assert torch.equal(found, wanted) and 0 < stats.drafted < always.drafted
+    assert stats.acceptance > always.acceptance - 0.08
+
+
+def test_what_is_pending_of_rows_that_accepted_unlike_numbers():
+    pending = Pending(most=3)
+    pending.add(None, torch.tensor([[9], [9]]))
+    assert not pending.add(first_columns(torch.tensor([2, 1]), 2), torch.tensor([[1, 2], [1, -1]]))
+    pending.add(None, torch.tensor([[3], [2]]))
+    assert pending.add(first_columns(torch.tensor([1, 0]), 1), torch.tensor([[4], [-1]]))  # the first has to go
+    counts, tokens = pending.take()
+    assert counts.tolist() == [4, 2]
+    assert tokens[0].tolist() == [1, 2, 3, 4] and tokens[1, :2].tolist() == [1, 2]
+    pending.add(None, torch.tensor([[5], [6]]))
+    assert [tensor.tolist() for tensor in pending.take()] == [[1, 1], [[5], [6]]]
+
+
+def test_hidden_states_of_a_prompt_are_not_kept(deep, monkeypatch):
+    """Beyond the window; of it there is a copy."""
+    held, mtp = [], deep.model.mtp
+
+    def watched(depth, tokens, hidden_states, **kwargs):
+        held.append(hidden_states.untyped_storage().nbytes())
+        return mtp(depth, tokens, hidden_states, **kwargs)
+
+    monkeypatch.setattr(deep.model, "mtp", watched)
+    draft, hidden = MtpDraft(deep, 1, None, window=4), torch.randn(1, 500, deep.config.hidden_size)
+    draft.see(hidden, torch.full((1, 500), 3), None)
+    with torch.no_grad():
+        list(draft.propose(lambda logits, _: logits.argmax(-1)))
+    assert held == [hidden[:, :4].nbytes]
+
+
 def test_automatic_text_is_the_same(model, tokenizer):
     _, stats = same(model, encoded(tokenizer, prompts(tokenizer, 1)[:3]), use_mtp="auto", max_new_tokens=40)
     assert stats.reason is None and stats.steps
@@ -290,6 +349,16 @@ def test_by_the_generation_config(model, tokenizer):
 def test_what_cannot_be_is_refused(model, settings, said):
     with pytest.raises(ValueError, match=said):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, **settings)
+
+
+def test_what_cannot_be_is_refused_before_bytes_are_counted(deep, monkeypatch):
+    """ZeRO-3 leaves a process none."""
+    monkeypatch.setattr("modeling_deepseek_moe.decoding.expected.own_bytes", lambda _: 0)
+    ids = torch.tensor([[3, 4]])
+    with pytest.raises(ValueError, match="num_beams=2 does not go with it"):
+        deep.generate(ids, max_new_tokens=2, use_mtp="auto", num_beams=2)
+    with pytest.raises(ValueError, match="use_mtp='auto': found no weights in this process"):
+        deep.generate(ids, max_new_tokens=2, use_mtp="auto")
 
 
 def test_a_model_without_layers_is_refused():

@@ -125,7 +125,7 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
         kept = f"{module.weight_format.title}-resident {kind}"
         way_out = module.weight_format.to_floats
         if not module.weight_format.foreign:
-            way_out += ", or convert it with `deepseek-moe convert fp8-to-bf16`"
+            way_out += f", or convert it with {module.weight_format.converter}"
         found = [
             target for target in parameters if isinstance(module, QuantizedLinear) and suffix(target, f"{name}.weight")
         ]

@@ -23,7 +23,7 @@ ToolsOption = Annotated[
     Path | None,
     typer.Option(
         "--tools",
-        help="A JSON list of tools, as in OpenAI's API, for the prompt; calls are shown, not made.",
+        help="A JSON list of tools, as in OpenAI's API, for the prompt; calls are shown, and /tool gives them results.",
         show_default=False,
         rich_help_panel=MODEL,
     ),

@@ -1,7 +1,8 @@
 """``deepseek-moe chat``: a conversation, streaming, on one cache that grows with it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import takewhile
 from typing import Annotated, Any
 
@@ -12,11 +13,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from modeling_deepseek_moe.chat_template import answer_message
 from modeling_deepseek_moe.cli import _model, _mtp, _template
+from modeling_deepseek_moe.cli._calls import result_message, with_calls
 from modeling_deepseek_moe.cli._console import plural, stderr
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 PROMPT_END = 32  # tokens, among which is the mark that begins a thought, even letter by letter
-HELP = "/system TEXT sets the system prompt and starts over, /reset starts over, /exit ends."
+HELP = "/tool TEXT gives a call its result, /system TEXT sets the system prompt and starts over, /reset starts over, /exit ends."
 
 
 class Conversation:
@@ -38,8 +40,15 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages: list[dict] = [{"role": "system", "content": self.system}] if self.system else []
+        self._results: list[dict] = []  # of some of the last answer's calls
         self._forget()
+
+    @property
+    def open_calls(self) -> int:
+        """Calls of the last answer that have no result yet."""
+        last = self.messages[-1] if self.messages else {}
+        return len(last.get("tool_calls", ())) - len(self._results)
 
     def _forget(self) -> None:
         self.seen: list[int] = []  # the tokens that the cache holds, and the last one made, which is not in it yet
@@ -48,16 +57,47 @@ class Conversation:
     def answer(self, text: str) -> _model.Meter:
         """Stream the answer to ``text`` to stdout and keep both.
 
-        The template renders the whole conversation each time; what it has in common with the tokens seen
-        stays in the cache, the rest of the cache is cut off.
+        Raises:
+            ValueError: the conversation is longer than the model's context, or only some of the last answer's calls have results.
+        """
+        if self._results:
+            raise ValueError(
+                f"found calls without a result ({self.open_calls}), wanted /tool TEXT for each, or /reset"
+            )
+        return self._say([{"role": "user", "content": text}])
+
+    def give_result(self, text: str) -> _model.Meter | None:
+        """Give the next call of the last answer its result, and stream what is said to the last of them; ``None`` before that.
 
         Raises:
-            ValueError: the conversation is longer than the model's context.
+            ValueError: nothing was called, or as `answer`.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, **self.arguments
-        )
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") != "assistant" or "tools" not in self.arguments:
+            raise ValueError(
+                "/tool: found no answer to give a result to, wanted --tools FILE and an answer that calls one"
+            )
+        results = [*self._results, result_message(last, len(self._results), text)]
+        if len(results) < len(last.get("tool_calls", ())):
+            self._results = results
+            return None
+        meter = self._say(results)
+        self._results = []
+        return meter
+
+    def _say(self, new: list[dict]) -> _model.Meter:
+        """The template renders the whole conversation each time; what it has in common with the tokens seen
+        stays in the cache, the rest of the cache is cut off.
+        """
+        from jinja2 import TemplateError
+
+        messages = [*self.messages, *new]
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **self.arguments
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template: {error}") from None
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise ValueError(
@@ -82,7 +122,8 @@ class Conversation:
         self.seen = output[0].tolist()
         said = self.tokenizer.decode(self._without_end(self.seen[len(ids) :]), skip_special_tokens=not calling)
         prompt_end = self.tokenizer.decode(ids[-PROMPT_END:])
-        self.messages = [*messages, answer_message(self.tokenizer, prompt_end, said)]
+        answer = answer_message(self.tokenizer, prompt_end, said)
+        self.messages = [*messages, with_calls(answer) if calling else answer]
         return meter
 
     def _without_end(self, ids: list[int]) -> list[int]:
@@ -125,6 +166,7 @@ def chat(
     """Talk to a model, in the chat template of its tokenizer.
 
     Within the conversation: /system TEXT sets the system prompt and starts over, /reset starts over, /exit ends;
+    /tool TEXT gives a call of the last answer its result, one after the other, and the last of them is answered;
     Ctrl-C stops an answer. From a pipe every line is one message. The cache is kept from turn to turn.
 
     Examples:
@@ -173,18 +215,22 @@ def _converse(conversation: Conversation, stats: bool) -> None:
             conversation.system = rest.strip() or None
             conversation.reset()
             console.print(f"[dim]started over with the system prompt {escape(repr(rest.strip()))}[/]")
+        elif command == "/tool":
+            _turn(conversation, partial(conversation.give_result, rest.strip()), interactive, stats)
         elif command.startswith("/") and command[1:].isalpha():
             console.print(f"[yellow]{escape(command)} is no command.[/] {HELP}")
         else:
-            _turn(conversation, text, interactive, stats)
+            _turn(conversation, partial(conversation.answer, text), interactive, stats)
 
 
-def _turn(conversation: Conversation, text: str, interactive: bool, stats: bool) -> None:
+def _turn(
+    conversation: Conversation, speak: Callable[[], _model.Meter | None], interactive: bool, stats: bool
+) -> None:
     console = stderr()
     if stats:
         conversation.model.expert_stats(reset=True)  # figures are of one turn
     try:
-        meter = conversation.answer(text)
+        meter = speak()
     except KeyboardInterrupt:
         if not interactive:
             raise
@@ -194,6 +240,11 @@ def _turn(conversation: Conversation, text: str, interactive: bool, stats: bool)
             raise
         console.print(f"[bold red]error:[/] {escape(str(error))}")
     else:
+        calls = conversation.open_calls
+        if calls:
+            console.print(f"[dim]{plural(calls, 'call')} to give a result to: /tool TEXT[/]")
+        if meter is None:
+            return
         console.print(f"[dim]{meter.summary(conversation.cache)}[/]", soft_wrap=True)
         if conversation.use_mtp:
             console.print(f"[dim]{_mtp.summary(conversation.model)}[/]", soft_wrap=True)

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicL
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.columns import Columns
 from modeling_deepseek_moe.decoding.draft import Choose
+from modeling_deepseek_moe.decoding.pending import Pending, first_columns
 
 
 class AssistantDraft:
@@ -37,15 +38,20 @@ class AssistantDraft:
                     "every token: drafts are taken back"
                 )
         self._columns = Columns(cache, len(input_ids), input_ids.device, padding)
-        self._unread: torch.Tensor | None = input_ids
+        self._prompt: torch.Tensor | None = input_ids
+        self._pending = Pending()
 
-    def propose(self, _, tokens: torch.Tensor, counts: torch.Tensor, choose: Choose) -> Iterator[torch.Tensor]:
-        """As `MtpDraft.propose`; hidden states of the larger model are not looked at."""
-        if self._unread is not None:
+    def see(self, _, tokens: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """As `MtpDraft.see`; hidden states of the larger model are not looked at."""
+        if self._prompt is not None:
             # the first time the tokens are those after each of the prompt's new ones
-            old = self._unread.shape[1] + 1 - tokens.shape[1]
-            tokens = torch.cat((self._unread[:, :old], tokens), dim=1)
-            counts, self._unread = counts + old, None
+            old = self._prompt.shape[1] + 1 - tokens.shape[1]
+            tokens, self._prompt = torch.cat((self._prompt[:, :old], tokens), dim=1), None
+        self._pending.add(first_columns(counts, tokens.shape[1]), tokens)
+
+    def propose(self, choose: Choose) -> Iterator[torch.Tensor]:
+        """As `MtpDraft.propose`."""
+        counts, tokens = self._pending.take()
         rows = torch.arange(len(tokens), device=tokens.device)
         logits = self._read(tokens)[rows, (counts - 1).clamp(0)]
         self._columns.keep(counts, tokens.shape[1])

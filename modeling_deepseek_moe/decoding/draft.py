@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_deepseek_moe.cache import IndexedLatentLayer, LatentLayer
 from modeling_deepseek_moe.decoding.columns import Columns
+from modeling_deepseek_moe.decoding.pending import Pending, first_columns
 
 Choose = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
@@ -37,27 +38,43 @@ class MtpDraft:
     Args:
         model: a `DeepseekMoeForCausalLM` with MTP layers.
         count: tokens to draft in a step.
-        padding: as `Columns`, of the tokens that are read first.
-        window: of these, how many of the last ones are read; ``None``: all. Hidden states know what was before.
+        padding: as `Columns`, of the tokens that are seen first.
+        window: of these, how many of the last ones are read, and the steps that may go by without a draft until the layers begin
+            anew with the last of them; ``None``: all. Hidden states know what was before.
     """
 
     def __init__(self, model: nn.Module, count: int, padding: torch.Tensor | None, window: int | None = None):
         self._model, self.count, self._padding, self._window = model, count, padding, window
+        self._depth = min(count, len(model.model.mtp_layers))
+        self._pending = Pending(window)
         self._columns: list[Columns] = []
-        self._kept: list[torch.Tensor | None] = [None] * min(count, len(model.model.mtp_layers))
+        self._kept: list[torch.Tensor | None] = []
 
-    def propose(
-        self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, choose: Choose
-    ) -> Iterator[torch.Tensor]:
-        """Read what was accepted, and yield the drafted tokens ``[B]`` one after the other.
+    def see(self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """Keep what a step came to until it is read for the next draft.
 
         Args:
             hidden_states: ``[B, w, D]``, the model's at positions whose next token is known.
-            tokens: ``[B, w]``, those next tokens; of row b the first ``counts[b]`` count.
+            tokens: ``[B, w]``, those next tokens; of row b the first ``counts[b]`` count, all where ``counts`` is ``None``.
+        """
+        own = first_columns(counts, tokens.shape[1]) if self._padding is None else self._padding
+        self._padding = None
+        if self._window is not None and tokens.shape[1] > self._window:
+            # copies: a view would hold the states of the whole prompt
+            own = None if own is None else own[:, -self._window :]
+            hidden_states, tokens = hidden_states[:, -self._window :].clone(), tokens[:, -self._window :].clone()
+        if self._pending.add(own, hidden_states, tokens):
+            self._columns = []
+
+    def propose(self, choose: Choose) -> Iterator[torch.Tensor]:
+        """Read what was accepted, and yield the drafted tokens ``[B]`` one after the other.
+
+        Args:
             choose: logits ``[B, vocab_size]`` and the tokens drafted so far → a token of each row.
         """
+        counts, hidden_states, tokens = self._pending.take()
         if not self._columns:
-            hidden_states, tokens, counts = self._begin(hidden_states, tokens, counts)
+            self._begin(len(tokens), tokens.device)
         rows = torch.arange(len(tokens), device=tokens.device)
         drafted: list[torch.Tensor] = []
         kept: list[torch.Tensor | None] = [None]
@@ -85,15 +102,11 @@ class MtpDraft:
             yield drafted[-1]
         columns.take_back(extra)
 
-    def _begin(
-        self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is read of the text so far, of which no row is further than another."""
-        skipped = 0 if self._window is None else max(0, tokens.shape[1] - self._window)
-        padding = None if self._padding is None else self._padding[:, skipped:]
-        with_indexer, batch = self._model.config.has_indexers, len(tokens)
-        self._columns = [Columns(DraftCache(with_indexer), batch, tokens.device, padding) for _ in self._kept]
-        return hidden_states[:, skipped:], tokens[:, skipped:], (counts - skipped).clamp(min=0)
+    def _begin(self, batch: int, device: torch.device) -> None:
+        """Layers that have read nothing."""
+        with_indexer = self._model.config.has_indexers
+        self._columns = [Columns(DraftCache(with_indexer), batch, device) for _ in range(self._depth)]
+        self._kept = [None] * self._depth
 
     def _run(
         self, depth: int, columns: Columns, tokens, hidden_states, extra: int = 0, ahead: int = 0

@@ -66,6 +66,9 @@ def expect(model: nn.Module, rows: int, drafts: int, window: int) -> Expected:
         model: a `DeepseekMoeForCausalLM` with MTP layers.
         rows: of the batch.
         window: tokens of the prompt that the MTP layers read.
+
+    Raises:
+        ValueError: this process has no bytes of the model.
     """
     base, config = model.base_model, model.config
     chosen, count = config.num_experts_per_tok, config.n_routed_experts
@@ -79,6 +82,10 @@ def expect(model: nn.Module, rows: int, drafts: int, window: int) -> Expected:
         return different(chosen, count, rows * tokens) * chosen / count if count else 0.0
 
     plain = rest + routed * share(1)
+    if not plain:  # as ZeRO-3 leaves it
+        raise ValueError(
+            "use_mtp='auto': found no weights in this process to reckon with, wanted a model that is whole here, or use_mtp=True"
+        )
     verify = rest + routed * share(drafts + 1)
     draft = mtp_rest + mtp_routed * share(drafts + 1)
     first = mtp_rest + mtp_routed * share(window)

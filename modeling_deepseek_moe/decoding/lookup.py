@@ -22,6 +22,9 @@ class LookupDraft:
         if padding is not None:
             self._starts = padding.int().argmax(dim=1).tolist()
 
+    def see(self, *_) -> None:
+        """Nothing: the rows have the text."""
+
     def propose(self, *_) -> Iterator[torch.Tensor]:
         """Yields the drafted tokens ``[B]`` one after the other; none where no row has any.
 

@@ -49,9 +49,10 @@ class Draft(Protocol):
 
     count: int  # tokens to draft in a step, at most
 
-    def propose(
-        self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, choose: Choose
-    ) -> Iterator[torch.Tensor]:
+    def see(self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """What a step came to, the prompt first, whether or not it drafted: see `MtpDraft.see`."""
+
+    def propose(self, choose: Choose) -> Iterator[torch.Tensor]:
         """As `MtpDraft.propose`; without a call of ``choose`` for a token that was not drawn from anything."""
 
 
@@ -61,7 +62,6 @@ class Decoding:
     def __init__(self, model: nn.Module, rows: Rows, main: Columns, draft: Draft, samples: bool, choice: Choice):
         self.model, self.rows, self.main, self.draft = model, rows, main, draft
         self.samples, self.choice, self.stats = samples, choice, DraftStats()
-        self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def read(self, input_ids: torch.Tensor) -> torch.Tensor:
         """One pass of the model: the hidden states ``[B, q, D]`` of new tokens ``[B, q]``."""
@@ -86,7 +86,7 @@ class Decoding:
         self.main.keep(counts, length)
         token = self._pick(self.rows.process(self._logits(hidden[:, -1]), []))
         following = torch.cat((input_ids[:, 1:], token[:, None]), dim=1)
-        self._pending.append((hidden, following, counts))
+        self.draft.see(hidden, following, None)
         for row in range(batch):
             put(row, self.rows.add(row, [int(token[row])]))
 
@@ -114,7 +114,7 @@ class Decoding:
         self._write(new.tolist(), counts.tolist(), count, put)
         self.main.keep(counts, count + 1, None if self.rows.is_finished else ~self._open())
         width = int(counts.max())
-        self._leave(hidden[:, :width], new[:, :width], counts)
+        self._show(hidden[:, :width], new[:, :width], counts)
 
     def _plain_step(self, put: Callable) -> None:
         """One token of each row: what `step` comes to without a draft, in fewer operations."""
@@ -131,14 +131,11 @@ class Decoding:
             self.main.keep_all(1)
         else:
             self.main.keep(torch.ones_like(tokens), 1, ~self._open())
-        self._leave(hidden, tokens[:, None], torch.ones_like(tokens))
+        self._show(hidden, tokens[:, None], None)
 
-    def _leave(self, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """For the draft to read."""
-        if self.choice.pays is False:  # nothing is drafted any more
-            self._pending.clear()
-        else:
-            self._pending.append((hidden, tokens, counts))
+    def _show(self, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor | None) -> None:
+        if self.choice.pays is not False:  # else nothing is drafted any more
+            self.draft.see(hidden, tokens, counts)
 
     def _open(self) -> torch.Tensor:
         """``[B]``: a row that has ended keeps nothing, or it would run ahead of those that go on."""
@@ -167,10 +164,8 @@ class Decoding:
             probabilities.append(scores.softmax(dim=-1))
             return torch.multinomial(probabilities[-1], 1)[:, 0]
 
-        hidden, tokens, counts = _joined(self._pending)
-        self._pending.clear()
         self.draft.count = count
-        return list(self.draft.propose(hidden, tokens, counts, choose)), probabilities
+        return list(self.draft.propose(choose)), probabilities
 
     def _pick(self, scores: torch.Tensor) -> torch.Tensor:
         if not self.samples:
@@ -179,14 +174,6 @@ class Decoding:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return project(self.model.lm_head, hidden)
-
-
-def _joined(pending: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Steps that were not drafted for, one after the other: of these a row accepted one token each."""
-    hidden, tokens, counts = zip(*pending, strict=True)
-    if len(pending) == 1:
-        return pending[0]
-    return torch.cat(hidden, dim=1), torch.cat(tokens, dim=1), torch.stack(counts).sum(0)
 
 
 def decode(

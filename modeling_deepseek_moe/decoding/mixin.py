@@ -61,12 +61,15 @@ class DraftingMixin(ModelMixin):
             return super().generate(**kwargs)
         refuse_ranks(self, source)
         _refuse(source, config, kwargs, ASKED_BY if wanted else ())
-        if source.hopeless is not None:
-            logger.info_once(f"{source.said}: decodes without drafts: {source.hopeless}")
-            self.draft_stats = DraftStats(reason=source.hopeless)
+        expected = source.expect() if source.expect is not None else None
+        # elsewhere a step of a small model takes what it takes to start its kernels, whatever they read
+        hopeless = expected.hopeless() if expected is not None and self.device.type == "cpu" else None
+        if hopeless is not None:
+            logger.info_once(f"{source.said}: decodes without drafts: {hopeless}")
+            self.draft_stats = DraftStats(reason=hopeless)
             _switch_off(config, kwargs, ("use_mtp",))
             return super().generate(**kwargs)
-        method = partial(_decode, source=source, streamer=kwargs.get("streamer"))
+        method = partial(_decode, source=source, expected=expected, streamer=kwargs.get("streamer"))
         _add_stop_strings(config, kwargs)
         _switch_off(config, kwargs, ("use_mtp", *ASKED_BY))
         return super().generate(**kwargs, custom_generate=method)
@@ -87,7 +90,7 @@ def _refuse(source: Source, config: GenerationConfig, kwargs: dict, others: tupl
             raise ValueError(f"{source.said}: {name} does not go with it, leave out one of them")
 
 
-def _decode(model, input_ids, source, generation_config=None, **kwargs):
+def _decode(model, input_ids, source, expected=None, generation_config=None, **kwargs):
     """What `generate` calls once it has prepared everything; it hands its ``streamer`` to no method but its own."""
     if kwargs.pop("synced_gpus", None):  # which `generate` sets by itself under ZeRO-3
         raise ValueError(
@@ -97,7 +100,7 @@ def _decode(model, input_ids, source, generation_config=None, **kwargs):
     sequences, stats, cache = decode(
         model,
         input_ids,
-        choice=Choice(source.drafts, source.expected),
+        choice=Choice(source.drafts, expected),
         make_draft=source.make,
         generation_config=generation_config,
         **kwargs,

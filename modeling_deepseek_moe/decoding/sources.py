@@ -30,17 +30,15 @@ class Source:
         said: how the caller asked for it.
         drafts: tokens to draft in a step, at most.
         make: see `loop.decode`.
-        expected: of the steps, where they draft automatically.
-        hopeless: why plain decoding is faster whatever stands of the drafts; ``None`` if that is to be measured, or not asked for.
+        expect: reckons the steps, where they draft automatically.
         reads_hidden_states: the model's, as its MTP layers do.
     """
 
     said: str
     drafts: int
     make: Callable[[Rows, torch.Tensor | None, int], Draft]
-    expected: Expected | None = None
+    expect: Callable[[], Expected] | None = None
     reads_hidden_states: bool = False
-    hopeless: str | None = None
 
 
 def of_mtp_layers(
@@ -60,14 +58,12 @@ def of_mtp_layers(
         )
     drafts = wanted if type(wanted) is int else depth
     window = WINDOW if wanted == AUTO else None
-    expected = expect(model, max(1, _rows(config, kwargs)), drafts, WINDOW) if wanted == AUTO else None
+    reckon = partial(expect, model, max(1, _rows(config, kwargs)), drafts, WINDOW) if wanted == AUTO else None
 
     def make(rows: Rows, padding: torch.Tensor | None, past: int) -> Draft:
         return MtpDraft(model, drafts, None if padding is None else padding[:, past:], window)
 
-    # elsewhere a step of a small model takes what it takes to start its kernels, whatever they read
-    hopeless = expected.hopeless() if expected is not None and model.device.type == "cpu" else None
-    return Source(said, drafts, make, expected, reads_hidden_states=True, hopeless=hopeless)
+    return Source(said, drafts, make, reckon, reads_hidden_states=True)
 
 
 def refuse_ranks(model: nn.Module, source: Source) -> None:
@@ -83,7 +79,7 @@ def refuse_ranks(model: nn.Module, source: Source) -> None:
         raise ValueError(f"{said}, whose pipeline {reason}, wanted one without pp_size")
     if getattr(model, "_is_fsdp_managed_module", False):
         raise ValueError(f"{said}, each with a batch of its own (fsdp_size), wanted one batch for all: tp_size")
-    if source.expected is not None and (getattr(model, "_tp_size", None) or 1) > 1:
+    if source.expect is not None and (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(f"{said}, which would measure different times, wanted use_mtp=True, or a number")
 
 

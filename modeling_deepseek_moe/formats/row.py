@@ -85,6 +85,11 @@ class WeightFormat:
         )
 
     @property
+    def converter(self) -> str:
+        """What writes a folder of it in floating point, in a sentence: one command, which is called after the first format."""
+        return "`deepseek-moe convert fp8-to-bf16`" + ("" if self.bits == 8 else f", which takes {self.title} too")
+
+    @property
     def scale_parameter(self) -> str:
         """What follows a weight's name in that of the parameter with its scales, where a dot would end a module's name."""
         return self.scale_suffix.replace(".", "_")

@@ -1,6 +1,6 @@
 """Where the parts of a model lie when the accelerator is smaller than the model: a device map, made of sizes alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,10 @@ from transformers.utils import CONFIG_NAME, logging
 from modeling_deepseek_moe.anatomy import ParameterBreakdown, parameter_breakdown
 from modeling_deepseek_moe.bnb.loading import HUB, bitsandbytes_config
 from modeling_deepseek_moe.config import DeepseekMoeConfig
-from modeling_deepseek_moe.device_memory import NEITHER
+from modeling_deepseek_moe.device_memory import AUTOMATIC, NEITHER
 
 logger = logging.get_logger(__name__)
 LAYER_COUNTS = ("num_hidden_layers", "num_nextn_predict_layers")
-AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 DEVICE_WORKSPACE = 1_000_000_000  # of an accelerator: its context, passing buffers, staged experts of a prompt
 CONTEXT = 8192  # tokens of cache to leave room for
 
@@ -80,7 +79,10 @@ def device_of(device_map: Mapping[str, object], name: str) -> object:
     return device_map[name]
 
 
-def device_map_of(model_class: type[PreTrainedModel], path, arguments: dict) -> object:
+ConfigOf = Callable[[], PreTrainedConfig | None]  # see `config_to_load`; called where a device map depends on it
+
+
+def device_map_of(model_class: type[PreTrainedModel], arguments: dict, config_of: ConfigOf) -> object:
     """The ``device_map`` among the ``arguments`` of a `from_pretrained`, with experts apart where it says so, or has to."""
     given = arguments["device_map"]
     starred = isinstance(given, Mapping) and any("*" in name for name in given)
@@ -88,7 +90,7 @@ def device_map_of(model_class: type[PreTrainedModel], path, arguments: dict) -> 
         return dict(given)  # entries of experts will be taken out
     if not starred and not (isinstance(given, str) and given in AUTOMATIC and torch.accelerator.is_available()):
         return given
-    config = _config_of(model_class, path, arguments)
+    config = config_of()
     if config is None:
         return given
     if starred:
@@ -102,9 +104,7 @@ def device_map_of(model_class: type[PreTrainedModel], path, arguments: dict) -> 
     return choose(given, config, sizes, get_max_memory(arguments.get("max_memory")), prefix)
 
 
-def take_experts_out(
-    model_class: type[PreTrainedModel], path, arguments: dict, wanted: BitsAndBytesConfig | None
-) -> dict[str, object]:
+def take_experts_out(device_map: object, config_of: ConfigOf, wanted: BitsAndBytesConfig | None) -> dict[str, object]:
     """Take experts on the CPU out of a ``device_map`` that has an accelerator, for bitsandbytes; returns their entries.
 
     transformers' quantiser refuses every part on the CPU that is not to stay in floating point there, before there is a
@@ -113,13 +113,11 @@ def take_experts_out(
     Args:
         wanted: what weights in floating point are to become; ``None``: what they are is in the config.
     """
-    device_map = arguments["device_map"]
     if not isinstance(device_map, dict) or all(str(device) in NEITHER for device in device_map.values()):
         return {}
     found = {name: at for name, at in device_map.items() if name.endswith(".mlp.experts") and str(at) == "cpu"}
     if found and wanted is None:
-        config = _config_of(model_class, path, arguments)
-        wanted = bitsandbytes_config(getattr(config, "quantization_config", None))
+        wanted = bitsandbytes_config(getattr(config_of(), "quantization_config", None))
     if wanted is None or wanted.llm_int8_enable_fp32_cpu_offload:
         return {}
     for name in found:
@@ -127,7 +125,7 @@ def take_experts_out(
     return found
 
 
-def _config_of(model_class: type[PreTrainedModel], path, arguments: dict) -> PreTrainedConfig | None:
+def config_to_load(model_class: type[PreTrainedModel], path, arguments: dict) -> PreTrainedConfig | None:
     """Of what a `from_pretrained` is to load; ``None`` for an adapter's folder."""
     config = arguments.get("config")
     if isinstance(config, PreTrainedConfig):
