@@ -14,7 +14,7 @@ from releases import same_bits, write_release
 from safetensors.torch import load_file
 from test_conversion_roundtrip import CONFIG, convert, ok, read
 
-from modeling_deepseek_moe import conversion
+from modeling_deepseek_moe import conversion, formats
 from modeling_deepseek_moe.cli import convert as command
 from modeling_deepseek_moe.conversion import _job
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options
@@ -188,3 +188,9 @@ def test_files_of_somebody_else_are_left_alone(release, tmp_path):
     result = convert("reshard", release, tmp_path / "out")
     assert result.exit_code == 2 and "found files without out.journal" in " ".join(result.output.split())
     assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_the_way_out_of_codes_names_them():
+    """One command converts every format; its name is the first one's."""
+    assert formats.by_name("fp8").converter == "`deepseek-moe convert fp8-to-bf16`"
+    assert formats.by_name("int4").converter == "`deepseek-moe convert fp8-to-bf16`, which takes INT4 too"

@@ -1,7 +1,10 @@
 """``convert merge-adapter`` into folders of bitsandbytes, and peft's own merge there, next to bitsandbytes' own functions."""
 
+import gc
 import json
 import re
+import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from bnb_models import WIDTHS, apart, load, logits, wish, write_folders  # noqa:
 from releases import same_bits  # noqa: E402
 from test_conversion_parts import refused  # noqa: E402
 from test_conversion_roundtrip import ok, read  # noqa: E402
+
+from modeling_deepseek_moe.conversion._bitsandbytes import MadeTogether, open_folder  # noqa: E402
 
 pytestmark = pytest.mark.tools
 
@@ -146,3 +151,36 @@ def test_what_is_refused(folders, tmp_path):
         "bfloat16",
     )
     assert "found no codes, wanted some for --dtype bfloat16" in floats
+
+
+def test_what_is_made_together_waits_for_one_matrix_at_a_time():
+    """A run that goes on takes only some tensors of a matrix that lies in two files; the next matrix ends the wait for the rest."""
+    held, made = threading.local(), []
+
+    def make():
+        tensors = {name: torch.zeros(3) for name in ("codes", "absmax")}
+        made.append(weakref.ref(tensors["codes"]))
+        return tensors
+
+    first, second = MadeTogether(make, held), MadeTogether(make, held)
+    first.take("absmax")
+    gc.collect()
+    assert made[0]() is not None
+    second.take("codes"), second.take("absmax")
+    gc.collect()
+    assert made[0]() is None and len(made) == 2
+    assert first.take("codes").shape == (3,) and len(made) == 3
+
+
+def test_a_matrix_state_is_read_once(folders, tmp_path, monkeypatch):
+    load(folders["blocks", False], wish("nf4"), dtype=torch.float32).save_pretrained(tmp_path)
+    source, read_states = open_folder(tmp_path), []
+    function = type(source)._read_state
+    monkeypatch.setattr(
+        type(source), "_read_state", lambda self, info: read_states.append(info.name) or function(self, info)
+    )
+    info = next(info for info in source.reader.values() if source.is_codes(info))
+    for _ in range(2):
+        source.named(info, source.matrix(info))
+        source.value_shape(info.name)
+    assert read_states == [info.name]

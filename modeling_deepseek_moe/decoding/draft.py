@@ -39,8 +39,8 @@ class MtpDraft:
         model: a `DeepseekMoeForCausalLM` with MTP layers.
         count: tokens to draft in a step.
         padding: as `Columns`, of the tokens that are seen first.
-        window: of these, how many of the last ones are read, and the steps that may go by without a draft until the layers begin
-            anew with the last of them; ``None``: all. Hidden states know what was before.
+        window: of these, how many of the last ones are read, and how many steps may go by without a draft before the layers
+            begin over with the last of them; ``None``: all. Hidden states know what was before.
     """
 
     def __init__(self, model: nn.Module, count: int, padding: torch.Tensor | None, window: int | None = None):
