@@ -220,7 +220,7 @@ def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
 
     Raises:
         ValueError: it was laid out for expanded keys and values before a model saw it: its first layer holds, or has
-            room for, something else than latents.
+            room for, something else than latents; or it has no room for the new tokens.
     """
     if cache is None:
         return 0
@@ -243,8 +243,18 @@ def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
     length = cache.get_seq_length()
     if isinstance(length, torch.Tensor):
         waits = query_length == 1 and length.device.type != "cpu"
-        return None if compiling or waits else int(length)
+        if compiling or waits:
+            return None
+        length = int(length)
+    if layers and not compiling:
+        _check_room(layers[0], length + query_length)
     return length
+
+
+def _check_room(layer, length: int) -> None:
+    size = getattr(layer, "max_cache_len", None)
+    if size is not None and not getattr(layer, "is_sliding", False) and length > size:
+        raise ValueError(f"cache: found room for {size} tokens, wanted {length}: give it a larger max_cache_len")
 
 
 def give_layers(cache: Cache, config) -> None:

@@ -316,3 +316,14 @@ def test_a_cache_laid_out_for_other_keys_is_refused(folder):
     held.early_initialization(1, model.config.num_attention_heads, model.config.head_dim, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"found 4 heads with keys of 8 .* wanted 1 head of 32 and 8"):
         model.generate(torch.tensor(prompts(4)), **GREEDY, **{CACHE_NAME: held})
+
+
+@pytest.mark.parametrize("length", [12, 20])
+def test_a_static_cache_without_room_says_so(folder, length):
+    """A prompt that does not fit, and an answer that does not: torch's own error named an index."""
+    model = load(folder("v3"))
+    held = StaticCache(model.config, max_cache_len=14)
+    with pytest.raises(
+        ValueError, match=f"found room for 14 tokens, wanted {max(15, length)}: give it a larger max_c"
+    ):
+        model.generate(torch.tensor([prompts(length)[0]]), **GREEDY, **{CACHE_NAME: held})
