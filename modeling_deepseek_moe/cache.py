@@ -246,15 +246,20 @@ def prepare_cache(cache: Cache | None, config, query_length: int) -> int | None:
         if compiling or waits:
             return None
         length = int(length)
-    if layers and not compiling:
+    if not compiling and layers and hasattr(layers[0], "max_cache_len"):
         _check_room(layers[0], length + query_length)
     return length
 
 
-def _check_room(layer, length: int) -> None:
-    size = getattr(layer, "max_cache_len", None)
-    if size is not None and not getattr(layer, "is_sliding", False) and length > size:
-        raise ValueError(f"cache: found room for {size} tokens, wanted {length}: give it a larger max_cache_len")
+def _check_room(layer: StaticLayer, length: int) -> None:
+    """
+    Raises:
+        ValueError: a layer of fixed size that forgets nothing is too small for that many tokens.
+    """
+    if not layer.is_sliding and length > layer.max_cache_len:
+        raise ValueError(
+            f"cache: found room for {layer.max_cache_len} tokens, wanted {length}: give it a larger max_cache_len"
+        )
 
 
 def give_layers(cache: Cache, config) -> None:
