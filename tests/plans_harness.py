@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
+import peft
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
@@ -28,6 +30,17 @@ from modeling_deepseek_moe.quantized.mapped import MappedExperts
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 DIVIDED = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+LATENTS = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "q_lora_rank": 1536,
+}
+DIMS = {  # of attention, as the releases' config.json have them
+    "DeepSeek-V3": LATENTS | {"model_type": "deepseek_v3", "hidden_size": 7168, "num_attention_heads": 128},
+    "DeepSeek-V2": LATENTS | {"model_type": "deepseek_v2", "hidden_size": 5120, "num_attention_heads": 128},
+}
 IDS = (torch.arange(2 * 9).view(2, 9) * 7) % 120 + 3
 
 
@@ -44,6 +57,11 @@ def local_bytes(model, part: str) -> int:
 def divided_bytes(model) -> int:
     """Of attention's projections that tensor parallelism divides, on this rank."""
     return sum(local_bytes(model, f".self_attn.{name}.") for name in DIVIDED)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def engine_runs(module) -> bool:
@@ -112,22 +130,25 @@ def load(case: dict, rank: int):
     version = case.get("versions", {rank: __version__})[rank]
     with place, patch.object(plans, "__version__", version):
         model = AutoModelForCausalLM.from_pretrained(release, **settings).eval()
+    if "load_adapter" in case:
+        model.load_adapter(case["load_adapter"])
+    if "adapted" in case:
+        return peft.PeftModel.from_pretrained(model, case["adapted"], is_trainable=True)
     return adapted(model, **case["adapter"]) if "adapter" in case else model
 
 
-def adapted(model, **targets):
-    """With a LoRA of random numbers, the same on all ranks."""
-    import peft
-
+def adapted(model, kind="LoraConfig", **settings):
+    """With an adapter of random numbers."""
     set_seed(0)
-    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, init_lora_weights=False, **targets), model)
+    return peft.get_peft_model(model, getattr(peft, kind)(r=2, **settings))
 
 
-def attention_of(config: str, plan: dict | None = None) -> int:
-    """Bytes of attention in the one layer of a model of a config's own dimensions, on this rank. On meta."""
-    settings = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+def attention_of(release: str, plan: dict | None = None) -> int:
+    """Bytes of attention in one layer of a release's dimensions, on this rank. On meta."""
+    settings = DIMS[release] | {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    config = {"deepseek_v2": dsm.DeepseekV2Config, "deepseek_v3": dsm.DeepseekV3Config}[settings.pop("model_type")]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(getattr(dsm, config)(**settings), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config(**settings), dtype=torch.bfloat16)
     if plan is not None:
         asked, _, mesh = model.prepare_distribute_model(DistributedConfig(**plan))
         model = model.maybe_distribute_model(model, asked, mesh)
@@ -143,7 +164,9 @@ def run_rank(folder: Path) -> None:
             if "dims" in case:
                 torch.save({"attention": attention_of(case["dims"], case["plan"])}, folder / f"{name}.{rank}.pt")
                 continue
+            before = anonymous_bytes()
             model = load(case, rank)
+            said["resident"] = anonymous_bytes() - before
             said["kinds"] = sorted({type(m).__name__ for m in model.modules()})
             said |= observe(model, folder / name, **case.get("observe", {}))
         except Exception as error:  # a test says which one it wants

@@ -38,6 +38,16 @@ def test_outside_of_a_step_of_several_nothing_is_said():
     assert _slurm.ranks(TASK | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
 
 
+def test_a_step_without_its_variables_is_an_error_that_names_them():
+    """As containers have it that hand on some of them only."""
+    known = {name: value for name, value in TASK.items() if name not in ("SLURM_LOCALID", "SLURM_NODEID")}
+    with pytest.raises(
+        ValueError, match=r"NUM_TASKS=7: found no SLURM_LOCALID, SLURM_NODEID, wanted .*RANK and WORLD_SIZE"
+    ):
+        _slurm.ranks(known)
+    assert _slurm.ranks(known | {"RANK": "0"}) == {}
+
+
 @pytest.mark.parametrize(
     "nodes, host",
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import write_family
-from plans_harness import attention_of, free_port, load, observe, run_ranks
+from plans_harness import DIMS, attention_of, free_port, load, observe, run_ranks
 from releases import COMMON, SHAPES, V3, write_release
 from safetensors.torch import load_file, save_file
 from test_int4_release import write_int4
@@ -51,6 +51,11 @@ def write_all(root: Path) -> dict[str, str]:
     ragged = WIDE | {"intermediate_size": 320, "moe_intermediate_size": 384}
     write_release(root / "fp8-v2", DeepseekV2Config(**ragged, q_lora_rank=None), fp8=True)
     write_int4(root / "int4", SHAPES["kimi"](), linears=True)
+    thirds = COMMON | {
+        "num_attention_heads": 6,
+        "moe_intermediate_size": 48,
+    }  # 64 columns of latents are 22, 22 and 20
+    write_release(root / "thirds", DeepseekV3Config(**thirds, **(V3 | {"num_nextn_predict_layers": 1})))
     for kind in ("deepseek_v32", "glm_moe_dsa"):
         write_family(root / kind, kind)
     shutil.copytree(root / "v3-mtp", root / "broken")
@@ -92,7 +97,8 @@ SAME_2 = {
     "tp-int4": ("int4", {"tp_size": 2}, {}),
     "tp-saved": ("v3-mtp", {"tp_size": 2}, {"dtype": "bfloat16", "observe": {"save": True, "generate": False}}),
 }
-DIMS_2 = {name: {"dims": name, "plan": {"tp_size": 2}} for name in ("DeepseekV3Config", "DeepseekV2Config")}
+DIMS_2 = {name: {"dims": name, "plan": {"tp_size": 2}} for name in DIMS}
+SAME_3 = {"tp-3": ("thirds", {"tp_size": 3}, {"observe": ALL})}
 SAME_4 = {
     "tp-4": ("v3-mtp", {"tp_size": 4}, {"observe": ALL}),
     "tp-fsdp": ("v3-mtp", {"tp_size": 2, "fsdp_size": 2}, {"observe": DATA}),
@@ -112,18 +118,6 @@ REFUSED_2 = {
         "mlp.experts: found BitsAndBytesExperts.*to-4bit",
     ),
     "nf4-fsdp": (["v3"] * 2, {"fsdp_size": 2}, {"nf4": True}, "fsdp_size: .*found .*bitsandbytes.*DDP"),
-    "lora-experts": (
-        ["v3"] * 2,
-        {"tp_size": 2},
-        {"adapter": {"target_parameters": ["mlp.experts.down_proj"]}},
-        "tp_size=2, ep_size=1: found an adapter of routed experts",
-    ),
-    "lora-heads": (
-        ["v3"] * 2,
-        {"tp_size": 2},
-        {"adapter": {"target_modules": ["o_proj"]}},
-        "o_proj: found a layer divided as 'rowwise' among target_modules, wanted one that each rank has whole",
-    ),
     "blocks": (
         ["small-fp8"] * 2,
         {"tp_size": 2},
@@ -151,6 +145,12 @@ REFUSED_2 = {
         "pp_size=2: found layers that attend to what an indexer",
     ),
     "ep-size-alone": (["v3-mtp"] * 2, {"ep_size": 2}, {}, "`ep_size` must divide `fsdp_size \\* tp_size`"),
+    "gradients-halved": (
+        ["v2-lite"] * 2,
+        {"fsdp_size": 2, "ep_size": 2},
+        {"dtype": "float64", "observe": {"grads": True, "generate": False}},
+        "experts: found weights of torch.float64 to train, each on one of 2 ranks",
+    ),
     "saving-a-part": (
         ["fp8"] * 2,
         {"enable_expert_parallel": True},
@@ -205,7 +205,7 @@ def two(root, releases):
 
 @pytest.fixture(scope="module")
 def three(root, releases):
-    return run(root, releases, 3, {}, REFUSED_3)
+    return run(root, releases, 3, SAME_3, REFUSED_3)
 
 
 @pytest.fixture(scope="module")
@@ -244,22 +244,31 @@ def test_four_ranks_find_what_one_finds(root, releases, four, name):
     check_same(four[name], alone(root, releases, SAME_4[name], name))
 
 
+@pytest.mark.long
+@pytest.mark.slow
+@EACH("name", SAME_3)
+def test_three_ranks_find_what_one_finds(root, releases, three, name):
+    """Whose columns of latents do not divide evenly."""
+    check_same(three[name], alone(root, releases, SAME_3[name], name))
+
+
 @pytest.mark.slow
 @EACH("name", ["fsdp", "tp-fp8-dequantised", "tp-saved"])
 def test_saved_bytes(root, releases, two, name):
     alone(root, releases, SAME_2[name], name)
-    ours, theirs = (
-        {
-            key: tensor
-            for file in (root / place / name).glob("*.safetensors")
-            for key, tensor in load_file(file).items()
-        }
-        for place in ("alone", "ranks-2")
+    check_saved(root / "ranks-2" / name, root / "alone" / name)
+    AutoModelForCausalLM.from_pretrained(root / "ranks-2" / name)
+
+
+def check_saved(found: Path, wanted: Path) -> None:
+    """The same bytes, tensor by tensor."""
+    theirs, ours = (
+        {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+        for folder in (found, wanted)
     )
-    assert ours.keys() == theirs.keys()
+    assert ours and ours.keys() == theirs.keys()
     assert all(theirs[key].dtype == tensor.dtype for key, tensor in ours.items())
     assert all(torch.equal(theirs[key].view(torch.uint8), tensor.view(torch.uint8)) for key, tensor in ours.items())
-    AutoModelForCausalLM.from_pretrained(root / "ranks-2" / name)
 
 
 @pytest.mark.slow
@@ -283,6 +292,24 @@ def test_attention_halves_at_the_dimensions_of_releases(two, name):
     page = (Path(__file__).resolve().parents[1] / "docs" / "distributed-inference.md").read_text()
     for nbytes in (attention_of(name), two[name][0]["attention"]):
         assert f"{nbytes / 1e6:.1f} MB" in page
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_memory_of_v3s_attention_halves_in_processes(root, releases):
+    """One layer of the release's dimensions in fp32: 748 MB on one process."""
+    small = {"vocab_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+    settings = {name: value for name, value in DIMS["DeepSeek-V3"].items() if name != "model_type"}
+    write_release(root / "attention", DeepseekV3Config(**settings, **small, first_k_dense_replace=1))
+    case = {"release": str(root / "attention"), "observe": {"generate": False}}
+    warm = {"release": releases["v3"], "observe": {"generate": False}}  # what is imported on the way
+    one = run_ranks(root / "memory-1", 1, {"warm": warm, "case": case})["case"]
+    two = run_ranks(
+        root / "memory-2", 2, {name: c | {"plan": {"tp_size": 2}} for name, c in (("warm", warm), ("case", case))}
+    )
+    assert one[0]["resident"] == pytest.approx(2 * attention_of("DeepSeek-V3"), abs=30e6)
+    for rank in two["case"]:
+        assert rank["resident"] == pytest.approx(attention_of("DeepSeek-V3"), abs=30e6)
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.core_model_loading import WeightRenaming
 
+from modeling_deepseek_moe.adapters.divided import check_divided, tell_width
 from modeling_deepseek_moe.adapters.merging import Merge
-from modeling_deepseek_moe.adapters.refusals import check_config, check_divided, check_packed
+from modeling_deepseek_moe.adapters.refusals import check_config, check_packed
 from modeling_deepseek_moe.adapters.stored import (
     MERGE,
     accept_projections,
@@ -97,6 +98,7 @@ class AdapterMixin(ModelMixin):
         for name, module in super().named_modules(*args, **kwargs):
             if "merge_record" in module.__dict__:
                 module.merge_record = merge
+            tell_width(module)
             if is_new and isinstance(module, QuantizedExperts):
                 with _shown(module):
                     yield name, module
@@ -242,7 +244,7 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config) -> Targets
     """Of a config that is new; one of LoRA gets the layers that peft has none for."""
     if config.peft_type.value != "LORA":
         check_config(modules, config, False)
-        check_divided(model, modules, config, False)
+        check_divided(model, modules, Targets(config))
         return Targets(config)
     from modeling_deepseek_moe.adapters.layers import CUSTOM
 
@@ -251,7 +253,7 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config) -> Targets
         undo.callback(vars(config).update, before)
         targets = Targets.of(model, modules, config)
         check_config(modules, config, targets.reaches_experts)
-        check_divided(model, modules, config, targets.reaches_experts)
+        check_divided(model, modules, targets)
         undo.pop_all()
     config._register_custom_module(CUSTOM)  # peft's own name for it; it has no other
     targets.say()

@@ -32,37 +32,6 @@ def check_config(modules: dict[str, nn.Module], config, reaches_experts: bool) -
     _check_codes(modules.items(), config)
 
 
-def check_divided(model: nn.Module, modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
-    """
-    Raises:
-        ValueError: ranks divide what the adapter is for: of 'rowwise' layers peft 0.21's forward pass fails on shapes.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    asked = getattr(model.config, "distributed_config", None)
-    if asked is None or not getattr(model, "is_distributed_loading_by_transformers", False):
-        return
-    if asked.tp_size == asked.ep_size == 1:
-        return
-    sizes = f"tp_size={asked.tp_size}, ep_size={asked.ep_size}"
-    if reaches_experts:
-        raise ValueError(
-            f"{sizes}: found an adapter of routed experts, of which each rank has a part, wanted one without them, or ranks that "
-            "have them whole: DDP, or fsdp_size alone"
-        )
-    if asked.tp_size == 1:
-        return
-    if config.peft_type.value != "LORA":
-        raise ValueError(f"{sizes}: found an adapter of {config.peft_type.value}, wanted LoRA, DDP, or fsdp_size")
-    for name in modules:
-        style = model.tp_plan.get(re.sub(r"\b\d+\b", "*", name))
-        if style not in (None, "colwise") and check_target_module_exists(config, name):
-            raise ValueError(
-                f"{sizes}: {name}: found a layer divided as {style!r} among target_modules, wanted one that each rank has whole, 'colwise', or "
-                "DDP, or fsdp_size"
-            )
-
-
 def _check_experts(experts: list[str], modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -74,17 +43,22 @@ def _check_experts(experts: list[str], modules: dict[str, nn.Module], config, re
             )
     if not experts or not reaches_experts:
         return
-    found = {field: getattr(config, field) for field in PLAIN if getattr(config, field)}
-    found |= {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("is_lora_variant")}
-    if config.init_lora_weights not in STARTS:
-        found["init_lora_weights"] = config.init_lora_weights
-    wrong = ", ".join(f"{field}={str(value)[:40]!s}" for field, value in found.items() if value)
+    found = {field: getattr(config, field) for field in PLAIN if getattr(config, field)} | variants(config)
+    wrong = ", ".join(f"{field}={str(value)[:40]!s}" for field, value in found.items())
     if wrong:
         raise ValueError(
             f"{experts[0]}: found {wrong} for an adapter of stacked experts, wanted LoRA or rsLoRA without dropout whose "
             "matrices start from random numbers and zeros: name the layers of attention and the shared experts alone, in an adapter of theirs"
         )
     _check_ranks(experts[0], modules[experts[0]], config)
+
+
+def variants(config) -> dict:
+    """What a LoRA config asks for beyond two matrices that start from random numbers and zeros, by field."""
+    found = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("is_lora_variant")}
+    if config.init_lora_weights not in STARTS:
+        found["init_lora_weights"] = config.init_lora_weights
+    return {field: value for field, value in found.items() if value}
 
 
 def _check_ranks(name: str, experts: nn.Module, config) -> None:

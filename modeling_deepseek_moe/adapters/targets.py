@@ -113,6 +113,15 @@ class Targets:
             self.config.target_modules = set(self.config.target_modules or ()) | self.apart
             self.apart = set()
 
+    def reaches(self, name: str) -> bool:
+        """Whether peft will adapt the linear layer of that name."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        reading = copy.copy(self.config)
+        if self.apart:
+            reading.target_modules = {*(reading.target_modules or ()), *self.apart}
+        return bool(check_target_module_exists(reading, name))
+
     def say(self) -> None:
         """All notes in one warning."""
         if self.notes:

@@ -4,6 +4,10 @@ import re
 from collections.abc import Mapping
 
 FIRST_PORT, PORTS = 20_000, 10_000  # below those that systems hand out by themselves
+STEP = (  # what srun sets for each task of a step
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"),
+)
 
 
 def ranks(environment: Mapping[str, str]) -> dict[str, str]:
@@ -13,10 +17,17 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
     launcher that srun started has set ``RANK``. A ``MASTER_ADDR`` or ``MASTER_PORT`` that is there already stays.
 
     Raises:
-        ValueError: srun's list of nodes, or of tasks on each, cannot be read.
+        ValueError: srun's list of nodes, or of tasks on each, cannot be read; a variable of the step's is not there.
     """
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "RANK" in environment:
         return {}
+    missing = [name for name in STEP if name not in environment]
+    if missing:
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS={environment['SLURM_STEP_NUM_TASKS']}: found no {', '.join(missing)}, wanted what srun sets "
+            "for a task: start the tasks by srun with its variables handed on, or set RANK and WORLD_SIZE as torchrun does; "
+            "for one process unset SLURM_STEP_NUM_TASKS"
+        )
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     found = {
         "RANK": environment["SLURM_PROCID"],

@@ -24,8 +24,12 @@ class LatentParallel(RowwiseParallel):
     def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
         if torch.is_grad_enabled() or is_dtensor(args[0]):
             return super().transform_inputs_pre_forward(module, args, kwargs, mesh)
-        own = args[0].chunk(mesh.size(), dim=-1)[mesh.get_local_rank()].contiguous()
-        return (own, *args[1:]), kwargs
+        tensor = mesh if mesh.ndim == 1 else mesh["tp"]
+        width = -(
+            -args[0].shape[-1] // tensor.size()
+        )  # as torch divides what does not divide: the last ranks have less
+        first = tensor.get_local_rank() * width
+        return (args[0][..., first : first + width].contiguous(), *args[1:]), kwargs
 
 
 class KvLatentParallel(LatentParallel):

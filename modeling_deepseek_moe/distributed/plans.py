@@ -15,7 +15,7 @@ from transformers.utils import logging
 from modeling_deepseek_moe import formats
 from modeling_deepseek_moe._version import __version__
 from modeling_deepseek_moe.compat import ModelMixin
-from modeling_deepseek_moe.distributed import checks, coded, latents, ranks
+from modeling_deepseek_moe.distributed import checks, coded, gradients, latents, ranks
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 logger = logging.get_logger(__name__)
@@ -82,6 +82,7 @@ class ParallelPlansMixin(ModelMixin):
             fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPARED}
             meeting.meet({"config": fields})
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        gradients.refuse_averaging_twice(model, distributed_config)
         if distributed_config.tp_size == 1:
             model._tp_size = None  # by which peft would gather all of the model on every rank, to save an adapter
         if distributed_config.pp_size > 1:
@@ -92,9 +93,15 @@ class ParallelPlansMixin(ModelMixin):
         """As `ReleaseSavingMixin.save_pretrained`; what no rank has all of is refused on all of them.
 
         Raises:
-            ValueError: the model is a stage of a pipeline, or ranks have parts of its codes.
+            ValueError: ranks have parts of an adapter of the model's own, the model is a stage of a pipeline, or ranks have parts of its codes.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
+            # of what ranks have parts of, transformers would have one rank gather, and wait for the others
+            if any(is_dtensor(parameter) for name, parameter in self.named_parameters() if ".lora_" in name):
+                raise ValueError(
+                    f"{save_directory}: found an adapter of which each rank has a part, put in by the model's own load_adapter or "
+                    "add_adapter, wanted one of peft's get_peft_model or PeftModel.from_pretrained, whose save_pretrained gathers it"
+                )
             return super().save_pretrained(save_directory, *args, **kwargs)
         if self.base_model.has_gaps:
             raise ValueError(

@@ -16,9 +16,8 @@ from torch import distributed
 from transformers.distributed.utils import get_distributed_backend
 
 WAIT = timedelta(minutes=10)  # for ranks that do not come to a meeting; with gloo, which can name them
-LOADING = timedelta(
-    hours=2
-)  # for any other collective operation, as transformers has it: shards are read at different speeds
+# For any other collective operation, as transformers has it: shards are read at different speeds.
+LOADING = timedelta(hours=2)
 BRIEF = 200  # characters of a value in an error
 
 

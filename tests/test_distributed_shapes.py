@@ -1,0 +1,63 @@
+"""Every plan for every shape of release: on two processes what one finds, and the same bytes saved."""
+
+from functools import cache
+
+import pytest
+from plans_harness import load, observe, run_ranks
+from releases import SHAPES, write_release
+from test_distributed_plans import EP, check_same, check_saved
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+KINDS = ("v3", "v2-lite", "moonlight")
+PLANS = {
+    "tp": {"tp_size": 2},
+    "ep-all-to-all": EP | {"tp_plan": {}, "ep_implementation": "all_to_all"},
+    "ep-all-reduce": EP | {"tp_plan": {}, "ep_implementation": "all_reduce"},
+    "tp-ep-all-to-all": EP | {"ep_implementation": "all_to_all"},
+    "tp-ep-all-reduce": EP | {"ep_implementation": "all_reduce"},
+    "fsdp": {"fsdp_size": 2},
+    "fsdp-ep": {"fsdp_size": 2, "ep_size": 2},
+    "pp": {"pp_size": 2},
+}
+OBSERVED = {"grads": True, "save": True}
+
+
+def observed(plan: str) -> dict:
+    return {} if plan == "pp" else OBSERVED  # which has no gradients, and saves a stage
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    for kind in KINDS:
+        write_release(root / kind, SHAPES[kind]())
+    return root
+
+
+@pytest.fixture(scope="module")
+def two(root):
+    cases = {
+        f"{kind}-{name}": {"release": str(root / kind), "plan": plan, "observe": observed(name)}
+        for kind in KINDS
+        for name, plan in PLANS.items()
+    }
+    return run_ranks(root / "two", 2, cases)
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    @cache
+    def of(kind: str) -> dict:
+        return observe(load({"release": str(root / kind)}, 0), root / "alone" / kind, **OBSERVED)
+
+    return of
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_find_and_save_what_one_does(root, two, alone, kind, plan):
+    wanted = {name: found for name, found in alone(kind).items() if plan != "pp" or name != "grads"}
+    check_same(two[f"{kind}-{plan}"], wanted)
+    if plan != "pp":
+        check_saved(root / "two" / f"{kind}-{plan}", root / "alone" / kind)
