@@ -18,7 +18,7 @@ import peft
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, TrainerState, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_deepseek_moe as dsm
@@ -26,6 +26,7 @@ from modeling_deepseek_moe import __version__, quantizer
 from modeling_deepseek_moe.distributed import plans
 from modeling_deepseek_moe.ops.experts import may_run_natively, operands
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
+from modeling_deepseek_moe.training.attach import step_loads
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -75,6 +76,7 @@ def observe(
     folder: Path,
     *,
     grads=False,
+    balance=False,
     static=True,
     save=False,
     mtp=False,
@@ -84,7 +86,7 @@ def observe(
     drafts=None,
     drafted=True,
 ) -> dict:
-    """Logits, gradients by name, greedy tokens and bytes of a model; the same calls for one process and for several."""
+    """Logits, gradients by name, loads, greedy tokens and bytes of a model; the same calls for one process and for several."""
     found = {"attention": local_bytes(model, ".self_attn."), "divided": divided_bytes(model)}
     found["mapped"] = [(m.first, m.num_experts) for m in model.modules() if isinstance(m, MappedExperts)]
     found["engine"] = all(engine_runs(m) for m in model.modules() if isinstance(m, MappedExperts))
@@ -109,11 +111,25 @@ def observe(
         kwargs = {} if mla_path is None else {"mla_path": mla_path}
         model(IDS, labels=IDS, **kwargs).loss.backward()
         found["grads"] = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    if balance:
+        found |= balanced(model)
     if save:
         model.save_pretrained(folder)
         if distributed.is_initialized():
             distributed.barrier()
     return found
+
+
+def balanced(model) -> dict:
+    """Tokens that each expert got in a step, by layer, and the biases after it."""
+    callback, state = dsm.LoadBalanceCallback(0.01), TrainerState(max_steps=1)
+    callback.on_train_begin(None, state, None, model=model)
+    model.train()
+    model(IDS)
+    loads = {layer: counts.tolist() for layer, counts in step_loads(model, 0).items()}
+    callback.on_pre_optimizer_step(None, state, None, model=model)
+    callback.on_train_end(None, state, None, model=model)
+    return {"loads": loads, "biases": callback.state()["attributes"]["biases"]}
 
 
 def load(case: dict, rank: int):

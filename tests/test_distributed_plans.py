@@ -37,7 +37,7 @@ WHOLE_LATENTS = {
     "model.layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
 }
 EP = {"tp_size": 2, "ep_size": 2}
-ALL = {"mtp": True, "grads": True}
+ALL = {"mtp": True, "grads": True, "balance": True}
 DATA = ALL | {"drafted": False}  # ranks with batches of their own do not draft
 EACH = pytest.mark.parametrize
 
@@ -226,6 +226,10 @@ def check_same(found: list[dict], wanted: dict) -> None:
             torch.testing.assert_close(one[name], wanted[name], atol=1e-5, rtol=1e-5, msg=f"{name}, rank {rank}")
         for name in wanted.keys() & {"greedy", "static", "drafted"}:
             assert torch.equal(one[name], wanted[name]), (name, rank)
+        assert one.get("biases") == wanted.get("biases")
+        # each rank had the same batch
+        tokens = {layer: [len(found) * n for n in counts] for layer, counts in wanted.get("loads", {}).items()}
+        assert one.get("loads", {}) == tokens
         assert one.get("grads", {}).keys() == wanted.get("grads", {}).keys()
         for name, gradient in wanted.get("grads", {}).items():
             torch.testing.assert_close(one["grads"][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
