@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config
 from modeling_deepseek_moe.distributed.checks import Whole, check
+from modeling_deepseek_moe.distributed.latents import LatentParallel
 
 WIDE = COMMON | {  # sides that are whole blocks of 128 on each of four ranks
     "hidden_size": 256,
@@ -298,24 +300,6 @@ def test_attention_halves_at_the_dimensions_of_releases(two, name):
         assert f"{nbytes / 1e6:.1f} MB" in page
 
 
-@pytest.mark.long
-@pytest.mark.slow
-def test_the_memory_of_v3s_attention_halves_in_processes(root, releases):
-    """One layer of the release's dimensions in fp32: 748 MB on one process."""
-    small = {"vocab_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_nextn_predict_layers": 0}
-    settings = {name: value for name, value in DIMS["DeepSeek-V3"].items() if name != "model_type"}
-    write_release(root / "attention", DeepseekV3Config(**settings, **small, first_k_dense_replace=1))
-    case = {"release": str(root / "attention"), "observe": {"generate": False}}
-    warm = {"release": releases["v3"], "observe": {"generate": False}}  # what is imported on the way
-    one = run_ranks(root / "memory-1", 1, {"warm": warm, "case": case})["case"]
-    two = run_ranks(
-        root / "memory-2", 2, {name: c | {"plan": {"tp_size": 2}} for name, c in (("warm", warm), ("case", case))}
-    )
-    assert one[0]["resident"] == pytest.approx(2 * attention_of("DeepSeek-V3"), abs=30e6)
-    for rank in two["case"]:
-        assert rank["resident"] == pytest.approx(attention_of("DeepSeek-V3"), abs=30e6)
-
-
 @pytest.mark.slow
 @EACH("name", ["tp-fp8", "ep-fp8", "fsdp-ep-fp8", "streamed"])
 def test_each_rank_maps_its_own_experts(two, name):
@@ -365,6 +349,20 @@ def test_nearest_sizes():
         check("tp_size", 6, wholes)
     with pytest.raises(ValueError, match="in blocks of 128; wanted 1, the nearest that does"):
         check("tp_size", 2, [Whole("o_proj: in_features", 192, 128)])
+
+
+@EACH("ranks", [1, 2, 3, 4])
+def test_columns_of_latents_are_divided_as_torch_divides_them(ranks):
+    """Of 5 columns four ranks have 2, 2, 1 and none."""
+    x = torch.randn(3, 5)
+    meshes = [
+        SimpleNamespace(ndim=1, size=lambda: ranks, get_local_rank=lambda rank=rank: rank) for rank in range(ranks)
+    ]
+    with torch.no_grad():
+        parts = [LatentParallel().transform_inputs_pre_forward(None, (x,), {}, mesh)[0][0] for mesh in meshes]
+    chunks = x.chunk(ranks, dim=-1)
+    assert [part.shape[-1] for part in parts] == [c.shape[-1] for c in chunks] + [0] * (ranks - len(chunks))
+    assert torch.equal(torch.cat(parts, dim=-1), x)
 
 
 @EACH("kind", SHAPES)

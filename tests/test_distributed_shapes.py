@@ -3,9 +3,11 @@
 from functools import cache
 
 import pytest
-from plans_harness import load, observe, run_ranks
+from plans_harness import DIMS, attention_of, load, observe, run_ranks
 from releases import SHAPES, write_release
 from test_distributed_plans import EP, check_same, check_saved
+
+from modeling_deepseek_moe import DeepseekV3Config
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -62,3 +64,21 @@ def test_two_ranks_find_and_save_what_one_does(root, two, alone, kind, plan):
     check_same(two[f"{kind}-{plan}"], wanted)
     if plan != "pp":
         check_saved(root / "two" / f"{kind}-{plan}", root / "alone" / kind)
+
+
+def test_the_memory_of_v3s_attention_halves_in_processes(root):
+    """One layer of the release's dimensions in fp32: 748 MB on one process."""
+    small = {"vocab_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+    settings = {name: value for name, value in DIMS["DeepSeek-V3"].items() if name != "model_type"}
+    write_release(root / "attention", DeepseekV3Config(**settings, **small, first_k_dense_replace=1))
+    runs = {}
+    for ranks in (1, 2):
+        case = {"plan": {"tp_size": ranks}} if ranks > 1 else {}
+        # the first one imports what is imported on the way
+        cases = {
+            name: case | {"release": str(root / name), "observe": {"generate": False}} for name in ("v3", "attention")
+        }
+        runs[ranks] = run_ranks(root / f"memory-{ranks}", ranks, cases)["attention"]
+    assert runs[1][0]["resident"] == pytest.approx(2 * attention_of("DeepSeek-V3"), abs=30e6)
+    for rank in runs[2]:
+        assert rank["resident"] == pytest.approx(attention_of("DeepSeek-V3"), abs=30e6)
