@@ -38,8 +38,9 @@ def train(folder, release, *, parts=None, resume=None, fp8=None, lora=None, targ
 
     Args:
         parts: of `DistributedConfig`; nothing: DDP, or one process.
+        fp8: ``fp8_wgrad``, to train in FP8. The gradients of the first step are left in ``folder/gradients.safetensors``.
         lora: what an adapter is trained on: ``"plain"`` weights, ``"fp8"`` or ``"int4"`` ones that are mapped, or ``"nf4"``. It is
-            left in ``folder/adapter``, the gradients of its first step in ``folder/gradients.safetensors``.
+            left in ``folder/adapter``, and its gradients as those of ``fp8``.
         targets: of the adapter, as `with_lora` takes them.
         kill: a rank and the step in which it kills itself.
     """
@@ -55,9 +56,10 @@ def train(folder, release, *, parts=None, resume=None, fp8=None, lora=None, targ
     callbacks = [dsm.BalanceLossCallback(1e-3), dsm.MoeTelemetryCallback(), record]
     if lora:
         model = with_lora(model, **(targets or {}))
-        callbacks.append(Gradients(Path(folder) / "gradients.safetensors"))
     else:
         callbacks.append(dsm.MtpLossCallback())
+    if lora or fp8 is not None:
+        callbacks.append(Gradients(Path(folder) / "gradients.safetensors"))
     callbacks.append(dsm.LoadBalanceCallback(0.01))
     if parts or resume or settings.get("save_only_model"):
         settings["save_only_model"] = True

@@ -123,11 +123,20 @@ def test_a_checkpoint_without_states_is_named(release, two, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("fp8", [True, False])
 def test_fp8_training_on_two_ranks(release, tmp_path, fp8):
-    settings = {"fp8": fp8, "release": str(release), "max_steps": 3}
+    """One step: weights that it leaves a bit apart may get other codes in the next, which are 6 % apart."""
+    settings = {"fp8": fp8, "release": str(release), "max_steps": 1}
     (tmp_path / "one").mkdir()
     alone = distributed_runs.train(tmp_path / "one", **settings)
     found = on_ranks(tmp_path, 2, ("fp8", "train", settings | {"parts": {"fsdp_size": 2}}))["fp8"]
     assert_like(found[0], alone)
+    assert_same_tensors(tmp_path / "fp8" / "gradients.safetensors", tmp_path / "one" / "gradients.safetensors")
+
+
+def assert_same_tensors(found, wanted):
+    ours, theirs = load_file(found), load_file(wanted)
+    assert ours.keys() == theirs.keys() and theirs
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=TOLERANCE, atol=TOLERANCE * tensor.abs().max().item())
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +184,7 @@ def test_adapters_on_two_ranks(request, adapted_alone, name):
     folder, found = request.getfixturevalue("two" if name in SOON else "two_adapted")
     assert_like(found[name][0], alone)
     for file in ("gradients.safetensors", "adapter/adapter_model.safetensors"):
-        ours, wanted = load_file(folder / name / file), load_file(place / file)
-        assert ours.keys() == wanted.keys() and wanted
-        for key, tensor in wanted.items():
-            torch.testing.assert_close(ours[key], tensor, rtol=TOLERANCE, atol=TOLERANCE * tensor.abs().max().item())
+        assert_same_tensors(folder / name / file, place / file)
 
 
 def test_a_killed_rank_ends_the_others(release, tmp_path):
