@@ -10,7 +10,7 @@ the Hub counts.
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from modeling_deepseek_moe.config import DeepseekMoeConfig, quantization_fields
 from modeling_deepseek_moe.families import FAMILIES
 from modeling_deepseek_moe.field_checks import brief
 from modeling_deepseek_moe.formats import WeightFormat
+from modeling_deepseek_moe.ops._latent_rows import row_bytes
 from modeling_deepseek_moe.weights import release_tensors
 
 CONFIG_NAME = "config.json"
@@ -126,6 +127,9 @@ class ParameterBreakdown:
     context: int  # the model's
     index_topk: int | None = None  # the latents that a token attends to at most; ``None``: all
     indexer_values_per_token: int = 0  # of those cached, the indexers' keys
+    latent_layers: int = 0  # that cache a latent for each token ...
+    latent_rank: int = 0  # ... of so many values, kv_lora_rank
+    fp8_latents: bool = False  # kept as codes with their scales
 
     @property
     def parameters(self) -> int:
@@ -148,13 +152,27 @@ class ParameterBreakdown:
         """Weights that decoding one token reads."""
         return sum(size.nbytes(weight_format, itemsize) for size in self.active.values())
 
+    def with_fp8_latents(self) -> "ParameterBreakdown":
+        """The same with a cache in FP8, as ``cache_config={"backend": "fp8"}`` and `Fp8StaticCache` keep it.
+
+        Raises:
+            ValueError: a model with indexers, which has none.
+        """
+        if self.index_topk is not None:
+            raise ValueError("cache in FP8: found a model with indexers, which has no such cache, wanted one without")
+        return replace(self, fp8_latents=True)
+
     def cache_bytes(self, tokens: int = 1, itemsize: int = 2) -> int:
         """The cache of ``tokens`` tokens: latents, and the indexers' keys."""
-        return tokens * self.cache_values_per_token * itemsize
+        return self.latent_bytes(tokens, itemsize) + tokens * self.indexer_values_per_token * itemsize
 
     def latent_bytes(self, tokens: int, itemsize: int = 2) -> int:
-        """The latents alone."""
-        return tokens * (self.cache_values_per_token - self.indexer_values_per_token) * itemsize
+        """The latents alone, with the rotated keys next to them."""
+        values, own = self.cache_values_per_token - self.indexer_values_per_token, 0
+        if self.fp8_latents:
+            values -= self.latent_layers * self.latent_rank
+            own = self.latent_layers * row_bytes(self.latent_rank)
+        return tokens * (values * itemsize + own)
 
     def cache_read_bytes(self, tokens: int, itemsize: int = 2) -> int:
         """What decoding one token reads of a cache of ``tokens``: every latent, or every indexer's key and the latents it chose."""
@@ -215,6 +233,8 @@ def parameter_breakdown(config: DeepseekMoeConfig) -> ParameterBreakdown:
         context=config.max_position_embeddings,
         index_topk=config.index_topk if config.has_indexers else None,
         indexer_values_per_token=_indexers(config) * getattr(config, "index_head_dim", 0),
+        latent_layers=config.num_hidden_layers,
+        latent_rank=config.kv_lora_rank,
     )
 
 

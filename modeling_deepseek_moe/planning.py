@@ -253,6 +253,8 @@ def _advice(breakdown: ParameterBreakdown, options: tuple[Option, ...], machine:
             yield "This machine has that much memory: end other programs and it fits."
     if breakdown.weight_format is None and FP8.name in {option.weights for option in (fitting or from_disk)[:1]}:
         yield "FP8 needs a conversion first: model.save_pretrained(folder, quantize='fp8'), where bf16 fits."
+    if breakdown.fp8_latents and fitting[:1] + from_disk[:1] and (fitting or from_disk)[0].device == "cpu":
+        yield "A CPU decodes the whole FP8 cache for each token, which is not in its tokens/s: it saves memory there, not time."
     reason = _native.missing()
     if reason is not None and any(
         option.device == "cpu" and option.weights != "bf16" and option.verdict != TOO_LARGE for option in options

@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -42,6 +42,10 @@ DiskSpeedOption = Annotated[
         show_default="measured if the weights are there, else 2GB",
     ),
 ]
+CacheOption = Annotated[
+    Literal["bf16", "fp8"],
+    typer.Option(help="What latents are cached in (generate: cache_config={'backend': 'fp8'})."),
+]
 AcceptanceOption = Annotated[
     float, typer.Option(min=0, max=1, help="Of MTP drafts: the share that turns out right (generate --mtp tells).")
 ]
@@ -52,6 +56,7 @@ def plan(
         Path | None, typer.Argument(help="A config.json, or a folder with one.", show_default=SHIPPED)
     ] = None,
     context: ContextOption = None,
+    cache: CacheOption = "bf16",
     disk_speed: DiskSpeedOption = None,
     acceptance: AcceptanceOption = ACCEPTANCE,
     gpu: _plan_gpu.MemoryOption = None,
@@ -79,6 +84,7 @@ def plan(
     Examples:
       [cyan]hf download deepseek-ai/DeepSeek-V3 config.json --local-dir DeepSeek-V3[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --disk-speed 7GB[/]
+      [cyan]deepseek-moe plan DeepSeek-V3 --context 131072 --cache fp8[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --gpu 24GB --gpu-speed 930GB --link-speed 25GB[/]
       [cyan]deepseek-moe plan DeepSeek-V2-Lite --train qlora --batch-size 1 --gradient-checkpointing[/]
       [cyan]deepseek-moe plan DeepSeek-V3 --train full --gpus 8x80GB --nodes 32 --batch-size 1 --seq-length 4096[/]
@@ -91,17 +97,22 @@ def plan(
     options["gradient_checkpointing"] = gradient_checkpointing
     setup = _plan_train.read_setup(config, train, train_dtype, **options)
     cluster = _plan_scale.read_cluster(gpus, nodes, train, fp8)
+    if setup is not None and cache != "bf16":
+        raise ValueError(f"found --cache {cache} with --train, which caches nothing, wanted one of the two")
     if cluster is not None:
         _plan_scale.plan_scale(config, setup, cluster, fp8, as_json)
     elif setup is not None:
         _plan_train.plan_training(config, setup, as_json)
     else:
-        _plan_running(path, config, context, disk, acceptance, (gpu, gpu_speed, link_speed), as_json)
+        breakdown = parameter_breakdown(config)
+        breakdown = breakdown.with_fp8_latents() if cache == "fp8" else breakdown
+        _plan_running(path, config, breakdown, context, disk, acceptance, (gpu, gpu_speed, link_speed), as_json)
 
 
 def _plan_running(
     path: Path,
     config: DeepseekMoeConfig,
+    breakdown: ParameterBreakdown,
     context: int | None,
     disk: float | None,
     acceptance: float,
@@ -109,7 +120,6 @@ def _plan_running(
     as_json: bool,
 ) -> None:
     """To generate with it on this machine. ``gpu``: its memory, its speed, and that of the link."""
-    breakdown = parameter_breakdown(config)
     with stderr().status("measuring memory bandwidth"):
         machine = probe_machine()
     measured = measure_disk(path) if disk is None else None
@@ -152,7 +162,10 @@ def _show(made: Plan, breakdown: ParameterBreakdown, disk: str, console: Console
     grid.add_row(
         "download", f"{size(made.release_bytes)} of weights" + (", MTP included" if breakdown.mtp_parameters else "")
     )
-    cache = f"{made.cache_bytes_per_token:,} bytes per token, {size(made.cache_bytes)} at {made.context:,} tokens"
+    form = " in FP8" if breakdown.fp8_latents else ""
+    cache = (
+        f"{made.cache_bytes_per_token:,} bytes per token{form}, {size(made.cache_bytes)} at {made.context:,} tokens"
+    )
     grid.add_row("cache", cache)
     grid.add_row("memory", f"{size(machine.ram_available)} available of {size(machine.ram_bytes)}")
     grid.add_row("bandwidth", f"{_speed(machine.bandwidth)}, {plural(machine.threads, 'thread')}")
