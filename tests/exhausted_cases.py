@@ -213,17 +213,40 @@ def test_memory_ends_in_a_copy_to_a_resident_expert(folder):
 
 def test_memory_ends_in_a_copy_of_the_offload(folder):
     model = load(folder, device_map=APART)
-    wanted = logits(model)
-    model.set_expert_memory(gpu=5 * expert_bytes(model.model.layers[1].mlp.experts), compute="gpu")
+    wanted, size = logits(model), expert_bytes(model.model.layers[1].mlp.experts)
+    model.set_expert_memory(gpu=5 * size, compute="gpu")
     slots, used = model.model.layers[1].mlp.places.passing, Memory.used()
+    match = rf"experts of layer 1, 18 tokens \(fake:0 has no 7 bytes\); room for experts takes {5 * size:,} bytes, now {FREE}: wanted fewer"
     with pytest.MonkeyPatch.context() as patch:
         exhausts(patch, Copies, "put", 3)
-        with pytest.raises(torch.OutOfMemoryError, match="has no 7 bytes"):
+        with pytest.raises(torch.OutOfMemoryError, match=match) as error:
             logits(model)
+        assert error.value.__context__ is None and error.value.__cause__ is None
+        del error
     assert Memory.used() == used
     held = slots.held()
     assert len(held) == 2 and len(held) + len(slots._free) == 5
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compute", ["cpu", "gpu"])
+def test_memory_ends_while_a_layer_of_the_offload_computes(folder, compute):
+    """At allocations of the layer itself: what it made is gone, as long as the error lives."""
+    model = load(folder, device_map=APART)
+    model.set_expert_memory(gpu=5 * expert_bytes(model.model.layers[1].mlp.experts), compute=compute)
+    layer = model.model.layers[1].mlp
+    hidden = torch.randn(9, model.config.hidden_size).to(DEVICE)
+    indices = torch.arange(18).view(9, 2).remainder(layer.experts.num_experts).to(DEVICE)
+    weights = torch.ones(9, 2).to(DEVICE)
+    pending = layer.places.begin(hidden, indices, weights)
+    finish = lambda: layer.places.finish(1, layer.experts, pending)  # noqa: E731
+    wanted = finish()
+    count = allocations(finish)
+    assert count
+    for left in sorted({0, count // 2, count - 1}):
+        said = fails(finish, left, rf"experts of layer 1, 9 tokens .*{FREE}: wanted fewer tokens at once")
+        assert "room for experts takes" in said
+    torch.testing.assert_close(finish().cpu(), wanted.cpu(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_that_changed_half_way_leaves_a_model_where_it_was(folder, monkeypatch):

@@ -45,14 +45,16 @@ class Copies:
         if after is not None:
             self._stream.wait_event(after)
         start, event = 0, Event()
-        with torch.cuda.stream(self._stream):
-            for source, target in pairs:
-                staged = self._pinned[number, start : start + source.numel()]
-                staged.copy_(source)
-                target.copy_(staged, non_blocking=True)
-                start += source.numel()
-            event.record(self._stream)
         self._read[number] = event
+        with torch.cuda.stream(self._stream):
+            try:
+                for source, target in pairs:
+                    staged = self._pinned[number, start : start + source.numel()]
+                    staged.copy_(source)
+                    target.copy_(staged, non_blocking=True)
+                    start += source.numel()
+            finally:  # of a copy that fails too: what was begun is still being read
+                event.record(self._stream)
         return event
 
     def let_wait(self, events: Iterable[Event | None]) -> None:

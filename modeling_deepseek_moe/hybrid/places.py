@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from modeling_deepseek_moe.device_memory import exhausted, give_back
 from modeling_deepseek_moe.hybrid import costs
 from modeling_deepseek_moe.hybrid.crossing import Arrival, Crossing
 from modeling_deepseek_moe.hybrid.held import HeldExperts, UseCounts
@@ -56,7 +57,27 @@ class ExpertPlaces:
 
     @torch.compiler.disable
     def finish(self, layer: int, experts: nn.Module, pending: Pending) -> torch.Tensor:
-        """The routed experts' sum ``[T, D]``, on the device."""
+        """The routed experts' sum ``[T, D]``, on the device.
+
+        Raises:
+            torch.OutOfMemoryError: the device has too little memory; what was made for the sum is gone, and experts that were
+                brought are held.
+        """
+        try:
+            return self._finish(layer, experts, pending)
+        except RuntimeError as error:
+            failure = exhausted(error)  # not the error: its traceback holds what was made
+            if failure is None:
+                raise
+        device, tokens = self.crossing.device, len(pending.hidden_TD)
+        slots = [own for own in (self.passing, self.held and self.held.slots) if own is not None]
+        held = sum(own.count * own.expert_bytes for own in slots)
+        raise torch.OutOfMemoryError(
+            f"{device}: memory is exhausted in the experts of layer {layer}, {tokens:,} tokens ({failure}); room for experts takes "
+            f"{held:,} bytes, now {give_back(device)}: wanted fewer tokens at once, or a smaller gpu= in set_expert_memory"
+        )
+
+    def _finish(self, layer: int, experts: nn.Module, pending: Pending) -> torch.Tensor:
         given = pending.hidden_TD, pending.topk_indices, pending.topk_weights
         hidden_TD, indices, weights, _ = pending.arrival.wait()
         is_own = self.layers.get(layer) is experts  # else an adapter is around them
