@@ -138,14 +138,15 @@ def test_a_scale_for_each_token():
     check(Case("nf4", (scale_T, 0.5, scale_T)))
 
 
-def test_nested_scales():
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_nested_scales(name):
     """As bitsandbytes quantises scales, expert by expert; runs of 256 end where no row does."""
-    gate_up, down, *scales = Layer("nf4", 192, 192).stacks
+    gate_up, down, *scales = Layer(name, 192, 192).stacks
     nested = []
     for stack in (*scales[0].chunk(2, dim=1), scales[1]):
         codes, absmax, tables, offsets = zip(*map(four_bit.nest, stack), strict=True)
         nested.append(four_bit.NestedScales(torch.stack(codes), torch.stack(absmax), tables[0], torch.stack(offsets)))
-    matrices = [Matrix.of(*pair, "nf4") for pair in zip((*gate_up.chunk(2, dim=1), down), nested, strict=True)]
+    matrices = [Matrix.of(*pair, name) for pair in zip((*gate_up.chunk(2, dim=1), down), nested, strict=True)]
     for matrix in matrices:
         codes, absmax, table, offset = matrix.scales
         for expert, found in enumerate(matrix._plain_scales()):
