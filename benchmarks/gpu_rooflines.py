@@ -65,6 +65,10 @@ class Row(NamedTuple):
     kernel: str
     tiles: str | None = None
 
+    @property
+    def is_outer(self) -> bool:
+        return self.tiles is not None and self.tiles.endswith("outer")
+
 
 ROWS = (
     *(
@@ -95,6 +99,11 @@ ROWS = (
     Row("experts' rows to FP8", "grouped", "quantize"),
     Row("experts, many rows in bf16", "grouped", "product", "grouped"),
     Row("experts, many rows in FP8", "grouped", "product fp8", "grouped_fp8"),
+    Row("experts, Dgrad in FP8", "experts_fp8", "dgrad of 1", "grouped_fp8_turned"),
+    Row("experts, Wgrad in bf16", "grouped", "outer", "grouped_outer"),
+    Row("experts, Wgrad in FP8", "experts_fp8", "wgrad", "grouped_fp8_outer"),
+    Row("experts' rows to FP8, turned for Wgrad", "experts_fp8", "cast_across of dy"),
+    Row("experts' weights to FP8", "experts_fp8", "cast_blocks"),
 )
 
 
@@ -108,8 +117,10 @@ def share(row: Row, card: Card, per_byte: float) -> tuple[float, float]:
     """Of the card's bandwidth, or of its tensor cores, that the instructions allow at least and at most."""
     if row.tiles is None:
         return card.of_bandwidth(per_byte)
-    tiles, is_fp8 = _triton_table.tiles(row.tiles, card.sm), row.tiles.endswith("fp8")
-    step = (tiles.rows + tiles.columns) * tiles.depth * (1 if is_fp8 else 2)  # bytes of both factors
+    tiles, is_fp8 = _triton_table.tiles(row.tiles, card.sm), "fp8" in row.tiles
+    # bytes of both factors: the sum is over rows where there is an outer product
+    sides = (tiles.columns + tiles.depth, tiles.rows) if row.is_outer else (tiles.rows + tiles.columns, tiles.depth)
+    step = sides[0] * sides[1] * (1 if is_fp8 else 2)
     operations = 2 * tiles.rows * tiles.columns * tiles.depth
     return card.of_tensor_cores(per_byte * step, operations, card.fp8 if is_fp8 else card.bf16)
 

@@ -38,6 +38,8 @@ CEILINGS = {
     "v3/fp8/decode-static/triton": 13,
     "v3/fp8/decode-paged/triton": 42,
     "small/fp8/prefill/triton": 56,
+    "small/bf16/train-fp8/triton": 462,
+    "small/bf16/train-fp8-bf16-wgrad/triton": 451,
     "small/fp8/train-adapted/triton": 269,
     "small/int4/train-adapted/triton": 248,
     "small/nf4/train-adapted/triton": 248,
@@ -53,7 +55,7 @@ def guard(tmp_path_factory) -> Path:
     return build_guard(tmp_path_factory.mktemp("guard"))
 
 
-COMPILED = ["v3/fp8/decode-static/triton", "lite/bf16/decode-static/triton"]
+COMPILED = ["v3/fp8/decode-static/triton", "lite/bf16/decode-static/triton", "lite/bf16/decode-static-codes/triton"]
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,16 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "experts_down_many": _MANY,
     "grouped": {80: Tiles(128, 128, 32, 8, 3), 90: Tiles(128, 128, 64, 8, 3), 120: Tiles(128, 128, 32, 8, 3)},
     "grouped_fp8": {80: Tiles(64, 128, 128, 8, 3), 90: Tiles(128, 128, 128, 8, 3), 120: Tiles(64, 128, 128, 8, 2)},
+    "grouped_fp8_turned": {
+        80: Tiles(64, 128, 128, 8, 3),
+        90: Tiles(128, 128, 128, 8, 3),
+        120: Tiles(64, 64, 128, 8, 2),  # 128 columns spill there
+    },
+    "grouped_fp8_outer": {
+        80: Tiles(128, 64, 128, 8, 3),
+        90: Tiles(128, 128, 128, 8, 3),
+        120: Tiles(128, 64, 128, 8, 2),
+    },
     "grouped_codes": _MANY,
     "grouped_codes_few": _FEW_DOWN,
     "grouped_codes_back": {80: Tiles(64, 64, 32, 4, 3), 90: Tiles(64, 128, 32, 4, 3), 120: Tiles(64, 64, 32, 4, 3)},

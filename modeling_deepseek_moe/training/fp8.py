@@ -4,7 +4,7 @@ Parameters stay the floating-point ones of the modules, so optimizers, checkpoin
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops._operands import is_hooked
-from modeling_deepseek_moe.ops.experts import LowRank, Slots
+from modeling_deepseek_moe.ops.experts import LowRank, Slots, runs_on_card, triton_fp8
 from modeling_deepseek_moe.training.attach import find_model
 from modeling_deepseek_moe.training.fp8_functions import Fp8LinearFunction, Fp8SwiGluFunction, Fp8Weight
 
@@ -51,7 +51,7 @@ class OptimizerSteps:
         self._handle = register_optimizer_step_post_hook(step)
         weakref.finalize(self, self._handle.remove)
 
-    def watch(self, weights: Iterable[Fp8Weight]) -> None:
+    def watch(self, weights: Iterable[Fp8Weight | triton_fp8.Stack]) -> None:
         """Note whether one of these is not finite; those of the CPU were looked at as they were quantised."""
         scales = [weight.scale.flatten() for weight in weights if weight.scale.device.type != "cpu"]
         if scales:
@@ -80,17 +80,19 @@ class _Fp8Trained:
     steps: OptimizerSteps
     _codes: tuple | None = None
 
-    def _quantized(self, *weights: torch.Tensor, make):
-        key = (self.steps.count, *((weight.data_ptr(), weight._version) for weight in weights))
+    def _quantized(self, make: Callable, *weights: torch.Tensor):
+        key = (make, self.steps.count, *((weight.data_ptr(), weight._version) for weight in weights))
         if self._codes is None or self._codes[0] != key:
-            self._codes = (key, make())
+            self._codes = (key, make(*weights))
             self.steps.watch(_leaves(self._codes[1]))
         return self._codes[1]
 
 
-def _leaves(quantized) -> list[Fp8Weight]:
-    """The weights in what a module quantised: one, or tuples of them for each expert."""
-    return [quantized] if isinstance(quantized, Fp8Weight) else [weight for expert in quantized for weight in expert]
+def _leaves(quantized) -> list[Fp8Weight | triton_fp8.Stack]:
+    """The weights in what a module quantised: one, or tuples of them."""
+    if isinstance(quantized, Fp8Weight | triton_fp8.Stack):
+        return [quantized]
+    return [weight for part in quantized for weight in _leaves(part)]
 
 
 class Fp8TrainedLinear(_Fp8Trained, nn.Linear):
@@ -102,7 +104,7 @@ class Fp8TrainedLinear(_Fp8Trained, nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def quantized(self) -> Fp8Weight:
-        return self._quantized(self.weight, make=lambda: Fp8Weight.of(self.weight))
+        return self._quantized(Fp8Weight.of, self.weight)
 
 
 class Fp8TrainedMLP(DeepseekMLP):
@@ -128,22 +130,30 @@ class Fp8TrainedExperts(_Fp8Trained, DeepseekExperts):
         if low_rank is not None:
             return super().forward(hidden_TD, topk_indices, topk_weights, low_rank)  # adapters
         hidden_TD = _autocast(hidden_TD)
+        weights = self.gate_up_proj, self.down_proj
+        if runs_on_card(triton_fp8.refuses(hidden_TD, *weights)):
+            stacks = self._quantized(_stacked, *weights)
+            routed = hidden_TD, topk_indices, topk_weights
+            return triton_fp8.GroupedFp8SwiGlu.apply(*routed, *weights, stacks, self.fp8.fp8_wgrad)
         slots = Slots.of(topk_indices, self.num_experts)
         counts = slots.counts
         order = slots.order[: sum(counts)]  # without the slots that another expert-parallel rank serves
         tokens_R = order // topk_indices.shape[1]
         y_RD = Fp8SwiGluFunction.apply(
-            hidden_TD[tokens_R], self.gate_up_proj, self.down_proj, self.quantized(), counts, self.fp8.fp8_wgrad
+            hidden_TD[tokens_R], *weights, self._quantized(_each_expert, *weights), counts, self.fp8.fp8_wgrad
         )
         weighted = y_RD * topk_weights.flatten()[order, None]
         return torch.zeros_like(hidden_TD).index_add(0, tokens_R, weighted.to(hidden_TD.dtype))
 
-    def quantized(self) -> list[tuple[Fp8Weight, ...]]:
-        return self._quantized(self.gate_up_proj, self.down_proj, make=self._quantize)
 
-    def _quantize(self) -> list[tuple[Fp8Weight, ...]]:
-        experts = zip(self.gate_up_proj.detach(), self.down_proj.detach(), strict=True)
-        return [(*(Fp8Weight.of(half) for half in gate_up.chunk(2)), Fp8Weight.of(down)) for gate_up, down in experts]
+def _each_expert(gate_up_E: torch.Tensor, down_E: torch.Tensor) -> list[tuple[Fp8Weight, ...]]:
+    """Gate, up and down of each."""
+    experts = zip(gate_up_E.detach(), down_E.detach(), strict=True)
+    return [(*(Fp8Weight.of(half) for half in gate_up.chunk(2)), Fp8Weight.of(down)) for gate_up, down in experts]
+
+
+def _stacked(gate_up_E: torch.Tensor, down_E: torch.Tensor) -> tuple[triton_fp8.Stack, triton_fp8.Stack]:
+    return triton_fp8.Stack.of(gate_up_E, 2), triton_fp8.Stack.of(down_E)
 
 
 def prepare_fp8_training(model: nn.Module, config: Fp8TrainingConfig | None = None) -> nn.Module:

@@ -91,7 +91,9 @@ def test_few_tokens(name):
     assert found <= 2 * reference, (found, reference)
 
 
-@pytest.mark.parametrize(("name", "tokens"), [*((name, 20) for name in RAGGED), ("fp8", 42), ("int4", 42), ("fp4", 42)])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [*((name, 20) for name in RAGGED), ("fp8", 42), ("int4", 42), ("fp4", 42)]
+)
 def test_many_tokens(name, tokens):
     """Rows of an expert together: tiles that are not full, an expert without rows, slots of another rank."""
     width, size = RAGGED[name]

@@ -2,7 +2,7 @@
 
 from gpu.aot import Spec
 
-from modeling_deepseek_moe.ops._triton import padded
+from modeling_deepseek_moe.ops._triton import FP8_CORES, padded
 from modeling_deepseek_moe.ops._triton_table import Tiles, tiles
 from modeling_deepseek_moe.ops.experts import triton_grouped as kernels
 
@@ -24,8 +24,8 @@ def specs(card: int) -> list[Spec]:
         _outer("outer of a low rank", card, "*fp32", low, False, True),
         _outer("outer with a low rank", card, "*fp32", whole, True, False),
     ]
+    found.append(_product("product fp8", card, False, True))
     if card >= 89:
-        found.append(_product("product fp8", card, False, True))
         types = {
             "x_ptr": "*bf16",
             "ends_ptr": "*i32",
@@ -51,13 +51,16 @@ def _outer(name: str, card: int, out: str, sides: dict[str, int], a_by_token: bo
     types |= {"N": "i32", "K": "i32"}
     tiling: Tiles = tiles("grouped_outer", card)._replace(**sides)
     constants = {"TOP_K": 8, "A_BY_TOKEN": a_by_token, "B_BY_TOKEN": b_by_token} | tiling.constants()
-    return Spec(name, kernels.outer, types, constants, tiling.warps, tiling.stages, aligned=("N", "K"))
+    nbytes = (tiling.columns + tiling.depth) * tiling.rows * 2  # of both factors
+    return Spec(name, kernels.outer, types, constants, tiling.warps, tiling.stages, nbytes, ("N", "K"))
 
 
 def _product(
     name: str, card: int, turned: bool, fp8: bool, sides: dict[str, int] | None = None, add: bool = False
 ) -> Spec:
-    tiling, code = tiles("grouped_fp8" if fp8 else "grouped", card), "*fp8e4nv" if fp8 else "*bf16"
+    tiling, code = tiles("grouped_fp8" if fp8 else "grouped", card), "*bf16"
+    if fp8:
+        code = "*fp8e4nv" if card >= FP8_CORES else "*u8"
     tiling = tiling._replace(**sides or {})
     types = {
         "a_ptr": code,

@@ -20,7 +20,13 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
-from modeling_deepseek_moe import DeepseekV2Config, DeepseekV3Config, Fp8StaticCache, prepare_fp8_training
+from modeling_deepseek_moe import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Fp8StaticCache,
+    Fp8TrainingConfig,
+    prepare_fp8_training,
+)
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.paged import PagedModel
 from modeling_deepseek_moe.training.attach import attach_state
@@ -113,6 +119,10 @@ def train_fp8(model, watch: Watch) -> None:
     train(prepare_fp8_training(model), watch)
 
 
+def train_fp8_bf16_wgrad(model, watch: Watch) -> None:
+    train(prepare_fp8_training(model, Fp8TrainingConfig(fp8_wgrad=False)), watch)
+
+
 def train_balanced(model, watch: Watch) -> None:
     """As `train`, with the router's loads counted and a balance loss."""
     attach_state(model).balance_alpha = 1e-4
@@ -141,9 +151,12 @@ STEPS = {
     "train": train,
     "train-balanced": train_balanced,
     "train-fp8": train_fp8,
+    "train-fp8-bf16-wgrad": train_fp8_bf16_wgrad,
     "train-adapted": train_adapted,
 }
 MOVE = "_move_adapter_to_device_of_base_layer"  # peft's
+# SM90 tries out torch's own product of codes, which takes a card
+CARDS = {"train-fp8": (8, 9), "train-fp8-bf16-wgrad": (8, 9)}
 WAITS = ("train-fp8", "train-adapted")  # steps that look at the routing on the host, once a layer, without Triton
 
 
@@ -152,7 +165,7 @@ def measure(name: str) -> dict:
     shape, weights, step, *triton = name.split("/")
     watches = []
     for layers in (2, 3):
-        with fake_mode(), card(9, 0, triton=bool(triton)):
+        with fake_mode(), card(*CARDS.get(step, (9, 0)), triton=bool(triton)):
             model = fake_model(config_of(shape, layers), weights)
             elsewhere = on_other_devices(model)
             watch = Watch()
@@ -179,7 +192,8 @@ def compiled(name: str) -> dict:
     ``graphs``: how many there are. ``unknown``: what has a shape that no one knows before the step. ``operators``: this package's.
     """
     shape, weights, step, *triton = name.split("/")
-    graphs = []
+    graphs: list = []
+    torch._dynamo.reset()  # else sizes that differ from those of another step before would be unknown
 
     def keep(graph, _):
         graphs.append(graph)
@@ -187,7 +201,7 @@ def compiled(name: str) -> dict:
 
     with fake_mode(), card(9, 0, triton=bool(triton)), torch.no_grad():
         model = fake_model(config_of(shape, 2), weights)
-        cache = CACHES["static"](model.config)
+        cache = CACHES["static FP8" if step.endswith("codes") else "static"](model.config)
         prefill(model, Watch(), cache)
         ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
         given = {"attention_mask": torch.ones(1, 64, dtype=torch.long, device=DEVICE)}

@@ -3,7 +3,7 @@
 What it computes is defined in `reference`, expert by expert; `cpu` does a whole layer in one call, on weights that are
 FP8, four bits or bf16 and lie stacked, mapped or anywhere in memory; `trained` is the layer with its gradients,
 `low_rank` the layer with an adapter's matrices next to its own; `triton` does it on a CUDA card, `grouped` there with
-gradients and adapters.
+gradients and adapters, `triton_fp8` with products in FP8 while it is trained.
 Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_deepseek_moe.ops._dispatch import CPU, TRITON, BackendError, may_use, requested_backend
 from modeling_deepseek_moe.ops._library import PLAIN
-from modeling_deepseek_moe.ops.experts import cpu, grouped, triton, unsorted
+from modeling_deepseek_moe.ops.experts import cpu, grouped, triton, triton_fp8, unsorted
 from modeling_deepseek_moe.ops.experts.cpu import accumulate
 from modeling_deepseek_moe.ops.experts.low_rank import (
     Codes,
@@ -52,6 +52,7 @@ __all__ = [
     "run_experts",
     "runs_on_card",
     "triton",
+    "triton_fp8",
     "unsupported_reason",
 ]
 

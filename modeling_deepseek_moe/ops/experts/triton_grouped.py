@@ -2,7 +2,8 @@
 
 Rows lie in the experts' order that `triton_kernels.plan` made; where a factor has a row for each token, a kernel gathers
 it, and where a result is a slot's, it is scattered, so nothing is permuted for its own sake. Factors are bf16, or E4M3
-codes with a scale for 1 × 128 of a row and 128 × 128 of a weight, whose sums of 128 products are promoted to fp32.
+codes with a scale for 1 × 128 of a row and 128 × 128 of a weight, whose sums of 128 products are promoted to fp32; bytes
+where a card does not multiply codes, which become bf16.
 
 Legend: S slots, R row among them, E experts, N outputs, K inputs of a product, I expert width.
 """
@@ -10,6 +11,7 @@ Legend: S slots, R row among them, E experts, N outputs, K inputs of a product, 
 import triton
 import triton.language as tl
 
+from modeling_deepseek_moe.ops import _triton_codes as codes
 from modeling_deepseek_moe.ops.experts.triton_kernels import tile_of
 
 
@@ -52,6 +54,8 @@ def product(
         inside = k0 + k < K
         a = tl.load(a_at + k0, mask=live[:, None] & inside[None, :], other=0.0)
         b = tl.load(b_at + k0 * b_step, mask=inside[:, None] & here[None, :], other=0.0)
+        if a_ptr.dtype.element_ty == tl.uint8:
+            a, b = codes.e4m3_bytes(a), codes.e4m3_bytes(b)
         if FP8:
             scale = tl.load(a_scale_at + k0 // 128, mask=live, other=0.0)[:, None]
             scale *= tl.load(b_scale_at + k0 // 128, mask=here, other=0.0)[None, :]

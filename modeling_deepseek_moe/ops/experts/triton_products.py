@@ -83,6 +83,8 @@ def grouped_product(
     out = torch.empty((len(order.slots), n), dtype=dtype, device=device) if onto is None else onto
     grid = programs(len(order.slots), count, tiling.rows), _triton.blocks(n, tiling.columns)
     scales = (a_scale.contiguous(), b_scale.contiguous()) if fp8 else (a, b)
+    if fp8 and capability_of(device) < _triton.FP8_CORES:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
     _triton.launch(
         _triton.kernels("experts", "triton_grouped").product, grid, device,
         a.contiguous(), scales[0], b.contiguous(), scales[1], order.slots, order.ends,

@@ -139,7 +139,7 @@ class GroupedSwiGlu(torch.autograd.Function):
         of_inner, of_down = scales.pairs(matrices, order.slots, order.top_k)
         inner = base.gate_up_product(x, order)
         lows = [pair.add(inner, x, order, by_token=True) for pair in of_inner]
-        h = _weighted(inner, weights, order)
+        h = weighted_swiglu(inner, weights, order)
         y = base.down_product(h, order)
         lows += [pair.add(y, h, order, by_slot=True) for pair in of_down]
         ctx.codes, ctx.scales = codes, scales
@@ -162,7 +162,7 @@ class GroupedSwiGlu(torch.autograd.Function):
         needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:5]
         dy, d_down, d_gate_up, d_x = dy_TD.to(BF16).contiguous(), None, None, None
         d_h = base.down_back(dy, order)
-        h = _weighted(inner, weights, order) if needs_down or of_down else None
+        h = weighted_swiglu(inner, weights, order) if needs_down or of_down else None
         if needs_down and h is not None:
             d_down = grouped_outer(dy, h, order, a_by_token=True, dtype=ctx.dtypes[3])
         last = zip(of_down, lows[len(of_inner) :], wanted[len(of_inner) :], strict=True)
@@ -185,7 +185,7 @@ class GroupedSwiGlu(torch.autograd.Function):
         return d_x, None, d_weights, d_gate_up, d_down, None, None, *d_matrices
 
 
-def _weighted(inner: torch.Tensor, weights: torch.Tensor, order: Order) -> torch.Tensor:
+def weighted_swiglu(inner: torch.Tensor, weights: torch.Tensor, order: Order) -> torch.Tensor:
     """``[S, 2I] → [S, I]``: SwiGLU times the slot's weight, in bf16."""
     slots, width, experts = len(inner), inner.shape[1] // 2, len(order.ends)
     out = torch.empty((slots, width), dtype=BF16, device=inner.device)
@@ -195,7 +195,7 @@ def _weighted(inner: torch.Tensor, weights: torch.Tensor, order: Order) -> torch
 
 
 def _swiglu_backward(inner, weights, order: Order, d_h, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `_weighted`: the gradients of ``inner``, and of the weights in fp32."""
+    """Of `weighted_swiglu`: the gradients of ``inner``, and of the weights in fp32."""
     d_inner, d_weights = torch.empty_like(inner), torch.zeros(weights.shape, dtype=torch.float32, device=inner.device)
     kernel, width = _triton.kernels("experts", "triton_grouped").swiglu_backward, d_h.shape[1]
     arguments = inner, weights, *order[:2], d_h, d_inner, d_weights, experts, width
