@@ -70,8 +70,8 @@ class ExpertPlaces:
             if failure is None:
                 raise
         device, tokens = self.crossing.device, len(pending.hidden_TD)
-        slots = [own for own in (self.passing, self.held and self.held.slots) if own is not None]
-        held = sum(own.count * own.expert_bytes for own in slots)
+        slots = self.passing, None if self.held is None else self.held.slots
+        held = sum(own.count * own.expert_bytes for own in slots if own is not None)
         raise torch.OutOfMemoryError(
             f"{device}: memory is exhausted in the experts of layer {layer}, {tokens:,} tokens ({failure}); room for experts takes "
             f"{held:,} bytes, now {give_back(device)}: wanted fewer tokens at once, or a smaller gpu= in set_expert_memory"
