@@ -28,7 +28,7 @@ CEILINGS = {
     "lite/fp8/decode": 237,
     "lite/fp8/decode-static": 240,
     "small/fp8/prefill": 328,
-    "small/bf16/train-fp8": 4095,
+    "small/bf16/train-fp8": 4033,
     "lite/bf16/decode-codes": 103,
     "lite/fp8/decode/triton": 12,
     "lite/fp8/decode-codes/triton": 12,
