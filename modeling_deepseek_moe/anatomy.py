@@ -128,7 +128,7 @@ class ParameterBreakdown:
     index_topk: int | None = None  # the latents that a token attends to at most; ``None``: all
     indexer_values_per_token: int = 0  # of those cached, the indexers' keys
     latent_layers: int = 0  # that cache a latent for each token ...
-    latent_rank: int = 0  # ... of so many values, kv_lora_rank
+    latent_rank: int = 0  # kv_lora_rank, the values of each
     fp8_latents: bool = False  # kept as codes with their scales
 
     @property
