@@ -146,6 +146,8 @@ def load(case: dict, rank: int):
     version = case.get("versions", {rank: __version__})[rank]
     with place, patch.object(plans, "__version__", version):
         model = AutoModelForCausalLM.from_pretrained(release, **settings).eval()
+    if "plan" in case:  # another model can be loaded by the same object
+        assert settings["distributed_config"].to_dict() == DistributedConfig(**case["plan"]).to_dict()
     if "load_adapter" in case:
         model.load_adapter(case["load_adapter"])
     if "adapted" in case:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from releases import SHAPES, write_release
 from torch.distributed import checkpoint as dcp
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
-from modeling_deepseek_moe import CheckpointError, CheckpointReader
+from modeling_deepseek_moe import CheckpointError, CheckpointReader, ShardedTrainingCallback
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.distributed.checkpoints import fault_of, newest_whole
 from modeling_deepseek_moe.distributed.chunks import read_chunks
@@ -137,3 +137,18 @@ def test_metadata_calls_nothing(again):
     file.write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(CheckpointError, match=r"\.metadata: found no usable metadata \(\w+\.getcwd is named in it\)"):
         read_chunks(file.parent)
+
+
+@pytest.mark.parametrize(
+    "history, found",
+    [([{"loss": 3.0}], "cannot go on"), ([{"loss": 2.0}], "another training"), (None, "no checkpoint")],
+)
+def test_states_of_another_training_are_refused(tmp_path, history, found):
+    """Trainer goes on from a folder that it tells no callback of; one of the same number lies in ``output_dir``, or none."""
+    state = TrainerState(global_step=3, log_history=[{"loss": 3.0}])
+    if history is not None:
+        (tmp_path / "checkpoint-3").mkdir()
+        TrainerState(global_step=3, log_history=history).save_to_json(tmp_path / "checkpoint-3" / "trainer_state.json")
+    arguments = TrainingArguments(tmp_path, save_only_model=True, report_to=[])
+    with pytest.raises(ValueError, match=rf"checkpoint-3: (found )?.*{found}"):
+        ShardedTrainingCallback().on_train_begin(arguments, state, None)

@@ -25,6 +25,7 @@ from modeling_deepseek_moe.training_speed import (
 )
 
 PANEL = "Training"
+WIDEST = 200  # columns of a table
 SHOWN = 8
 GpusOption = Annotated[
     str | None,
@@ -110,11 +111,14 @@ def _show(
             "–" if math.isinf(one) else count(int(one)) for one in (run.by_flops, run.by_memory, run.by_network)
         )
         table.add_row(run.layout.describe(), *map(size, parts), f"{run.expected:,.0f} ({bounds})")
-    console.print(table)
+    whole = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    console.print(table, width=whole, crop=False)  # a narrow terminal breaks its lines, where columns would be lost
     console.print(
         f"[dim]peak: of a rank, {RESERVED:.0%} of its memory left to CUDA and NCCL; tokens/s: {EFFICIENCY:.0%} of the bound by "
         "FLOPs, which published runs reach, or the least bound[/]"
     )
+    if any(run.layout.pipeline > 1 for run in (fitting or runs)[:SHOWN]):
+        console.print("[dim]PP: by another engine that reads releases; pipelines have no gradients here[/]")
     if fitting:
         console.print(f"[green]fits[/] in {plural(len(fitting), 'layout')} of {len(runs)}")
         return

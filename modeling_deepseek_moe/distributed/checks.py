@@ -18,6 +18,7 @@ COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
 ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input", LATENT, KV_LATENT)
 MOST_RANKS = 1024
 EXPERTS = "mlp.experts"
+WITHOUT_BLOCKS = ", or experts alone (enable_expert_parallel=True), or weights without blocks (FP8: FineGrainedFP8Config(dequantize=True))"
 # Modules that need not be divided, and are together or not at all, by what their names in a plan end with.
 OPTIONAL = (
     ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -43,7 +44,8 @@ class Whole(NamedTuple):
 
 
 def check(field: str, ranks: int, wholes: Iterable[Whole]) -> None:
-    """
+    """Blocks are of codes, which other ways of loading do without.
+
     Raises:
         ValueError: ``ranks`` do not divide one of them; the nearest numbers that divide all are named.
     """
@@ -56,6 +58,7 @@ def check(field: str, ranks: int, wholes: Iterable[Whole]) -> None:
     raise ValueError(
         f"{field}: found {ranks}, which does not divide {', '.join(dict.fromkeys(wrong))}; "
         f"wanted {' or '.join(map(str, nearest))}, the nearest that {'do' if nearest[1:] else 'does'}"
+        + (WITHOUT_BLOCKS if any(whole.unit > 1 and not whole.divides(ranks) for whole in wholes) else "")
     )
 
 

@@ -3,6 +3,7 @@
 The tables are in `tables`, and `config` has them as ``base_model_tp_plan`` and the like.
 """
 
+import copy
 import os
 import re
 
@@ -56,7 +57,8 @@ class ParallelPlansMixin(ModelMixin):
         if isinstance(distributed_config, dict):
             distributed_config = DistributedConfig.from_dict(distributed_config)
         if distributed_config is not None:
-            distributed_config = _with_sizes(distributed_config)
+            # a copy: the caller's own may be asked for again, and the plan is made that of this model
+            distributed_config = _with_sizes(copy.deepcopy(distributed_config))
             meeting = ranks.current()
             if meeting is not None:
                 meeting.meet(

@@ -4,13 +4,15 @@
 ``torch.distributed.checkpoint`` and under the parameters' names, so that any number of processes goes on from them.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import distributed, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
 from modeling_deepseek_moe.distributed.checkpoints import STATES_FOLDER
@@ -28,10 +30,10 @@ class ShardedTrainingCallback(TrainerCallback):
 
     Args:
         resume_from: the checkpoint that is given to ``Trainer.train``; ``None``: ``resume_from_checkpoint`` of the arguments, or the
-            step's in ``output_dir``.
+            step's in ``output_dir``, if it is of the same training.
 
     Raises:
-        ValueError: when `Trainer` is made, ``save_only_model=False``; at the start of a training that is resumed, a checkpoint without states, or with some missing.
+        ValueError: when `Trainer` is made, ``save_only_model=False``; at the start of a training that is resumed, one without states, with some missing, or of another training.
     """
 
     def __init__(self, resume_from: str | None = None):
@@ -55,13 +57,35 @@ class ShardedTrainingCallback(TrainerCallback):
         if not state.global_step:
             return
         given = self.resume_from or args.resume_from_checkpoint
-        checkpoint = Path(given) if given and Path(str(given)).is_dir() else _checkpoint(args, state)
+        is_told = given and Path(str(given)).is_dir()
+        checkpoint = Path(given) if is_told else _checkpoint(args, state)
+        if not is_told:
+            _check_goes_on(checkpoint, state)
         try:
             read_chunks(checkpoint / STATES_FOLDER)
         except CheckpointError as error:
             raise ValueError(f"{checkpoint}: cannot go on with the optimizer: {error}") from None
         load_optimizer_distributed(model, _unwrapped(optimizer), str(checkpoint / STATES_FOLDER))
         lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_FILE, weights_only=True))
+
+
+def _check_goes_on(checkpoint: Path, state: TrainerState) -> None:
+    """What ``Trainer.train`` was given is told to no callback: a checkpoint elsewhere can have the same number.
+
+    Raises:
+        ValueError: ``checkpoint`` is not there, or has another history of logs than the training goes on from.
+    """
+    file, found = checkpoint / TRAINER_STATE_NAME, "no checkpoint"
+    if file.is_file():
+        if json.dumps(TrainerState.load_from_json(str(file)).log_history) == json.dumps(
+            state.log_history
+        ):  # NaN is no NaN's equal
+            return
+        found = "the checkpoint of another training"
+    raise ValueError(
+        f"{checkpoint}: found {found}, wanted the one that Trainer.train goes on from at step {state.global_step}: give its path to "
+        "ShardedTrainingCallback(resume_from=...) too"
+    )
 
 
 def is_sharded_by_transformers(model: nn.Module) -> bool:
