@@ -205,6 +205,7 @@ def test_the_command():
     assert "fits in" in shown.stdout and "FSDP2 2" in shown.stdout and "tokens/s" in shown.stdout
     shown = plan("--train", "full", "--gpus", "8x24GB", "--batch-size", 1000000)
     assert "does not fit" in shown.stdout and "more --nodes" in " ".join(shown.stdout.split())
+    assert "tokens/s a GPU (≤ by FLOPs, memory, network)" in shown.stdout and "…" not in shown.stdout  # in 80 columns
     for options, words in (
         (["--nodes", 3], "found --nodes without --gpus"),
         (["--gpus", "8x80GB"], "found --gpus without --train"),

@@ -111,8 +111,11 @@ def _show(
             "–" if math.isinf(one) else count(int(one)) for one in (run.by_flops, run.by_memory, run.by_network)
         )
         table.add_row(run.layout.describe(), *map(size, parts), f"{run.expected:,.0f} ({bounds})")
+    own = console.width
     whole = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
-    console.print(table, width=whole, crop=False)  # a narrow terminal breaks its lines, where columns would be lost
+    console.width = max(own, whole)  # a narrow terminal breaks its lines, where columns would be lost
+    console.print(table)
+    console.width = own
     console.print(
         f"[dim]peak: of a rank, {RESERVED:.0%} of its memory left to CUDA and NCCL; tokens/s: {EFFICIENCY:.0%} of the bound by "
         "FLOPs, which published runs reach, or the least bound[/]"
