@@ -44,10 +44,10 @@ demo: $(READY) ## Train, write as FP8, load and generate with a small model (two
 test: lint $(DOORS) ## Check style and types, and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-tools: $(DOORS) ## Run the tests that go through peft, bitsandbytes, TRL, lm-eval and torch.compile (five minutes on two cores)
+tools: $(DOORS) ## Run the tests that go through peft, bitsandbytes, TRL, lm-eval and torch.compile (three minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "tools and not long and not slow and not pages" -n 2 --dist loadfile $(ARGS)
 
-slow: $(DOORS) ## Run the tests that start and kill processes or compile graphs (five minutes on two cores)
+slow: $(DOORS) ## Run the tests that start and kill processes or compile graphs (nine minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not long and not pages" -n 2 --dist loadfile $(ARGS)
 
 ranks: $(DOORS) ## Run all tests of several processes, four at most (ten minutes on two cores)

@@ -5,18 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from modeling_deepseek_moe.ops._memory import exhausted
 from modeling_deepseek_moe.weights import natural_order
-
-__all__ = [
-    "NEITHER",
-    "accelerator",
-    "accelerators",
-    "exhausted",
-    "exhausted_in_conversions",
-    "give_back",
-    "not_loaded",
-]
 
 NEITHER = ("cpu", "disk", "meta")
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that are made of sizes

@@ -40,7 +40,6 @@ from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.config import QUANT_METHOD, on_disk
 from modeling_deepseek_moe.device_memory import (
     accelerators,
-    exhausted,
     exhausted_in_conversions,
     give_back,
     not_loaded,
@@ -50,6 +49,7 @@ from modeling_deepseek_moe.formats import WeightFormat, split_scale
 from modeling_deepseek_moe.hybrid.model import place_experts, unhook_experts
 from modeling_deepseek_moe.hybrid.placement import config_to_load, device_map_of, device_of, take_experts_out
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.ops._memory import exhausted
 from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
 from modeling_deepseek_moe.quantized.mapped import MappedExperts

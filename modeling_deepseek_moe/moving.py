@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.compat import ModelMixin
-from modeling_deepseek_moe.device_memory import exhausted, give_back, has_own_memory
+from modeling_deepseek_moe.device_memory import give_back, has_own_memory
 from modeling_deepseek_moe.hybrid.layer import HybridMoE
+from modeling_deepseek_moe.ops._memory import exhausted
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
 HOST = ("cpu", "meta")

@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint.writer import parse_size
-from modeling_deepseek_moe.device_memory import NEITHER, accelerator, exhausted, give_back
+from modeling_deepseek_moe.device_memory import NEITHER, accelerator, give_back
 from modeling_deepseek_moe.hybrid import costs
 from modeling_deepseek_moe.hybrid.layer import HybridMoE
 from modeling_deepseek_moe.hybrid.placement import device_of
 from modeling_deepseek_moe.hybrid.places import ExpertPlaces
 from modeling_deepseek_moe.hybrid.slots import ExpertSlots, SlotStats, expert_bytes
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
+from modeling_deepseek_moe.ops._memory import exhausted
 from modeling_deepseek_moe.streaming.model import StreamingMixin
 
 logger = logging.get_logger(__name__)

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from modeling_deepseek_moe.device_memory import exhausted, give_back
+from modeling_deepseek_moe.device_memory import give_back
 from modeling_deepseek_moe.hybrid import costs
 from modeling_deepseek_moe.hybrid.crossing import Arrival, Crossing
 from modeling_deepseek_moe.hybrid.held import HeldExperts, UseCounts
 from modeling_deepseek_moe.hybrid.slots import ExpertSlots
+from modeling_deepseek_moe.ops._memory import exhausted
 
 logger = logging.get_logger(__name__)
 FEW_TOKENS = 16  # that are never worth copying experts for, where the CPU computes them

@@ -77,9 +77,8 @@ def _check_goes_on(checkpoint: Path, state: TrainerState) -> None:
     """
     file, found = checkpoint / TRAINER_STATE_NAME, "no checkpoint"
     if file.is_file():
-        if json.dumps(TrainerState.load_from_json(str(file)).log_history) == json.dumps(
-            state.log_history
-        ):  # NaN is no NaN's equal
+        there = TrainerState.load_from_json(str(file))
+        if json.dumps(there.log_history) == json.dumps(state.log_history):  # as text, for NaN is no NaN's equal
             return
         found = "the checkpoint of another training"
     raise ValueError(

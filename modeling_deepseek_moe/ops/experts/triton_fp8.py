@@ -185,13 +185,9 @@ class GroupedFp8SwiGlu(torch.autograd.Function):
         x, x_scale, inner, inner_scale, indices, weights, slots, ends = ctx.saved_tensors
         x, inner, order = Activation(x, x_scale), Activation(inner, inner_scale), Order(slots, ends, indices.shape[1])
         needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:5]
-        (gate_up, down), dy, d_x, d_gate_up, d_down = (
-            ctx.stacks,
-            dy_TD.to(ctx.dtypes[0]).contiguous(),
-            None,
-            None,
-            None,
-        )
+        gate_up, down = ctx.stacks
+        dy = dy_TD.to(ctx.dtypes[0]).contiguous()
+        d_x = d_gate_up = d_down = None
         if needs_down:
             d_down = _d_down(dy, inner, weights, order, ctx.dtypes[3], ctx.fp8_wgrad)
         d_h = _dgrad(quantize_tiles(dy, False, False), down, order, 1, by_token=True)
