@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 from eval_harness import small_model, tokenizer
-from test_encoding_v32 import ARGUMENTS, BOS, EOS, NOW, SUM, TOOL_TALK, call, message, render
+from test_encoding_v32 import ARGUMENTS, NOW, SUM, TOOL_TALK, call, message, render, v32_tokenizer
 from transformers import GenerationConfig
 
 from modeling_deepseek_moe.chat_template import answer_message
 from modeling_deepseek_moe.cli._calls import result_message, with_calls
 from modeling_deepseek_moe.cli.chat import Conversation, _converse
-from modeling_deepseek_moe.templates import released_template
 
 GLM = (
     "<tool_call>add\n<arg_key>unit</arg_key>\n<arg_value>m</arg_value>\n<arg_key>terms</arg_key>\n<arg_value>[1, 2]</arg_value>\n"
@@ -34,10 +33,7 @@ TEXT = '{"unit": "m",  "terms": [1, 2]}'  # as a model may space it
 
 @pytest.fixture
 def made():
-    made = tokenizer()
-    made.add_special_tokens({"bos_token": BOS, "eos_token": EOS})
-    made.chat_template = released_template("deepseek_v32")
-    return made
+    return v32_tokenizer()
 
 
 def deepseek(text):

@@ -59,12 +59,17 @@ TOOL_TALK = [
 AFTER = [message("assistant", "3.5 m", reasoning_content="so"), message("user", "thanks")]
 
 
-@pytest.fixture
-def made():
+def v32_tokenizer():
+    """The tiny one, with V3.2's marks and template."""
     made = tokenizer()
     made.add_special_tokens({"bos_token": BOS, "eos_token": EOS})
     made.chat_template = released_template("deepseek_v32")
     return made
+
+
+@pytest.fixture
+def made():
+    return v32_tokenizer()
 
 
 def render(made, messages, prompt=True, **arguments):
