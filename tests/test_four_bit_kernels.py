@@ -20,9 +20,11 @@ from modeling_deepseek_moe.ops.linear import cpu as linear_cpu
 pytestmark = needs_engine
 every_kind = pytest.mark.parametrize("kind", FOUR_BIT)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = (1, 2, 3, 4, 5, 16, 40)
+TOKENS = (1, 2, 3, 4, 5, 12, 16, 40)
+FEW = 12  # tokens for which no kernel rounds weights
 # what rounding costs: of the result; and with bf16 activations, of the weights for some of the kernels
 BOUNDS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+SUMS = 5e-4  # of few bf16 activations, before the result is rounded
 
 
 def split(kind: str) -> tuple[str, int]:
@@ -58,7 +60,10 @@ def test_linear(isa, kind, rows, groups):
             assert found.dtype == dtype
             # one row alone may cancel: it is held against what it is a sum of
             size = wanted if rows > 1 else x.double().abs() @ exact.abs().T + bias.double().abs()
-            assert (found.double() - wanted).norm() < BOUNDS[dtype] * size.norm()
+            error = (found.double() - wanted).norm()
+            assert error < BOUNDS[dtype] * size.norm()
+            if dtype == torch.bfloat16 and tokens <= FEW:
+                assert error < (wanted.to(dtype).double() - wanted).norm() + SUMS * size.norm()
 
 
 @every_isa

@@ -116,19 +116,18 @@ void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *
 void dsm_bf16_decode(const uint8_t *codes, const float *scale, int64_t n, void *out, int dtype);
 float dsm_bf16_amax(const void *x, int dtype, int64_t n, int *finite);
 void dsm_bf16_gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out, float *sums);
-/* bf16 rows for one token, fetched as Intel's processors like it */
-void dsm_bf16_gemv_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
-                        int64_t ldo, const void *next);
-
-/* four-bit codes */
-void dsm_four_bit_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                       float *out, int64_t ldo, const void *next);
+void dsm_bf16_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                   float *out, int64_t ldo, const void *next);
+/* the same; bf16 rows for one token are fetched as Intel's processors like it */
+void dsm_bf16_gemv_near(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                        float *out, int64_t ldo, const void *next);
 
 /* what AVX-512 BF16 and AMX have in common */
 #define DSM_BF16_KERNELS                                                                                              \
-    .packed_bytes = 2, .pack = dsm_bf16_pack, .swiglu = dsm_kernels_avx512_swiglu, .norm = dsm_kernels_avx512_norm,   \
-    .write = dsm_kernels_avx512_write, .decode = dsm_bf16_decode, .amax = dsm_bf16_amax,                              \
-    .encode = dsm_kernels_avx512_encode, .gemv_transposed = dsm_bf16_gemv_transposed,                                 \
-    .online_softmax = dsm_kernels_avx512_online_softmax, .weigh_heads = dsm_kernels_avx512_weigh_heads
+    .packed_bytes = 2, .packed_four_bit_bytes = INTEGER_GROUP / 64, .pack = dsm_bf16_pack,                            \
+    .swiglu = dsm_kernels_avx512_swiglu, .norm = dsm_kernels_avx512_norm, .write = dsm_kernels_avx512_write,          \
+    .decode = dsm_bf16_decode, .amax = dsm_bf16_amax, .encode = dsm_kernels_avx512_encode,                            \
+    .gemv_transposed = dsm_bf16_gemv_transposed, .online_softmax = dsm_kernels_avx512_online_softmax,                 \
+    .weigh_heads = dsm_kernels_avx512_weigh_heads
 
 #endif

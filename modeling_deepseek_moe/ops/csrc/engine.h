@@ -18,8 +18,9 @@
 #define DSM_BLOCK 128
 #define DSM_PV_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
-#define DSM_GEMV_ROWS 16    /* least and most of `Kernels.gemv_rows` */
-#define DSM_MOST_GEMV_ROWS 64
+#define DSM_GEMV_ROWS                                                                                                 \
+    16 /* least and most weight rows of a task that calls `gemv`: long runs of memory are read faster */
+#define DSM_MOST_GEMV_ROWS 256
 #define DSM_STEP_TOKENS 16 /* most tokens of the operations that are for few */
 #define DSM_INLINE static inline __attribute__((always_inline))
 #define DSM_API __attribute__((visibility("default")))
@@ -39,13 +40,14 @@ typedef struct {
 /* One instruction set's kernels. `tokens` rows of packed activations lie `stride` bytes apart. */
 typedef struct {
     const char *name;
-    int packed_bytes;  /* bytes of one packed activation: 4 (fp32) or 2 (bf16) */
-    int panel_columns; /* weight rows of a panel */
-    int panels;        /* most panels of one call of `gemm` */
+    int packed_bytes;          /* bytes of one packed activation: 4 (fp32) or 2 (bf16) */
+    int packed_four_bit_bytes; /* the same for `gemv` with codes of four bits */
+    int panel_columns;         /* weight rows of a panel */
+    int panels;                /* most panels of one call of `gemm` */
     int panel_tokens; /* tokens that are packed together for `gemm`, and that it writes results for: 1, or `pack_interleaved` packs */
-    int64_t few_tokens; /* up to here `gemv` is the faster of the two */
-    int64_t
-        gemv_rows; /* weight rows of a call of `gemv` that make it fast: DSM_GEMV_ROWS, or a multiple by powers of two */
+    struct {
+        int64_t bf16, fp8, four_bit;
+    } few_tokens; /* up to here `gemv` is the faster of the two, by the weight's dtype; fp32 counts as bf16 does */
     size_t scratch_bytes; /* for `gemm` and `accumulate_pv` */
 
     /* one row of activations of any dtype -> packed */
@@ -97,17 +99,28 @@ const Kernels *dsm_kernels(int isa, int activation_dtype);
 /* How many threads to use: `wanted`, fewer for little work, one in a forked process (OpenMP's threads stay with the parent). */
 int dsm_threads(int wanted, int64_t weight_bytes);
 
+/* Whether Intel made this CPU: its prefetchers want other company than AMD's. */
+int dsm_is_intel(void);
+
 void *dsm_alloc(size_t bytes); /* 64-byte aligned, free() releases it; NULL when there is no memory */
 /* The same for the duration of a call; up to three that were given back are kept for the next calls, of 32 MB at most. */
 void *dsm_borrow(size_t bytes);
 void dsm_give_back(void *memory);
 
+DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
+DSM_INLINE int dsm_is_four_bit(int dtype) { return dtype >= DSM_INT4 && dtype <= DSM_MXFP4; }
 DSM_INLINE size_t dsm_packed_stride(const Kernels *k, int64_t n) {
-    return (size_t)((n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK) * k->packed_bytes;
+    const int bytes = k->packed_bytes > k->packed_four_bit_bytes ? k->packed_bytes : k->packed_four_bit_bytes;
+    return (size_t)((n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK) * bytes;
 }
 /* tokens of a packing, those of an unfinished group included */
 DSM_INLINE int64_t dsm_packed_tokens(const Kernels *k, int64_t tokens) {
     return (tokens + k->panel_tokens - 1) / k->panel_tokens * k->panel_tokens;
+}
+/* whether `gemm` multiplies this many tokens with a weight of that dtype, else `gemv` */
+DSM_INLINE int dsm_are_many(const Kernels *k, int64_t tokens, int weight_dtype) {
+    if (dsm_is_four_bit(weight_dtype)) return tokens > k->few_tokens.four_bit;
+    return tokens > (weight_dtype == DSM_FP8 ? k->few_tokens.fp8 : k->few_tokens.bf16);
 }
 /* packs whole rows of activations, tokens t .. of one group, for `gemm` or for `gemv` */
 DSM_INLINE void dsm_pack(const Kernels *k, int panel, const void *const *x, int64_t tokens, int dtype, int64_t n,
@@ -128,14 +141,12 @@ DSM_INLINE int64_t dsm_panel_rows(const Kernels *k, int64_t rows, int threads) {
     while (panels > 1 && rows < 4 * threads * panels * k->panel_columns) panels /= 2;
     return panels * k->panel_columns;
 }
-/* rows of a task that calls `gemv`: as many as it likes, if every thread still has some tasks */
-DSM_INLINE int64_t dsm_gemv_rows(const Kernels *k, int64_t rows, int threads) {
-    int64_t few = k->gemv_rows;
-    while (few > DSM_GEMV_ROWS && rows < 4 * threads * few) few /= 2;
-    return few;
+/* rows of a task that calls `gemv`: many, if every thread still has some tasks */
+DSM_INLINE int64_t dsm_gemv_rows(int64_t rows, int threads) {
+    int64_t most = DSM_MOST_GEMV_ROWS;
+    while (most > DSM_GEMV_ROWS && rows < 4 * threads * most) most /= 2;
+    return most;
 }
-DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
-DSM_INLINE int dsm_is_four_bit(int dtype) { return dtype >= DSM_INT4 && dtype <= DSM_MXFP4; }
 /* of n values of a row */
 DSM_INLINE int64_t dsm_row_bytes(int dtype, int64_t n) {
     return dsm_is_four_bit(dtype) ? n / 2 : n * (int64_t)dsm_itemsize(dtype);

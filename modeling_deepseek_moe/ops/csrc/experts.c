@@ -28,7 +28,9 @@ typedef struct {
     int weight_dtype;
 } Layer;
 
-static int is_many(const Layer *layer, const Share *e) { return e->tokens > layer->kernels->few_tokens; }
+static int is_many(const Layer *layer, const Share *e) {
+    return dsm_are_many(layer->kernels, e->tokens, layer->weight_dtype);
+}
 static int64_t packed_rows(const Layer *layer) {
     const Share *last = layer->experts + layer->active - 1;
     return last->packed + dsm_packed_tokens(layer->kernels, last->tokens);
@@ -113,12 +115,12 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
         if (many && k->pack_interleaved) {
             k->pack_interleaved(values, n, DSM_F32, rows, dtype, h + t * layer->h_stride, 0, r0);
         } else { /* a group of 64 at a time: whole blocks are packed, and the next is another task's */
+            const int bytes = dsm_is_four_bit(dtype) ? k->packed_four_bit_bytes : k->packed_bytes;
             for (int64_t i = 0; i < n; i++)
                 for (int64_t r = 0; r < rows; r += CHUNK) {
                     char packed[DSM_BLOCK * 4] __attribute__((aligned(64)));
                     k->pack((const float *)values[i] + r, DSM_F32, dsm_min(CHUNK, rows - r), dtype, packed);
-                    memcpy(h + (t + i) * layer->h_stride + (r0 + r) * k->packed_bytes, packed,
-                           CHUNK * k->packed_bytes);
+                    memcpy(h + (t + i) * layer->h_stride + (r0 + r) * bytes, packed, CHUNK * bytes);
                 }
         }
     }
@@ -181,7 +183,7 @@ static void gate_and_up_task(const Layer *layer, int64_t task, float *buffer, in
 
 /* Columns of a task of `down`: a few panels keep an expert's h in the cache, but every thread needs some tasks. */
 static int64_t columns_of_down(const Layer *layer, int many, int threads) {
-    int64_t columns = many ? layer->kernels->panel_columns : dsm_gemv_rows(layer->kernels, layer->hidden, threads);
+    int64_t columns = many ? layer->kernels->panel_columns : dsm_gemv_rows(layer->hidden, threads);
     while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
     return columns;
 }
@@ -191,7 +193,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     int64_t most = 0, tasks = 0;
     int failed = 0;
     for (int64_t i = 0; i < layer->active; i++) most = dsm_max(most, layer->experts[i].tokens);
-    const int many = most > k->few_tokens;
+    const int many = dsm_are_many(k, most, layer->weight_dtype);
     layer->chunk = CHUNK;
     if (many) layer->chunk = dsm_max(CHUNK, dsm_panel_rows(k, layer->width * layer->active, threads));
     for (int64_t i = 0; i < layer->active; i++) tasks += tasks_of(layer, layer->experts + i);

@@ -83,7 +83,7 @@ static void down(const Token *t, int64_t c0, int64_t columns) {
 }
 
 static void run(const Token *t, const void *x, int dtype, int threads, float *workspaces, int64_t workspace) {
-    const int64_t chunks = (t->width + CHUNK - 1) / CHUNK, columns = dsm_gemv_rows(t->kernels, t->hidden, threads);
+    const int64_t chunks = (t->width + CHUNK - 1) / CHUNK, columns = dsm_gemv_rows(t->hidden, threads);
     t->kernels->pack(x, dtype, t->hidden, t->given->dtype, t->x);
     t->kernels->pack(x, dtype, t->hidden, DSM_BF16, t->x_low);
 #pragma omp parallel num_threads(threads) if (threads > 1)

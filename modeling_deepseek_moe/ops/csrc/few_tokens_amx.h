@@ -1,4 +1,4 @@
-/* FP8 for one token group or one token, bf16 for one token (which needs no tiles); part of `kernels_amx.c`.
+/* FP8 for one token group; part of `kernels_amx.c`.
 
    A block of columns of 16 weight rows is decoded while the one before it is multiplied, so that what is decoded stays in
    the first cache. The processor fetches ahead of many readers at once, if each has a page of its own: so up to 64 rows are
@@ -46,39 +46,37 @@ DSM_INLINE void decode_some(Normal n, const Block *block, int64_t i0, int64_t i1
     }
 }
 /* Product 0 is that of a decoded block; the next one is decoded between its steps, which wait for each other. */
-DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int64_t columns, const Block *next,
-                                 const int tokens) {
-    const size_t pitch = tokens * 4, tile = pitch * TILE;
+DSM_INLINE void multiply_decoded(Normal n, const char *tiles, const char *x, int64_t columns, const Block *next) {
     _tile_zero(0);
     _tile_loadd(4, tiles, 64);
-    _tile_loadd(6, x, pitch);
+    _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 4, 6);
     decode_some(n, next, 0, 4);
     _tile_loadd(5, tiles + TILE_BYTES, 64);
-    _tile_loadd(7, x + tile, pitch);
+    _tile_loadd(7, x + TILE_BYTES, 64);
     _tile_dpbf16ps(0, 5, 7);
     decode_some(n, next, 4, 8);
     if (columns > 64) {
         _tile_loadd(4, tiles + 2 * TILE_BYTES, 64);
-        _tile_loadd(6, x + 2 * tile, pitch);
+        _tile_loadd(6, x + 2 * TILE_BYTES, 64);
         _tile_dpbf16ps(0, 4, 6);
     }
     decode_some(n, next, 8, 12);
     if (columns > 64) {
         _tile_loadd(5, tiles + 3 * TILE_BYTES, 64);
-        _tile_loadd(7, x + 3 * tile, pitch);
+        _tile_loadd(7, x + 3 * TILE_BYTES, 64);
         _tile_dpbf16ps(0, 5, 7);
     }
     decode_some(n, next, 12, 16);
 }
-/* sums[slot][tokens] of rows [first, first + count) of one panel, whose scales are those of the first; tokens: 1 or 16.
-   A product is added to the sums a block later: what a tile has stored cannot be read at once. */
-DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
-                             const uint8_t *after, const int tokens) {
+/* sums[slot][16 tokens] of rows [first, first + count) of one panel, whose scales are those of the first. A product is
+   added to the sums a block later: what a tile has stored cannot be read at once. */
+static void multiply_group(const Matrix *w, int64_t first, int64_t count, const char *x, float *sums, char *scratch,
+                           const void *after) {
     const Normal n = normal();
     const float *scales = dsm_block_scale(w, first, 0);
     const uint8_t *data = (const uint8_t *)w->data + first * w->cols;
-    const int64_t size = tokens * TILE, turns = turns_of(count);
+    const int64_t turns = turns_of(count);
     float products[2][TILE_FLOATS] __attribute__((aligned(64)));
     float *to = NULL, scale = 0;
     int begun = 0, half = 0;
@@ -92,45 +90,11 @@ DSM_INLINE void multiply_few(const Matrix *w, int64_t first, int64_t count, cons
             if (next.columns <= 0) next.from = data, next.columns = w->cols, next.turn = turn + 1;
             if (next.turn == turns) next.count = 0;
             MEMORY_WRITTEN;
-            multiply_decoded(n, tiles, x + k / 2 * tokens * 4, w->cols - k, &next, tokens);
-            _tile_stored(0, products[half], tokens * 4);
-            if (to) add_products(to, products[!half], size, scale, begun);
-            to = sums + turn * size, scale = scales[k / DSM_BLOCK], begun = k > 0;
+            multiply_decoded(n, tiles, x + k / 2 * 64, w->cols - k, &next);
+            _tile_stored(0, products[half], 64);
+            if (to) add_products(to, products[!half], TILE_FLOATS, scale, begun);
+            to = sums + turn * TILE_FLOATS, scale = scales[k / DSM_BLOCK], begun = k > 0;
         }
     MEMORY_WRITTEN;
-    if (to) add_products(to, products[!half], size, scale, begun);
-}
-static __attribute__((noinline)) void multiply_one(const Matrix *w, int64_t first, int64_t count, const char *x,
-                                                   float *sums, char *scratch, const void *after) {
-    multiply_few(w, first, count, x, sums, scratch, after, 1);
-}
-static __attribute__((noinline)) void multiply_group(const Matrix *w, int64_t first, int64_t count, const char *x,
-                                                     float *sums, char *scratch, const void *after) {
-    multiply_few(w, first, count, x, sums, scratch, after, TILE);
-}
-
-static void gemv_tiles(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                       float *out, int64_t ldo, const void *next) {
-    char scratch[2 * BLOCK_BYTES] __attribute__((aligned(64)));
-    float sums[PANEL] __attribute__((aligned(64)));
-    const int fp8 = w->dtype == DSM_FP8;
-    if (dsm_is_four_bit(w->dtype)) {
-        dsm_four_bit_gemv(x, stride, tokens, w, first, count, out, ldo, next);
-        return;
-    }
-    if (fp8) _tile_loadconfig(&ONE_TOKEN);
-    for (int64_t r = 0, n; r < count; r += n) {
-        n = dsm_min(dsm_min(PANEL, count - r), DSM_BLOCK - (first + r) % DSM_BLOCK);
-        const void *then = r + n < count || !next ? dsm_row(w, first + r + n) : next;
-        for (int64_t t = 0; t < tokens; t++) {
-            const char *own = (const char *)x + t * stride;
-            float *to = out + t * ldo + r;
-            if (!w->cols) memset(to, 0, sizeof(float) * n);
-            else if (fp8) {
-                multiply_one(w, first + r, n, own, sums, scratch, then);
-                for (int64_t i = 0; i < n; i++) to[i] = sums[slot_of(i, turns_of(n))];
-            } else dsm_bf16_gemv_near(own, stride, w, first + r, n, to, ldo, then);
-        }
-    }
-    if (fp8) _tile_release();
+    if (to) add_products(to, products[!half], TILE_FLOATS, scale, begun);
 }

@@ -118,7 +118,7 @@ READ(read_8_1_near, 8, 1, 1)
 #include "few_tokens_four_bit.h"
 typedef void (*Read)(const void *, size_t, const Matrix *, int64_t, int64_t, int64_t, float *, int64_t);
 
-/* count rows of one block of rows for one token or two, `readers` of them at a time */
+/* count rows of one block of rows for up to four tokens, `readers` of them at a time */
 static void gemv_in_turns(Read several, Read one, int64_t readers, const void *x, size_t stride, const Matrix *w,
                           int64_t first, int64_t count, float *out, int64_t ldo, const void *next) {
     const int64_t turns = count / readers;
@@ -126,11 +126,6 @@ static void gemv_in_turns(Read several, Read one, int64_t readers, const void *x
     for (int64_t i = 0; i < turns; i++)
         several(x, stride, w, first + i, turns, i + 1 < turns ? 0 : jump, out + i, ldo);
     for (int64_t i = turns * readers; i < count; i++) one(x, stride, w, first + i, 1, 0, out + i, ldo);
-}
-
-void dsm_bf16_gemv_near(const void *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
-                        int64_t ldo, const void *next) {
-    gemv_in_turns(read_8_1_near, read_1_1, 8, x, stride, w, first, count, out, ldo, next);
 }
 
 /* Four weight rows of one block for up to four tokens. The sums stay apart by lane until the row's end. */
@@ -173,28 +168,10 @@ DSM_INLINE __m128 sum4(const float *s) {
 
 #include "few_tokens_decoded.h"
 
-/* up to SLAB columns of up to four rows, scaled: slab [block of columns][4][DSM_BLOCK] */
-DSM_INLINE void decode_slab(const Matrix *w, int64_t first, int64_t count, int64_t k, uint16_t *slab, const int kind) {
-    const int64_t end = dsm_min(k + SLAB, w->cols);
-    for (int64_t r = 0; r < count; r++) {
-        char *to = (char *)(slab + r * DSM_BLOCK);
-        const char *next = dsm_row(w, first + r) + k / 2 + AHEAD;
-        _mm_prefetch(w->cols - k > 2 * AHEAD ? next : next + 3 * (w->cols / 2), _MM_HINT_T0);
-        _mm_prefetch((w->cols - k > 2 * AHEAD ? next : next + 3 * (w->cols / 2)) + 64, _MM_HINT_T0);
-        for (int64_t i = k; i < end; i += DSM_BLOCK, to += 4 * DSM_BLOCK * sizeof *slab)
-            decode_four_bit_row(w, first + r, i, dsm_min(DSM_BLOCK, end - i), to, 64, kind);
-    }
-}
-static __attribute__((noinline)) void slab_of_four_bit(const Matrix *w, int64_t first, int64_t count, int64_t k,
-                                                       uint16_t *slab) {
-    DSM_BY_KIND(w, decode_slab, w, first, count, k, slab)
-}
-
 /* up to four weight rows, up to SLAB_TOKENS tokens: a slab is decoded into the first cache, then used by all tokens */
 static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                       float *out, int64_t ldo) {
     const Tables t = tables();
-    const int64_t four_bit = dsm_is_four_bit(w->dtype);
     float sums[SLAB_TOKENS * 64] __attribute__((aligned(64)));
     uint16_t slab[4 * SLAB] __attribute__((aligned(64)));
     const int64_t cols = w->cols;
@@ -202,8 +179,7 @@ static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix
     memset(sums, 0, (size_t)tokens * 64 * sizeof(float));
     memset(slab, 0, sizeof slab);
     for (int64_t k0 = 0; k0 < cols; k0 += SLAB) {
-        if (four_bit) slab_of_four_bit(w, first, count, k0, slab);
-        for (int64_t r = 0; r < count && !four_bit; r++)
+        for (int64_t r = 0; r < count; r++)
             for (int64_t i = 0; i < SLAB && k0 + i < (cols + 63) / 64 * 64; i += 64) {
                 uint16_t *to = slab + i / DSM_BLOCK * 4 * DSM_BLOCK + r * DSM_BLOCK + i % DSM_BLOCK;
                 int64_t k = k0 + i, at = (first + r) * cols + k, rest = cols - k;
@@ -242,27 +218,24 @@ static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix
     }
 }
 
-void dsm_four_bit_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                       float *out, int64_t ldo, const void *next) {
-    int64_t t = 0;
-    const int64_t readers = tokens == 1 ? 8 : 4;
-    if (tokens <= 4) fetch_first_scales(w, first, count / readers, readers);
-    if (tokens == 1)
-        gemv_in_turns(read_8_1_four_bit, read_1_1_four_bit, 8, x, stride, w, first, count, out, ldo, next);
-    else if (tokens == 2)
-        gemv_in_turns(read_4_2_four_bit, read_1_2_four_bit, 4, x, stride, w, first, count, out, ldo, next);
-    else if (tokens == 3) gemv_in_turns(read_4_3, read_1_3, 4, x, stride, w, first, count, out, ldo, next);
-    else if (tokens == 4) gemv_in_turns(read_4_4, read_1_4, 4, x, stride, w, first, count, out, ldo, next);
-    for (; tokens > 4 && t < tokens; t += SLAB_TOKENS)
-        for (int64_t r = 0; r < count; r += 4)
-            gemv_slab((const char *)x + t * stride, stride, dsm_min(SLAB_TOKENS, tokens - t), w, first + r,
-                      dsm_min(4, count - r), out + t * ldo + r, ldo);
+/* four tokens at most at once; the rows that one call meets stay in the second cache for the next ones */
+static void gemv_four_bit(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                          float *out, int64_t ldo, const void *next) {
+    static const Read SEVERAL[] = {read_8_1_four_bit, read_4_2_four_bit, read_4_3_four_bit, read_4_4_four_bit},
+                      ONE[] = {read_1_1_four_bit, read_1_2_four_bit, read_1_3_four_bit, read_1_4_four_bit};
+    const int64_t most = tokens == 1 ? 8 : 4;
+    fetch_first_scales(w, first, count / most, most);
+    for (int64_t t = 0, n; t < tokens; t += n) {
+        n = dsm_min(MOST_TOKENS, tokens - t);
+        gemv_in_turns(SEVERAL[n - 1], ONE[n - 1], n == 1 ? 8 : 4, (const char *)x + t * stride, stride, w, first,
+                      count, out + t * ldo, ldo, t + n < tokens ? dsm_row(w, first) : next);
+    }
 }
 
-static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                 float *out, int64_t ldo, const void *next) {
+void dsm_bf16_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                   float *out, int64_t ldo, const void *next) {
     if (dsm_is_four_bit(w->dtype)) {
-        dsm_four_bit_gemv(x, stride, tokens, w, first, count, out, ldo, next);
+        gemv_four_bit(x, stride, tokens, w, first, count, out, ldo, next);
     } else if (tokens <= 4) {
         for (int64_t r = 0, n; r < count; r += n) {
             n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
@@ -279,4 +252,11 @@ static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, 
                 gemv_slab((const char *)x + m * stride, stride, dsm_min(SLAB_TOKENS, tokens - m), w, first + r,
                           dsm_min(4, count - r), out + m * ldo + r, ldo);
     }
+}
+
+void dsm_bf16_gemv_near(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                        float *out, int64_t ldo, const void *next) {
+    if (tokens == 1 && w->dtype == DSM_BF16)
+        gemv_in_turns(read_8_1_near, read_1_1, 8, x, stride, w, first, count, out, ldo, next);
+    else dsm_bf16_gemv(x, stride, tokens, w, first, count, out, ldo, next);
 }

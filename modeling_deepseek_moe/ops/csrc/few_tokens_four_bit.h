@@ -1,5 +1,6 @@
-/* Four-bit codes for one token or two; part of `few_tokens_avx512_bf16.h`, whose rows are read in the same turns. */
+/* Four-bit codes for up to four tokens; part of `few_tokens_avx512_bf16.h`, whose rows are read in the same turns. */
 
+#define MOST_TOKENS 4
 #define SCALE_STEP 512 /* columns, whose scales are half a line or less */
 
 /* scales of 128 columns from k on, of which `rest` exist, in the lanes of their columns: 8 to a lane */
@@ -34,12 +35,17 @@ DSM_INLINE void add_four_bit(__m512i values, const char *x, size_t stride, const
                              const int tokens, const int kind) {
     const int64_t groups = w->cols / dsm_group_of(kind), pitch = apart * (w->cols / 2);
     const uint8_t *from = (const uint8_t *)w->data + (row * w->cols + k) / 2;
-    __m512bh xs[2][4];
-    UNROLL for (int m = 0; m < tokens; m++) UNROLL for (int j = 0; j < 4; j++) {
-        /* of both halves of the columns, which were packed one after the other */
-        const uint16_t *xm = (const uint16_t *)(x + m * stride) + k + 16 * j;
-        const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)xm));
-        xs[m][j] = (__m512bh)_mm512_mask_broadcast_i64x4(low, 0xf0, _mm256_loadu_si256((const __m256i *)(xm + 64)));
+    __m512i xs[MOST_TOKENS][4];
+    __m512 steps[MOST_TOKENS];
+    UNROLL for (int m = 0; m < tokens; m++) { /* both halves of the columns, which were packed one after the other */
+        const char *xm = x + m * stride + k / 64 * INTEGER_GROUP;
+        UNROLL for (int j = 0; j < 4; j++) {
+            const __m512i low = _mm512_castsi256_si512(_mm256_load_si256((const __m256i *)xm + j));
+            xs[m][j] =
+                _mm512_mask_broadcast_i64x4(low, 0xf0, _mm256_load_si256((const __m256i *)(xm + INTEGER_GROUP) + j));
+        }
+        steps[m] = _mm512_mask_broadcastss_ps(_mm512_set1_ps(*(const float *)(xm + 128)), 0xff00,
+                                              _mm_load_ss((const float *)(xm + INTEGER_GROUP + 128)));
     }
     if (k % SCALE_STEP == 0) /* the next turn's scales: each reader waits for a line of them at the same time */
         UNROLL for (int r = 0; r < readers; r++) {
@@ -51,21 +57,22 @@ DSM_INLINE void add_four_bit(__m512i values, const char *x, size_t stride, const
         const uint8_t *p = from + r * pitch;
         const __m512i codes =
             rest >= 128 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << rest / 2) - 1, p);
-        __m512i moved[4] = {codes};
+        __m512i weights[4];
         _mm_prefetch((const char *)p + ahead, _MM_HINT_T1);
-        UNROLL for (int j = 1; j < 4; j++) moved[j] = _mm512_srli_epi16(codes, 4 * j);
+        UNROLL for (int j = 0; j < 4; j++) weights[j] =
+            _mm512_permutexvar_epi16(j ? _mm512_srli_epi16(codes, 4 * j) : codes, values);
         const __m512 scales = scales_of_128(w->scale, at, rest, kind);
         UNROLL for (int m = 0; m < tokens; m++) {
-            __m512 part = _mm512_setzero_ps();
-            UNROLL for (int j = 0; j < 4; j++) part =
-                _mm512_dpbf16_ps(part, (__m512bh)_mm512_permutexvar_epi16(moved[j], values), xs[m][j]);
-            total[r * tokens + m] = _mm512_fmadd_ps(scales, part, total[r * tokens + m]);
+            __m512i dot = _mm512_setzero_si512();
+            UNROLL for (int j = 0; j < 4; j++) dot = _mm512_dpwssd_epi32(dot, weights[j], xs[m][j]);
+            total[r * tokens + m] =
+                _mm512_fmadd_ps(_mm512_mul_ps(scales, steps[m]), _mm512_cvtepi32_ps(dot), total[r * tokens + m]);
         }
     }
 }
 DSM_INLINE void turn_four_bit(const char *x, size_t stride, const Matrix *w, int64_t row, int64_t apart, int64_t jump,
                               __m512 *total, const int readers, const int tokens, const int kind) {
-    const __m512i values = four_bit_values(w->dtype);
+    const __m512i values = integer_values(w->dtype);
     const int64_t cols = w->cols, ahead = dsm_min(FAR_AHEAD / 2, cols / 2), near = cols - 2 * ahead;
     int64_t k = 0;
     for (; k + 128 <= near; k += 128)
@@ -74,17 +81,15 @@ DSM_INLINE void turn_four_bit(const char *x, size_t stride, const Matrix *w, int
         add_four_bit(values, x, stride, w, row, apart, k, 128, ahead + jump, total, readers, tokens, kind);
     if (k < cols)
         add_four_bit(values, x, stride, w, row, apart, k, cols - k, ahead + jump, total, readers, tokens, kind);
-    const __m512 gain = _mm512_set1_ps(1.0f / dsm_gain(w->dtype));
-    UNROLL for (int i = 0; i < readers * tokens; i++) total[i] = _mm512_mul_ps(gain, total[i]);
 }
 
 DSM_INLINE void read_four_bit(const void *x, size_t stride, const Matrix *w, int64_t row, int64_t apart, int64_t jump,
                               float *out, int64_t ldo, const int readers, const int tokens, const int kind) {
-    __m512 total[8];
-    float sums[8];
-    UNROLL for (int i = 0; i < 8; i++) total[i] = _mm512_setzero_ps();
+    __m512 total[16];
+    float sums[16];
+    UNROLL for (int i = 0; i < 16; i++) total[i] = _mm512_setzero_ps();
     turn_four_bit(x, stride, w, row, apart, jump, total, readers, tokens, kind);
-    sum8(total, sums);
+    UNROLL for (int i = 0; i < readers * tokens; i += 8) sum8(total + i, sums + i);
     UNROLL for (int r = 0; r < readers; r++) UNROLL for (int m = 0; m < tokens; m++) out[m * ldo + r * apart] =
         sums[r * tokens + m];
 }
@@ -104,4 +109,6 @@ static void fetch_first_scales(const Matrix *w, int64_t first, int64_t apart,
         DSM_BY_KIND(w, read_four_bit, x, stride, w, row, apart, jump, out, ldo, readers, tokens)                      \
     }
 READ_FOUR_BIT(read_8_1_four_bit, 8, 1) READ_FOUR_BIT(read_1_1_four_bit, 1, 1) READ_FOUR_BIT(read_4_2_four_bit, 4, 2)
-    READ_FOUR_BIT(read_1_2_four_bit, 1, 2)
+    READ_FOUR_BIT(read_1_2_four_bit, 1, 2) READ_FOUR_BIT(read_4_3_four_bit, 4, 3)
+        READ_FOUR_BIT(read_1_3_four_bit, 1, 3) READ_FOUR_BIT(read_4_4_four_bit, 4, 4)
+            READ_FOUR_BIT(read_1_4_four_bit, 1, 4)

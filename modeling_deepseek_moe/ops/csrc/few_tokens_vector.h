@@ -97,8 +97,10 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
     I found[ROWS], any = {0};
     const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
     /* one short row after the other is read up to half faster; long rows of x leave the first cache and are better shared */
-    const int fp8 = w->dtype == DSM_FP8, shared = fp8 && cols > SHORT_ROW(tokens);
-    const int64_t fetched = fp8 && !shared ? NEAR : AHEAD;
+    const int fp8 = w->dtype == DSM_FP8, intel = dsm_is_intel();
+    const int64_t short_row = intel ? dsm_min(SHORT_ROW(tokens), INTEL_SHORT_ROW) : SHORT_ROW(tokens);
+    const int shared = fp8 && cols > short_row;
+    const int64_t fetched = fp8 && !shared && !intel ? NEAR : AHEAD;
     const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
     for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
     for (int64_t r = 0; r < count; r++) found[r] = (I){0};

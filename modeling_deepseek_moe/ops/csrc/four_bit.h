@@ -16,9 +16,10 @@ static const float DSM_VALUES[4][16] __attribute__((aligned(64), unused)) = {
 };
 DSM_INLINE const float *dsm_values(int dtype) { return DSM_VALUES[dtype - DSM_INT4]; }
 
-/* The values times this are closest to numbers of few bits: FP4's are some exactly, and of factors in one octave this one
-   rounds NF4's to bf16 with the least error, 0.06 % of their norm (a weight rounded to bf16 has 0.17 %). */
-DSM_INLINE float dsm_gain(int dtype) { return dtype == DSM_NF4 ? 1.43701172f : dtype == DSM_FP4 ? 12.0f : 1.0f; }
+/* The values times this are integers of up to 14 bits, NF4's nearly. */
+DSM_INLINE float dsm_integer_gain(int dtype) {
+    return dtype == DSM_NF4 ? 8191.0f : dtype == DSM_FP4 ? 192.0f : dtype == DSM_MXFP4 ? 2.0f : 1.0f;
+}
 
 /* columns that share a scale, by dtype or by the kind of its scales */
 DSM_INLINE int64_t dsm_group(int dtype) { return dtype == DSM_NF4 || dtype == DSM_FP4 ? 64 : 32; }

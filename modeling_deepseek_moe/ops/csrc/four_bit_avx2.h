@@ -32,9 +32,6 @@ typedef struct {
     float offsets[2]; /* what codes that were made positive have too much, in each group of 32 */
 } Beyond;
 
-DSM_INLINE float integer_gain(int dtype) {
-    return dtype == DSM_NF4 ? 8191.0f : dtype == DSM_FP4 ? 192.0f : dtype == DSM_MXFP4 ? 2.0f : 1.0f;
-}
 /* what makes positive bytes of the integers, 0 where they are no bytes */
 DSM_INLINE int byte_offset(int dtype) { return dtype == DSM_INT4 ? 8 : dtype == DSM_MXFP4 ? 12 : 0; }
 
@@ -84,7 +81,7 @@ static void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype,
             const F moved = *(const F *)(natural + i) * inverse + 0x1.8p23f; /* an integer in the low bits */
             *(F *)(natural + i) = finite ? moved : spread(0x1.8p23f);
         }
-        beyond.scale = finite ? step / integer_gain(weight_dtype) : NAN;
+        beyond.scale = finite ? step / dsm_integer_gain(weight_dtype) : NAN;
         if (offset) store_bytes(natural, to, beyond.offsets, offset);
         for (int half = 0; half < 2 && !offset; half++)
             for (int w = 0; w < 32; w++) {
@@ -101,7 +98,7 @@ typedef struct {
 
 /* in registers: what is stored in parts and loaded as a whole waits until all before it is done */
 DSM_INLINE IntegerTable integer_table(int dtype) {
-    const __m256 gain = _mm256_set1_ps(integer_gain(dtype));
+    const __m256 gain = _mm256_set1_ps(dsm_integer_gain(dtype));
     const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(dsm_values(dtype)), gain)),
                   last = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(dsm_values(dtype) + 8), gain));
     const __m256i all = _mm256_add_epi16(_mm256_permute4x64_epi64(_mm256_packs_epi32(first, last), 0xd8),

@@ -31,9 +31,10 @@ static int has_f16c(void) {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
 }
-static int has_avx512_bf16(void) {
+static int has_avx512_bf16(void) { /* and avx512_vnni */
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && c >> 11 & 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+           a >> 5 & 1;
 }
 /* Linux hands out the tiles' state, 8 kB a thread, to processes that ask for it. */
 static int has_amx(void) {
@@ -74,6 +75,21 @@ DSM_API int dsm_isa_best(void) {
         __atomic_store_n(&found, best, __ATOMIC_RELAXED);
     }
     return best - 1;
+}
+
+int dsm_is_intel(void) {
+#if defined(__x86_64__)
+    static int found; /* 1: it is, 2: it is not */
+    int known = __atomic_load_n(&found, __ATOMIC_RELAXED);
+    if (!known) {
+        __builtin_cpu_init();
+        known = __builtin_cpu_is("intel") ? 1 : 2;
+        __atomic_store_n(&found, known, __ATOMIC_RELAXED);
+    }
+    return known == 1;
+#else
+    return 0;
+#endif
 }
 
 /* The name of a level, NULL past the last. */

@@ -3,7 +3,7 @@
 
    A tile holds 16 rows of up to 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8
    decoded into scratch. Activations are packed for `gemm` in groups of 16 tokens: 64 bytes hold one pair of columns of all
-   16, a tile 16 such pairs; the pairs of a single token lie as they are:
+   16, a tile 16 such pairs. A single token needs no tiles, nor do a few that meet codes of four bits:
 
        weight tile [16 rows]      activation tile [16 pairs]        product tile [16 rows]
        row r: columns 0 .. 31     pair p: token 0 | 1 | .. | 15     row r: token 0 | 1 | .. | 15, fp32
@@ -15,7 +15,7 @@
 #if DSM_AMX
 #include <immintrin.h>
 
-DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c,gfni,amx-tile,amx-bf16")
+DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx512vnni,fma,f16c,gfni,amx-tile,amx-bf16")
 
 #include "avx512_bf16.h"
 
@@ -36,16 +36,10 @@ typedef struct {
     uint8_t rows[16];
 } TileShapes;
 
+/* tiles 0 to 3 are products, 4 and 5 weights, 6 and 7 activations */
 static const TileShapes SHAPES = {
     .palette = 1,
     .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
-    .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
-};
-
-/* tiles 0 to 3 are products, 4 and 5 weights, 6 and 7 activations */
-static const TileShapes ONE_TOKEN = {
-    .palette = 1,
-    .row_bytes = {4, 4, 4, 4, 64, 64, 4, 4},
     .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
 };
 
@@ -361,11 +355,10 @@ const Kernels dsm_kernels_amx = {
     .panel_columns = PANEL,
     .panels = PANELS,
     .panel_tokens = TILE,
-    .few_tokens = 1,
-    .gemv_rows = PANEL,
+    .few_tokens = {.bf16 = 4, .fp8 = 1, .four_bit = 12},
     .scratch_bytes = (size_t)PANEL * RUN * sizeof(uint16_t),
     .pack_interleaved = pack_interleaved,
-    .gemv = gemv_tiles,
+    .gemv = dsm_bf16_gemv_near,
     .gemm = gemm_tiles,
     .accumulate_pv = accumulate_pv_tiles,
 };

@@ -9,7 +9,7 @@
 
 #include <immintrin.h>
 
-DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c")
+DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx512vnni,fma,f16c")
 
 #include "avx512_bf16.h"
 
@@ -150,8 +150,19 @@ static void gemm(const void *x, size_t stride, int64_t tokens, const Matrix *w, 
 /* ---- activations ---- */
 
 void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
-    for (int64_t k = 0; k < (n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK; k += 64)
-        pack_group((const char *)x + k * dsm_itemsize(dtype), dtype, n - k, weight_dtype, (uint16_t *)out + k);
+    for (int64_t k = 0; k < dsm_blocks(n) * DSM_BLOCK; k += 64) {
+        const char *from = (const char *)x + k * dsm_itemsize(dtype);
+        if (dsm_is_four_bit(weight_dtype)) pack_integers(from, dtype, n - k, weight_dtype, (char *)out + k * 3);
+        else pack_group(from, dtype, n - k, weight_dtype, (uint16_t *)out + k);
+    }
+}
+/* one token in bf16; whole groups of 64 are written, and not what another thread packs after them */
+static void pack_for_gemm(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
+                          int64_t lane, int64_t first) {
+    (void)tokens, (void)lane; /* a group is one token */
+    for (int64_t k = 0; k < n; k += 64)
+        pack_group((const char *)*x + k * dsm_itemsize(dtype), dtype, n - k, weight_dtype,
+                   (uint16_t *)group + first + k);
 }
 
 #include "attention_avx512_bf16.h"
@@ -163,11 +174,11 @@ const Kernels dsm_kernels_avx512_bf16 = {
     .panel_columns = PANEL,
     .panels = 1,
     .panel_tokens = 1,
-    .few_tokens = 11,
-    .gemv_rows = DSM_MOST_GEMV_ROWS,
+    .few_tokens = {.bf16 = 11, .fp8 = 11, .four_bit = 16},
     .scratch_bytes = sizeof(uint32_t) * DSM_BLOCK / 2 * PANEL /* a panel, and `accumulate_pv`'s weights */
                      + sizeof(uint16_t) * DSM_BLOCK * DSM_PV_TOKENS,
-    .gemv = gemv,
+    .pack_interleaved = pack_for_gemm,
+    .gemv = dsm_bf16_gemv,
     .gemm = gemm,
     .accumulate_pv = accumulate_pv,
 };

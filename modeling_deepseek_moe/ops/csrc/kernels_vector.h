@@ -33,10 +33,11 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define PACKED_GAIN 0x1p60f
 #define CODE_MASK ((int32_t)0x87f00000)
 #define AHEAD 2048   /* bytes: how far a stream of codes is fetched before it is used */
-#define NEAR 512     /* the same where rows are one stream: fetched far ahead it is a third slower */
+#define NEAR 512     /* the same where rows are one stream, on AMD's: fetched far ahead it is a third slower */
 #define SEGMENT 1024 /* columns */
-/* columns: FP8 rows up to here are read one after the other */
+/* columns: FP8 rows up to here are read one after the other; on Intel's half as long ones, for which AHEAD is a quarter faster */
 #define SHORT_ROW(tokens) ((tokens) == 1 ? 4096 : (tokens) == 2 ? 1536 : 0)
+#define INTEL_SHORT_ROW 2048
 #define ROWS 16
 #define ROWS_AT_ONCE 2 /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
@@ -311,8 +312,9 @@ void SHARED(norm)(const void *x, const void *w, int64_t n, float eps, void *out,
 
 /* all but what activations are packed to and meet few weights in */
 #define VECTOR_KERNELS                                                                                                \
-    .name = LABEL, .packed_bytes = 4, .panel_columns = PANEL, .panels = PANELS, .panel_tokens = 1, .few_tokens = 15,  \
-    .gemv_rows = DSM_GEMV_ROWS, .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL * PV_PANELS, /* panels */          \
+    .name = LABEL, .packed_bytes = 4, .packed_four_bit_bytes = 4, .panel_columns = PANEL, .panels = PANELS,           \
+    .panel_tokens = 1, .few_tokens = {15, 15, 15},                                                                    \
+    .scratch_bytes = sizeof(float) * DSM_BLOCK * PANEL * PV_PANELS, /* panels */                                      \
         .gemm = gemm, .swiglu = SHARED(swiglu), .norm = SHARED(norm), .write = SHARED(write),                         \
     .decode = SHARED(decode), .amax = SHARED(amax), .encode = SHARED(encode),                                         \
     .gemv_transposed = SHARED(gemv_transposed), .online_softmax = SHARED(online_softmax),                             \

@@ -130,7 +130,7 @@ static const Place PLACES[] = {
     FIELD(Step, softmax_scale),
 };
 
-/* The `pack_interleaved`th entry of the table: its name, or NULL after the last; for a field where it lies, and its size. */
+/* The `place`th entry of the table: its name, or NULL after the last; for a field where it lies, and its size. */
 DSM_API const char *dsm_layout(int place, int64_t *offset, int64_t *size) {
     if (place < 0 || place >= (int)(sizeof PLACES / sizeof *PLACES)) return NULL;
     *offset = PLACES[place].offset;

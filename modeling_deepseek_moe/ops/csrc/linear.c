@@ -22,8 +22,8 @@ static void pack(const Job *job, const void *x, int64_t t) {
     const int64_t tokens = dsm_min(k->panel_tokens, job->tokens - t);
     const void *rows[DSM_GROUP_TOKENS];
     for (int64_t i = 0; i < tokens; i++) rows[i] = (const char *)x + (t + i) * row;
-    dsm_pack(k, job->tokens > k->few_tokens, rows, tokens, job->dtype, job->w->cols, job->w->dtype, job->packed,
-             job->stride, t);
+    dsm_pack(k, dsm_are_many(k, job->tokens, job->w->dtype), rows, tokens, job->dtype, job->w->cols, job->w->dtype,
+             job->packed, job->stride, t);
 }
 
 static void write(const Job *job, const float *from, int64_t ldf, int64_t t0, int64_t tokens, int64_t r0,
@@ -56,8 +56,8 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     const int64_t rows = w->rows, cols = w->cols;
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const size_t stride = dsm_packed_stride(kernels, cols);
-    const int few = tokens <= kernels->few_tokens;
-    const int64_t columns = few ? dsm_gemv_rows(kernels, rows, threads) : dsm_panel_rows(kernels, rows, threads);
+    const int few = !dsm_are_many(kernels, tokens, w->dtype);
+    const int64_t columns = few ? dsm_gemv_rows(rows, threads) : dsm_panel_rows(kernels, rows, threads);
     int failed = 0;
     if (tokens < 0 || rows < 0 || cols < 0) return DSM_BAD_ARGUMENT;
     if (tokens == 0 || rows == 0) return DSM_OK;

@@ -3,14 +3,14 @@
    stands for do, so the bits are theirs. */
 #include "work_queue.h"
 
-#define MOST_ROWS 64 /* of a task: a panel's, or DSM_MOST_GEMV_ROWS */
 #define TOKENS DSM_STEP_TOKENS
 
 typedef struct {
     const Kernels *kernels, *norms;
     const MlaShape *shape;
     const MlaProjections *w;
-    int dtype, many, threads;
+    int dtype, threads;
+    int many; /* for one of the products */
     int64_t tokens, rope, rank;
     const float *cosine, *sine; /* [tokens, rope / 2] */
     char *q, *c_kv, *k_pe;
@@ -19,8 +19,11 @@ typedef struct {
     size_t x_stride, query_stride;
 } Projection;
 
+static int are_many(const Projection *p, int weight_dtype) {
+    return dsm_are_many(p->kernels, p->tokens, weight_dtype);
+}
 static int64_t rows_of_task(const Projection *p, const Matrix *w) {
-    return p->many ? p->kernels->panel_columns : dsm_gemv_rows(p->kernels, w->rows, p->threads);
+    return are_many(p, w->dtype) ? p->kernels->panel_columns : dsm_gemv_rows(w->rows, p->threads);
 }
 static int64_t tasks_of(const Projection *p, const Matrix *w) {
     return (w->rows + rows_of_task(p, w) - 1) / rows_of_task(p, w);
@@ -28,10 +31,10 @@ static int64_t tasks_of(const Projection *p, const Matrix *w) {
 
 static void multiply(const Projection *p, const char *x, size_t stride, const Matrix *w, int64_t task, char *y,
                      void *scratch) {
-    float out[TOKENS * MOST_ROWS] __attribute__((aligned(64)));
+    float out[TOKENS * DSM_MOST_GEMV_ROWS] __attribute__((aligned(64)));
     PrefetchStream none = {0};
     const int64_t step = rows_of_task(p, w), first = task * step, rows = dsm_min(step, w->rows - first);
-    if (p->many) p->kernels->gemm(x, stride, p->tokens, w, first, rows, out, scratch, &none);
+    if (are_many(p, w->dtype)) p->kernels->gemm(x, stride, p->tokens, w, first, rows, out, scratch, &none);
     else p->kernels->gemv(x, stride, p->tokens, w, first, rows, out, step, dsm_row(w, first + rows));
     for (int64_t t = 0; t < p->tokens; t++)
         p->kernels->write(out + t * step, NULL, rows, y + (t * w->rows + first) * dsm_itemsize(p->dtype), p->dtype);
@@ -43,7 +46,7 @@ static void pack(const Projection *p, const char *x, int64_t n, int weight_dtype
     for (int64_t t = 0; t < p->tokens; t += step) {
         const int64_t tokens = dsm_min(step, p->tokens - t);
         for (int64_t i = 0; i < tokens; i++) rows[i] = x + (t + i) * n * dsm_itemsize(p->dtype);
-        dsm_pack(p->kernels, p->many, rows, tokens, p->dtype, n, weight_dtype, packed, stride, t);
+        dsm_pack(p->kernels, are_many(p, weight_dtype), rows, tokens, p->dtype, n, weight_dtype, packed, stride, t);
     }
 }
 
@@ -149,7 +152,7 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, int6
     if (first != w->kv_a.dtype) return DSM_BAD_ARGUMENT;
     p.x_stride = dsm_packed_stride(p.kernels, hidden);
     p.query_stride = dsm_packed_stride(p.kernels, w->q_a.rows);
-    p.many = tokens > p.kernels->few_tokens;
+    p.many = are_many(&p, first) || are_many(&p, w->q_b.dtype);
     p.x = dsm_alloc(dsm_packed_tokens(p.kernels, tokens) * p.x_stride);
     p.query = dsm_alloc(dsm_packed_tokens(p.kernels, tokens) * p.query_stride);
     p.q_latent = dsm_alloc(tokens * w->q_a.rows * size);
