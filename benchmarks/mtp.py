@@ -56,21 +56,23 @@ class Script(LogitsProcessor):
     """
 
     def __init__(self, model, text: torch.Tensor, acceptance: float):
-        self.text, self.drafts_next = text, False
+        self.text, self.position = text, 0
         self.is_right = torch.rand(len(text), generator=torch.Generator().manual_seed(1)) < acceptance
-        hook = model.model.mtp_layers[0].shared_head.head.register_forward_pre_hook(self._a_draft_is_next)
+        hook = model.model.mtp_layers[0].shared_head.head.register_forward_hook(self._draft)
         self.remove = hook.remove
 
-    def _a_draft_is_next(self, *_) -> None:
-        self.drafts_next = True
+    def _draft(self, _, args, logits: torch.Tensor) -> torch.Tensor:
+        """After the token that was said last."""
+        token = self.text[self.position + 1]
+        return _says(token if self.is_right[self.position + 1] else (token + 1) % logits.shape[-1], logits)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        position = input_ids.shape[1]
-        token = self.text[position]
-        if self.drafts_next and not self.is_right[position]:
-            token = (token + 1) % scores.shape[1]
-        self.drafts_next = False
-        return torch.full_like(scores, -torch.inf).index_fill(1, token[None], 0.0)
+        self.position = input_ids.shape[1]
+        return _says(self.text[self.position], scores)
+
+
+def _says(token: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(scores, -torch.inf).index_fill(-1, token[None], 0.0)
 
 
 class Watch(BaseStreamer):

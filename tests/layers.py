@@ -99,6 +99,7 @@ LAYERS = (
     "decoding.expected",
     "decoding.choose",
     "decoding.columns",
+    "decoding.prompt",
     "decoding.pending",
     "decoding.draft",
     "decoding.lookup",

@@ -2,15 +2,14 @@
 
 from types import SimpleNamespace
 
+import draft_cases
 import pytest
 import torch
 from releases import SHAPES
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DeepseekV3ForCausalLM,
     DynamicCache,
-    FineGrainedFP8Config,
+    EosTokenCriteria,
     LogitsProcessorList,
     MistralConfig,
     QuantizedCache,
@@ -24,36 +23,24 @@ from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.lookup import LookupDraft
 from modeling_deepseek_moe.decoding.loop import decode
 from modeling_deepseek_moe.decoding.rows import Rows
-from modeling_deepseek_moe.decoding.verify import accept_sampling, certain
-from modeling_deepseek_moe.tiny.corpus import FAMILIES
-from modeling_deepseek_moe.tiny.score import held_out
+from modeling_deepseek_moe.decoding.verify import NOTHING, accept_sampling, certain
 
 LENGTH = 24
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(dsm.tiny_checkpoint(), padding_side="left")
+    return draft_cases.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = FineGrainedFP8Config(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        dsm.tiny_checkpoint(), dtype=torch.float32, quantization_config=config
-    )
-    return loaded.eval()
+    return draft_cases.model()
 
 
 @pytest.fixture(scope="module")
-def inputs(tokenizer):
-    problems = [problem for family in FAMILIES for problem in held_out(family, 2)][:6]
-    # each asked twice: the second answer is there to be looked up
-    texts = [
-        tokenizer.apply_chat_template([*p.messages, *p.messages[:-1]], tokenize=False, add_generation_prompt=True)
-        for p in problems
-    ]
-    return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+def inputs():
+    return draft_cases.asked_twice()
 
 
 def same(model, inputs, **drafts):
@@ -142,24 +129,28 @@ def test_the_cache_of_rows_that_went_at_their_own_pace_can_be_continued(model, i
         assert torch.equal(model.generate(**given, **{CACHE_NAME: cache}), model.generate(**given))
 
 
-def test_sampled_tokens_have_the_models_distribution_after_a_certain_draft():
+def test_sampled_tokens_have_the_models_distribution_after_a_certain_draft_or_none():
     torch.manual_seed(1)
     count, p = 60000, torch.tensor([0.5, 0.3, 0.15, 0.05])
-    drafted = torch.full((count, 1), 1)
-    accepted, after = accept_sampling(p.log().expand(count, 2, -1), drafted, certain(drafted, 4))
-    first = torch.where(accepted > 0, drafted[:, 0], after)
+    drafted = torch.full((count,), 1)
+    drafted[::3] = NOTHING
+    first, stand = accept_sampling(p.log().expand(count, -1), drafted, certain(drafted, 4))
+    assert torch.equal(stand, (first == 1) & (drafted == 1)) and not stand[::3].any()
     found, expected = torch.bincount(first, minlength=4).double(), p.double() * count
     assert ((found - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of a chi-square of 3 degrees
 
 
 def test_what_is_looked_up():
     text = torch.tensor([[0, 0, 5, 6, 7, 8, 5, 6], [3, 3, 3, 9, 3, 4, 2, 1], [1, 2, 3, 4, 5, 6, 7, 8]])
-    rows = Rows(text, 20, 0, [], [], 4)
+    rows = Rows(text, 20, 0, [], StoppingCriteriaList([EosTokenCriteria(60)]))
     padding = torch.ones_like(text).bool()
     padding[0, :2] = False
     drafts = torch.stack(list(LookupDraft(rows, 3, 2, padding).propose()), dim=1)
-    assert drafts.tolist() == [[7, 8, 5], [1, 1, 1], [8, 8, 8]]  # the last two: nothing found, their last token
-    assert not list(LookupDraft(Rows(text[2:], 20, 0, [], [], 4), 3, 2, None).propose())
+    assert drafts.tolist() == [[7, 8, 5], [-1, -1, -1], [-1, -1, -1]]  # the last two: nothing found
+    rows.append(torch.tensor([60, 2, 8]), [True] * 3)
+    drafts = torch.stack(list(LookupDraft(rows, 3, 2, padding).propose()), dim=1)
+    assert drafts.tolist() == [[-1, -1], [1, 2], [8, -1]]  # the first has ended
+    assert not list(LookupDraft(Rows(text[2:], 20, 0, [], []), 3, 2, None).propose())
 
 
 @pytest.mark.parametrize(

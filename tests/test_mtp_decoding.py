@@ -23,7 +23,7 @@ from modeling_deepseek_moe.decoding.loop import DraftStats
 from modeling_deepseek_moe.decoding.mixin import _decode
 from modeling_deepseek_moe.decoding.pending import Pending, first_columns
 from modeling_deepseek_moe.decoding.sources import Source, of_mtp_layers
-from modeling_deepseek_moe.decoding.verify import accept_greedily, accept_sampling
+from modeling_deepseek_moe.decoding.verify import NOTHING, accept_greedily, accept_sampling
 from modeling_deepseek_moe.tiny.corpus import FAMILIES
 from modeling_deepseek_moe.tiny.score import held_out
 
@@ -206,28 +206,27 @@ def test_streamers_get_each_token_once(model, tokenizer, capsys):
 
 
 def test_greedy_takes_first_choices():
-    scores = torch.tensor([[[0.0, 1, 0], [2, 1, 0], [0, 0, 3]], [[0.0, 1, 0], [2, 1, 0], [0, 0, 3]]])
-    accepted, after = accept_greedily(scores, torch.tensor([[1, 0], [1, 2]]))
-    assert accepted.tolist() == [2, 1] and after.tolist() == [2, 0]
+    scores = torch.tensor([[0.0, 1, 0], [2, 1, 0], [0, 0, 3]])
+    tokens, stand = accept_greedily(scores, torch.tensor([1, 2, NOTHING]))
+    assert tokens.tolist() == [1, 0, 2] and stand.tolist() == [True, False, False]
 
 
 def test_sampled_tokens_have_the_models_distribution():
     """Two tokens in a row, whatever they were drafted from: chi-square of their 16 pairs."""
     torch.manual_seed(1)
     count, vocabulary = 60000, 4
-    p = torch.randn(3, vocabulary).mul(1.5).softmax(-1)
+    p = torch.randn(2, vocabulary).mul(1.5).softmax(-1)
     q = torch.randn(2, vocabulary).mul(1.5).softmax(-1)
     drafted = torch.stack([torch.multinomial(row, count, replacement=True) for row in q], dim=1)
-    accepted, after = accept_sampling(p.log().expand(count, -1, -1), drafted, q.expand(count, -1, -1))
-    first = torch.where(accepted > 0, drafted[:, 0], after)
-    two = accepted > 0  # whose second token is known too
-    second = torch.where(accepted > 1, drafted[:, 1], after)
-    for tokens, wanted in ((first, p[0]), (second[two], p[1]), (after[accepted == 2], p[2])):
+    (first, stand), (second, _) = (
+        accept_sampling(p[place].log().expand(count, -1), drafted[:, place], q[place].expand(count, -1)) for place in (0, 1)
+    )
+    for tokens, wanted in ((first, p[0]), (second, p[1]), (second[stand], p[1])):
         found = torch.bincount(tokens, minlength=vocabulary).double()
         expected = wanted.double() * len(tokens)
         assert ((found - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of a chi-square of 3 degrees
     # and most drafts stand that may: Σ min(p, q)
-    assert abs((accepted > 0).double().mean() - torch.minimum(p[0], q[0]).sum()) < 0.01
+    assert abs(stand.double().mean() - torch.minimum(p[0], q[0]).sum()) < 0.01
 
 
 def test_sampling_a_model(model, tokenizer):

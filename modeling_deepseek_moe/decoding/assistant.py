@@ -37,12 +37,16 @@ class AssistantDraft:
                     f"assistant_model: layer {number}: found a {type(layer).__name__} in its cache, wanted a layer that keeps "
                     "every token: drafts are taken back"
                 )
-        self._columns = Columns(cache, len(input_ids), input_ids.device, padding)
-        self._prompt: torch.Tensor | None = input_ids
+        self._device = model.device
+        padding = None if padding is None else padding.to(self._device)
+        self._columns = Columns(cache, len(input_ids), self._device, padding)
+        self._prompt: torch.Tensor | None = input_ids.to(self._device)
         self._pending = Pending()
 
     def see(self, _, tokens: torch.Tensor, counts: torch.Tensor | None) -> None:
         """As `MtpDraft.see`; hidden states of the larger model are not looked at."""
+        tokens = tokens.to(self._device)
+        counts = None if counts is None else counts.to(self._device)
         if self._prompt is not None:
             # the first time the tokens are those after each of the prompt's new ones
             old = self._prompt.shape[1] + 1 - tokens.shape[1]

@@ -103,6 +103,7 @@ class Columns:
         # what is not kept stays where it is: two columns never go to one place
         to = torch.where(index < counts[:, None], self.used[:, None] + index, self.length + index)[:, None, :, None]
         for layer in self.cache.layers:
+            to = to.to(layer.keys.device)
             for states in (layer.keys, layer.values):
                 new = states[:, :, self.length : self.length + written].clone()
                 states.scatter_(2, to.expand_as(new), new)

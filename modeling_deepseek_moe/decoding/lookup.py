@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from modeling_deepseek_moe.decoding.rows import Rows
+from modeling_deepseek_moe.decoding.verify import NOTHING
 
 
 class LookupDraft:
@@ -26,15 +27,15 @@ class LookupDraft:
         """Nothing: the rows have the text."""
 
     def propose(self, *_) -> Iterator[torch.Tensor]:
-        """Yields the drafted tokens ``[B]`` one after the other; none where no row has any.
-
-        A row with fewer than others goes on with its last token: a guess like any, verified like any.
-        """
+        """Yields the drafted tokens ``[B]`` one after the other, `NOTHING` where a row has fewer; none where no row has any."""
         tokens = self._rows.tokens
         found = [
-            self._following(tokens[row, self._starts[row] : length]) for row, length in enumerate(self._rows.lengths)
+            self._following(tokens[row, start:length]) if is_open else tokens[row, :0]
+            for row, (start, length, is_open) in enumerate(
+                zip(self._starts, self._rows.lengths, self._rows.open, strict=True)
+            )
         ]
-        drafted = self._rows.last.expand(-1, max(map(len, found))).clone()
+        drafted = tokens.new_full((len(found), max(map(len, found))), NOTHING)
         for row, candidates in enumerate(found):
             drafted[row, : len(candidates)] = candidates
         yield from drafted.unbind(1)

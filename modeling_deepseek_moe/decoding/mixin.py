@@ -25,6 +25,10 @@ REFUSED = {
     "output_hidden_states": (None, False),
     "use_cache": (None, True),
     "synced_gpus": (None, False),
+    "force_words_ids": (None,),
+    "constraints": (None,),
+    "dola_layers": (None,),
+    "assistant_early_exit": (None,),
 }
 # each would have to be left out
 REFUSED_ARGUMENTS = ("custom_generate", "inputs_embeds")
@@ -53,11 +57,11 @@ class DraftingMixin(ModelMixin):
             ValueError: the model has no MTP layers, or drafts meet a setting that they do not go with.
         """
         kwargs |= dict(zip(list(inspect.signature(super().generate).parameters), args, strict=False))
-        config = kwargs.get("generation_config") or self.generation_config
+        config = _merged(self, kwargs)
         wanted = getattr(config, "use_mtp", None) if use_mtp is None else use_mtp
         source = of_mtp_layers(self, wanted, config, kwargs) if wanted else of_a_batch(self, config, kwargs)
         if source is None:
-            _switch_off(config, kwargs, ("use_mtp",))
+            _leave_out(self, kwargs, "use_mtp")
             return super().generate(**kwargs)
         refuse_ranks(self, source)
         _refuse(source, config, kwargs, ASKED_BY if wanted else ())
@@ -67,11 +71,11 @@ class DraftingMixin(ModelMixin):
         if hopeless is not None:
             logger.info_once(f"{source.said}: decodes without drafts: {hopeless}")
             self.draft_stats = DraftStats(reason=hopeless)
-            _switch_off(config, kwargs, ("use_mtp",))
+            _leave_out(self, kwargs, "use_mtp")
             return super().generate(**kwargs)
         method = partial(_decode, source=source, expected=expected, streamer=kwargs.get("streamer"))
         _add_stop_strings(config, kwargs)
-        _switch_off(config, kwargs, ("use_mtp", *ASKED_BY))
+        _leave_out(self, kwargs, "use_mtp", "stop_strings", *ASKED_BY)
         return super().generate(**kwargs, custom_generate=method)
 
 
@@ -81,6 +85,8 @@ def _refuse(source: Source, config: GenerationConfig, kwargs: dict, others: tupl
         others: ways of drafting that were not taken.
     """
     allowed_of = REFUSED | {name: (None, 0) for name in others if hasattr(config, name)}
+    if not config.do_sample:  # else it is not looked at
+        allowed_of["penalty_alpha"] = (None, 0)
     for name, allowed in allowed_of.items():
         value = kwargs.get(name, getattr(config, name, None))
         if value not in allowed:
@@ -92,11 +98,6 @@ def _refuse(source: Source, config: GenerationConfig, kwargs: dict, others: tupl
 
 def _decode(model, input_ids, source, expected=None, generation_config=None, **kwargs):
     """What `generate` calls once it has prepared everything; it hands its ``streamer`` to no method but its own."""
-    if kwargs.pop("synced_gpus", None):  # which `generate` sets by itself under ZeRO-3
-        raise ValueError(
-            f"{source.said}: found parameters divided over ranks that each have a batch of their own (synced_gpus), wanted a "
-            "model that is whole, or tp_size"
-        )
     sequences, stats, cache = decode(
         model,
         input_ids,
@@ -111,22 +112,28 @@ def _decode(model, input_ids, source, expected=None, generation_config=None, **k
     return sequences
 
 
-def _switch_off(config: GenerationConfig, kwargs: dict, names: tuple[str, ...]) -> None:
-    """transformers' own drafts, which arguments or a config ask for; it warns of an argument next to a config."""
+def _merged(model, kwargs: dict) -> GenerationConfig:
+    """What `generate` will go by: arguments, then a config that is passed, then the model's own."""
+    given = {name: value for name, value in kwargs.items() if name != "generation_config"}
+    return model._prepare_generation_config(kwargs.get("generation_config"), **given)[0]
+
+
+def _leave_out(model, kwargs: dict, *names: str) -> None:
+    """Settings that are seen to here, and not by `generate`, whoever gives them."""
     for name in names:
         kwargs.pop(name, None)
-    asked = [name for name in names if getattr(config, name, None)]
-    if asked and kwargs.get("generation_config") is None:
-        kwargs |= dict.fromkeys(asked, False)
-    elif asked:
-        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-        for name in asked:
-            setattr(kwargs["generation_config"], name, False)
+    config = kwargs.get("generation_config")
+    if any(getattr(config, name, None) for name in names):
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        for name in names:
+            setattr(config, name, None)
+    # what is `None` in a config that is passed is taken from the model's own, unless an argument says so too
+    kwargs |= {name: None for name in names if getattr(model.generation_config, name, None)}
 
 
 def _add_stop_strings(config: GenerationConfig, kwargs: dict) -> None:
     """Stop strings as a criterion: `generate` makes one, and loses the tokenizer for it where a method is not its own."""
-    wanted = kwargs.pop("stop_strings", None) or config.stop_strings
+    wanted = config.stop_strings
     if wanted is None:
         return
     if kwargs.get("tokenizer") is None:
@@ -134,6 +141,3 @@ def _add_stop_strings(config: GenerationConfig, kwargs: dict) -> None:
     given = kwargs.get("stopping_criteria") or ()
     criterion = StopStringCriteria(stop_strings=wanted, tokenizer=kwargs["tokenizer"])
     kwargs["stopping_criteria"] = StoppingCriteriaList([*given, criterion])
-    if config.stop_strings is not None:
-        kwargs["generation_config"] = copy.deepcopy(config)
-        kwargs["generation_config"].stop_strings = None

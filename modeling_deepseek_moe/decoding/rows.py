@@ -1,14 +1,30 @@
 """The rows of text that are being written: their tokens, what the caller's processors and criteria say of each."""
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+# of transformers' own processors, those that call a function of the caller's, or remember what they were shown
+NOT_OF_TEXT_ALONE = (
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 
 class Rows:
-    """``tokens [B, max_length]``, of which row b has ``lengths[b]``.
+    """``tokens [B, max_length]``, of which row b has ``lengths[b]``; past its end a row has padding.
 
     Processors and criteria of transformers take rows of one length. They are shown the whole batch, cut to the length of some
-    rows, and asked about these: some know a row by its place. Past its end a row has scratch.
+    rows, and asked about these: some know a row by its place. So rows of unlike lengths want processors that say of a row what
+    its text tells them, whatever the others are, and however often they are asked. Those of transformers are such;
+    a caller's own need not be. Where there is one, rows `go_together`, and each processor is called as it is without drafts.
     """
 
     def __init__(
@@ -18,14 +34,15 @@ class Rows:
         pad_token_id: int | None,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
-        scratch: int,
     ):
         batch, length = input_ids.shape
         self._limit, self._pad = max(max_length, length), pad_token_id or 0
-        self.tokens = input_ids.new_full((batch, self._limit + scratch), self._pad)
+        self.tokens = input_ids.new_full((batch, self._limit), self._pad)
         self.tokens[:, :length] = input_ids
         self.lengths = [length] * batch
         self._processors, self._criteria = processors, criteria
+        self._of_text_alone = LogitsProcessorList(filter(_is_of_text_alone, processors))
+        self.go_together = len(self._of_text_alone) < len(processors)
         # as in `generate`: without a token that ends a text every row goes on until the last one may stop
         self._ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._stops: list[int | None] = [None] * batch
@@ -63,50 +80,48 @@ class Rows:
         """Tokens that the shortest open row takes."""
         return self._limit - min(length for length, is_open in zip(self.lengths, self.open, strict=True) if is_open)
 
-    def process(self, scores: torch.Tensor, ahead: list[torch.Tensor]) -> torch.Tensor:
-        """``scores [B, vocab_size]`` of the next token in fp32, as the processors want them after the tokens ``ahead``."""
-        scores = scores.float()
-        if not self._processors:
-            return scores
-        if not ahead and max(self.lengths) == min(self.lengths):
-            return self._processors(self.tokens[:, : self.lengths[0]], scores.clone())
-        processed = torch.empty_like(scores)
-        for length in set(self.lengths):
-            of_length = [row for row, other in enumerate(self.lengths) if other == length]
-            end = length + len(ahead)
-            for index, tokens in enumerate(ahead):
-                self.tokens[of_length, length + index] = tokens[of_length]
-            # a copy: processors may write to what they are given
-            processed[of_length] = self._processors(self.tokens[:, :end], scores.clone())[of_length]
-        return processed
+    def process(self, scores: torch.Tensor, asked: list[bool]) -> torch.Tensor:
+        """``scores [B, vocab_size]`` of the next token in fp32, as the processors want them in the rows ``asked`` for."""
+        return self._processed(self._processors, scores, asked, [])
 
-    def add(self, row: int, tokens: list[int]) -> list[int]:
-        """Append ``tokens`` to a row up to where it ends; returns those that were appended."""
-        added = []
-        for token in tokens:
-            length = self.lengths[row]
-            if not self.open[row]:
-                break
-            self.tokens[row, length] = token
-            self.lengths[row] = length + 1
-            added.append(token)
-            if self._stops[row] is None and bool(self._criteria(self.tokens[:, : length + 1], None)[row]):
-                self._stops[row] = length + 1
-        return added
+    def foresee(self, scores: torch.Tensor, ahead: list[torch.Tensor]) -> torch.Tensor:
+        """As `process`, after drafted tokens ``ahead``, by those processors that may be shown what no text may come to."""
+        return self._processed(self._of_text_alone, scores, self.open, ahead)
 
-    def add_column(self, tokens: torch.Tensor) -> None:
-        """Append ``tokens [B]`` to rows that `are_even`."""
-        length = self.lengths[0]
-        self.tokens[:, length] = tokens
-        self.lengths = [length + 1] * len(self.lengths)
-        ends = self._criteria(self.tokens[:, : length + 1], None).tolist()
-        for row, is_end in enumerate(ends):
-            if is_end and self._stops[row] is None:
-                self._stops[row] = length + 1
+    def append(self, tokens: torch.Tensor, asked: list[bool]) -> None:
+        """One of ``tokens [B]`` to each row ``asked`` for, which are open."""
+        tokens = tokens.to(self.tokens)
+        for length, rows in self._by_length(asked).items():
+            self.tokens[rows, length] = tokens[rows]
+            ends = self._criteria(self.tokens[:, : length + 1], None).tolist()
+            for row in rows:
+                self.lengths[row] = length + 1
+                if ends[row] and self._stops[row] is None:
+                    self._stops[row] = length + 1
 
     def result(self) -> torch.Tensor:
         """``[B, length of the longest row]``, padded on the right."""
-        length = max(stop or 0 for stop in self._stops) or max(self.lengths)
-        column = torch.arange(length, device=self.tokens.device)
-        ends = torch.tensor(self.lengths, device=self.tokens.device)
-        return self.tokens[:, :length].masked_fill(column >= ends[:, None], self._pad)
+        return self.tokens[:, : max(stop or 0 for stop in self._stops) or max(self.lengths)].clone()
+
+    def _processed(self, processors: LogitsProcessorList, scores, asked: list[bool], ahead) -> torch.Tensor:
+        scores = scores.float()
+        if not processors:
+            return scores
+        of_model = scores.to(self.tokens.device)
+        processed = of_model.clone()
+        for length, rows in self._by_length(asked).items():
+            text = torch.cat((self.tokens[:, :length], *(token.to(self.tokens)[:, None] for token in ahead)), dim=1)
+            # a copy: processors may write to what they are given
+            processed[rows] = processors(text, of_model.clone())[rows]
+        return processed.to(scores.device)
+
+    def _by_length(self, asked: list[bool]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for row, length in enumerate(self.lengths):
+            if asked[row]:
+                found.setdefault(length, []).append(row)
+        return found
+
+
+def _is_of_text_alone(processor: LogitsProcessor) -> bool:
+    return type(processor).__module__ == LogitsProcessor.__module__ and not isinstance(processor, NOT_OF_TEXT_ALONE)

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_deepseek_moe.decoding.assistant import AssistantDraft
 from modeling_deepseek_moe.decoding.draft import MtpDraft
@@ -45,6 +46,9 @@ def of_mtp_layers(
     model: nn.Module, wanted: bool | int | str, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> Source:
     """
+    Args:
+        config: as `generate` merges it.
+
     Raises:
         ValueError: the model has no MTP layers, or ``wanted`` is no way of asking for them.
     """
@@ -79,6 +83,9 @@ def refuse_ranks(model: nn.Module, source: Source) -> None:
         raise ValueError(f"{said}, whose pipeline {reason}, wanted one without pp_size")
     if getattr(model, "_is_fsdp_managed_module", False):
         raise ValueError(f"{said}, each with a batch of its own (fsdp_size), wanted one batch for all: tp_size")
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    if ranks > 1 and is_deepspeed_zero3_enabled():
+        raise ValueError(f"{said}, each with a batch of its own (ZeRO-3), wanted a model that is whole, or tp_size")
     if source.expect is not None and (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(f"{said}, which would measure different times, wanted use_mtp=True, or a number")
 
@@ -86,17 +93,19 @@ def refuse_ranks(model: nn.Module, source: Source) -> None:
 def of_a_batch(model: nn.Module, config: GenerationConfig, kwargs: dict[str, Any]) -> Source | None:
     """What transformers does for one row alone, for several: prompt lookup and assistants; ``None`` where it is not asked for.
 
+    Args:
+        config: as `generate` merges it.
+
     Raises:
         ValueError: an assistant with another vocabulary.
     """
-    count = kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
-    assistant = kwargs.get("assistant_model")
+    count, assistant = config.prompt_lookup_num_tokens, kwargs.get("assistant_model")
     if not (count or assistant) or _rows(config, kwargs) < 2:
         return None
     if count:
         if type(count) is not int or count < 1:
             raise ValueError(f"prompt_lookup_num_tokens={count!r} is no number of tokens to look up")
-        ngram = _setting("max_matching_ngram_size", NGRAM, kwargs, config)
+        ngram = config.max_matching_ngram_size or NGRAM
         return Source(f"prompt_lookup_num_tokens={count}", count, partial(_lookup, count, ngram))
     found, wanted = assistant.config.get_text_config().vocab_size, model.config.vocab_size
     if found != wanted or kwargs.get("assistant_tokenizer") is not None:
@@ -104,8 +113,10 @@ def of_a_batch(model: nn.Module, config: GenerationConfig, kwargs: dict[str, Any
             f"assistant_model: found a vocabulary of {found} tokens, wanted the model's own {wanted} and its tokenizer where there "
             "are several rows; transformers translates between two tokenizers for one row at a time"
         )
-    drafts = _setting("num_assistant_tokens", ASSISTANT_TOKENS, kwargs, config, assistant.generation_config)
-    confidence = _setting("assistant_confidence_threshold", CONFIDENCE, kwargs, config, assistant.generation_config)
+    # what merging fills in would hide what the assistant's config says
+    said = (kwargs.get("generation_config"), model.generation_config, assistant.generation_config)
+    drafts = _setting("num_assistant_tokens", ASSISTANT_TOKENS, kwargs, *said)
+    confidence = _setting("assistant_confidence_threshold", CONFIDENCE, kwargs, *said)
     return Source("assistant_model", drafts, partial(_assistant, assistant, drafts, confidence))
 
 
@@ -120,10 +131,9 @@ def _assistant(model, count: int, confidence: float, rows: Rows, padding: torch.
 
 def _rows(config: GenerationConfig, kwargs: dict[str, Any]) -> int:
     ids = kwargs.get("input_ids", kwargs.get("inputs"))
-    copies = _setting("num_return_sequences", 1, kwargs, config)
-    return 0 if ids is None else len(ids) * copies
+    return 0 if ids is None else len(ids) * (config.num_return_sequences or 1)
 
 
-def _setting(name: str, otherwise, kwargs: dict[str, Any], *configs: GenerationConfig):
+def _setting(name: str, otherwise, kwargs: dict[str, Any], *configs: GenerationConfig | None):
     values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), otherwise)

@@ -1,47 +1,43 @@
-"""Which drafted tokens stand: those that the model would have said itself.
+"""Whether a drafted token stands: whether the model would have said it itself.
 
-Greedily: as long as they are the model's first choices. Sampling (Leviathan et al., arXiv:2211.17192): a token drawn from
-q is accepted with probability min(1, p / q); the first that is not is drawn again from what p has over q. Each
+Greedily: if it is the model's first choice. Sampling (Leviathan et al., arXiv:2211.17192): a token drawn from
+q is accepted with probability min(1, p / q); one that is not is drawn again from what p has over q. Each
 token then has the model's distribution p, whatever q is.
 """
 
 import torch
 import torch.nn.functional as F
 
+NOTHING = -1  # in the place of a drafted token: this row has no draft
+
 
 def accept_greedily(scores: torch.Tensor, drafted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Args:
-        scores: ``[B, k + 1, vocab_size]``, the model's for the k drafted tokens and for one after them.
-        drafted: ``[B, k]``.
+        scores: ``[B, vocab_size]``, the model's for the place of the drafted tokens.
+        drafted: ``[B]``, `NOTHING` where a row has no draft.
 
     Returns:
-        How many drafted tokens of each row stand, ``[B]``, and the token after them, ``[B]``.
+        The model's token of each row, ``[B]``, and whether it is the drafted one, ``[B]``.
     """
-    wanted = scores.argmax(dim=-1)
-    accepted = (drafted == wanted[:, :-1]).long().cumprod(dim=1).sum(dim=1)
-    return accepted, wanted.gather(1, accepted[:, None])[:, 0]
+    tokens = scores.argmax(dim=-1)
+    return tokens, tokens == drafted
 
 
 def accept_sampling(
     scores: torch.Tensor, drafted: torch.Tensor, draft_probabilities: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `accept_greedily`, of tokens drawn from ``draft_probabilities [B, k, vocab_size]``."""
+    """As `accept_greedily`, of tokens drawn from ``draft_probabilities [B, vocab_size]``, zeros where a row has no draft."""
     probabilities = scores.softmax(dim=-1)
-    count = drafted.shape[1]
-    p = probabilities[:, :count].gather(2, drafted[:, :, None])[:, :, 0]
-    q = draft_probabilities.gather(2, drafted[:, :, None])[:, :, 0]
-    stands = torch.rand_like(p) * q < p
-    accepted = stands.long().cumprod(dim=1).sum(dim=1)
-    rows = torch.arange(len(drafted), device=drafted.device)
-    # after the last drafted token nothing was drafted: p itself
-    padded = torch.cat((draft_probabilities, torch.zeros_like(probabilities[:, :1])), dim=1)
-    rest = (probabilities[rows, accepted] - padded[rows, accepted]).clamp(min=0)
+    index = drafted.clamp(min=0)[:, None]
+    p, q = (of.gather(1, index)[:, 0] for of in (probabilities, draft_probabilities))
+    stands = (torch.rand_like(p) * q < p) & (drafted != NOTHING)
+    rest = (probabilities - draft_probabilities).clamp(min=0)
     # p = q to the last bit and yet refused: rounding of `rand`; any token of p will do
-    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, probabilities[rows, accepted])
-    return accepted, torch.multinomial(rest, 1)[:, 0]
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, probabilities)
+    return torch.where(stands, drafted, torch.multinomial(rest, 1)[:, 0]), stands
 
 
 def certain(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """``[B, k, vocab_size]``: the distribution of drafts ``[B, k]`` that were looked up, not drawn."""
-    return F.one_hot(tokens, vocab_size).float()
+    """``[B, vocab_size]``: the distribution of drafts ``[B]`` that were looked up, not drawn; zeros where there is none."""
+    return F.one_hot(tokens.clamp(min=0), vocab_size).float() * (tokens != NOTHING)[:, None]
