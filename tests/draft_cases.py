@@ -33,9 +33,7 @@ def asked_twice(rows: int = 6):
     """Padded rows, each with a question twice: the second answer is there to be looked up."""
     problems = [problem for family in FAMILIES for problem in held_out(family, 2)][:rows]
     settings = {"tokenize": False, "add_generation_prompt": True}
-    return encoded(
-        [tokenizer().apply_chat_template([*p.messages, *p.messages[:-1]], **settings) for p in problems]
-    )
+    return encoded([tokenizer().apply_chat_template([*p.messages, *p.messages[:-1]], **settings) for p in problems])
 
 
 def drafting(kind: str) -> dict:

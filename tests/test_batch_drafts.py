@@ -1,12 +1,16 @@
 """Prompt lookup and assistants for several rows, which transformers does for one: the model's own text, in fewer passes."""
 
+from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import draft_cases
 import pytest
 import torch
+from families import write_family
 from releases import SHAPES
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV3ForCausalLM,
     DynamicCache,
     EosTokenCriteria,
@@ -22,7 +26,9 @@ import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.lookup import LookupDraft
 from modeling_deepseek_moe.decoding.loop import decode
+from modeling_deepseek_moe.decoding.mixin import _decode
 from modeling_deepseek_moe.decoding.rows import Rows
+from modeling_deepseek_moe.decoding.sources import Source
 from modeling_deepseek_moe.decoding.verify import NOTHING, accept_sampling, certain
 
 LENGTH = 24
@@ -138,6 +144,90 @@ def test_sampled_tokens_have_the_models_distribution_after_a_certain_draft_or_no
     assert torch.equal(stand, (first == 1) & (drafted == 1)) and not stand[::3].any()
     found, expected = torch.bincount(first, minlength=4).double(), p.double() * count
     assert ((found - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of a chi-square of 3 degrees
+
+
+class Known:
+    """Drafts that know what the model says, and are wrong at other places in each row."""
+
+    def __init__(self, rows: Rows, text: torch.Tensor):
+        self.rows, self.text, self.count = rows, text, 3
+
+    def see(self, *_):
+        pass
+
+    def propose(self, _):
+        for ahead in range(self.count):
+            places = [min(length + ahead, self.text.shape[1] - 1) for length in self.rows.lengths]
+            said = [int(self.text[row, place]) for row, place in enumerate(places)]
+            yield torch.tensor(
+                [
+                    token + ((row + place) % (3 + row) == 0)
+                    for row, (token, place) in enumerate(zip(said, places, strict=True))
+                ]
+            )
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    """DeepSeek-V3.2's shape, whose indexers keep eight tokens."""
+    folder = tmp_path_factory.mktemp("v32")
+    write_family(folder, "deepseek_v32")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_rows_at_their_own_pace_keep_their_indexers_keys(indexed, cache):
+    given = {"input_ids": torch.randint(3, 128, (3, 20)), "attention_mask": torch.ones(3, 20, dtype=torch.long)}
+    given["attention_mask"][0, :6] = 0
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = indexed.generate(**given, **settings)
+    source = Source("", 3, lambda rows, *_: Known(rows, wanted))
+    found = indexed.generate(**given, **settings, **cache, custom_generate=partial(_decode, source=source))
+    stats = indexed.draft_stats
+    assert torch.equal(found, wanted) and 12 < stats.accepted < stats.drafted
+    for drafts in ({"use_mtp": 2}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(indexed.generate(**given, **settings, **cache, **drafts), wanted)
+
+
+def probabilities(model, prompt: torch.Tensor, length: int, choices: int, temperature: float) -> dict[tuple, float]:
+    """Of every text of ``length`` tokens after ``prompt [S]``, each one of its place's ``choices`` likeliest: plain passes."""
+    found = {(): 1.0}
+    for _ in range(length):
+        texts = torch.stack([torch.cat((prompt, torch.tensor(text, dtype=torch.long))) for text in found])
+        with torch.no_grad():
+            values, tokens = (model(texts).logits[:, -1] / temperature).topk(choices)
+        found = {
+            (*text, token): p * q
+            for (text, p), row, chances in zip(
+                found.items(), tokens.tolist(), values.softmax(-1).tolist(), strict=True
+            )
+            for token, q in zip(row, chances, strict=True)
+        }
+    return found
+
+
+@pytest.mark.parametrize("drafts", [{"use_mtp": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_sampled_texts_of_padded_rows_have_the_models_distribution(model, drafts):
+    """Three lengths of prompt, four tokens, one to three a step: chi-square of all the texts that can be."""
+    prompt = draft_cases.asked_twice(1)["input_ids"][0]
+    cuts, many = (0, 5, 11), 120
+    mask = torch.ones(len(cuts) * many, len(prompt), dtype=torch.long)
+    for place, cut in enumerate(cuts):
+        mask[place::3, :cut] = 0
+    settings = {"do_sample": True, "temperature": 8.0, "top_k": 2, "max_new_tokens": 4, "eos_token_id": None}
+    found = model.generate(prompt * mask, attention_mask=mask, **settings, **drafts)[:, len(prompt) :].tolist()
+    assert 0 < model.draft_stats.accepted < model.draft_stats.drafted
+    statistic = freedom = 0
+    for place, cut in enumerate(cuts):
+        counted = Counter(map(tuple, found[place::3]))
+        expected = probabilities(model, prompt[cut:], 4, 2, 8.0)
+        assert counted.keys() <= expected.keys()
+        likely = {text: many * p for text, p in expected.items() if many * p >= 5}
+        cells = [(counted[text], wanted) for text, wanted in likely.items()]
+        cells.append((many - sum(seen for seen, _ in cells), many - sum(likely.values())))
+        statistic += sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+        freedom += len(cells) - 1
+    assert freedom > 10 and statistic < freedom + 3.1 * (2 * freedom) ** 0.5 + 5  # 0.1 % lie above
 
 
 def test_what_is_looked_up():

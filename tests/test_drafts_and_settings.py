@@ -1,6 +1,10 @@
 """What a call of ``generate`` says besides: with drafts it means what it means without them, or is refused by name."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 
+DEVICE_CASES = Path(__file__).with_name("draft_device_cases.py")
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 MTP, LOOKUP = {"use_mtp": 3}, {"prompt_lookup_num_tokens": 3}
 
@@ -32,7 +37,11 @@ def test_new_tokens_alone_after_a_cache(model, inputs, kind, past):
     for rows in (slice(1), slice(3)) if kind == "mtp" else (slice(3),):
         cache = DynamicCache(config=model.config)
         model.generate(
-            ids[rows, :past], attention_mask=mask[rows, :past], max_new_tokens=1, do_sample=False, **{CACHE_NAME: cache}
+            ids[rows, :past],
+            attention_mask=mask[rows, :past],
+            max_new_tokens=1,
+            do_sample=False,
+            **{CACHE_NAME: cache},
         )
         assert int(cache.get_seq_length()) == past
         caches = [copy.deepcopy(cache) for _ in range(3)]
@@ -49,7 +58,9 @@ def test_new_tokens_alone_after_a_cache(model, inputs, kind, past):
 def test_a_text_that_does_not_fit_what_is_cached_is_refused(model, drafts):
     cache = DynamicCache(config=model.config)
     model.generate(torch.full((2, 8), 5), max_new_tokens=1, do_sample=False, **{CACHE_NAME: cache})
-    with pytest.raises(ValueError, match="found 4 input_ids a row with an attention_mask of 4 and 8 tokens in the cache"):
+    with pytest.raises(
+        ValueError, match="found 4 input_ids a row with an attention_mask of 4 and 8 tokens in the cache"
+    ):
         model.generate(torch.full((2, 4), 5), **GREEDY, **drafts, **{CACHE_NAME: cache})
 
 
@@ -72,9 +83,7 @@ def test_a_processor_of_the_callers_is_shown_what_it_is_without_drafts(model, in
         given = {name: tensor[rows] for name, tensor in inputs.items()}
         plain, watch = Watch(), Watch()
         wanted = model.generate(**given, **settings, logits_processor=LogitsProcessorList([plain]))
-        found, stats = drafted(
-            **given, **settings, **drafting(kind), logits_processor=LogitsProcessorList([watch])
-        )
+        found, stats = drafted(**given, **settings, **drafting(kind), logits_processor=LogitsProcessorList([watch]))
         assert torch.equal(found, wanted) and watch.texts == plain.texts
         assert stats.accepted and stats.steps < len(plain.texts)
 
@@ -199,3 +208,14 @@ def test_rows_of_an_offloaded_cache_are_refused(model, inputs):
     cache.offloading = True
     with pytest.raises(ValueError, match="found a DynamicCache that is offloaded, and 6 rows"):
         model.generate(**inputs, **GREEDY, **MTP, **{CACHE_NAME: cache})
+
+
+@pytest.mark.kernels
+def test_a_prompt_that_is_not_on_the_models_device():
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(DEVICE_CASES)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=DEVICE_CASES.parent, env=environment
+    )
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    assert "failed" not in found.stdout and "skipped" not in found.stdout

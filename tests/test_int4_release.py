@@ -125,6 +125,19 @@ def test_dequantised_values(folder):
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["mapped", "stacked"])
+def test_drafts_of_mtp_layers_in_codes(tmp_path, stacked, monkeypatch):
+    if stacked:
+        monkeypatch.setattr("modeling_deepseek_moe.quantizer._stays_on_cpu", lambda device_map: False)
+    write_int4(tmp_path / "int4", SHAPES["v3-mtp"]())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
+    experts = StackedQuantizedExperts if stacked else MappedExperts
+    assert isinstance(model.model.mtp_layers[0].mlp.experts, experts)
+    ids, settings = torch.randint(3, 128, (2, 9)), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, **settings, use_mtp=2), wanted) and model.draft_stats.drafted
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["mapped", "stacked"])
 def test_computes_with_the_codes(folder, stacked, monkeypatch):
     if stacked:
         monkeypatch.setattr("modeling_deepseek_moe.quantizer._stays_on_cpu", lambda device_map: False)

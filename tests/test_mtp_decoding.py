@@ -4,17 +4,11 @@ import contextlib
 import itertools
 from functools import partial
 
+import draft_cases
 import pytest
 import torch
 from releases import SHAPES
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    FineGrainedFP8Config,
-    GenerationConfig,
-    TextStreamer,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, TextStreamer
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
@@ -32,16 +26,15 @@ LENGTH = 24
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(dsm.tiny_checkpoint(), padding_side="left")
+    return draft_cases.tokenizer()
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp8"])
+@pytest.fixture(scope="module")
 def model(request):
-    """The shipped checkpoint: its FP8 codes mapped as they are, or dequantised."""
-    settings = {"dtype": torch.float32}
-    if request.param == "fp32":
-        settings["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(dsm.tiny_checkpoint(), **settings).eval()
+    """The shipped checkpoint: dequantised, or (by parameter) its FP8 codes mapped as they are."""
+    if getattr(request, "param", "fp32") == "fp32":
+        return draft_cases.model()
+    return AutoModelForCausalLM.from_pretrained(dsm.tiny_checkpoint(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +67,24 @@ def noise(batch: int, length: int, vocabulary: int, padded: bool = True) -> dict
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def same(model, inputs, **settings) -> tuple[torch.Tensor, DraftStats]:
+def same(model, inputs, *, use_mtp=(True,), **settings) -> tuple[torch.Tensor, DraftStats]:
+    """The text, which each way of asking for drafts gives as plain decoding does, and what the last one came to."""
     settings = {"max_new_tokens": LENGTH, "do_sample": False} | settings
-    wanted = model.generate(**inputs, **{name: value for name, value in settings.items() if name != "use_mtp"})
-    found = model.generate(**inputs, **{"use_mtp": True} | settings)
-    assert torch.equal(wanted, found)
-    return found, model.draft_stats
+    wanted = model.generate(**inputs, **settings)
+    for drafts in use_mtp:
+        assert torch.equal(model.generate(**inputs, **settings, use_mtp=drafts), wanted)
+    return wanted, model.draft_stats
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [("fp32", 16), ("fp8", 4), slow("fp32", 1), slow("fp32", 4), slow("fp8", 1), slow("fp8", 16)],
+    indirect=["model"],
+)
 def test_two_tokens_a_pass_and_the_same_text(model, tokenizer, batch):
     texts, stats = prompts(tokenizer, 8), []
     for start in range(0, 16, batch):
@@ -93,6 +95,7 @@ def test_two_tokens_a_pass_and_the_same_text(model, tokenizer, batch):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("model", ["fp32", "fp8"], indirect=True)
 def test_the_same_text_of_200_prompts(model, tokenizer):
     texts = prompts(tokenizer, 40)[:200]
     assert len(texts) == 200
@@ -101,10 +104,16 @@ def test_the_same_text_of_200_prompts(model, tokenizer):
             same(model, encoded(tokenizer, texts[start : start + batch]), max_new_tokens=48)
 
 
-@pytest.mark.parametrize("drafts", [True, 2, 5])
-@pytest.mark.parametrize("batch", [3, 9])
+@pytest.mark.parametrize(
+    ("model", "batch", "drafts"),
+    [
+        *(("fp32", 3, True), ("fp32", 3, 2), ("fp8", 3, 5)),
+        *(slow("fp32", 3, 5), slow("fp32", 9, True), slow("fp32", 9, 2), slow("fp32", 9, 5), slow("fp8", 9, 2)),
+    ],
+    indirect=["model"],
+)
 def test_rows_that_accept_unlike_numbers(model, batch, drafts):
-    _, stats = same(model, noise(batch, 12, 657), use_mtp=drafts, eos_token_id=None)
+    _, stats = same(model, noise(batch, 12, 657), use_mtp=[drafts], eos_token_id=None)
     assert stats.tokens == batch * (LENGTH - 1) and 0 < stats.accepted < stats.drafted
 
 
@@ -112,7 +121,8 @@ def test_rows_that_accept_unlike_numbers(model, batch, drafts):
 def test_any_depth(deep, drafts):
     """Layers beyond the first read drafted tokens, and those again that were accepted."""
     for batch, length in ((1, 1), (1, 9), (5, 9)):
-        same(deep, noise(batch, length, 60, padded=length > 1), use_mtp=drafts, eos_token_id=None)
+        inputs = noise(batch, length, 60, padded=length > 1)
+        same(deep, inputs, use_mtp=[drafts], eos_token_id=None, max_new_tokens=12)
 
 
 def test_layers_see_what_training_has_them_see(deep):
@@ -146,7 +156,7 @@ def test_caches(model, tokenizer):
     inputs = encoded(tokenizer, prompts(tokenizer, 1)[:3])
     same(model, inputs, cache_implementation="static")
     # rows that are at their end leave their columns to those that are not: there is no room for both
-    same(model, noise(4, 12, 657), cache_implementation="static", use_mtp=4, eos_token_id=None)
+    same(model, noise(4, 12, 657), cache_implementation="static", use_mtp=[4], eos_token_id=None)
     wanted = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
     cache = DynamicCache(config=model.config)
     one = encoded(tokenizer, prompts(tokenizer, 1)[:1])
@@ -180,8 +190,7 @@ def test_caches(model, tokenizer):
 def test_settings_of_generate(model, tokenizer, settings):
     if "stop_strings" in settings:
         settings = settings | {"tokenizer": tokenizer}
-    for use_mtp in (True, 3):
-        same(model, encoded(tokenizer, prompts(tokenizer, 1)[:4]), use_mtp=use_mtp, **settings)
+    same(model, encoded(tokenizer, prompts(tokenizer, 1)[:4]), use_mtp=(True, 3), **settings)
 
 
 def test_streams_experts(tokenizer):
@@ -219,7 +228,8 @@ def test_sampled_tokens_have_the_models_distribution():
     q = torch.randn(2, vocabulary).mul(1.5).softmax(-1)
     drafted = torch.stack([torch.multinomial(row, count, replacement=True) for row in q], dim=1)
     (first, stand), (second, _) = (
-        accept_sampling(p[place].log().expand(count, -1), drafted[:, place], q[place].expand(count, -1)) for place in (0, 1)
+        accept_sampling(p[place].log().expand(count, -1), drafted[:, place], q[place].expand(count, -1))
+        for place in (0, 1)
     )
     for tokens, wanted in ((first, p[0]), (second, p[1]), (second[stand], p[1])):
         found = torch.bincount(tokens, minlength=vocabulary).double()
@@ -227,22 +237,6 @@ def test_sampled_tokens_have_the_models_distribution():
         assert ((found - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of a chi-square of 3 degrees
     # and most drafts stand that may: Σ min(p, q)
     assert abs(stand.double().mean() - torch.minimum(p[0], q[0]).sum()) < 0.01
-
-
-def test_sampling_a_model(model, tokenizer):
-    """The second token, which is drafted, over many rows: as often as the model alone says it."""
-    inputs = encoded(tokenizer, [prompts(tokenizer, 1)[0]] * 500)
-    settings = {"max_new_tokens": 3, "do_sample": True, "temperature": 3.0, "top_k": 4, "eos_token_id": None}
-    torch.manual_seed(2)
-    plain, mtp = (model.generate(**inputs, **settings, **more)[:, -2:] for more in ({}, {"use_mtp": True}))
-    assert 0 < model.draft_stats.accepted < model.draft_stats.drafted
-    for column in range(2):
-        counts = [torch.bincount(rows[:, column], minlength=657).double() for rows in (plain, mtp)]
-        both = counts[0] + counts[1]
-        common = both >= 10
-        # 0.1 % of chi-squares of few tokens lie above
-        statistic = ((counts[0] - counts[1])[common] ** 2 / both[common]).sum()
-        assert statistic < 2.5 * common.sum() + 20
 
 
 def test_drafts_begin_with_the_end_of_the_prompt(model, tokenizer):
@@ -273,11 +267,11 @@ class Runs:
         yield min(next(self._pattern), most)
 
 
-@pytest.mark.parametrize(("drafted", "plain", "window"), [(1, 1, 32), (2, 3, 32), (2, 9, 4)], ids=str)
+@pytest.mark.parametrize(("drafted", "plain", "window"), [(1, 1, 32), slow(2, 3, 32), (2, 9, 4)], ids=str)
 def test_rows_at_unlike_places_with_plain_steps_between(model, tokenizer, monkeypatch, drafted, plain, window):
     """Of a batch as many drafts stand as where every step drafts: the layers read what each row accepted, and nothing else."""
     inputs = encoded(tokenizer, prompts(tokenizer, 2)[:6])
-    settings = {"max_new_tokens": 48, "eos_token_id": None}
+    settings = {"max_new_tokens": 32, "eos_token_id": None}
     wanted, always = same(model, inputs, **settings)
     monkeypatch.setattr("modeling_deepseek_moe.decoding.mixin.Choice", lambda *_: Runs(drafted, plain))
     monkeypatch.setattr("modeling_deepseek_moe.decoding.sources.WINDOW", window)
@@ -318,7 +312,7 @@ def test_hidden_states_of_a_prompt_are_not_kept(deep, monkeypatch):
 
 
 def test_automatic_text_is_the_same(model, tokenizer):
-    _, stats = same(model, encoded(tokenizer, prompts(tokenizer, 1)[:3]), use_mtp="auto", max_new_tokens=40)
+    _, stats = same(model, encoded(tokenizer, prompts(tokenizer, 1)[:3]), use_mtp=["auto"], max_new_tokens=40)
     assert stats.reason is None and stats.steps
 
 

@@ -123,9 +123,10 @@ def _leave_out(model, kwargs: dict, *names: str) -> None:
     for name in names:
         kwargs.pop(name, None)
     config = kwargs.get("generation_config")
-    if any(getattr(config, name, None) for name in names):
+    asked = [name for name in names if getattr(config, name, None)]
+    if asked:
         kwargs["generation_config"] = config = copy.deepcopy(config)
-        for name in names:
+        for name in asked:
             setattr(config, name, None)
     # what is `None` in a config that is passed is taken from the model's own, unless an argument says so too
     kwargs |= {name: None for name in names if getattr(model.generation_config, name, None)}
