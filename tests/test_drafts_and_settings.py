@@ -152,6 +152,9 @@ def test_the_models_own_config_counts(model, inputs, own):
         {"dola_layers": "low"},
         {"force_words_ids": [[3]]},
         {"assistant_early_exit": 1},
+        {"assistant_ensemble_weight": 0.5},
+        {"speculation_type": "dflash"},
+        {"cache_implementation": "paged"},
     ],
     ids=str,
 )
@@ -174,16 +177,21 @@ def test_positions_are_the_masks(model, inputs):
             model.generate(**given, position_ids=other, **GREEDY, **MTP)
 
 
-def test_a_prompt_is_read_in_chunks(model, inputs):
-    widths = []
-    hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+def test_a_prompt_is_read_in_chunks_and_by_the_path_that_is_asked_for(model, inputs):
+    widths, paths = [], set()
+
+    def watch(_, args, kwargs):
+        widths.append(args[0].shape[1])
+        paths.add(kwargs["mla_path"])
+
+    hook = model.model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
     length = inputs["input_ids"].shape[1]
     try:
-        found, stats = drafted(**inputs, prefill_chunk_size=length // 2, **GREEDY, **MTP)
+        found, stats = drafted(**inputs, prefill_chunk_size=length // 2, mla_path="expanded", **GREEDY, **MTP)
     finally:
         hook.remove()
     assert torch.equal(found, model.generate(**inputs, **GREEDY)) and stats.accepted
-    assert max(widths) == length // 2
+    assert max(widths) == length // 2 and paths == {"expanded"}
 
 
 def test_no_tokens_are_refused(model):

@@ -61,13 +61,27 @@ class Draft(Protocol):
 
 
 class Decoding:
-    """One call of ``generate``."""
+    """One call of ``generate``.
+
+    Args:
+        streamer: of transformers.
+        mla_path: as the model takes it.
+    """
 
     def __init__(
-        self, model: nn.Module, rows: Rows, main: Columns, draft: Draft, samples: bool, choice: Choice, streamer=None
+        self,
+        model: nn.Module,
+        rows: Rows,
+        main: Columns,
+        draft: Draft,
+        samples: bool,
+        choice: Choice,
+        streamer=None,
+        mla_path: str | None = None,
     ):
         self.model, self.rows, self.main, self.draft = model, rows, main, draft
         self.samples, self.choice, self.streamer, self.stats = samples, choice, streamer, DraftStats()
+        self.mla_path = mla_path
 
     def read(self, input_ids: torch.Tensor) -> torch.Tensor:
         """One pass of the model: the hidden states ``[B, q, D]`` of new tokens ``[B, q]``."""
@@ -77,6 +91,7 @@ class Decoding:
             attention_mask=self.main.mask(new),
             position_ids=None if self.main.are_full else self.main.positions(new),
             use_cache=True,
+            mla_path=self.mla_path,
             **{CACHE_NAME: self.main.cache},
         )
         return outputs.last_hidden_state
@@ -240,7 +255,8 @@ def decode(
     unread = prompt.unread
     prompt.check_positions(model_kwargs.get("position_ids"), main.positions(unread.shape[1]))
     draft = make_draft(rows, prompt.padding, prompt.cached)
-    decoding = Decoding(model, rows, main, draft, bool(generation_config.do_sample), choice, streamer)
+    samples, mla_path = bool(generation_config.do_sample), model_kwargs.get("mla_path")
+    decoding = Decoding(model, rows, main, draft, samples, choice, streamer, mla_path)
     outside = main.length - prompt.cached  # columns of the cache that the rows do not have
     decoding.first(unread, generation_config.prefill_chunk_size)
     while not rows.is_finished:

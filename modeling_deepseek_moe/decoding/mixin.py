@@ -6,6 +6,7 @@ from functools import partial
 
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
 
 from modeling_deepseek_moe.compat import CACHE_NAME, ModelMixin
@@ -29,6 +30,9 @@ REFUSED = {
     "constraints": (None,),
     "dola_layers": (None,),
     "assistant_early_exit": (None,),
+    "assistant_ensemble_weight": (None,),
+    "speculation_type": (None,),
+    "cache_implementation": (None, *ALL_CACHE_IMPLEMENTATIONS),
 }
 # each would have to be left out
 REFUSED_ARGUMENTS = ("custom_generate", "inputs_embeds")
