@@ -136,9 +136,10 @@ def _same_sequence(
 ):
     """A token at index i with position p began its sequence at i - p: it may attend no further back than that.
 
-    This holds for packed rows, left padding and plain rows alike, and needs no memory of how a cache was filled. Where
-    something since i - p is masked (``padding [B, K]``: answers of unlike lengths before the next turn, or padding on the
-    right), positions stay low for that, and no sequence began.
+    This holds for packed rows, left padding and plain rows alike, and needs no memory of how a cache was filled. Of what is
+    masked (``padding [B, K]``) positions do not count: where everything before i - p is, that was padding on the left; where
+    something since then is (answers of unlike lengths before the next turn, or padding on the right), positions stay low for
+    that. In neither case a sequence began.
     """
     offset = cache.get_query_offset() if cache is not None else 0
     index = torch.arange(length, device=position_ids.device) + offset
@@ -150,8 +151,9 @@ def _same_sequence(
     if padding is not None:
         masked_before = F.pad((padding == 0).cumsum(-1), (1, 0))  # [B, K + 1]
         end = (index + 1).clamp(max=padding.shape[1]).expand(batch, -1)
-        masked_since = masked_before.gather(1, end) - masked_before.gather(1, start.clamp(0, padding.shape[1]))
-        start = start.masked_fill(masked_since > 0, 0)
+        begin = start.clamp(0, padding.shape[1])
+        masked = masked_before.gather(1, begin)
+        start = start.masked_fill((masked == begin) | (masked_before.gather(1, end) > masked), 0)
         if may_look and not bool((start > 0).any()):
             return None  # rows that are padded, and not packed
 

@@ -236,10 +236,10 @@ def test_nothing_of_queries_times_keys_is_made(length, monkeypatch):
                 largest = max(largest, result.untyped_storage().nbytes() // result.element_size())
             return result
 
-    mask = torch.ones(1, length, dtype=torch.long)
-    mask[0, :padding] = 0
+    mask = (torch.arange(length) >= padding).long()[None]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as `generate` does
     with torch.no_grad(), Watch():
-        model(torch.full((1, length), 5), attention_mask=mask, use_cache=True)
+        model(torch.full((1, length), 5), attention_mask=mask, position_ids=positions, use_cache=True)
     assert 1 << 18 < largest <= 1 << 21 < length**2 / 16
 
 
