@@ -3,6 +3,7 @@
 `DeepseekMoeModel` and its heads are the one implementation; the classes at the end, and `named_models`, only bind it.
 """
 
+import contextlib
 from functools import partial
 
 import torch
@@ -33,6 +34,7 @@ from modeling_deepseek_moe.engine.runs import recomputable, runs
 from modeling_deepseek_moe.families import KimiK2Config
 from modeling_deepseek_moe.hybrid.model import HybridMixin
 from modeling_deepseek_moe.indexer import DeepseekIndexer
+from modeling_deepseek_moe.indexer_loss import DENSE
 from modeling_deepseek_moe.layer_context import check_learns, layer_context
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin
@@ -99,15 +101,19 @@ class DeepseekMoePreTrainedModel(
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Read by DistributedDataParallel when it wraps the model: what gets no gradient, for which DDP would wait.
 
-        The MTP layers without their loss, and indexers that are not trained; codes, which each rank has loaded and gloo does not send
-        in FP8. The names are as they are here and as they are inside a ``PeftModel``.
+        The MTP layers without their loss, and indexers that are not trained, or all else where they alone are; codes, which each
+        rank has loaded and gloo does not send in FP8. The names are as they are here and as they are inside a ``PeftModel``.
         """
         base = self.base_model
         state = base.training_state or TrainingState()
+        indexers = [module for module in base.modules() if isinstance(module, DeepseekIndexer)]
         modules = [] if state.mtp_weight else list(base.mtp_layers)
         if state.indexer_stage is None:
-            modules += [module for module in base.modules() if isinstance(module, DeepseekIndexer)]
+            modules += indexers
         unused = {id(parameter) for module in modules for parameter in module.parameters()}
+        if state.indexer_stage == DENSE:
+            learned = {id(parameter) for module in indexers for parameter in module.parameters()}
+            unused |= {id(parameter) for parameter in self.parameters()} - learned
         names = [name for name, p in self.named_parameters() if id(p) in unused or p.dtype.itemsize == 1]
         return names + [f"base_model.model.{name}" for name in names]
 
@@ -287,17 +293,18 @@ class DeepseekMoeForCausalLM(
         if labels is not None and self.training and self.model.training_state is not None:
             objective = Objective(self, input_ids, labels, attention_mask, position_ids, kwargs)
             kwargs["training_pass"] = objective.training_pass
-        outputs: MoeModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            mla_path=mla_path,
-            **kwargs,
-        )
-        logits = project(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        with contextlib.nullcontext() if objective is None else objective.graph():
+            outputs: MoeModelOutputWithPast = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                mla_path=mla_path,
+                **kwargs,
+            )
+            logits = project(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = aux_loss = None
         if objective is not None:
             loss, aux_loss = objective.loss(logits, outputs.last_hidden_state)

@@ -3,9 +3,12 @@
 L = CE + λ/D · Σ_k CE_k + α Σ_layers Σ_i f_i P_i.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
+from modeling_deepseek_moe.indexer_loss import DENSE
 from modeling_deepseek_moe.moe.training_state import TrainingPass, sequence_ids
 from modeling_deepseek_moe.mtp import shifted
 
@@ -49,9 +52,13 @@ class Objective:
         items = wanted.sum() if items is None else torch.as_tensor(items, device=labels.device)
         self.items = items.clamp_min(1)
         self.sequences = sequence_ids(labels.shape, labels.device, **self.masks)
-        self.training_pass = TrainingPass(self.state, self.sequences, wanted.float() / self.items, self.items)
+        self.training_pass = TrainingPass(self.state, self.sequences, wanted, self.items)
         self.state.add("tokens", self.training_pass.token_mask.sum())
         self.state.add("balance_loss_labels", wanted.sum())
+
+    def graph(self) -> contextlib.AbstractContextManager:
+        """For the pass from tokens to logits: without gradients where the model is not to learn from them, only its indexers."""
+        return torch.no_grad() if self.state.indexer_stage == DENSE else contextlib.nullcontext()
 
     def loss(self, logits: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The loss, and the value of its balance part.

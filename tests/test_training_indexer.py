@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from releases import same_bits
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_harness import Padded, Record, arguments
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -47,7 +48,9 @@ def batch(rows=2, length=LENGTH, padding=(0, 5)):
     mask = torch.ones_like(ids)
     for row, missing in enumerate(padding[:rows]):
         mask[row, length - missing :] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :15] = -100  # a prompt
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def gradients(model, indexers=True):
@@ -71,7 +74,7 @@ def inputs_of_attention(model, given):
 
 
 def defined_loss(module, hidden, tables, mask, stage):
-    """Σ_t KL(p ‖ softmax(I)) of one layer over its real tokens: every score whole, the equation term by term."""
+    """Σ_t KL(p ‖ softmax(I)) ``[B]`` of one layer over each row's real tokens: every score whole, the equation term by term."""
     indexer, config, length = module.indexer, module.config, hidden.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril() & (mask[:, None] == 1)  # [B, q, kv]
     with torch.no_grad():
@@ -95,7 +98,7 @@ def defined_loss(module, hidden, tables, mask, stage):
     p = p / p.sum(-1, keepdim=True)
     log_share = index.masked_fill(~seen, -math.inf).log_softmax(-1)
     terms = torch.where(seen & (p > 0), p * (p.clamp_min(1e-300).log() - log_share), 0.0)
-    return terms.sum(-1)[mask == 1].sum()
+    return terms.sum(-1).masked_fill(mask == 0, 0.0).sum(-1)
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
@@ -103,17 +106,16 @@ def defined_loss(module, hidden, tables, mask, stage):
 def test_the_gradient_is_that_of_the_definition(monkeypatch, stage, kind):
     monkeypatch.setattr(indexer_loss, "WORKSPACE", 2 * 8 * LENGTH * 5 if stage == "dense" else 2 * TOPK * 40 * 5)
     model, given = make(stage, kind), batch()
-    labels = (given["labels"][:, 1:] != -100).sum()
+    labels = (given["labels"][:, 1:] != -100).sum(-1).double()
+    shares = labels / labels.sum() / given["attention_mask"].sum(-1)  # a row's mean over tokens, weighed by its labels
     seen = inputs_of_attention(model, given)
     model.zero_grad()
     loss = model(**given).loss
     loss.backward()
     found = gradients(model)
     model.zero_grad()
-    wanted = (
-        sum(defined_loss(*parts, given["attention_mask"], stage) for parts in seen.values() if parts[0].indexer)
-        / labels
-    )
+    layers = [parts for parts in seen.values() if parts[0].indexer]
+    wanted = sum((defined_loss(*parts, given["attention_mask"], stage) * shares).sum() for parts in layers)
     wanted.backward()
     expected = gradients(model)
     assert found.keys() == expected.keys() and len(found) == 5 * (3 if kind == "deepseek_v32" else 2)
@@ -121,8 +123,8 @@ def test_the_gradient_is_that_of_the_definition(monkeypatch, stage, kind):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
     state = model.model.training_state
     sums = state.take_sums()
-    assert sums["indexer_loss_labels"] == 2 * given["attention_mask"].sum()  # of both passes
-    torch.testing.assert_close(sums["indexer_loss"] / 2, (wanted * labels).detach())
+    assert sums["indexer_loss_labels"] == 2 * labels.sum()  # of both passes
+    torch.testing.assert_close(sums["indexer_loss"] / 2, (wanted * labels.sum()).detach())
     if stage == "dense":
         torch.testing.assert_close(loss, wanted)
     else:
@@ -146,7 +148,7 @@ def test_the_rest_learns_as_if_indexers_did_not():
     model.model.training_state = TrainingState(indexer_stage="dense")
     warm = model(**given)
     warm.loss.backward()
-    assert not gradients(model, indexers=False) and gradients(model)
+    assert not gradients(model, indexers=False) and gradients(model) and not warm.logits.requires_grad
     model.config.index_topk, model.model.training_state = LENGTH, None
     assert torch.equal(warm.logits, model(**given).logits)
     assert not torch.allclose(warm.logits, sparse.logits)
@@ -277,9 +279,26 @@ def test_without_the_callback_they_stay_and_it_is_said(tmp_path, monkeypatch):
     ignored = model._ddp_params_and_buffers_to_ignore
     assert set(before) <= set(ignored)
     model.model.training_state = TrainingState(indexer_stage="sparse")
-    assert not [
-        name for name in model._ddp_params_and_buffers_to_ignore if ".indexer." in name and ".layers.3." not in name
-    ]
+    learned = {name for name in before if ".layers.3." not in name}
+    assert not learned & set(model._ddp_params_and_buffers_to_ignore)
+    model.model.training_state = TrainingState(indexer_stage="dense")
+    everything = {name for name, _ in model.named_parameters()}
+    assert everything - learned == everything & set(model._ddp_params_and_buffers_to_ignore)
+
+
+def test_a_training_that_is_not_ended_freezes_nothing(tmp_path):
+    model = small()
+    trainer = trainer_of(model, tmp_path, dsm.IndexerLossCallback("dense"), steps=2)
+    assert model.model.training_state is None
+
+    class Break(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Break())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_an_adapter_of_indexers_alone_learns_by_their_loss_or_is_refused(tmp_path):
@@ -306,10 +325,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="found deepseek_v3 without indexers, wanted some to train"):
         trainer_of(plain, tmp_path, dsm.IndexerLossCallback())
     model = small()
-    trainer = trainer_of(model, tmp_path, None)
-    trainer.add_callback(dsm.IndexerLossCallback())
     with pytest.raises(ValueError, match="found it added after Trainer was made"):
-        trainer.train()
+        dsm.IndexerLossCallback().on_train_begin(SimpleNamespace(world_size=2), None, None, model=model)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="found attn_implementation='flash_attention_2', whose mask does not say"):
         indexer_loss._DenseBlocks(model.model.layers[0].self_attn, (), (), torch.ones(2, LENGTH))

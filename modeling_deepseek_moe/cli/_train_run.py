@@ -71,7 +71,7 @@ def load(options: RunOptions) -> tuple[PreTrainedModel, WeightFormat | None]:
 def make_callbacks(options: RunOptions, model: PreTrainedModel) -> list[TrainerCallback]:
     """Those parts of the recipe that are on and that the model has."""
     config = model.config
-    if options.indexer_stage == DENSE:  # the model is frozen: its loads and losses move nothing
+    if options.indexer_stage == DENSE:  # nothing else learns: loads and losses of the model move nothing
         return [IndexerLossCallback(DENSE), MoeTelemetryCallback(), LogLastStep()]
     callbacks: list[TrainerCallback] = [IndexerLossCallback()] if options.indexer_stage else []
     if config.n_routed_experts:

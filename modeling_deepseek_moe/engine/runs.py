@@ -33,7 +33,8 @@ def runs(
         context: what the layers share in this pass: mask, rotary tables, attention path.
     """
     if context.get("training_pass") is not None:
-        return [partial(recomputable, layer) for layer in layers]
+        # without gradients, as while indexers alone learn, no checkpoint runs a layer again
+        return [partial(recomputable, layer) for layer in layers] if torch.is_grad_enabled() else layers
     if torch.compiler.is_exporting() or every_module_is_hooked():  # an exported program runs where this package is not
         return layers
     mask, compiling = context["attention_mask"], is_torchdynamo_compiling()

@@ -92,16 +92,16 @@ class TrainingPass:
 
     Args:
         sequences: ``[B, S_len]`` and their number, as from `sequence_ids`.
-        token_weights: ``[B, S_len]`` fp32, each token's part in the mean that is the language model's loss. A sequence's
-            balance loss is weighed like its tokens. ``None``: no balance loss.
-        items: how many labels that mean is over. ``None``: indexers are not trained.
+        wanted: ``[B, S_len]``, which tokens have a label. ``None``: there is no loss.
+        items: how many labels the mean that is the language model's loss is over. A sequence's balance loss, and its indexers'
+            loss, which is a mean over all its tokens, weigh as its labels do in that mean.
     """
 
     def __init__(
         self,
         state: TrainingState,
         sequences: tuple[torch.Tensor, int],
-        token_weights: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
         items: torch.Tensor | None = None,
     ):
         self.state = state
@@ -111,15 +111,27 @@ class TrainingPass:
         self.upstream: torch.Tensor | None = None  # the gradient of the model's loss, once that is known
         self.root = self
         self.items = items
-        self.indexers = IndexerLosses(state.indexer_stage) if state.indexer_stage and items is not None else None
+        self.indexers: IndexerLosses | None = None
         self.sequence_weights = None
-        if state.balance_alpha and token_weights is not None:
+        if wanted is None:
+            return
+        if state.indexer_stage:
+            self.indexers = IndexerLosses(state.indexer_stage)
+            labels_T = wanted.flatten().long()
+            self.num_labels = labels_T.sum()
+            # of each token's sequence
+            self.labels_T, self.tokens_T = (
+                self._by_sequence(counts_T)[self.sequence_T] for counts_T in (labels_T, torch.ones_like(labels_T))
+            )
+        if state.balance_alpha:
             if not state.balance_by_sequence:
                 self.num_sequences = 1
                 self.sequence_T = (~self.token_mask).long()
-            weights = token_weights.new_zeros(self.num_sequences + 1)
-            weights = weights.index_add(0, self.sequence_T, token_weights.flatten())
+            weights = self._by_sequence(wanted.flatten().float() / items)
             self.sequence_weights = state.balance_alpha * weights[: self.num_sequences]
+
+    def _by_sequence(self, values_T: torch.Tensor) -> torch.Tensor:
+        return values_T.new_zeros(self.num_sequences + 1).index_add(0, self.sequence_T, values_T)
 
     def masked(self, token_mask: torch.Tensor) -> "TrainingPass":
         """A part of this pass, for layers to which only the tokens of ``token_mask [B, S_len]`` matter."""
@@ -159,8 +171,8 @@ class TrainingPass:
         if self.indexers is not None and is_first:
             hidden_states = seen[0][0]
             wide = torch.promote_types(hidden_states.dtype, torch.float32)
-            weights = self.token_mask.view(hidden_states.shape[:2]).to(wide) / self.items
-            self.indexers.add(attention, weights, *seen)
+            weights_T = self.token_mask * self.labels_T.to(wide) / self.tokens_T / self.items
+            self.indexers.add(attention, weights_T.view(hidden_states.shape[:2]), *seen)
 
     def close(self, loss: torch.Tensor) -> torch.Tensor:
         """``loss``, whose gradient the balance losses of this pass will share, with the indexers' loss."""
@@ -169,7 +181,7 @@ class TrainingPass:
         if self.indexers is None or self.indexers.value is None:
             return loss
         self.state.add("indexer_loss", self.indexers.value * self.items)
-        self.state.add("indexer_loss_labels", self.token_mask.sum())
+        self.state.add("indexer_loss_labels", self.num_labels)
         return self.indexers.close(loss)
 
 

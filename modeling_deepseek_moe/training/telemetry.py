@@ -26,8 +26,8 @@ class MoeTelemetryCallback(TrainerCallback, ExportableState):
     ``max_vio``: max load / mean load − 1 of each step and layer, averaged; ``max_vio_worst_layer``: averaged over the
     steps, of the worst layer; ``max_vio_epoch``: of the load since the epoch began, averaged over the layers;
     ``load_entropy``: 1 is even; ``dead_experts``: how many got no token since the last log, all layers together;
-    ``bias_min``, ``bias_max``; ``lm_loss``, ``mtp_loss`` and ``balance_loss`` (with α): means over labels; ``indexer_loss``: over tokens;
-    ``tokens_per_second``: without padding, all ranks together. Counts are as `LoadBalanceCallback` takes them.
+    ``bias_min``, ``bias_max``; ``lm_loss``, ``mtp_loss``, ``balance_loss`` (with α) and ``indexer_loss``: as they are trained, means over
+    labels; ``tokens_per_second``: without padding, all ranks together. Counts are as `LoadBalanceCallback` takes them.
 
     The loads themselves go to ``expert_load.jsonl`` in the output folder, one line a log:
     ``{"step": 10, "load": {"1": [tokens of expert 0, ...], ...}}``.
