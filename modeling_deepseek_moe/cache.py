@@ -189,7 +189,7 @@ def decode_latents(rows: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.T
 
 
 def update_indexer(cache: Cache, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
-    """Cache an indexer's new ``keys [B, q, d]`` of a layer; returns all. Before the layer's latents, which may be offloaded then.
+    """Cache an indexer's new ``keys [B, q, d]`` of a layer; returns all. Before the layer's latents, with which they are offloaded.
 
     Raises:
         ValueError: the cache has no room for such keys.
@@ -197,6 +197,9 @@ def update_indexer(cache: Cache, keys: torch.Tensor, layer_idx: int) -> torch.Te
     make = getattr(cache, "layer_class_to_replicate", None)
     while make is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(make())
+    if getattr(cache, "offloading", False):
+        # what the last layer's update fetches may still be on its way, and only this layer's own would wait for it
+        torch.accelerator.current_stream(keys.device).wait_stream(cache.prefetch_stream)
     return cache.update_indexer(keys, layer_idx)
 
 

@@ -1,9 +1,13 @@
 """The indexer's choice and attention over it, by their definitions: one query, one head, one key at a time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicIndexedLayer
 
+from modeling_deepseek_moe.cache import update_indexer
 from modeling_deepseek_moe.ops.indexer import reference, select
 from modeling_deepseek_moe.ops.sparse_attention import reference as attention
 from modeling_deepseek_moe.ops.sparse_attention import sparse_attention
@@ -139,3 +143,17 @@ def test_one_query_attends_as_many_do():
         whole = sparse_attention(q_nope, q_pe, c_kv, k_pe, indices, layer, 0.3)
         last = sparse_attention(q_nope[:, :, -1:], q_pe[:, :, -1:], c_kv, k_pe, indices[:, -1:], layer, 0.3)
     assert (whole[:, -1:] - last).abs().max() < 1e-12
+
+
+def test_offloaded_keys_have_arrived_before_they_are_read(monkeypatch):
+    """The layer before fetches them on a stream of the cache's own."""
+    order, given, read = [], DynamicCache(), DynamicCache.update_indexer
+    given.layer_class_to_replicate = DynamicIndexedLayer
+    monkeypatch.setattr(DynamicCache, "update_indexer", lambda *args: order.append("read") or read(*args))
+    stream = SimpleNamespace(wait_stream=lambda other: order.append(f"wait for {other}"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
+    update_indexer(given, torch.ones(1, 4, 8), 0)
+    assert order == ["read"]
+    given.offloading, given.prefetch_stream = True, "the fetching stream"
+    assert update_indexer(given, torch.ones(1, 1, 8), 0).shape == (1, 5, 8)
+    assert order == ["read", "wait for the fetching stream", "read"]
