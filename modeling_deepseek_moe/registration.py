@@ -4,6 +4,7 @@ The built-in classes stay reachable by name, e.g. ``transformers.DeepseekV3ForCa
 """
 
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -29,6 +30,24 @@ NAMES = {
 }
 
 
+class KimiK25Whole:
+    """What Auto classes for images make of Kimi-K2.5: transformers' own class, though the config they read is this package's."""
+
+    @classmethod
+    def from_pretrained(cls, *arguments, config: PreTrainedConfig, **settings) -> PreTrainedModel:
+        return transformers.Kimi_K25ForConditionalGeneration.from_pretrained(
+            *arguments, config=cls._config(config), **settings
+        )
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **settings) -> PreTrainedModel:
+        return transformers.Kimi_K25ForConditionalGeneration._from_config(cls._config(config), **settings)
+
+    @staticmethod
+    def _config(config: PreTrainedConfig) -> PreTrainedConfig:
+        return transformers.Kimi_K25Config.from_dict(config.write_release(config.to_dict()))
+
+
 def model_class(name: str) -> type:
     """The model of that name."""
     return getattr(modeling if hasattr(modeling, name) else named_models, name)
@@ -52,6 +71,9 @@ def register() -> None:
             # transformers' own where it has the type, which its own class needs too: a type not registered here would get none
             mapping = get_checkpoint_conversion_mapping(config.model_type) or _conversions()
             register_checkpoint_conversion_mapping(config.model_type, mapping, overwrite=True)
+    for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM):
+        auto_class.register(FAMILIES["KimiK25"], KimiK25Whole, exist_ok=True)
+    transformers.AutoProcessor.register(FAMILIES["KimiK25"], transformers.Kimi_K25Processor, exist_ok=True)
 
 
 def _conversions() -> list[WeightConverter]:

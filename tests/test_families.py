@@ -71,18 +71,6 @@ def text_alone(folder):
     return alone
 
 
-def test_the_whole_of_kimi_k25_stays_transformers_own(tmp_path):
-    """Its class is reached by name, and reads a release as without this package."""
-    if not hasattr(transformers, "Kimi_K25ForConditionalGeneration"):
-        pytest.skip(f"transformers {transformers.__version__} has no Kimi_K25ForConditionalGeneration")
-    write_family(tmp_path, "kimi_k25")
-    whole = transformers.Kimi_K25ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert hasattr(whole.model, "vision_tower")
-    text = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        assert (whole(input_ids=IDS).logits - text(IDS).logits).abs().max() < 1e-4
-
-
 def test_fewer_layers_of_axk1_leave_their_norms_out(tmp_path):
     write_family(tmp_path / "a", "axk1")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", num_hidden_layers=2)

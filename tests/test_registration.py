@@ -3,8 +3,17 @@
 import pytest
 import torch
 import transformers
+from families import write_family
 from releases import SHAPES
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import modeling_deepseek_moe as dsm
 
@@ -27,6 +36,23 @@ def test_built_in_classes_stay(family):
     assert config.__module__.startswith("transformers.") and model.__module__.startswith("transformers.")
     assert model.config_class is config
     assert AutoModelForCausalLM._model_mapping[config] is model
+
+
+def test_the_whole_of_kimi_k25_stays_transformers_own(tmp_path):
+    """Its class is reached by name and by the Auto classes for images, and reads a release as without this package."""
+    write_family(tmp_path, "kimi_k25")
+    whole = transformers.Kimi_K25ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert hasattr(whole.model, "vision_tower")
+    text = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    auto = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    made = AutoModelForMultimodalLM.from_config(AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2))
+    assert PROCESSOR_MAPPING[type(text.config)] is transformers.Kimi_K25Processor
+    assert type(auto) is type(made) is type(whole) and len(made.model.language_model.layers) == 2
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = whole(input_ids=ids).logits
+        assert (logits - text(ids).logits).abs().max() < 1e-4
+        assert torch.equal(logits, auto(input_ids=ids).logits)
 
 
 def test_trainer_smooths_the_labels_of_kimi_as_of_deepseek(tmp_path):
