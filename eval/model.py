@@ -19,7 +19,7 @@ from modeling_deepseek_moe.checkpoint.journal import Journal
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.eval.sampling import RowSampler
 from modeling_deepseek_moe.machine import memory
-from modeling_deepseek_moe.templates import complete_template
+from modeling_deepseek_moe.templates import released_template
 from modeling_deepseek_moe.tokens import released_choice
 
 MEMORY_SHARE = 0.5  # of the free memory, for caches and activations
@@ -101,7 +101,8 @@ class DeepseekLM(HFLM):
         self.rows = None if str(batch_size) == "auto" else int(batch_size)
         kwargs.setdefault("softmax_dtype", "float32")
         super().__init__(pretrained, batch_size=self.rows or 1, add_bos_token=add_bos_token, **kwargs)
-        complete_template(self.tokenizer)
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = released_template(self.config.model_type)
         self.model.eval()
         self.prefill, self.cache_kind, self.journal, self.seed = prefill, cache, journal, seed
         self.generated: dict[str, dict] = {}  # of generate_until, by key: text, tokens, truncated

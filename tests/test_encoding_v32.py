@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from eval_harness import small_model, tokenizer
+from huggingface_hub import constants
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
@@ -178,7 +179,9 @@ def test_every_door_finds_it(tmp_path, capsys):
     assert "no chat template: prompts as its release encodes them" in capsys.readouterr().err
     bare = tokenizer()
     bare.chat_template, bare.name_or_path = None, str(folder)
-    lm = DeepseekLM(small_model(), tokenizer=bare, batch_size=1, chat_template_args={"thinking": True})
+    model = small_model()
+    model.config.model_type = "deepseek_v32"
+    lm = DeepseekLM(model, tokenizer=bare, batch_size=1, chat_template_args={"thinking": True})
     assert lm.apply_chat_template([TALK[0]]).endswith(f"{USER}hello{ANSWER}<think>")
     made.save_pretrained(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").chat_template == made.chat_template  # no longer missing
@@ -191,7 +194,23 @@ def test_releases_with_templates_keep_theirs(tmp_path):
     (folder / "config.json").write_text('{"model_type": "deepseek_v3"}')
     made.chat_template = None
     assert not complete_template(made, folder) and made.chat_template is None
-    assert not complete_template(made, tmp_path / "nowhere")
+    (folder / "config.json").unlink()
+    assert not complete_template(made, folder)
+
+
+def test_a_name_on_the_hub_is_looked_up_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    made, repository = tokenizer(), tmp_path / "models--deepseek-ai--DeepSeek-V3.2"
+    made.chat_template, made.name_or_path = None, "deepseek-ai/DeepSeek-V3.2"
+    for source in (None, tmp_path / "nowhere", ""):
+        with pytest.raises(ValueError, match=r"found no folder .* and no config .*, wanted the model's config"):
+            complete_template(made, source)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (snapshot, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    (snapshot / "config.json").write_text('{"model_type": "deepseek_v32"}')
+    assert complete_template(made) and made.chat_template == released_template("deepseek_v32")
 
 
 def test_a_chat_drops_what_was_thought_before(made):

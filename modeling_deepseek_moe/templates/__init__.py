@@ -6,6 +6,7 @@ Written as templates, they go where every template goes: ``apply_chat_template``
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from modeling_deepseek_moe.checkpoint.jsonfile import read_json
 
@@ -21,14 +22,25 @@ def released_template(model_type: str | None) -> str | None:
 def complete_template(tokenizer: PreTrainedTokenizerBase, folder: str | Path | None = None) -> bool:
     """Give a tokenizer without a chat template that of its release, and say whether there was one to give.
 
+    There is none for a tokenizer that has one, for a release that comes with its own, and for a folder without a config.
+
     Args:
-        folder: with the model's config; where the tokenizer came from unless given.
+        folder: with the model's config, or a repository's name on the Hub, which is looked up in its cache; where the tokenizer
+            came from unless given.
 
     Raises:
-        ValueError: a config that is no JSON object.
+        ValueError: a config that is no JSON object, or that is neither in a folder nor in the cache.
     """
-    file = Path(folder if folder is not None else tokenizer.name_or_path) / "config.json"
-    if tokenizer.chat_template is not None or not file.is_file():
+    if tokenizer.chat_template is not None:
         return False
-    tokenizer.chat_template = released_template(read_json(file, "a model's config").get("model_type"))
+    source = tokenizer.name_or_path if folder is None else folder
+    try:
+        file = cached_file(source, "config.json", local_files_only=True)
+    except OSError:
+        raise ValueError(
+            f"complete_template: found no folder {str(source)!r} and no config of that name in the Hub's cache, wanted the model's "
+            "config, which says whose tokenizer it is: complete_template(tokenizer, folder)"
+        ) from None
+    if file is not None:
+        tokenizer.chat_template = released_template(read_json(Path(file), "a model's config").get("model_type"))
     return tokenizer.chat_template is not None
