@@ -4,6 +4,8 @@ The built-in classes stay reachable by name. They never see this package's tenso
 safetensors library wrote (bf16), or weights that `dequantize_independently` made from its FP8 codes.
 """
 
+from functools import cache
+
 import pytest
 import torch
 import transformers
@@ -18,6 +20,18 @@ from modeling_deepseek_moe.compat import CACHE_NAME
 FAMILIES = {"v3": "DeepseekV3", "moonlight": "DeepseekV3", "v2-lite": "DeepseekV2", "v2": "DeepseekV2"}
 PATHS = ("expanded", "absorbed")
 KINDS = tuple(FAMILIES)
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Loaded once for all tests, which leave them as they are."""
+
+    @cache
+    def of(kind, dtype, *, seed=0, fp8=False):
+        return load_pair(tmp_path_factory.mktemp(kind), kind, dtype, seed=seed, fp8=fp8)
+
+    return of
 
 
 def load_pair(folder, kind, dtype, *, seed=0, fp8=False):
@@ -63,11 +77,11 @@ def left_padded(ids, pads=(0, 7)):
     return ids.masked_fill(mask == 0, 0), mask
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("fp8", [False, True], ids=["float", "fp8"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_fp32(tmp_path, kind, fp8, seed):
-    ours, plain = load_pair(tmp_path, kind, torch.float32, seed=seed, fp8=fp8)
+def test_logits_fp32(pairs, kind, fp8, seed):
+    ours, plain = pairs(kind, torch.float32, seed=seed, fp8=fp8)
     ids, mask = left_padded(batch(seed=seed))
     with torch.no_grad():
         wanted = plain(ids, attention_mask=mask).logits[mask.bool()]
@@ -91,15 +105,15 @@ def complex_tables(self, x, position_ids):
     return torch.complex(angles.cos(), angles.sin()) * self.attention_scaling
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_fp64(tmp_path, monkeypatch, kind, seed):
+def test_logits_fp64(pairs, monkeypatch, kind, seed):
     if FAMILIES[kind] == "DeepseekV2":
         # plain V2 rotates in fp32 even in an fp64 model, by tables from torch.polar, whose last bit is not
         # torch.cos's; as it is, it can agree to 1e-6 with anything
         monkeypatch.setattr(plain_v2, "apply_rotary_emb", rotate_in_fp64)
         monkeypatch.setattr(plain_v2.DeepseekV2RotaryEmbedding, "forward", complex_tables)
-    ours, plain = load_pair(tmp_path, kind, torch.float64, seed=seed)
+    ours, plain = pairs(kind, torch.float64, seed=seed)
     ids, mask = left_padded(batch(seed=seed))
     with torch.no_grad():
         wanted = plain(ids, attention_mask=mask).logits[mask.bool()]
@@ -111,8 +125,9 @@ def test_logits_fp64(tmp_path, monkeypatch, kind, seed):
 @pytest.mark.parametrize("mla_path", PATHS)
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(tmp_path, kind, experts, mla_path):
-    ours, plain = load_pair(tmp_path, kind, torch.float32)
+def test_gradients(pairs, kind, experts, mla_path):
+    ours, plain = pairs(kind, torch.float32)
+    before = ours.config._experts_implementation
     ours.set_experts_implementation(experts)
     ids, mask = left_padded(batch())
     # a padded position sees nothing, and what it predicts for the first token is no one's contract
@@ -126,17 +141,19 @@ def test_gradients(tmp_path, kind, experts, mla_path):
     assert plain_grads.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         assert relative(parameter.grad, plain_grads[name]) < 1e-4, name
+    ours.set_experts_implementation(before)
+    ours.zero_grad(), plain.zero_grad()
 
 
 IDS, MASK = left_padded(batch(12))
-SETTINGS = {"attention_mask": MASK, "max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
+SETTINGS = {"attention_mask": MASK, "max_new_tokens": 32, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module", params=[(kind, fp8) for kind in KINDS for fp8 in (False, True)], ids=str)
-def greedy(request, tmp_path_factory):
+def greedy(request, pairs):
     """This package's model, and what plain transformers says on the same weights."""
     kind, fp8 = request.param
-    ours, plain = load_pair(tmp_path_factory.mktemp(kind), kind, torch.float32, fp8=fp8)
+    ours, plain = pairs(kind, torch.float32, fp8=fp8)
     return ours, plain.generate(IDS, **SETTINGS)
 
 
@@ -144,13 +161,13 @@ def greedy(request, tmp_path_factory):
 def test_greedy_tokens(greedy, mla_path):
     ours, wanted = greedy
     found = ours.generate(IDS, mla_path=mla_path, **SETTINGS)
-    assert found.shape[1] == 76
+    assert found.shape[1] == 44
     assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_beam_search(tmp_path, kind):
-    ours, plain = load_pair(tmp_path, kind, torch.float32)
+def test_beam_search(pairs, kind):
+    ours, plain = pairs(kind, torch.float32)
     ids, mask = left_padded(batch(12))
     settings = {"attention_mask": mask, "max_new_tokens": 16, "num_beams": 4, "do_sample": False}
     assert torch.equal(ours.generate(ids, **settings), plain.generate(ids, **settings))
@@ -158,8 +175,8 @@ def test_beam_search(tmp_path, kind):
 
 @pytest.mark.parametrize("chunks", [(20, 12, 1), (5, 28), (32, 1)], ids=str)
 @pytest.mark.parametrize("mla_path", [*PATHS, None])
-def test_chunked_prefill_equals_one_pass(tmp_path, mla_path, chunks):
-    ours, plain = load_pair(tmp_path, "v3", torch.float64)
+def test_chunked_prefill_equals_one_pass(pairs, mla_path, chunks):
+    ours, plain = pairs("v3", torch.float64)
     ids, mask = left_padded(batch(33))
     cache, parts, start = transformers.DynamicCache(config=ours.config), [], 0
     with torch.no_grad():
