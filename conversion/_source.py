@@ -89,13 +89,15 @@ class Source:
 
     def holding(self, name: str) -> TensorInfo | None:
         """The tensor with a weight's values, or with its codes."""
-        return self.reader.get(name) or self.reader.get(name + self.weight_format.code_suffix)
+        held = (self.reader.get(name + form.code_suffix) for form in self.weight_formats)
+        return self.reader.get(name) or next(filter(None, held), None)
 
     def value_shape(self, name: str) -> tuple[int, ...]:
         """Of a weight that is there; several of its values share an element of some codes."""
         info = self.holding(name)
         assert info is not None, name
-        return self.weight_format.value_shape(info.shape) if self.is_codes(info) else info.shape
+        form = self.format_of(info)
+        return info.shape if form is None else form.value_shape(info.shape)
 
     def scale_name(self, name: str) -> str:
         """Of the scales that belong to codes of this name."""

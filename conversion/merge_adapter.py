@@ -23,7 +23,7 @@ from modeling_deepseek_moe.conversion._changes import Change, LowRank, Step, Tok
 from modeling_deepseek_moe.conversion._conversion import Conversion, Options, Output
 from modeling_deepseek_moe.conversion._report import Report, Tally
 from modeling_deepseek_moe.conversion._source import Source, as_is
-from modeling_deepseek_moe.formats import memory
+from modeling_deepseek_moe.formats import WeightFormat, memory
 
 
 class Weighted(NamedTuple):
@@ -89,7 +89,7 @@ def _in_codes(source: Source, changes: dict[str, list[Weighted]], report: Report
             if info.name in renewed:
                 continue
             own = None
-        if own is None or suffix in source.weight_format.others:
+        if own is None or any(suffix in form.others for form in source.weight_formats):
             report.untouched += 1
             plans.append(as_is(source, info))
         elif suffix is None:
@@ -137,10 +137,11 @@ def _check_floats(source: Source, info: TensorInfo) -> None:
 def _plans(source: Source, info: TensorInfo, name: str, changes: list[Weighted], report: Report) -> list[TensorPlan]:
     """Of a weight that changes; of codes with their scales."""
     _check_floats(source, info)
-    if source.is_codes(info):
-        make = partial(_merge_codes, source, info, source.scale_of(info), changes, _tally(source, name, 2), report)
-        shape = source.weight_format.value_shape(info.shape)
-        return CodesAndScales(make).plans(name, shape, source.weight_format)[:2]
+    form = source.format_of(info)
+    if form is not None:
+        scales = source.scale_of(info)
+        make = partial(_merge_codes, source, info, form, scales, changes, _tally(source, name, 2), report)
+        return CodesAndScales(make).plans(name, form.value_shape(info.shape), form)[:2]
     make = partial(_merge, source, info, info.dtype, changes, _tally(source, name), report)
     return [TensorPlan(name, info.dtype, info.shape, make)]
 
@@ -209,12 +210,13 @@ def _merge(
 def _merge_codes(
     source: Source,
     info: TensorInfo,
+    form: WeightFormat,
     scale_info: TensorInfo,
     changes: list[Weighted],
     begin: Callable[[], Tally],
     report: Report,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    form, scales = source.weight_format, source.read_scale(scale_info)
+    scales = source.read_scale(scale_info)
     steps, tally = _begin(changes, source, info, torch.float32), begin()
     for rows, codes in source.tiles(info, form.block[0]):
         scale = scales[form.scale_rows(rows)]

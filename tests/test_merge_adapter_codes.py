@@ -325,6 +325,25 @@ def test_blocks_of_rows_that_are_cut_short(tmp_path):
     assert found[name + "_scale_inv"][0, 0] == tensors[name + "_scale_inv"][0, 0]
 
 
+def test_into_two_formats_of_one_release(tmp_path):
+    write_release(tmp_path / "bf16", SHAPES["kimi"]())
+    ok("to-4bit", tmp_path / "bf16", tmp_path / "two", "--format", "int4", "--keep-fp8", "attention")
+    model = adapted(load(tmp_path / "two", **WIDE), target_modules=["o_proj"], target_parameters=EXPERTS)
+    model.save_pretrained(tmp_path / "adapter")
+    base, wanted = logits(load(tmp_path / "two", **WIDE)), logits(model)
+    for out, options in (("codes", []), ("floats", ["--dtype", "bfloat16"])):
+        ok("merge-adapter", tmp_path / "two", tmp_path / out, "--adapter", tmp_path / "adapter", *options)
+    before, after = read(tmp_path / "two"), read(tmp_path / "codes")
+    assert {name: (t.dtype, t.shape) for name, t in after.items()} == {
+        n: (t.dtype, t.shape) for n, t in before.items()
+    }
+    changed = {name for name in before if not same_bits(before[name], after[name])}
+    assert O_PROJ in changed and "model.layers.1.mlp.experts.0.down_proj.weight_packed" in changed
+    assert all(".o_proj." in name or ".experts." in name for name in changed)
+    for out, settings, most in (("codes", WIDE, 0.5), ("floats", {}, 0.05)):
+        assert (logits(load(tmp_path / out, **settings)) - wanted).norm() < most * (base - wanted).norm()
+
+
 def test_into_int4_as_kimi_s_releases_have_it(tmp_path):
     """Routed experts alone are codes: eight to an int32 under a name of their own, with a scale for 32 of a row."""
     before = write_int4(tmp_path / "int4", SHAPES["kimi"]())
