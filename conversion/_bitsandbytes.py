@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 
-from modeling_deepseek_moe.bnb.formats import BLOCK, INT8, announced, is_bitsandbytes, ragged, split_part
+from modeling_deepseek_moe.bnb.formats import (
+    BLOCK,
+    INT8,
+    announced,
+    check_storage,
+    is_bitsandbytes,
+    ragged,
+    split_part,
+)
 from modeling_deepseek_moe.bnb.layers import check_state, check_table
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.conversion._source import Source, quantization_of
@@ -31,6 +39,7 @@ class BitsAndBytesSource(Source):
     @cached_property
     def weight_formats(self) -> tuple[WeightFormat, ...]:
         try:
+            check_storage(quantization_of(self.config))
             (row,) = announced(quantization_of(self.config))
         except ValueError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from None

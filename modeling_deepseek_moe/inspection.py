@@ -16,7 +16,7 @@ from typing import cast
 import torch
 
 from modeling_deepseek_moe.anatomy import PARTS, ParameterBreakdown, describe, parameter_breakdown, read_config
-from modeling_deepseek_moe.bnb.formats import BLOCK, is_bitsandbytes, split_part
+from modeling_deepseek_moe.bnb.formats import BLOCK, check_storage, is_bitsandbytes, split_part
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo, read_header
 from modeling_deepseek_moe.checkpoint.index import resolve_shards
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
@@ -99,11 +99,12 @@ def inspect_checkpoint(
         on_shard: called after every shard with the shards done and all shards.
 
     Raises:
-        ValueError: no usable config.
+        ValueError: no usable config, or codes of bitsandbytes in another dtype than bytes'.
         CheckpointError: no weights at all, or an index that cannot be used.
     """
     folder = Path(folder)
     config = read_config(folder)
+    check_storage(quantization_fields(config))
     found = Inspection(str(folder), describe(config), parameter_breakdown(config))
     files, weight_map = resolve_shards(folder, must_exist=False)
     found.shards = len(files)

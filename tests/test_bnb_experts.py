@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe.conversion._bitsandbytes import open_folder
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts, BitsAndBytesMatrices
 
@@ -207,6 +208,20 @@ def test_part_of_an_expert_in_a_skip_list_is_said(folders, caplog):
     model = load(folders["blocks", False], wish(llm_int8_skip_modules=["lm_head", "gate_proj"]))
     assert type(experts_of(model)[0]) is DeepseekExperts
     assert sum("model.layers.1.mlp.experts (for" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_the_storage_that_experts_do_not_have_is_said(folders, tmp_path, caplog):
+    model = load(folders["blocks", False], wish(bnb_4bit_quant_storage="bfloat16"))
+    assert "bnb_4bit_quant_storage=bfloat16 is for linear layers" in caplog.text
+    assert model.model.layers[1].self_attn.o_proj.weight.dtype == torch.bfloat16
+    assert experts_of(model)[0].gate_codes.dtype == torch.uint8
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+    for read in (dsm.inspect_checkpoint, lambda folder: open_folder(folder).weight_formats):
+        with pytest.raises(
+            (ValueError, dsm.CheckpointError), match="bnb_4bit_quant_storage='bfloat16' is not supported in files"
+        ):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["nf4-double", "int8"])

@@ -18,6 +18,7 @@ from modeling_deepseek_moe.ops.four_bit import NESTED_GROUP, NestedScales, expan
 from modeling_deepseek_moe.ops.quantized_linear import quantized_linear
 
 METHOD = "bitsandbytes"
+STORAGE = "bnb_4bit_quant_storage"  # the dtype that the bytes of 4-bit codes are viewed as
 BLOCK = 64  # values that share a scale, row by row through a matrix
 UNLESS_SAID = ("lm_head",)  # what bitsandbytes leaves alone where no skip list is given
 # Linear layers that releases keep in floating point: of an MTP layer, and the head.
@@ -170,6 +171,19 @@ def is_bitsandbytes(fields: Mapping | None) -> bool:
     """Whether a ``quantization_config`` is bitsandbytes'."""
     method = (fields or {}).get("quant_method")
     return getattr(method, "value", method) == METHOD
+
+
+def check_storage(fields: Mapping | None) -> None:
+    """
+    Raises:
+        ValueError: files in which bitsandbytes' codes lie in another dtype than bytes'.
+    """
+    storage = (fields or {}).get(STORAGE) or "uint8"
+    if storage != "uint8" and is_bitsandbytes(fields):
+        raise ValueError(
+            f"quantization_config: {STORAGE}={storage!r} is not supported in files, only 'uint8': the model loads, and what it saves "
+            "after model.dequantize() every command takes"
+        )
 
 
 def announced(fields: Mapping | None) -> tuple[WeightFormat, ...]:

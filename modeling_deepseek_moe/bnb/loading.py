@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import CONFIG_NAME, logging
 
-from modeling_deepseek_moe.bnb.formats import INT8, METHOD
+from modeling_deepseek_moe.bnb.formats import INT8, METHOD, STORAGE
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.config import own_formats
@@ -75,6 +75,10 @@ def quantize_experts(model: PreTrainedModel, config: BitsAndBytesConfig, device_
             partly.append(f"{name} (for {kept[0]})")
             continue
         _replace(model, name, module, _kind(config), config.bnb_4bit_use_double_quant, config)
+    if config.load_in_4bit and config.bnb_4bit_quant_storage != torch.uint8 and stacked_experts(model):
+        logger.warning(
+            f"{STORAGE}={str(config.bnb_4bit_quant_storage).removeprefix('torch.')} is for linear layers: codes of routed experts stay uint8."
+        )
     if partly:
         logger.warning(
             f"llm_int8_skip_modules names some projections of routed experts and not others, which lie in one stack: {', '.join(partly)} "
