@@ -267,6 +267,18 @@ def test_an_adapter_reads_the_weights_that_a_use_has_packed(folder, use_dora):
     assert apart(found[1][1], found[1][0]) < 0.5
 
 
+def test_a_later_adapter_reads_them_too(folder):
+    """peft puts it in without a word, in eval mode too."""
+    model = ours(folder, quantization_config=four_bit(), dtype=torch.float32)
+    kind = {"r": 4, "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_b_proj"], **kind)).eval()
+    layers = [layer.self_attn.o_proj for layer in model.get_base_model().model.layers]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as on a CPU that has it, whichever this one is
+    model.add_adapter("later", peft.LoraConfig(target_modules=["o_proj"], **kind))
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("deepseek_v32", "DeepseekV32ForCausalLM"), ("glm_moe_dsa", "GlmMoeDsaForCausalLM")]
 )

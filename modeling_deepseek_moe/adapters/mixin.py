@@ -32,7 +32,7 @@ from modeling_deepseek_moe.adapters.stored import (
     refuse_unfit,
 )
 from modeling_deepseek_moe.adapters.targets import Targets, has_stacks, injected, plain_names
-from modeling_deepseek_moe.bnb.packing import keep_readable
+from modeling_deepseek_moe.bnb.packing import keep_children_readable, keep_readable
 from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 
@@ -103,6 +103,7 @@ class AdapterMixin(ModelMixin):
                 with _shown(module):
                     yield name, module
             else:
+            keep_children_readable(module)
                 yield name, module
         merge.report()  # peft has merged on its way
 

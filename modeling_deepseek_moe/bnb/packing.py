@@ -22,7 +22,7 @@ class FourBitMixin(ModelMixin):
         return super().state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True):
-        keep_readable(self)  # peft puts in later adapters without a word, and sets the mode
+        keep_readable(self)
         if mode:
             unpack(self)
         return super().train(mode)
@@ -31,11 +31,16 @@ class FourBitMixin(ModelMixin):
 def keep_readable(model: nn.Module) -> None:
     """Layers that are read as well as called stay unpacked."""
     for module in model.modules():
-        for name in READ:
-            layer = module._modules.get(name)
-            if layer is not None and layer.__dict__.get(FLAG):
-                unpack(layer)
-                setattr(layer, FLAG, False)
+        keep_children_readable(module)
+
+
+def keep_children_readable(module: nn.Module) -> None:
+    """As `keep_readable`, of a module's own children alone."""
+    for name in READ:
+        layer = module._modules.get(name)
+        if layer is not None and layer.__dict__.get(FLAG):
+            unpack(layer)
+            setattr(layer, FLAG, False)
 
 
 def unpack(model: nn.Module) -> None:
