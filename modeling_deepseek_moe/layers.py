@@ -1,5 +1,7 @@
 """The small layers: RMSNorm, SwiGLU, and the rule that some tensors keep their dtype."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -12,9 +14,12 @@ class KeepsDtype(nn.Module):
     """A module some of whose tensors move between devices but are never cast by ``.to(dtype)`` and its kin.
 
     FP8 codes lose their meaning when cast, and scales and router biases lose bits that matter.
+
+    Attributes:
+        dtype_kept: their dtypes by name.
     """
 
-    dtype_kept: tuple[str, ...] = ()
+    dtype_kept: Mapping[str, torch.dtype] = {}
 
     def _apply(self, fn, recurse=True):
         kept = [getattr(self, name) for name in self.dtype_kept]
@@ -27,6 +32,24 @@ class KeepsDtype(nn.Module):
             return fn(tensor)
 
         return super()._apply(move, recurse)
+
+    def narrow(self) -> None:
+        """Give tensors back the dtype that they are kept in, where ``parameter.data`` was set to a wider one, which lost nothing.
+
+        As peft's `prepare_model_for_kbit_training` sets all parameters of 16 bits, scales too.
+        """
+        for name, dtype in self.dtype_kept.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dtype.itemsize > dtype.itemsize:
+                tensor.data = tensor.data.to(dtype)
+
+    def train(self, mode: bool = True):
+        self.narrow()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.narrow()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class DeepseekRMSNorm(nn.Module):

@@ -34,6 +34,7 @@ from modeling_deepseek_moe.adapters.stored import (
 from modeling_deepseek_moe.adapters.targets import Targets, has_stacks, injected, plain_names
 from modeling_deepseek_moe.bnb.packing import keep_children_readable, keep_readable
 from modeling_deepseek_moe.compat import ModelMixin
+from modeling_deepseek_moe.layers import KeepsDtype
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 
 ALIGNMENT = 64  # bytes, of what torch allocates
@@ -75,6 +76,9 @@ class AdapterMixin(ModelMixin):
             self.__dict__["_adapter_hook"] = self.register_load_state_dict_pre_hook(_accept)
         self.__dict__["peft_config"] = configs
         keep_readable(self)
+        for module in self.modules():
+            if isinstance(module, KeepsDtype):
+                module.narrow()
 
     @peft_config.deleter
     def peft_config(self) -> None:

@@ -3,6 +3,8 @@
 Legend: T tokens, E experts, K experts per token, D hidden size.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ class DeepseekTopkRouter(KeepsDtype):
     ``e_score_correction_bias`` (noaux_tc only) picks experts but does not weigh them; it is fp32 through any cast.
     """
 
-    dtype_kept: tuple[str, ...] = ("e_score_correction_bias",)
+    dtype_kept: Mapping[str, torch.dtype] = {"e_score_correction_bias": torch.float32}
 
     def __init__(self, config):
         super().__init__()

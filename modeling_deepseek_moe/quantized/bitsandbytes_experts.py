@@ -116,7 +116,7 @@ class BitsAndBytesExperts(BitsAndBytesMatrices):
         self._addresses: torch.Tensor | None = None
         self._found: list | None = None  # of which tensors the addresses are
         self._records: torch.Tensor | None = None  # that they lead to
-        self.dtype_kept = ()
+        self.dtype_kept: dict[str, torch.dtype] = {}
         for projection in self.shapes:
             for part, (shape, dtype) in self.layout(projection).items():
                 self._add(parameter_of(projection, part), torch.empty((self.num_experts, *shape), dtype=dtype))
@@ -125,7 +125,7 @@ class BitsAndBytesExperts(BitsAndBytesMatrices):
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.dtype_kept += (name,)
+        self.dtype_kept[name] = tensor.dtype
 
     def layout(self, projection: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Of one expert's tensors, codes first: shape and dtype of each part of a projection (see `parameter_of`)."""

@@ -89,7 +89,7 @@ class StackedQuantizedExperts(QuantizedExperts):
         codes_ID, codes_DI = weight_format.code_shape((i, d)), weight_format.code_shape((d, i))
         scales_ID, scales_DI = weight_format.scale_shape((i, d)), weight_format.scale_shape((d, i))
         self.intermediate_dim, self.scale_rows = i, scales_ID[0]
-        self.dtype_kept = ()
+        self.dtype_kept: dict[str, torch.dtype] = {}
         for name, rows, codes, scales in (
             ("gate_up_proj", 2, codes_ID, scales_ID),
             ("down_proj", 1, codes_DI, scales_DI),
@@ -100,7 +100,7 @@ class StackedQuantizedExperts(QuantizedExperts):
             ):
                 stack = torch.empty((e, rows * n, k), dtype=dtype)
                 self.register_parameter(f"{name}{suffix}", nn.Parameter(stack, requires_grad=False))
-                self.dtype_kept += (f"{name}{suffix}",)
+                self.dtype_kept[f"{name}{suffix}"] = dtype
 
     def matrices(self, index: int) -> dict[str, QuantizedMatrix]:
         return self.matrices_by(lambda stack: stack[index])

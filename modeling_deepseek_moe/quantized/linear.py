@@ -27,7 +27,7 @@ class QuantizedLinear(KeepsDtype, nn.Linear):
         scales = torch.empty(weight_format.scale_shape(shape), dtype=weight_format.scale_dtype, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_parameter(self._scale, nn.Parameter(scales, requires_grad=False))
-        self.dtype_kept = ("weight", self._scale)
+        self.dtype_kept = {"weight": codes.dtype, self._scale: scales.dtype}
 
     @property
     def scale(self) -> nn.Parameter:

@@ -9,6 +9,7 @@ from modeling_deepseek_moe.ops._library import PLAIN
 from modeling_deepseek_moe.ops._operands import unsupported_format
 from modeling_deepseek_moe.ops._structs import NESTED
 from modeling_deepseek_moe.ops.experts import cpu
+from modeling_deepseek_moe.ops.four_bit.cpu import SCALE_DTYPES
 from modeling_deepseek_moe.ops.four_bit.reference import KINDS
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -75,7 +76,9 @@ def operands(module: nn.Module) -> Operands:
     table = module.__dict__.get(SLOT)
     if table is None or not table.is_of(own):
         stacks = tuple(map(own.get, names))
-        if not all(stack is None or _is_readable(stack) for stack in stacks):
+        wanted = torch.float32 if kind is None else SCALE_DTYPES[kind]
+        is_cast = any(scales is not None and scales.dtype != wanted for scales in stacks[2:])
+        if is_cast or not all(stack is None or _is_readable(stack) for stack in stacks):
             return Operands(stacks, None, *_width_and_dtype(stacks), kind)
         table = module.__dict__[SLOT] = _Table(names, stacks, kind)
     return table.operands
@@ -88,7 +91,7 @@ def unsupported_reason(module: nn.Module, weights: Operands, hidden_TD: torch.Te
     if weights.kind is None:
         return cpu.unsupported_reason(hidden_TD, module.act_fn, *weights.stacks[:2])
     if weights.addresses is None:
-        return "does not compute four-bit experts in graphs, or from other tensors than plain ones on the CPU"
+        return "computes four-bit experts from plain tensors on the CPU in the format's dtypes alone, in no graph"
     group = KINDS[weights.kind.removesuffix(NESTED)].group
     if weights.width % group:
         return f"takes {weights.kind} rows of whole groups of {group}, found experts of width {weights.width}"
