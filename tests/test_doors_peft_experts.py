@@ -115,6 +115,26 @@ OTHERS = {
         {"mlp.experts": 2},
         "down_proj: the routed experts.*not mlp.down_proj, shared_experts.down_proj",
     ),
+    "layers": (
+        {**ROUTED, "target_modules": ["o_proj"], "layers_to_transform": [1]},
+        {"self_attn.o_proj": 1, "mlp.experts": 4},
+        "layers_to_transform: not the routed experts",
+    ),
+    "excluded": (
+        {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"], "exclude_modules": ["experts"]},
+        {"self_attn.o_proj": 3},
+        "gate_proj: the routed experts",
+    ),
+    "excluded in a layer": (
+        {**ROUTED, "target_modules": ["o_proj"], "exclude_modules": r".*layers\.1\.mlp\.experts"},
+        {"self_attn.o_proj": 3, "mlp.experts": 2},
+        None,
+    ),
+    "a stack excluded": (
+        {**ROUTED, "target_modules": ["o_proj"], "exclude_modules": ["gate_proj", "up_proj"]},
+        {"self_attn.o_proj": 3, "mlp.experts": 2},
+        None,
+    ),
 }
 
 
@@ -128,6 +148,17 @@ def test_names_mean_what_they_say_and_one_warning_lists_those_that_do_not(kind, 
     warnings = [record.message for record in caplog.records if "Targets of the adapter" in record.message]
     assert len(warnings) == (said is not None)
     assert said is None or re.search(said, warnings[0])
+    model.save_pretrained(tmp_path / "adapter")
+    back = peft.PeftModel.from_pretrained(load(tmp_path), tmp_path / "adapter").eval()
+    assert torch.equal(logits(back), logits(model))
+
+
+def test_all_linear_layers_but_experts(tmp_path):
+    write_release(tmp_path, SHAPES["v3"](), fp8=True)
+    kind = {"target_modules": "all-linear", "exclude_modules": ["experts"]}
+    model = adapted(load(tmp_path), **kind)
+    adapters = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    assert any("o_proj" in name for name in adapters) and not any(".experts." in name for name in adapters)
     model.save_pretrained(tmp_path / "adapter")
     back = peft.PeftModel.from_pretrained(load(tmp_path), tmp_path / "adapter").eval()
     assert torch.equal(logits(back), logits(model))

@@ -54,6 +54,19 @@ REFUSED = {
     "dora": ({**ROUTED, "use_dora": True}, "mlp.experts: found use_dora=True"),
     "dropout": ({**ROUTED, "lora_dropout": 0.1}, "mlp.experts: found lora_dropout=0.1"),
     "pissa": ({**ROUTED, "init_lora_weights": "pissa"}, "mlp.experts: found init_lora_weights=pissa"),
+    "orthogonal": (
+        {"target_modules": ["shared_experts.up_proj"], "init_lora_weights": "orthogonal"},
+        "shared_experts.up_proj: found FP8-resident codes.*init_lora_weights='orthogonal', which computes with the weight",
+    ),
+    "loftq": (
+        {
+            "target_modules": "all-linear",
+            "exclude_modules": ["experts"],
+            "init_lora_weights": "loftq",
+            "loftq_config": {"loftq_bits": 4},
+        },
+        "found FP8-resident codes.*init_lora_weights='loftq'",
+    ),
     "rank": ({**ROUTED, "r": 33}, "down_proj: found rank 33, wanted at most 32"),
 }
 needs_add_adapter = pytest.mark.skipif(

@@ -248,16 +248,17 @@ def _prepare(model: nn.Module, known: _Known, configs: dict) -> bool:
 def _targets(model: nn.Module, modules: dict[str, nn.Module], config) -> Targets:
     """Of a config that is new; one of LoRA gets the layers that peft has none for."""
     if config.peft_type.value != "LORA":
-        check_config(modules, config, False)
-        check_divided(model, modules, Targets(config))
-        return Targets(config)
+        targets = Targets(config)
+        check_config(modules, targets)
+        check_divided(model, modules, targets)
+        return targets
     from modeling_deepseek_moe.adapters.layers import CUSTOM
 
     before = {name: copy.copy(getattr(config, name)) for name in READ}
     with ExitStack() as undo:
         undo.callback(vars(config).update, before)
         targets = Targets.of(model, modules, config)
-        check_config(modules, config, targets.reaches_experts)
+        check_config(modules, targets)
         check_divided(model, modules, targets)
         undo.pop_all()
     config._register_custom_module(CUSTOM)  # peft's own name for it; it has no other

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from torch import nn
 
-from modeling_deepseek_moe.adapters.targets import is_experts, suffix
+from modeling_deepseek_moe.adapters.targets import Targets, is_experts, suffix
 from modeling_deepseek_moe.bnb.packing import is_packed
 from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
@@ -14,21 +14,21 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
-STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight
+STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight and at no data
+OF_DATA = "eva"  # which looks at no weight either
 PLAIN = ("lora_dropout", "fan_in_fan_out", "lora_bias")  # fields that low-rank products of experts have no use for
 
 
-def check_config(modules: dict[str, nn.Module], config, reaches_experts: bool) -> None:
+def check_config(modules: dict[str, nn.Module], targets: Targets) -> None:
     """
-    Args:
-        reaches_experts: whether stacks of experts are among the targets of LoRA.
-
     Raises:
         ValueError: the adapter wants of stacked experts, or of weights that are codes, what they cannot give.
     """
+    config = targets.config
     if config.peft_type.value == "LORA":
         experts = [name for name, module in modules.items() if is_experts(module)]
-        _check_experts(experts, modules, config, reaches_experts)
+        _check_experts(experts, modules, config, targets.reaches_experts)
+        _check_start(modules, targets)
     _check_codes(modules.items(), config)
 
 
@@ -59,6 +59,28 @@ def variants(config) -> dict:
     if config.init_lora_weights not in STARTS:
         found["init_lora_weights"] = config.init_lora_weights
     return {field: value for field, value in found.items() if value}
+
+
+def _check_start(modules: dict[str, nn.Module], targets: Targets) -> None:
+    start = targets.config.init_lora_weights
+    if start in STARTS or start == OF_DATA:
+        return
+    for name, module in modules.items():
+        if isinstance(module, QuantizedLinear) and targets.reaches(name):
+            raise ValueError(
+                f"{name}: found {_resident(module)}, wanted bf16 or fp32 ones for init_lora_weights={str(start)[:40]!r}, which computes "
+                f"with the weight: {', '.join(map(repr, STARTS))} do not; or {_way_out(module)}"
+            )
+
+
+def _resident(module: QuantizedLinear | QuantizedExperts) -> str:
+    kind = "codes" if isinstance(module, QuantizedLinear) else "routed experts"
+    return f"{module.weight_format.title}-resident {kind}"
+
+
+def _way_out(module: QuantizedLinear | QuantizedExperts) -> str:
+    form = module.weight_format
+    return form.to_floats if form.foreign else f"{form.to_floats}, or convert it with {form.converter}"
 
 
 def _check_ranks(name: str, experts: nn.Module, config) -> None:
@@ -95,11 +117,7 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
     for name, module in modules:
         if not isinstance(module, QuantizedLinear | QuantizedExperts):
             continue
-        kind = "codes" if isinstance(module, QuantizedLinear) else "routed experts"
-        kept = f"{module.weight_format.title}-resident {kind}"
-        way_out = module.weight_format.to_floats
-        if not module.weight_format.foreign:
-            way_out += f", or convert it with {module.weight_format.converter}"
+        kept, way_out = _resident(module), _way_out(module)
         found = [
             target for target in parameters if isinstance(module, QuantizedLinear) and suffix(target, f"{name}.weight")
         ]

@@ -72,6 +72,8 @@ class Targets:
         apart: targets that peft would read as routed experts, which it gets once it has read the others.
         given: the targets that it was given to read.
         notes: what a user would not expect.
+        experts: the names of the model's modules of routed experts.
+        inner: what they begin with in a model with a head.
         reaches_experts: whether stacks of experts are among them.
         is_done: those of experts have their layers.
         is_loaded: its layers have got tensors that were stored.
@@ -81,6 +83,8 @@ class Targets:
     apart: set[str] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
+    inner: str = ""
     reaches_experts: bool = False
     is_done: bool = False
     is_loaded: bool = False
@@ -88,8 +92,8 @@ class Targets:
     @classmethod
     def of(cls, model: nn.Module, modules: dict[str, nn.Module], config) -> "Targets":
         """Divide a LoRA config's targets, and read the first part as peft does."""
-        targets, converts = cls(config), _converts(model)
         experts = [name for name, module in modules.items() if is_experts(module)]
+        targets, converts = cls(config, experts=experts, inner=f"{model.base_model_prefix}."), _converts(model)
         linears = [name for name, module in modules.items() if name.rpartition(".")[2] in PROJECTIONS]
         wanted = config.target_modules
         if isinstance(wanted, str):
@@ -102,16 +106,19 @@ class Targets:
             targets._divide(set(wanted), experts, linears)
             targets.given = config.target_modules  # peft puts another set in its place
         targets._note_parameters(modules, experts)
-        targets.reaches_experts = reaches_experts(config)
+        targets.reaches_experts = reaches_experts(config) and targets._leaves_experts()
+        if config.layers_to_transform is not None and targets.reaches_experts and experts:
+            targets.notes.append("layers_to_transform: not the routed experts, which peft adapts in every layer")
         if not converts:
             targets._read_as_peft()
         return targets
 
     def give_back(self) -> None:
-        """Put targets back that were kept apart, if peft has read the others."""
+        """Put targets back that were kept apart, if peft has read the others, and take those away that are excluded."""
         if self.apart and self.config.target_modules is not self.given:
             self.config.target_modules = set(self.config.target_modules or ()) | self.apart
             self.apart = set()
+        self._take_excluded()
 
     def reaches(self, name: str) -> bool:
         """Whether peft will adapt the linear layer of that name."""
@@ -120,7 +127,25 @@ class Targets:
         reading = copy.copy(self.config)
         if self.apart:
             reading.target_modules = {*(reading.target_modules or ()), *self.apart}
+        elif isinstance(reading.target_modules, str) and reading.target_modules.lower() == ALL_LINEAR:
+            reading.target_modules = ".*"
         return bool(check_target_module_exists(reading, name))
+
+    def _leaves_experts(self) -> bool:
+        """Whether ``exclude_modules`` leaves a stack of routed experts."""
+        pairs = [(name, stack) for name in self.experts for stack in STACKS]
+        return not pairs or any(not _is_excluded(self.config, *pair) for pair in pairs)
+
+    def _take_excluded(self) -> None:
+        """Name the stacks that ``exclude_modules`` leaves, layer by layer: peft asks it of linear layers alone."""
+        for target in sorted(getattr(self.config, "target_parameters", None) or ()):
+            path, _, stack = target.rpartition(".")
+            own = [name for name in self.experts if stack in STACKS and (not path or suffix(path, name))]
+            left = [name for name in own if not _is_excluded(self.config, name, stack)]
+            if len(left) < len(own):
+                # without the name of a model within one with a head, so that both load the adapter
+                named = {f"{name.removeprefix(self.inner)}.{stack}" for name in left}
+                self.config.target_parameters = set(self.config.target_parameters) - {target} | named
 
     def say(self) -> None:
         """All notes in one warning."""
@@ -183,8 +208,6 @@ class Targets:
                     self.notes.append(f"{target}: the routed experts, as peft reads it, since no layer has that name")
             elif not matches:
                 self.notes.append(f"{shown(target, keep='')}: matches nothing")
-        if self.config.layers_to_transform is not None and wanted & set(PROJECTIONS) and experts:
-            self.notes.append("layers_to_transform: not the routed experts, which peft adapts in every layer")
 
     def _note_parameters(self, modules, experts: list[str]) -> None:
         for target in sorted(self.config.target_parameters or ()):
@@ -210,6 +233,23 @@ def _check_pair(wanted: set[str]) -> None:
                 f"routed experts', without {other}, wanted both, since they share a stack; or a layer by its name, such as "
                 f"shared_experts.{leaf}"
             )
+
+
+def _is_excluded(config, path: str, stack: str) -> bool:
+    """Whether ``exclude_modules`` names the module of routed experts, one of its stacks, or all projections that lie in it.
+
+    An adapter that was stored names the stacks that it has.
+    """
+    told = getattr(config, "exclude_modules", None)
+    if not told or config.inference_mode:
+        return False
+
+    def is_named(name: str) -> bool:
+        return bool(re.fullmatch(told, name)) if isinstance(told, str) else any(suffix(one, name) for one in told)
+
+    leaves = PROJECTIONS[:2] if stack == STACKS[0] else PROJECTIONS[2:]
+    parts = [(f"{path}.{leaf}", f"{path}.0.{leaf}") for leaf in leaves]
+    return is_named(path) or is_named(f"{path}.{stack}") or all(any(map(is_named, names)) for names in parts)
 
 
 def _means_linears(target: str, experts: list[str], linears: list[str]) -> bool:
