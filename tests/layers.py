@@ -206,6 +206,7 @@ LAYERS = (
     "adapters.divided",
     "adapters.stored",
     "adapters.layers",
+    "adapters.tuners",
     "adapters.mixin",
     "adapters",
     "tokens",

@@ -1,10 +1,16 @@
 """Merging adapters into a model in memory: exact in fp32, and into codes by new ones for the blocks that change, alone."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from adapters import ATTENTION, EXPERTS, adapted, dequantised, load, logits, stacked
-from releases import SHAPES, write_release
+from releases import SHAPES, same_bits, write_release
+from test_int4_release import write_int4
+from transformers.distributed import DistributedConfig
 
+from modeling_deepseek_moe import inspect_checkpoint
 from modeling_deepseek_moe.adapters.merging import Merge, add_to_codes
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.formats import FORMATS
@@ -22,6 +28,24 @@ def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merge")
     write_release(folder, SHAPES["v3"](), fp8=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory):
+    """Codes wherever rows are whole groups, so that ``q_b_proj`` has none."""
+    folder = tmp_path_factory.mktemp("int4") / "all"
+    write_int4(folder, SHAPES["kimi"](), linears=True)
+    return folder
+
+
+def refused(model, message, *merges, **kwargs):
+    """That merging is, and leaves every tensor as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for merge in merges or (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=message):
+            merge(**kwargs)
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(same_bits(after[name], before[name]) for name in before)
 
 
 def is_rounded(merged, exact):
@@ -103,15 +127,105 @@ def test_merged_layers_are_saved_as_those_of_the_files(dora, release, tmp_path):
         torch.testing.assert_close(logits(load(tmp_path / "out")), found, rtol=1e-2, atol=1e-2)
 
 
-def test_files_are_not_merged_into_and_nothing_is(release):
-    model = adapted(load(release), **BOTH)
+@pytest.mark.parametrize("base", ["release", "int4"])
+def test_files_are_not_merged_into_and_nothing_is(base, request):
+    folder = request.getfixturevalue(base)
+    model = adapted(load(folder), **BOTH)
+    model.add_adapter("attention", peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
     want = logits(model)
-    for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(
-            ValueError, match=r"mlp\.experts.*mapped files.*convert merge-adapter.*FineGrainedFP8Config"
-        ):
-            merge()
-        assert torch.equal(logits(model), want)
+    refused(model, r"mlp\.experts.*mapped files.*adapter default.*convert merge-adapter.*FineGrainedFP8Config")
+    assert torch.equal(logits(model), want)
+    model.merge_adapter(["attention"])  # of the experts' files nothing is wanted
+    model.unmerge_adapter()
+    for layer in model.base_model.model.model.layers[1:]:
+        layer.mlp.experts.get_base_layer().restack("cpu")  # as a move to another device does
+    merged = logits(model.merge_and_unload())
+    assert torch.equal(merged, logits(adapted(stacked(folder), **BOTH).merge_and_unload()))
+
+
+METHODS = {
+    "IA3": lambda: peft.IA3Config(
+        target_modules=["q_b_proj", "o_proj"], feedforward_modules=[], init_ia3_weights=False
+    ),
+    "LOHA": lambda: peft.LoHaConfig(r=2, target_modules=ATTENTION, init_weights=False),
+    "LOKR": lambda: peft.LoKrConfig(r=2, target_modules=ATTENTION, init_weights=False),
+    "VERA": lambda: peft.VeraConfig(r=2, target_modules=["o_proj"], init_weights=False),
+    "ADALORA": lambda: peft.AdaLoraConfig(init_r=2, total_step=10, target_modules=ATTENTION),
+}
+
+
+@pytest.mark.parametrize("base", ["release", "int4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_have_no_way_into_codes_are_refused_by_name(method, base, request):
+    folder = request.getfixturevalue(base)
+    model = peft.get_peft_model(load(folder), METHODS[method]()).eval()
+    refused(model, rf"_proj: found (FP8|INT4)-resident codes to merge an adapter of peft_type={method} into")
+    assert torch.equal(logits(model.unload()), logits(load(folder)))
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_layer_that_cannot_be_merged_is_found_before_the_first_is(int4, safe_merge):
+    model = adapted(stacked(int4), **BOTH)
+    experts = model.base_model.model.model.layers[2].mlp.experts
+    experts.lora_B["default"].weight.data[3, 5] = torch.nan
+    refused(model, r"layers\.2\.mlp\.experts: adapter default: found NaN or Inf in lora_B", safe_merge=safe_merge)
+    experts.lora_B["default"].weight.data[3, 5] = 3e38
+    experts.lora_A["default"].weight.data[:] = 3e38
+    if safe_merge:
+        before = {name: tensor.clone() for name, tensor in experts.get_base_layer().state_dict().items()}
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            experts.merge(safe_merge=True)
+        assert all(same_bits(tensor, before[name]) for name, tensor in experts.get_base_layer().state_dict().items())
+    two = adapted(load(int4), target_modules=ATTENTION)
+    two.add_adapter("dora", peft.LoraConfig(r=2, target_modules=ATTENTION, use_dora=True))
+    two.base_model.set_adapter(["default", "dora"])
+    refused(two, "adapters default, dora: found DoRA among several", safe_merge=safe_merge)
+
+
+def test_parts_of_ranks_are_not_merged_into(release):
+    model = adapted(dequantised(release), target_modules=ATTENTION)
+    base = model.get_base_model()
+    base.config.distributed_config, base._is_distributed_loading_by_transformers = DistributedConfig(tp_size=2), True
+    refused(model, r"tp_size=2: found weights that ranks have parts of.*convert merge-adapter")
+
+
+def test_copies_and_pickles_merge_by_themselves(release):
+    model = adapted(dequantised(release), **BOTH)
+    want = logits(adapted(dequantised(release), **BOTH).merge_and_unload())
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert torch.equal(logits(made.merge_and_unload()), want)
+
+
+def test_codes_are_given_back_where_the_layer_is_now(release):
+    layer = adapted(load(release), target_modules=["o_proj"]).base_model.model.model.layers[0].self_attn.o_proj
+    layer.merge()
+    layer.to("meta")
+    layer.unmerge()
+    assert {tensor.device.type for tensor in layer.base_layer.parameters()} == {"meta"}
+
+
+def test_int4_merged_in_memory_is_saved_and_loaded(int4, tmp_path):
+    merged = adapted(stacked(int4), **BOTH).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert not inspect_checkpoint(tmp_path / "merged").findings
+    again = load(tmp_path / "merged")
+    assert torch.equal(logits(stacked(tmp_path / "merged")), logits(merged))
+    assert not torch.allclose(logits(again), logits(load(int4)), atol=1e-2)
+
+
+def test_int4_scales_that_peft_prepared_are_those_of_the_files(int4, tmp_path):
+    """`prepare_model_for_kbit_training` sets the data of all 16-bit parameters to fp32, scales too."""
+    want = logits(stacked(int4))
+    model = peft.prepare_model_for_kbit_training(stacked(int4))
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-3)
+    scales = [name for name in model.state_dict() if name.endswith("_scale")]
+    assert scales and all(model.state_dict()[name].dtype == torch.bfloat16 for name in scales)
+    assert torch.equal(logits(model), want)
+    peft.prepare_model_for_kbit_training(model).save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(load(int4)))
+    trained = adapted(peft.prepare_model_for_kbit_training(stacked(int4)), **BOTH)
+    assert torch.equal(logits(trained), logits(adapted(stacked(int4), **BOTH)))
+    assert torch.equal(logits(trained.merge_and_unload()), logits(adapted(stacked(int4), **BOTH).merge_and_unload()))
 
 
 @pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)

@@ -18,8 +18,8 @@ def check_divided(model: nn.Module, modules: dict[str, nn.Module], targets: Targ
     Raises:
         ValueError: ranks divide what the adapter is for, in a way that peft 0.21 has no layers for.
     """
-    asked = getattr(model.config, "distributed_config", None)
-    if asked is None or not getattr(model, "is_distributed_loading_by_transformers", False):
+    asked = _division(model)
+    if asked is None:
         return
     if asked.fsdp_size > 1 and (asked.dp_replicate_size > 1 or asked.tp_size > 1):
         raise ValueError(
@@ -35,6 +35,25 @@ def check_divided(model: nn.Module, modules: dict[str, nn.Module], targets: Targ
     if asked.tp_size == 1:
         return
     _check_tensor_parallel(sizes, model.tp_plan, modules, targets)
+
+
+def check_whole(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: ranks have parts of the weights that an adapter is to be merged into.
+    """
+    asked = _division(model)
+    if asked is not None and asked.tp_size > 1:
+        raise ValueError(
+            f"tp_size={asked.tp_size}: found weights that ranks have parts of, wanted whole ones to merge an adapter into: merge it in "
+            "one process, or into the files by `deepseek-moe convert merge-adapter`"
+        )
+
+
+def _division(model: nn.Module):
+    """The `DistributedConfig` by which ranks divide the model; ``None`` where they do not."""
+    asked = getattr(model.config, "distributed_config", None)
+    return asked if getattr(model, "is_distributed_loading_by_transformers", False) else None
 
 
 def _check_tensor_parallel(sizes: str, rules: dict[str, str], modules: dict[str, nn.Module], targets: Targets) -> None:

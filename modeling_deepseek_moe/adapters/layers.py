@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from modeling_deepseek_moe.adapters.merging import Merge, add_to_codes, copy_of, write_over
+from modeling_deepseek_moe.formats.row import Scales
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION, STACKS, Copies, LowRank, Pair
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts, QuantizedMatrix
@@ -39,11 +40,10 @@ class ParamWrapper(lora.ParamWrapper):
                 'experts, in target_parameters, as "mlp.experts.down_proj"'
             )
         self.merge_record = Merge()
+        self._stack = str(kwargs.get("target_name"))
         self._kept: dict[int, tuple] = {}
         self._copies: dict[str, Copies] = {}
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, **kwargs)
-        if is_mapped(self):
-            self.merge_record.mapped = str(kwargs.get("target_name")), self.get_base_layer().weight_format
 
     def get_param(self) -> torch.Tensor:
         """The stack, or what peft has to know of one that is codes: shape, device, and fp32 for the adapter's dtype."""
@@ -93,6 +93,19 @@ class ParamWrapper(lora.ParamWrapper):
                 return None
             found[wrapper.parameter_name] = pairs[0].packed() if pairs else None
         return experts, *found.values()
+
+    def check_merge(self, names: list[str]) -> None:
+        """
+        Raises:
+            ValueError: adapters of these names cannot be merged into the experts as they lie now.
+        """
+        experts = self.get_base_layer()
+        if isinstance(experts, MappedExperts):
+            raise ValueError(
+                f"{self._stack}: found experts in the checkpoint's mapped files, wanted them in memory to merge adapter "
+                f"{', '.join(names)} into: `deepseek-moe convert merge-adapter` merges into the files themselves; or, before there is "
+                f"an adapter, {experts.weight_format.to_floats}"
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         self._merge(adapter_names, safe_merge, keep=True)
@@ -177,11 +190,12 @@ class ParamWrapper(lora.ParamWrapper):
         return (b.to(wide) @ a.to(wide)) * self.scaling[name]
 
     def _merge(self, adapter_names: list[str] | None, safe: bool, keep: bool) -> None:
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if names:
+            self.check_merge(names)
+        for name in names:
             if isinstance(self.get_base_layer(), QuantizedExperts):
-                self._add_to_codes(name, keep)
+                self._add_to_codes(name, safe, keep)
             else:
                 self._add_to_stack(name, 1, safe)
             self.merged_adapters.append(name)
@@ -196,19 +210,23 @@ class ParamWrapper(lora.ParamWrapper):
         for expert, total in sums:
             stack[expert] = total
 
-    def _add_to_codes(self, name: str, keep: bool) -> None:
-        experts = self.get_base_layer()
-        self.merge_record.check()
-        for expert in range(self.num_experts):
-            matrices, difference = self._own(expert), self._difference(name, expert).float()
-            parts = difference.chunk(len(matrices))
-            new = [
-                add_to_codes(experts.weight_format, *matrix, part.contiguous(), self.merge_record)
-                for matrix, part in zip(matrices, parts, strict=True)
-            ]
+    def _add_to_codes(self, name: str, safe: bool, keep: bool) -> None:
+        sums = ((expert, self._sum(name, expert)) for expert in range(self.num_experts))
+        if safe:  # a sum that is not finite has no codes: an error before any are written
+            sums = iter(list(sums))
+        for expert, new in sums:
             if keep and expert not in self._kept:
-                self._kept[expert] = tuple(copy_of(*matrix) for matrix in matrices)
+                self._kept[expert] = tuple(copy_of(*matrix) for matrix in self._own(expert))
             self._write(expert, new)
+
+    def _sum(self, name: str, expert: int) -> list[tuple[torch.Tensor, Scales]]:
+        """Codes and scales of one expert's own matrices with an adapter's difference."""
+        matrices, weight_format = self._own(expert), self.get_base_layer().weight_format
+        parts = self._difference(name, expert).float().chunk(len(matrices))
+        return [
+            add_to_codes(weight_format, *matrix, part.contiguous(), self.merge_record)
+            for matrix, part in zip(matrices, parts, strict=True)
+        ]
 
     def _own(self, expert: int) -> list[QuantizedMatrix]:
         gate, up, down = self.get_base_layer().matrices(expert).values()
@@ -227,27 +245,11 @@ class LoraLinear(lora.Linear):
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__(base_layer, adapter_name, **kwargs)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        self._merge(adapter_names, safe_merge, keep=True)
-
-    def unmerge(self) -> None:
-        if self._kept is not None:
-            base = self.get_base_layer()
-            base.weight.data, base.scale.data = self._kept
-            self._kept = None
-        self.merged_adapters.clear()
-
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
-        if merge:
-            self._merge(adapter_names, safe_merge, keep=False)
-        return self.get_base_layer()
-
-    def _merge(self, adapter_names: list[str] | None, safe: bool, keep: bool) -> None:
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        base = self.get_base_layer()
-        self.merge_record.check()
+    def check_merge(self, names: list[str]) -> None:
+        """
+        Raises:
+            ValueError: adapters of these names cannot be merged into codes.
+        """
         if len(names) > 1 and any(name in self.lora_variant for name in names):
             raise ValueError(
                 f"adapters {', '.join(names)}: found DoRA among several to merge into codes, wanted one of them"
@@ -255,6 +257,29 @@ class LoraLinear(lora.Linear):
         for name in names:
             if self.lora_bias[name]:
                 raise ValueError(f"adapter {name}: found lora_bias=True, wanted none to merge into codes")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        self._merge(adapter_names, keep=True)
+
+    def unmerge(self) -> None:
+        if self._kept is not None:
+            base = self.get_base_layer()
+            write_over(base.weight.data, base.scale.data, self._kept)
+            self._kept = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
+        if merge:
+            self._merge(adapter_names, keep=False)
+        return self.get_base_layer()
+
+    def _merge(self, adapter_names: list[str] | None, keep: bool) -> None:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        base = self.get_base_layer()
+        self.check_merge(names)
+        for name in names:
             if name in self.lora_variant:
                 weight = base.dequantize()
                 difference = self.lora_variant[name].merge_safe(self, name, weight) - weight
@@ -270,8 +295,3 @@ class LoraLinear(lora.Linear):
 
 
 CUSTOM = {DeepseekExperts: ParamWrapper, QuantizedExperts: ParamWrapper, QuantizedLinear: LoraLinear}
-
-
-def is_mapped(layer: nn.Module) -> bool:
-    """Whether an adapter's layer is on experts that lie in files."""
-    return isinstance(layer, ParamWrapper) and isinstance(layer.get_base_layer(), MappedExperts)

@@ -17,32 +17,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Merge:
-    """What a model's adapters lost where they were merged into codes, since it was last said.
+    """What a model's adapters lost where they were merged into codes, since it was last said."""
 
-    Attributes:
-        mapped: a layer of experts that an adapter is on and that lies in files, which nothing can be merged into, and
-            their format.
-    """
-
-    mapped: tuple[str, WeightFormat] | None = None
     blocks: int = 0
     touched: int = 0
     error: float = 0.0  # sums of squares, of what is lost, of the differences and of the weights that are touched
     difference: float = 0.0
     weight: float = 0.0
-
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: there are experts in mapped files.
-        """
-        if self.mapped is not None:
-            name, weight_format = self.mapped
-            raise ValueError(
-                f"{name}: found experts in the checkpoint's mapped files, wanted them in memory to merge an adapter "
-                "into: `deepseek-moe convert merge-adapter` merges into the files themselves; or, before there is an adapter, "
-                f"{weight_format.to_floats}"
-            )
 
     def report(self) -> None:
         """One line of what was merged since the last one."""

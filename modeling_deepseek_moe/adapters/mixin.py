@@ -103,11 +103,11 @@ class AdapterMixin(ModelMixin):
             if "merge_record" in module.__dict__:
                 module.merge_record = merge
             tell_width(module)
+            keep_children_readable(module)
             if is_new and isinstance(module, QuantizedExperts):
                 with _shown(module):
                     yield name, module
             else:
-            keep_children_readable(module)
                 yield name, module
         merge.report()  # peft has merged on its way
 
@@ -195,6 +195,9 @@ def _note_tuner(parent: nn.Module, name: str, child: nn.Module) -> None:
     """Called by torch when a module is put into another one: peft's tuners have the model that they change as ``model``."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is not None and isinstance(child, AdapterMixin) and isinstance(parent, tuners.BaseTuner):
+        from modeling_deepseek_moe.adapters.tuners import look_first
+
+        look_first(parent)
         _known(child).tuner = weakref.ref(parent)
 
 
@@ -238,10 +241,6 @@ def _prepare(model: nn.Module, known: _Known, configs: dict) -> bool:
         made = set(injected(model))
         for name in new:
             known.targets[name].is_done = name in made
-    records = [
-        module.merge_record for _, module in nn.Module.named_modules(model) if "merge_record" in module.__dict__
-    ]
-    known.merge.mapped = next((record.mapped for record in records if record.mapped), None)
     return any(not known.targets[name].is_done and has_stacks(configs[name]) for name in new)
 
 
