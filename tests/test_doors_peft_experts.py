@@ -153,12 +153,23 @@ def test_names_mean_what_they_say_and_one_warning_lists_those_that_do_not(kind, 
     assert torch.equal(logits(back), logits(model))
 
 
-def test_all_linear_layers_but_experts(tmp_path):
-    write_release(tmp_path, SHAPES["v3"](), fp8=True)
-    kind = {"target_modules": "all-linear", "exclude_modules": ["experts"]}
-    model = adapted(load(tmp_path), **kind)
-    adapters = [name for name, _ in model.named_parameters() if ".lora_A." in name]
-    assert any("o_proj" in name for name in adapters) and not any(".experts." in name for name in adapters)
+@pytest.mark.parametrize("shape", ["v3", "kimi"])
+def test_a_regex_that_matches_nothing_is_refused(shape, tmp_path):
+    write_release(tmp_path, SHAPES[shape](), fp8=True)
+    model = load(tmp_path)
+    with pytest.raises(ValueError, match=r"Target modules \.\*q_porj not found"):
+        adapted(model, target_modules=".*q_porj")
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("shape", ["v3", "kimi"])
+@pytest.mark.parametrize("excluded", [None, ["experts"]])
+def test_all_linear_layers(excluded, shape, tmp_path):
+    write_release(tmp_path, SHAPES[shape](), fp8=True)
+    model = adapted(load(tmp_path), target_modules="all-linear", exclude_modules=excluded)
+    parts = Counter(name.split(".", 5)[5].split(".")[1] for name, _ in model.named_parameters() if ".lora_A." in name)
+    wanted = {name: 3 for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")} | {"gate": 2}
+    assert parts == wanted | ({} if excluded else {"experts": 4})
     model.save_pretrained(tmp_path / "adapter")
     back = peft.PeftModel.from_pretrained(load(tmp_path), tmp_path / "adapter").eval()
     assert torch.equal(logits(back), logits(model))

@@ -96,9 +96,10 @@ class Targets:
         targets, converts = cls(config, experts=experts, inner=f"{model.base_model_prefix}."), _converts(model)
         linears = [name for name, module in modules.items() if name.rpartition(".")[2] in PROJECTIONS]
         wanted = config.target_modules
-        if isinstance(wanted, str):
-            if wanted.lower() == ALL_LINEAR and converts:
-                targets._note_others(wanted, experts, linears)
+        if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+            targets._note_others(wanted, experts, linears)
+            wanted = None if converts else _all_linear(model, modules, experts)
+        elif isinstance(wanted, str):
             wanted = targets._of_text(wanted, modules, experts, linears)
         else:
             targets._note_unmatched(set(wanted or ()), modules, experts, linears)
@@ -157,12 +158,9 @@ class Targets:
         self.notes = []
 
     def _of_text(self, text: str, modules, experts: list[str], linears: list[str]) -> set[str] | None:
-        """The targets that a regex stands for, layer by layer, where peft would take the last part of each; ``None`` for
-        ``all-linear``, which peft reads itself."""
+        """The targets that a regex stands for, layer by layer, where peft would take the last part of each."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        if text.lower() == ALL_LINEAR:
-            return None
         named = {name for name in modules if check_target_module_exists(self.config, name)}
         paths = [f"{name}{part}" for name in experts for part in ("", ".0")]
         stacked = {leaf for leaf in PROJECTIONS if any(re.fullmatch(text, f"{path}.{leaf}") for path in paths)}
@@ -178,11 +176,8 @@ class Targets:
 
     def _read_as_peft(self) -> None:
         """For a model type that peft has no reading of: that of its kin."""
-        config = self.config
-        if isinstance(config.target_modules, str):
-            config.target_parameters = {*(config.target_parameters or ()), *STACKS, f"{ROUTER}.weight"}
-        else:
-            read(config)
+        if not isinstance(self.config.target_modules, str):  # a regex that matches nothing is peft's to refuse
+            read(self.config)
         self.given = set()
         self.give_back()
 
@@ -218,6 +213,13 @@ class Targets:
                 suffix(target, f"{name}.{own}") for name, module in modules.items() for own in module._parameters
             ):
                 self.notes.append(f"{shown(target, keep='')}: matches nothing")
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], experts: list[str]) -> set[str]:
+    """What peft takes ``all-linear`` for, where it has a reading: last parts of names, the router's and experts' too, not the head's."""
+    head = model.get_output_embeddings()
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+    return {name.rpartition(".")[2] for name in linears} | ({ROUTER, *PROJECTIONS} if experts else set())
 
 
 def _check_pair(wanted: set[str]) -> None:
