@@ -22,7 +22,11 @@ READ, MAPPED, PLACED, CALLED = "read_header", "MappedFiles.address", "Experts.of
 # from the engine's entry to the multiplication of FP8 codes for one token, on AVX-512 BF16
 ENGINE = (
     *("step.c dsm_step", "moe.c dsm_moe", "experts.c dsm_experts", "experts.c run", "experts.c down"),
-    *("few_tokens_avx512_bf16.h gemv", "few_tokens_avx512_bf16.h gemv_in_turns", "few_tokens_avx512_bf16.h read_rows"),
+    *(
+        "few_tokens_avx512_bf16.h dsm_bf16_gemv",
+        "few_tokens_avx512_bf16.h gemv_in_turns",
+        "few_tokens_avx512_bf16.h read_rows",
+    ),
     *("few_tokens_avx512_bf16.h turn_fp8", "few_tokens_avx512_bf16.h add_block", "avx512_bf16.h decode64"),
 )
 

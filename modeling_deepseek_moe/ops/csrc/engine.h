@@ -3,7 +3,7 @@
    The engine is plain C on pointers: it knows neither Python nor torch. A *matrix* is a row-major weight [rows, cols],
    FP8 (E4M3 codes and one fp32 scale per 128 x 128 block, ragged at the edges), bf16, or codes of four bits with scales
    along each row (four_bit.h). A *packed* row of activations
-   is padded with zeros to whole blocks and permuted so that its elements meet the weights in the order in which a
+   is padded with zeros to whole blocks, or groups of 64, and permuted so that its elements meet the weights in the order in which a
    kernel decodes them; each set of kernels has a packing of its own. All sums are fp32. */
 #ifndef DSM_ENGINE_H
 #define DSM_ENGINE_H
@@ -41,10 +41,10 @@ typedef struct {
 typedef struct {
     const char *name;
     int packed_bytes;          /* bytes of one packed activation: 4 (fp32) or 2 (bf16) */
-    int packed_four_bit_bytes; /* the same for `gemv` with codes of four bits */
+    int packed_four_bit_bytes; /* the same where it meets codes of four bits: no fewer */
     int panel_columns;         /* weight rows of a panel */
     int panels;                /* most panels of one call of `gemm` */
-    int panel_tokens; /* tokens that are packed together for `gemm`, and that it writes results for: 1, or `pack_interleaved` packs */
+    int panel_tokens;          /* tokens that are packed together for `gemm`, and that it writes results for */
     struct {
         int64_t bf16, fp8, four_bit;
     } few_tokens; /* up to here `gemv` is the faster of the two, by the weight's dtype; fp32 counts as bf16 does */
@@ -109,9 +109,12 @@ void dsm_give_back(void *memory);
 
 DSM_INLINE size_t dsm_itemsize(int dtype) { return dtype == DSM_F32 ? 4 : dtype == DSM_FP8 ? 1 : 2; }
 DSM_INLINE int dsm_is_four_bit(int dtype) { return dtype >= DSM_INT4 && dtype <= DSM_MXFP4; }
-DSM_INLINE size_t dsm_packed_stride(const Kernels *k, int64_t n) {
-    const int bytes = k->packed_bytes > k->packed_four_bit_bytes ? k->packed_bytes : k->packed_four_bit_bytes;
-    return (size_t)((n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK) * bytes;
+/* of one packed activation that meets a weight of that dtype */
+DSM_INLINE int dsm_packed_bytes(const Kernels *k, int weight_dtype) {
+    return dsm_is_four_bit(weight_dtype) ? k->packed_four_bit_bytes : k->packed_bytes;
+}
+DSM_INLINE size_t dsm_packed_stride(const Kernels *k, int64_t n, int weight_dtype) {
+    return (size_t)((n + DSM_BLOCK - 1) / DSM_BLOCK * DSM_BLOCK) * dsm_packed_bytes(k, weight_dtype);
 }
 /* tokens of a packing, those of an unfinished group included */
 DSM_INLINE int64_t dsm_packed_tokens(const Kernels *k, int64_t tokens) {

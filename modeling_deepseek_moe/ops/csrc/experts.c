@@ -115,7 +115,7 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
         if (many && k->pack_interleaved) {
             k->pack_interleaved(values, n, DSM_F32, rows, dtype, h + t * layer->h_stride, 0, r0);
         } else { /* a group of 64 at a time: whole blocks are packed, and the next is another task's */
-            const int bytes = dsm_is_four_bit(dtype) ? k->packed_four_bit_bytes : k->packed_bytes;
+            const int bytes = dsm_packed_bytes(k, dtype);
             for (int64_t i = 0; i < n; i++)
                 for (int64_t r = 0; r < rows; r += CHUNK) {
                     char packed[DSM_BLOCK * 4] __attribute__((aligned(64)));
@@ -278,8 +278,8 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
         .width = width,
         .top_k = top_k,
         .weights = weights,
-        .x_stride = dsm_packed_stride(kernels, hidden),
-        .h_stride = dsm_packed_stride(kernels, width),
+        .x_stride = dsm_packed_stride(kernels, hidden, given->dtype),
+        .h_stride = dsm_packed_stride(kernels, width, given->dtype),
         .out = out ? out : dsm_borrow(sizeof(float) * tokens * hidden),
         .weight_dtype = given->dtype,
         .active = -1,

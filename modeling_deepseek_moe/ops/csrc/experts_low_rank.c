@@ -134,8 +134,8 @@ DSM_API int dsm_experts_low_rank(int isa, int threads, int dtype, const void *x,
     if (tokens < 0 || hidden < 1 || width < 1 || top_k < 1 || given->count < 1 || gate_up->rank < 0 || down->rank < 0)
         return DSM_BAD_ARGUMENT;
     Token t = {.kernels = k, .given = given, .gate_up = gate_up, .down = down, .hidden = hidden, .width = width};
-    t.x_stride = dsm_packed_stride(k, hidden);
-    t.h_stride = dsm_packed_stride(k, width);
+    t.x_stride = dsm_packed_stride(k, hidden, given->dtype); /* no less than for A */
+    t.h_stride = dsm_packed_stride(k, width, given->dtype);
     const size_t row = (size_t)hidden * dsm_itemsize(dtype), packed = 2 * (t.x_stride + top_k * t.h_stride);
     const int64_t each = 3 * width + hidden + workspace + (rank + 15) / 16 * 16;
     float *floats = dsm_borrow(sizeof(float) * (hidden + top_k * each)), *own = dsm_alloc(sizeof(float) * top_k);

@@ -7,6 +7,7 @@
 #define AHEAD 512      /* of rows that are decoded by slabs */
 #define SLAB 256       /* columns of four weight rows that are decoded at a time for five and more tokens */
 #define SLAB_TOKENS 32
+#define NEAR_BYTES (256 << 10) /* of rows that stay in the second cache */
 
 /* out[i] = the sum over v[i]'s lanes: those 8 apart are added first, neighbours last */
 DSM_INLINE void sum8(const __m512 *v, float *out) {
@@ -218,17 +219,22 @@ static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix
     }
 }
 
-/* four tokens at most at once; the rows that one call meets stay in the second cache for the next ones */
-static void gemv_four_bit(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+/* four tokens at most at once: more meet as many rows as stay in the second cache one after the other */
+static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                           float *out, int64_t ldo, const void *next) {
     static const Read SEVERAL[] = {read_8_1_four_bit, read_4_2_four_bit, read_4_3_four_bit, read_4_4_four_bit},
                       ONE[] = {read_1_1_four_bit, read_1_2_four_bit, read_1_3_four_bit, read_1_4_four_bit};
+    const int64_t near = dsm_max(NEAR_BYTES / dsm_max(dsm_row_bytes(w->dtype, w->cols), 1) / 8 * 8, 8);
     const int64_t most = tokens == 1 ? 8 : 4;
-    fetch_first_scales(w, first, count / most, most);
-    for (int64_t t = 0, n; t < tokens; t += n) {
-        n = dsm_min(MOST_TOKENS, tokens - t);
-        gemv_in_turns(SEVERAL[n - 1], ONE[n - 1], n == 1 ? 8 : 4, (const char *)x + t * stride, stride, w, first,
-                      count, out + t * ldo, ldo, t + n < tokens ? dsm_row(w, first) : next);
+    for (int64_t r = 0, rows; r < count; r += rows) {
+        rows = tokens <= MOST_TOKENS ? count : dsm_min(near, count - r);
+        const void *then = r + rows < count ? dsm_row(w, first + r + rows) : next;
+        fetch_first_scales(w, first + r, rows / most, most);
+        for (int64_t t = 0, n; t < tokens; t += n) {
+            n = dsm_min(MOST_TOKENS, tokens - t);
+            gemv_in_turns(SEVERAL[n - 1], ONE[n - 1], n == 1 ? 8 : 4, x + t * stride, stride, w, first + r, rows,
+                          out + t * ldo + r, ldo, t + n < tokens ? dsm_row(w, first + r) : then);
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-/* Three or four tokens; part of `few_tokens_avx512_bf16.h`, whose rows are read in the same turns.
+/* Three or four tokens and FP8 or bf16; part of `few_tokens_avx512_bf16.h`, whose rows are read in the same turns.
 
    Weights are decoded to bf16 64 columns at a time, in registers, for all of the tokens; what is multiplied and added, and
    in which order, is as `gemv_slab` has it for more of them. */

@@ -66,7 +66,7 @@ DSM_INLINE void add_four_bit(__m512i values, const char *x, size_t stride, const
             __m512i dot = _mm512_setzero_si512();
             UNROLL for (int j = 0; j < 4; j++) dot = _mm512_dpwssd_epi32(dot, weights[j], xs[m][j]);
             total[r * tokens + m] =
-                _mm512_fmadd_ps(_mm512_mul_ps(scales, steps[m]), _mm512_cvtepi32_ps(dot), total[r * tokens + m]);
+                _mm512_fmadd_ps(scales, _mm512_mul_ps(steps[m], _mm512_cvtepi32_ps(dot)), total[r * tokens + m]);
         }
     }
 }

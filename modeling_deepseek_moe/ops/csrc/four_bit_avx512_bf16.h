@@ -1,6 +1,7 @@
 /* Codes of four bits for bf16 activations; what the kernels of AVX-512 BF16 and those of AMX share. Included within a target.
 
-   64 columns are 16 words of four codes; vpermw looks up what the lowest bits of words say, in a table of bf16. In memory:
+   64 columns are 16 words of four codes; a table is looked up by the lowest bits of words (vpermw) or of their fp32 (vpermps).
+   In memory:
 
        columns of a word            0  1  2  3     (1 0 3 2 of NF4 and FP4)
        packed activations           codes 0 of words 0 .. 15 | codes 1 of them | codes 2 | codes 3
@@ -8,15 +9,13 @@
    For a few tokens 64 activations become integers of 16 bits and a step, their largest / 32767, and a weight an integer of
    up to 14: exactly, but for NF4's, which are off by less than 1 / 16382 of the largest. The lanes of a vector are of columns
    of one group each; vpdpwssd sums eight products of a lane without overflow, 8 * 32767 * 8191. What is rounded is 2^-16 of
-   the largest of 64 activations, where bf16 rounds 2^-9 of each; and a vector takes half a cycle, where vdpbf16ps of
-   numbers in bf16 takes two (Sapphire Rapids, Emerald Rapids). For many tokens weights are table[code] * scale in fp32,
+   the largest of 64 activations; and a vector takes half a cycle, where vdpbf16ps of numbers in bf16 takes two (Sapphire Rapids,
+   Emerald Rapids). For many tokens weights are table[code] * scale in fp32,
    rounded to bf16 once, in the same order. */
 #ifndef DSM_FOUR_BIT_AVX512_BF16_H
 #define DSM_FOUR_BIT_AVX512_BF16_H
 
 #include "four_bit.h"
-
-#include <math.h>
 
 #define INTEGER_GROUP 192 /* bytes of 64 activations as integers, their step, and what aligns the next */
 
@@ -72,43 +71,6 @@ DSM_INLINE void pack_four_bit(__m512i a, __m512i b, int weight_dtype, uint16_t *
 DSM_INLINE __m512i integer_values(int dtype) {
     const __m512 all = _mm512_mul_ps(_mm512_load_ps(dsm_values(dtype)), _mm512_set1_ps(dsm_integer_gain(dtype)));
     return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(all)));
-}
-
-/* 32 of n values in fp32, of any dtype, zeros after them */
-DSM_INLINE void load_floats(const void *x, int dtype, int64_t n, __m512 *to) {
-    if (n >= 32 && dtype == DSM_F32)
-        UNROLL for (int i = 0; i < 2; i++) to[i] = _mm512_loadu_ps((const float *)x + 16 * i);
-    else if (n >= 32 && dtype == DSM_BF16)
-        UNROLL for (int i = 0; i < 2; i++) to[i] =
-            (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x + i)), 16);
-    else {
-        float values[32] __attribute__((aligned(64))) = {0};
-        for (int64_t i = 0; i < dsm_min(32, n); i++) values[i] = dsm_load(x, dtype, i);
-        UNROLL for (int i = 0; i < 2; i++) to[i] = _mm512_load_ps(values + 16 * i);
-    }
-}
-/* 64 of n values: integers in the order of `pack_four_bit`, and after them their step */
-static __attribute__((noinline)) void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, char *out) {
-    __m512 v[4];
-    __m512i top = _mm512_setzero_si512(), halves[2];
-    load_floats(x, dtype, n, v);
-    load_floats((const char *)x + 32 * dsm_itemsize(dtype), dtype, n - 32, v + 2);
-    UNROLL for (int i = 0; i < 4; i++) top = /* magnitudes compare as integers do, NaN above infinity */
-        _mm512_max_epi32(top, _mm512_and_si512((__m512i)v[i], _mm512_set1_epi32(0x7fffffff)));
-    const int32_t bits = _mm512_reduce_max_epi32(top);
-    const int finite = bits < 0x7f800000;
-    float most;
-    memcpy(&most, &bits, 4);
-    /* no smaller, so that neither its inverse is infinite nor the step a subnormal number */
-    const float step = most / 32767 > 0x1p-112f ? most / 32767 : 0x1p-112f;
-    const __m512 inverse = _mm512_set1_ps(finite ? 1.0f / step : 0.0f);
-    UNROLL for (int i = 0; i < 2; i++) {
-        const __m256i low = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * i], inverse))),
-                      high = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * i + 1], inverse)));
-        halves[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    }
-    pack_four_bit(halves[0], halves[1], weight_dtype, (uint16_t *)out);
-    *(float *)(out + 128) = finite ? step / dsm_integer_gain(weight_dtype) : NAN;
 }
 
 #endif

@@ -295,7 +295,7 @@ DSM_API int dsm_index(int isa, int threads, int dtype, const Indexer *given, con
         .room = topk + dsm_max(topk, ROOM),
         .out = out,
     };
-    job.stride = dsm_packed_stride(job.kernels, given->width);
+    job.stride = dsm_packed_stride(job.kernels, given->width, dtype);
     job.groups = (given->tokens + job.queries - 1) / job.queries;
     threads = dsm_threads(threads, all * length * given->width / 2);
     const int64_t groups = given->batch * job.groups, wanted = (TASKS * threads + groups - 1) / groups;

@@ -3,7 +3,7 @@
 
    A tile holds 16 rows of up to 64 bytes. Weights are tiles of 16 rows and 32 columns: bf16 as it lies in memory, FP8
    decoded into scratch. Activations are packed for `gemm` in groups of 16 tokens: 64 bytes hold one pair of columns of all
-   16, a tile 16 such pairs. A single token needs no tiles, nor do a few that meet codes of four bits:
+   16, a tile 16 such pairs. Those of `Kernels.few_tokens` need no tiles:
 
        weight tile [16 rows]      activation tile [16 pairs]        product tile [16 rows]
        row r: columns 0 .. 31     pair p: token 0 | 1 | .. | 15     row r: token 0 | 1 | .. | 15, fp32

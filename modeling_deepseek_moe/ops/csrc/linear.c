@@ -55,7 +55,7 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
                        const float *bias, void *y) {
     const int64_t rows = w->rows, cols = w->cols;
     const Kernels *kernels = dsm_kernels(isa, dtype);
-    const size_t stride = dsm_packed_stride(kernels, cols);
+    const size_t stride = dsm_packed_stride(kernels, cols, w->dtype);
     const int few = !dsm_are_many(kernels, tokens, w->dtype);
     const int64_t columns = few ? dsm_gemv_rows(rows, threads) : dsm_panel_rows(kernels, rows, threads);
     int failed = 0;

@@ -202,7 +202,7 @@ static void merge_chunks(const Attention *a, int64_t b, int64_t r, float *restri
 
 /* one head leaves the latent space */
 static void merge(const Attention *a, int64_t h, Buffers *buffers) {
-    const size_t stride = dsm_packed_stride(a->kernels, a->rank);
+    const size_t stride = dsm_packed_stride(a->kernels, a->rank, a->kv_b->dtype);
     float *row = buffers->row;
     for (int64_t q0 = 0; q0 < a->batch * a->tokens; q0 += QUERIES) {
         const int64_t queries = dsm_min(QUERIES, a->batch * a->tokens - q0);
@@ -228,7 +228,7 @@ static int make_buffers(const Attention *a, Buffers *buffers) {
     buffers->row = dsm_alloc(sizeof(float) * row);
     buffers->query = dsm_alloc(sizeof(float) * a->nope);
     buffers->workspace = dsm_alloc(sizeof(float) * dsm_blocks(a->rank) * DSM_BLOCK);
-    buffers->packed = dsm_alloc(queries * dsm_packed_stride(k, a->rank));
+    buffers->packed = dsm_alloc(queries * dsm_packed_stride(k, a->rank, a->kv_b->dtype));
     buffers->c_kv = dsm_alloc(step * a->rank);
     buffers->k_pe = dsm_alloc(step * a->rope);
     buffers->scratch = dsm_alloc(k->scratch_bytes);
@@ -288,8 +288,8 @@ static int run_all(Attention *a, int threads, int64_t most) {
     const int64_t all = a->batch, some = dsm_min(most, all);
     int result = DSM_NO_MEMORY;
     a->packed_rows = dsm_packed_tokens(a->kernels, a->rows);
-    a->latent_stride = dsm_packed_stride(a->kernels, a->rank);
-    a->rope_stride = dsm_packed_stride(a->kernels, a->rope);
+    a->latent_stride = dsm_packed_stride(a->kernels, a->rank, a->dtype);
+    a->rope_stride = dsm_packed_stride(a->kernels, a->rope, a->dtype);
     a->room = dsm_panels(a->kernels, a->rank);
     a->groups = (a->rows + GROUP - 1) / GROUP;
     a->chunks = (a->length + a->chunk - 1) / a->chunk;

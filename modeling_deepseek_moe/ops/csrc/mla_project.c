@@ -150,8 +150,8 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, int6
     /* one packing serves both of the first products: their weights have one dtype */
     const int first = w->q_a.rows ? w->q_a.dtype : w->q_b.dtype;
     if (first != w->kv_a.dtype) return DSM_BAD_ARGUMENT;
-    p.x_stride = dsm_packed_stride(p.kernels, hidden);
-    p.query_stride = dsm_packed_stride(p.kernels, w->q_a.rows);
+    p.x_stride = dsm_packed_stride(p.kernels, hidden, first);
+    p.query_stride = dsm_packed_stride(p.kernels, w->q_a.rows, w->q_b.dtype);
     p.many = are_many(&p, first) || are_many(&p, w->q_b.dtype);
     p.x = dsm_alloc(dsm_packed_tokens(p.kernels, tokens) * p.x_stride);
     p.query = dsm_alloc(dsm_packed_tokens(p.kernels, tokens) * p.query_stride);
