@@ -194,8 +194,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     int failed = 0;
     for (int64_t i = 0; i < layer->active; i++) most = dsm_max(most, layer->experts[i].tokens);
     const int many = dsm_are_many(k, most, layer->weight_dtype);
-    layer->chunk = CHUNK;
-    if (many) layer->chunk = dsm_max(CHUNK, dsm_panel_rows(k, layer->width * layer->active, threads));
+    const int64_t all = layer->width * layer->active;
+    layer->chunk = dsm_max(CHUNK, many ? dsm_panel_rows(k, all, threads) : dsm_gemv_rows(all, threads));
     for (int64_t i = 0; i < layer->active; i++) tasks += tasks_of(layer, layer->experts + i);
     const int64_t weights = layer->active * 3 * dsm_row_bytes(layer->weight_dtype, layer->hidden * layer->width);
     threads = dsm_threads(threads, weights * (many ? 1 + most / 16 : 1));
