@@ -14,11 +14,18 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
-def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
+def beyond_caches(least: int) -> int:
+    """Bytes, ``least`` or twice the largest cache: virtual machines are told of their host's, which have grown to half a gigabyte."""
+    sizes = [file.read_text().strip().removesuffix("K") for file in CACHES.glob("index*/size")]
+    return max(least, 2 * 1024 * max((int(size) for size in sizes if size.isdecimal()), default=0))
+
+
+def read_bandwidth(repeats: int = 5) -> float:
     """Bytes/s that all of torch's threads read from memory: the best of several sums over a buffer beyond the caches."""
-    data = torch.ones(megabytes << 20, dtype=torch.uint8).view(torch.int64)
+    data = torch.ones(beyond_caches(512 << 20), dtype=torch.uint8).view(torch.int64)
     return data.nbytes / min(seconds_of(data.sum) for _ in range(repeats))
 
 

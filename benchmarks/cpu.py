@@ -8,7 +8,7 @@
 
 Within a part all contestants take turns, and readers that do nothing but read memory take turns with them: a share of
 the bandwidth compares with what those reached in the same seconds, the best of them, and may so pass 100 % by noise.
-Weights rotate over several times the last-level cache. A figure is the median of the undisturbed samples
+Weights rotate over twice the last-level cache, which on virtual machines is their host's, and readers read as much. A figure is the median of the undisturbed samples
 (`common.Timing`); the minimum, the spread and the number of disturbed samples are next to it in the JSON.
 
 Parts:

@@ -39,7 +39,7 @@ def nbytes(codes: torch.Tensor, scales) -> int:
 def measure(options: argparse.Namespace) -> dict:
     readers, found = Readers(), []
     weights = {FP8: [random_fp8(SHAPE) for _ in range(COPIES)]}
-    # as many bytes: they rotate over several times the last-level cache too
+    # as many bytes: they rotate beyond the caches too
     weights |= {kind: [random_codes(kind, SHAPE) for _ in range(2 * COPIES)] for kind in KINDS}
     isas = _native.instruction_sets()[1:] or _native.instruction_sets()
     for rows in ROWS:

@@ -2,7 +2,9 @@
 
 import argparse
 import itertools
+import math
 
+import common
 import torch
 import torch.nn.functional as F
 from cpu_readers import Readers, race, relative_error, row
@@ -15,7 +17,7 @@ SHAPE = (4096, 7168)
 HEAD = (102400, 2048)
 ROWS = (1, 4, 512)
 FEW = 16  # rows up to which bytes count, and beyond which operations do
-COPIES = 6  # FP8: 176 MB
+COPIES = -(-common.beyond_caches(160 << 20) // math.prod(SHAPE))  # of FP8
 TORCH = "torch bf16"
 GEMM_SIZE = 2048
 

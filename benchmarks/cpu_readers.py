@@ -9,7 +9,7 @@ from common import Timing
 from modeling_deepseek_moe.ops import _native, block_fp8
 from modeling_deepseek_moe.ops.linear import linear
 
-MEGABYTES = 256
+LEAST = 256 << 20  # bytes
 BYTE = 0x3C  # read as FP8, bf16 and fp32 alike, a small number
 COLUMNS = 4096
 
@@ -19,7 +19,7 @@ class Readers:
 
     def __init__(self):
         # written, not just allocated: untouched pages are all one page, which stays in the cache
-        data = torch.full((MEGABYTES << 20,), BYTE, dtype=torch.uint8)
+        data = torch.full((common.beyond_caches(LEAST),), BYTE, dtype=torch.uint8)
         self.nbytes = data.nbytes
         words, floats = data.view(torch.int64), data.view(torch.float32).view(-1, COLUMNS)
         vector, x = torch.ones(COLUMNS), torch.ones(1, COLUMNS, dtype=torch.bfloat16)

@@ -147,7 +147,7 @@ DSM_INLINE int64_t dsm_panel_rows(const Kernels *k, int64_t rows, int threads) {
 /* rows of a task that calls `gemv`: many, if every thread still has some tasks */
 DSM_INLINE int64_t dsm_gemv_rows(int64_t rows, int threads) {
     int64_t most = DSM_MOST_GEMV_ROWS;
-    while (most > DSM_GEMV_ROWS && rows < 4 * threads * most) most /= 2;
+    while (most > DSM_GEMV_ROWS && rows < 8 * threads * most) most /= 2;
     return most;
 }
 /* of n values of a row */
