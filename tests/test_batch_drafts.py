@@ -150,7 +150,7 @@ class Known:
     """Drafts that know what the model says, and are wrong at other places in each row."""
 
     def __init__(self, rows: Rows, text: torch.Tensor):
-        self.rows, self.text, self.count = rows, text, 3
+        self.rows, self.text, self.count, self.window = rows, text, 3, 0
 
     def see(self, *_):
         pass

@@ -14,6 +14,7 @@ from draft_cases import tokenizer as tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from modeling_deepseek_moe.compat import CACHE_NAME
+from modeling_deepseek_moe.decoding.loop import Decoding
 
 DEVICE_CASES = Path(__file__).with_name("draft_device_cases.py")
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
@@ -192,6 +193,23 @@ def test_a_prompt_is_read_in_chunks_and_by_the_path_that_is_asked_for(model, inp
         hook.remove()
     assert torch.equal(found, model.generate(**inputs, **GREEDY)) and stats.accepted
     assert max(widths) == length // 2 and paths == {"expanded"}
+
+
+@pytest.mark.parametrize(("drafts", "window"), [({"use_mtp": "auto"}, 32), (LOOKUP, 1), (MTP, None)], ids=str)
+def test_of_a_prompt_in_chunks_hidden_states_are_kept_for_drafts_that_read_them(
+    model, inputs, drafts, window, monkeypatch
+):
+    say, kept = Decoding._say, []
+
+    def watched(decoding, hidden):
+        kept.append(hidden.untyped_storage().nbytes() // hidden.nbytes)
+        return say(decoding, hidden)
+
+    monkeypatch.setattr(Decoding, "_say", watched)
+    monkeypatch.setattr("modeling_deepseek_moe.decoding.expected.Expected.hopeless", lambda _: None)
+    length = inputs["input_ids"].shape[1]
+    model.generate(**inputs, prefill_chunk_size=8, max_new_tokens=1, do_sample=False, **drafts)
+    assert kept == [length] if window is None else kept[0] <= window + 8 < length
 
 
 def test_no_tokens_are_refused(model):

@@ -26,6 +26,8 @@ class AssistantDraft:
         ValueError: a cache with layers that forget, of which nothing can be taken back.
     """
 
+    window: int | None = 0  # no hidden states are read
+
     def __init__(
         self, model: nn.Module, count: int, confidence: float, input_ids: torch.Tensor, padding: torch.Tensor | None
     ):

@@ -44,7 +44,7 @@ class MtpDraft:
     """
 
     def __init__(self, model: nn.Module, count: int, padding: torch.Tensor | None, window: int | None = None):
-        self._model, self.count, self._padding, self._window = model, count, padding, window
+        self._model, self.count, self._padding, self.window = model, count, padding, window
         self._depth = min(count, len(model.model.mtp_layers))
         self._pending = Pending(window)
         self._columns: list[Columns] = []
@@ -54,15 +54,15 @@ class MtpDraft:
         """Keep what a step came to until it is read for the next draft.
 
         Args:
-            hidden_states: ``[B, w, D]``, the model's at positions whose next token is known.
+            hidden_states: ``[B, w, D]``, the model's at positions whose next token is known; the last ``window`` suffice.
             tokens: ``[B, w]``, those next tokens; of row b the first ``counts[b]`` count, all where ``counts`` is ``None``.
         """
         own = first_columns(counts, tokens.shape[1]) if self._padding is None else self._padding
         self._padding = None
-        if self._window is not None and tokens.shape[1] > self._window:
+        if self.window is not None and tokens.shape[1] > self.window:
             # copies: a view would hold the states of the whole prompt
-            own = None if own is None else own[:, -self._window :]
-            hidden_states, tokens = hidden_states[:, -self._window :].clone(), tokens[:, -self._window :].clone()
+            own = None if own is None else own[:, -self.window :]
+            hidden_states, tokens = hidden_states[:, -self.window :].clone(), tokens[:, -self.window :].clone()
         if self._pending.add(own, hidden_states, tokens):
             self._columns = []
 

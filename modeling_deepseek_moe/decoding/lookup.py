@@ -17,6 +17,8 @@ class LookupDraft:
         padding: ``[B, S]``, false where a column of the prompt is padding.
     """
 
+    window: int | None = 0  # no hidden states are read
+
     def __init__(self, rows: Rows, count: int, ngram: int, padding: torch.Tensor | None):
         self._rows, self.count, self._ngram = rows, count, ngram
         self._starts = [0] * len(rows.tokens)

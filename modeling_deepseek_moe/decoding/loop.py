@@ -52,9 +52,13 @@ class Draft(Protocol):
     """Where drafts come from."""
 
     count: int  # tokens to draft in a step, at most
+    window: int | None  # of the prompt's hidden states it reads this many of the last ones; None: all
 
     def see(self, hidden_states: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor | None) -> None:
-        """What a step came to, the prompt first, whether or not it drafted: see `MtpDraft.see`."""
+        """What a step came to, the prompt first, whether or not it drafted: see `MtpDraft.see`.
+
+        Of a prompt there may be no hidden states before those of the ``window``.
+        """
 
     def propose(self, choose: Choose) -> Iterator[torch.Tensor]:
         """As `MtpDraft.propose`; `NOTHING` in rows without a draft, and no call of ``choose`` for tokens that were not drawn."""
@@ -98,11 +102,14 @@ class Decoding:
 
     def first(self, input_ids: torch.Tensor, at_once: int | None) -> None:
         """Read the prompt, ``at_once`` tokens in a pass (``None``: all), and say the first token."""
-        states = []
+        states: list[torch.Tensor] = []
+        window = self.draft.window
         for part in input_ids.split(at_once or input_ids.shape[1], dim=1):
             states.append(self.read(part))
             self.main.keep_all(part.shape[1])
-        hidden = torch.cat(states, dim=1) if len(states) > 1 else states[0]
+            if window is not None:  # one to say the first token with
+                states = [_joined(states)[:, -max(1, window) :]]
+        hidden = _joined(states)
         token = self._say(hidden[:, -1])
         self.draft.see(hidden, torch.cat((input_ids[:, 1:], token[:, None]), dim=1), None)
 
@@ -215,6 +222,10 @@ class Decoding:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return project(self.model.lm_head, hidden)
+
+
+def _joined(states: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(states, dim=1) if len(states) > 1 else states[0]
 
 
 def decode(
