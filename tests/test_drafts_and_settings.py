@@ -11,7 +11,14 @@ import torch
 from draft_cases import KINDS, asked_twice, drafted, drafting
 from draft_cases import model as tiny
 from draft_cases import tokenizer as tiny_tokenizer
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.loop import Decoding
@@ -87,6 +94,29 @@ def test_a_processor_of_the_callers_is_shown_what_it_is_without_drafts(model, in
         found, stats = drafted(**given, **settings, **drafting(kind), logits_processor=LogitsProcessorList([watch]))
         assert torch.equal(found, wanted) and watch.texts == plain.texts
         assert stats.accepted and stats.steps < len(plain.texts)
+
+
+class Stop(StoppingCriteria):
+    """Keeps every text that it is shown; a row ends by its place in the batch."""
+
+    def __init__(self, ends: list[int]):
+        self.ends, self.texts = torch.tensor(ends), []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.texts.append(input_ids.tolist())
+        return input_ids.shape[1] >= self.ends
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_criterion_of_the_callers_is_shown_what_it_is_without_drafts(model, inputs, kind):
+    """Text by text, to the last call, of rows that end at unlike places and accept unlike numbers of tokens."""
+    given = {name: tensor[:4] for name, tensor in inputs.items()} | GREEDY | {"eos_token_id": 16, "pad_token_id": 2}
+    ends = [inputs["input_ids"].shape[1] + length for length in (9, 5, 7, 8)]
+    plain, watch = Stop(ends), Stop(ends)
+    wanted = model.generate(**given, stopping_criteria=StoppingCriteriaList([plain]))
+    found, stats = drafted(**given, **drafting(kind), stopping_criteria=StoppingCriteriaList([watch]))
+    assert torch.equal(found, wanted) and watch.texts == plain.texts
+    assert stats.accepted and stats.steps < len(plain.texts)
 
 
 @pytest.mark.parametrize("kind", KINDS)

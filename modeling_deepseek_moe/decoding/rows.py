@@ -5,12 +5,15 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-# of transformers' own processors, those that call a function of the caller's, or remember what they were shown
+# where transformers' own processors and criteria are
+OWN_MODULES = (LogitsProcessor.__module__, StoppingCriteria.__module__)
+# of the processors, those that call a function of the caller's, or remember what they were shown
 NOT_OF_TEXT_ALONE = (
     PrefixConstrainedLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
@@ -23,8 +26,9 @@ class Rows:
 
     Processors and criteria of transformers take rows of one length. They are shown the whole batch, cut to the length of some
     rows, and asked about these: some know a row by its place. So rows of unlike lengths want processors that say of a row what
-    its text tells them, whatever the others are, and however often they are asked. Those of transformers are such;
-    a caller's own need not be. Where there is one, rows `go_together`, and each processor is called as it is without drafts.
+    its text tells them, whatever the others are, and however often they are asked. Those of transformers are such (a limit of
+    time looks at no text); a caller's own need not be. Where there is one, rows `go_together`, and each processor and criterion is
+    called as it is without drafts.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Rows:
         self.lengths = [length] * batch
         self._processors, self._criteria = processors, criteria
         self._of_text_alone = LogitsProcessorList(filter(_is_of_text_alone, processors))
-        self.go_together = len(self._of_text_alone) < len(processors)
+        self.go_together = not all(map(_is_of_text_alone, (*processors, *criteria)))
         # as in `generate`: without a token that ends a text every row goes on until the last one may stop
         self._ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._stops: list[int | None] = [None] * batch
@@ -123,5 +127,5 @@ class Rows:
         return found
 
 
-def _is_of_text_alone(processor: LogitsProcessor) -> bool:
-    return type(processor).__module__ == LogitsProcessor.__module__ and not isinstance(processor, NOT_OF_TEXT_ALONE)
+def _is_of_text_alone(asked: LogitsProcessor | StoppingCriteria) -> bool:
+    return type(asked).__module__ in OWN_MODULES and not isinstance(asked, NOT_OF_TEXT_ALONE)
