@@ -1,5 +1,6 @@
 """Prompt lookup and assistants for several rows, which transformers does for one: the model's own text, in fewer passes."""
 
+import copy
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DynamicCache,
     EosTokenCriteria,
+    GenerationConfig,
     LogitsProcessorList,
     MistralConfig,
     QuantizedCache,
@@ -26,9 +28,9 @@ import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.compat import CACHE_NAME
 from modeling_deepseek_moe.decoding.lookup import LookupDraft
 from modeling_deepseek_moe.decoding.loop import decode
-from modeling_deepseek_moe.decoding.mixin import _decode
+from modeling_deepseek_moe.decoding.mixin import _decode, _merged
 from modeling_deepseek_moe.decoding.rows import Rows
-from modeling_deepseek_moe.decoding.sources import Source
+from modeling_deepseek_moe.decoding.sources import Source, of_a_batch
 from modeling_deepseek_moe.decoding.verify import NOTHING, accept_sampling, certain
 
 LENGTH = 24
@@ -82,6 +84,20 @@ def test_an_assistant_of_plain_transformers_that_guesses(model, inputs):
     assert stats.drafted > 20 * stats.accepted
     unsure = same(model, inputs, assistant_model=Mistral(small).eval())
     assert unsure.drafted < stats.drafted  # it stops where it is unsure
+
+
+def test_an_assistants_settings_are_looked_for_in_this_order(model, inputs, monkeypatch):
+    """The call, a config that is passed, the assistant's, the model's own."""
+    assistant = SimpleNamespace(config=model.config, generation_config=GenerationConfig())
+    own = copy.deepcopy(model.generation_config)
+    monkeypatch.setattr(model, "generation_config", own)
+    kwargs, found = {**inputs, "assistant_model": assistant, "generation_config": GenerationConfig()}, []
+    for config in (None, own, assistant.generation_config, kwargs["generation_config"]):
+        if config is not None:
+            config.num_assistant_tokens = 2 + len(found)
+        found.append(of_a_batch(model, _merged(model, kwargs), kwargs).drafts)
+    kwargs["num_assistant_tokens"] = 6
+    assert [*found, of_a_batch(model, _merged(model, kwargs), kwargs).drafts] == [20, 3, 4, 5, 6]
 
 
 def test_plain_transformers_as_an_assistant_reads_padded_rows_as_the_model_does(inputs):

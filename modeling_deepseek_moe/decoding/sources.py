@@ -114,7 +114,7 @@ def of_a_batch(model: nn.Module, config: GenerationConfig, kwargs: dict[str, Any
             "are several rows; transformers translates between two tokenizers for one row at a time"
         )
     # what merging fills in would hide what the assistant's config says
-    said = (kwargs.get("generation_config"), model.generation_config, assistant.generation_config)
+    said = (kwargs.get("generation_config"), assistant.generation_config, model.generation_config)
     drafts = _setting("num_assistant_tokens", ASSISTANT_TOKENS, kwargs, *said)
     confidence = _setting("assistant_confidence_threshold", CONFIDENCE, kwargs, *said)
     return Source("assistant_model", drafts, partial(_assistant, assistant, drafts, confidence))
