@@ -151,8 +151,10 @@ def own(model, monkeypatch):
     return settings
 
 
-def test_the_models_own_config_counts(model, inputs, own):
-    tokenizer = tiny_tokenizer()
+def test_the_models_own_config_counts(model, inputs, own, monkeypatch):
+    """And of arguments that were not passed there is no warning."""
+    tokenizer, warned = tiny_tokenizer(), []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", warned.append)
     passed = GenerationConfig(max_new_tokens=10)
     wanted = model.generate(**inputs, generation_config=passed)
     own(use_mtp=2)
@@ -174,6 +176,7 @@ def test_the_models_own_config_counts(model, inputs, own):
     own(stop_strings=None, guidance_scale=2.0)
     with pytest.raises(ValueError, match=r"use_mtp=2: guidance_scale=2.0 does not go with it"):
         model.generate(**inputs, generation_config=passed, use_mtp=2)
+    assert {text.partition("arguments=")[2].partition(" ")[0] for text in warned} == {"({'max_new_tokens'})"}
 
 
 @pytest.mark.parametrize(
@@ -194,6 +197,12 @@ def test_other_ways_of_decoding_are_refused(model, settings):
     with pytest.raises(ValueError) as error:
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, use_mtp=True, **settings)
     assert f"use_mtp=True: {name}={value!r} does not go with it" in str(error.value)
+
+
+def test_a_penalty_that_transformers_does_not_look_at(model, inputs):
+    settings = GREEDY | {"penalty_alpha": 0.6, "top_k": 1}
+    found, stats = drafted(**inputs, **settings, **MTP)
+    assert torch.equal(found, model.generate(**inputs, **settings)) and stats.accepted
 
 
 def test_positions_are_the_masks(model, inputs):

@@ -1,11 +1,10 @@
 """``generate(use_mtp=True)``, and transformers' own ways of drafting for several rows: the door to `decoding` in `generate`."""
 
-import copy
 import inspect
 from functools import partial
 
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
 
@@ -65,8 +64,7 @@ class DraftingMixin(ModelMixin):
         wanted = getattr(config, "use_mtp", None) if use_mtp is None else use_mtp
         source = of_mtp_layers(self, wanted, config, kwargs) if wanted else of_a_batch(self, config, kwargs)
         if source is None:
-            _leave_out(self, kwargs, "use_mtp")
-            return super().generate(**kwargs)
+            return super().generate(**kwargs, **_left_out(config, "use_mtp"))
         refuse_ranks(self, source)
         _refuse(source, config, kwargs, ASKED_BY if wanted else ())
         expected = source.expect() if source.expect is not None else None
@@ -75,12 +73,23 @@ class DraftingMixin(ModelMixin):
         if hopeless is not None:
             logger.info_once(f"{source.said}: decodes without drafts: {hopeless}")
             self.draft_stats = DraftStats(reason=hopeless)
-            _leave_out(self, kwargs, "use_mtp")
-            return super().generate(**kwargs)
+            return super().generate(**kwargs, **_left_out(config, "use_mtp"))
         method = partial(_decode, source=source, expected=expected, streamer=kwargs.get("streamer"))
         _add_stop_strings(config, kwargs)
-        _leave_out(self, kwargs, "use_mtp", "stop_strings", *ASKED_BY)
-        return super().generate(**kwargs, custom_generate=method)
+        kwargs.pop("assistant_model", None)
+        seen_to = _left_out(config, "use_mtp", "stop_strings", "prompt_lookup_num_tokens")
+        return super().generate(**kwargs, **seen_to, custom_generate=method)
+
+    def _prepare_generation_config(self, generation_config, left_out: tuple[str, ...] = (), **kwargs):
+        """As `generate` merges arguments, a config that is passed and the model's own, without the settings ``left_out``.
+
+        These are ``None`` whoever gives them. In a config that is passed ``None`` asks for the model's own, and an argument
+        next to it is warned of.
+        """
+        config, others = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in left_out:
+            setattr(config, name, None)
+        return config, others
 
 
 def _refuse(source: Source, config: GenerationConfig, kwargs: dict, others: tuple[str, ...]) -> None:
@@ -89,8 +98,8 @@ def _refuse(source: Source, config: GenerationConfig, kwargs: dict, others: tupl
         others: ways of drafting that were not taken.
     """
     allowed_of = REFUSED | {name: (None, 0) for name in others if hasattr(config, name)}
-    if not config.do_sample:  # else it is not looked at
-        allowed_of["penalty_alpha"] = (None, 0)
+    if config.get_generation_mode() == GenerationMode.CONTRASTIVE_SEARCH:  # else it is not looked at
+        allowed_of["penalty_alpha"] = (None,)
     for name, allowed in allowed_of.items():
         value = kwargs.get(name, getattr(config, name, None))
         if value not in allowed:
@@ -122,18 +131,10 @@ def _merged(model, kwargs: dict) -> GenerationConfig:
     return model._prepare_generation_config(kwargs.get("generation_config"), **given)[0]
 
 
-def _leave_out(model, kwargs: dict, *names: str) -> None:
-    """Settings that are seen to here, and not by `generate`, whoever gives them."""
-    for name in names:
-        kwargs.pop(name, None)
-    config = kwargs.get("generation_config")
-    asked = [name for name in names if getattr(config, name, None)]
-    if asked:
-        kwargs["generation_config"] = config = copy.deepcopy(config)
-        for name in asked:
-            setattr(config, name, None)
-    # what is `None` in a config that is passed is taken from the model's own, unless an argument says so too
-    kwargs |= {name: None for name in names if getattr(model.generation_config, name, None)}
+def _left_out(config: GenerationConfig, *names: str) -> dict:
+    """For `generate`: of the settings that are seen to here, those that ``config``, as merged, has."""
+    found = tuple(name for name in names if getattr(config, name, None) is not None)
+    return {"left_out": found} if found else {}  # a function of the Hub is handed every argument there is
 
 
 def _add_stop_strings(config: GenerationConfig, kwargs: dict) -> None:
