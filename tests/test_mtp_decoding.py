@@ -224,17 +224,14 @@ def test_sampled_tokens_have_the_models_distribution():
     """Two tokens in a row, whatever they were drafted from: chi-square of their 16 pairs."""
     torch.manual_seed(1)
     count, vocabulary = 60000, 4
-    p = torch.randn(2, vocabulary).mul(1.5).softmax(-1)
-    q = torch.randn(2, vocabulary).mul(1.5).softmax(-1)
-    drafted = torch.stack([torch.multinomial(row, count, replacement=True) for row in q], dim=1)
-    (first, stand), (second, _) = (
-        accept_sampling(p[place].log().expand(count, -1), drafted[:, place], q[place].expand(count, -1))
-        for place in (0, 1)
-    )
-    for tokens, wanted in ((first, p[0]), (second, p[1]), (second[stand], p[1])):
-        found = torch.bincount(tokens, minlength=vocabulary).double()
-        expected = wanted.double() * len(tokens)
-        assert ((found - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of a chi-square of 3 degrees
+    p, q = torch.randn(2, 1 + vocabulary, vocabulary).mul(1.5).softmax(-1)  # of the first token, and after each
+    drafted = torch.multinomial(q[0], count, replacement=True)
+    first, stand = accept_sampling(p[0].log().expand(count, -1), drafted, q[0].expand(count, -1))
+    drafted = torch.multinomial(q[1 + drafted], 1)[:, 0].where(stand, NOTHING)  # after another token none was made
+    second, _ = accept_sampling(p[1 + first].log(), drafted, q[1 + first] * stand[:, None])
+    found = torch.bincount(first * vocabulary + second, minlength=vocabulary**2).double()
+    expected = (p[0, :, None] * p[1:]).flatten().double() * count
+    assert ((found - expected) ** 2 / expected).sum() < 37.7  # 0.1 % of a chi-square of 15 degrees
     # and most drafts stand that may: Σ min(p, q)
     assert abs(stand.double().mean() - torch.minimum(p[0], q[0]).sum()) < 0.01
 
