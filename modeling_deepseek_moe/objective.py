@@ -57,25 +57,30 @@ class Objective:
         self.state.add("balance_loss_labels", wanted.sum())
 
     def graph(self) -> contextlib.AbstractContextManager:
-        """For the pass from tokens to logits: without gradients where the model is not to learn from them, only its indexers."""
-        return torch.no_grad() if self.state.indexer_stage == DENSE else contextlib.nullcontext()
+        """For what leads to the model's own losses: without gradients where it is not to learn from them, only its indexers."""
+        return torch.no_grad() if self._is_warm_up else contextlib.nullcontext()
+
+    @property
+    def _is_warm_up(self) -> bool:
+        return self.state.indexer_stage == DENSE
 
     def loss(self, logits: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The loss, and the value of its balance part.
+        """The loss, and the value of the balance loss, which in the dense stage is no part of it, as no other is but the indexers'.
 
         Args:
             logits: ``[B, S, vocab_size]``.
             hidden_states: ``[B, S, hidden_size]``, after the final norm.
         """
-        loss = self._cross_entropy("lm_loss", logits, self.next_labels)
-        if self.state.mtp_weight:
-            loss = loss + self.state.mtp_weight * self._mtp(hidden_states)
+        with self.graph():
+            loss = self._cross_entropy("lm_loss", logits, self.next_labels)
+            if self.state.mtp_weight:
+                loss = loss + self.state.mtp_weight * self._mtp(hidden_states)
         loss = self.training_pass.close(loss)
         balance = self.training_pass.balance_loss
         if balance is None:
             return loss, None
         self.state.add("balance_loss", balance * self.items)
-        return loss + balance, balance
+        return loss if self._is_warm_up else loss + balance, balance
 
     def _mtp(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """``1/D · Σ_k CE_k`` (eq. 24 and 25, without λ)."""

@@ -145,10 +145,15 @@ def test_the_rest_learns_as_if_indexers_did_not():
     wanted = gradients(model, indexers=False)
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
     model.zero_grad()
-    model.model.training_state = TrainingState(indexer_stage="dense")
+    outputs, state = [], TrainingState(indexer_stage="dense", mtp_weight=0.3, balance_alpha=0.1)
+    model.model.mtp_layers[0].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    model.model.training_state = state
     warm = model(**given)
     warm.loss.backward()
-    assert not gradients(model, indexers=False) and gradients(model) and not warm.logits.requires_grad
+    assert not any(made.requires_grad for made in (warm.logits, *outputs)) and len(outputs) == 1
+    assert not gradients(model, indexers=False) and any(".layers.3." in name for name in gradients(model))
+    assert state.sums["mtp_loss"] > 0 and state.sums["balance_loss"] > 0  # logged
+    torch.testing.assert_close(warm.loss, state.sums["indexer_loss"] / state.sums["indexer_loss_labels"])
     model.config.index_topk, model.model.training_state = LENGTH, None
     assert torch.equal(warm.logits, model(**given).logits)
     assert not torch.allclose(warm.logits, sparse.logits)
@@ -229,12 +234,7 @@ def test_no_scores_are_whole(monkeypatch, stage):
 def trainer_of(model, folder, callback, steps=12, **options):
     callbacks = [callback, dsm.MoeTelemetryCallback(), Record()] if callback else [Record()]
     settings = {"learning_rate": 1e-2, "max_steps": steps, "per_device_train_batch_size": 4, "logging_steps": 1}
-    return Trainer(
-        model,
-        arguments(folder, **(settings | options)),
-        train_dataset=Padded(16),
-        callbacks=callbacks,
-    )
+    return Trainer(model, arguments(folder, **(settings | options)), train_dataset=Padded(16), callbacks=callbacks)
 
 
 def small(**changes):
@@ -288,7 +288,8 @@ def test_without_the_callback_they_stay_and_it_is_said(tmp_path, monkeypatch):
 
 def test_a_training_that_is_not_ended_freezes_nothing(tmp_path):
     model = small()
-    trainer = trainer_of(model, tmp_path, dsm.IndexerLossCallback("dense"), steps=2)
+    trainer = trainer_of(model, tmp_path, None, steps=2)
+    trainer.add_callback(dsm.IndexerLossCallback("dense"))  # after Trainer was made, on one process
     assert model.model.training_state is None
 
     class Break(TrainerCallback):
@@ -298,6 +299,7 @@ def test_a_training_that_is_not_ended_freezes_nothing(tmp_path):
     trainer.add_callback(Break())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    assert model.model.training_state.sums["indexer_loss"] > 0
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
