@@ -10,6 +10,9 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from modeling_deepseek_moe import modeling, named_models, quantizer  # noqa: F401 (importing quantizer registers it)
 from modeling_deepseek_moe.families import FAMILIES
@@ -45,7 +48,11 @@ class KimiK25Whole:
 
     @staticmethod
     def _config(config: PreTrainedConfig) -> PreTrainedConfig:
-        return transformers.Kimi_K25Config.from_dict(config.write_release(config.to_dict()))
+        whole = transformers.Kimi_K25Config.from_dict(config.write_release(config.to_dict()))
+        # what was asked for as the config was read is not among its fields
+        whole._attn_implementation = config._attn_implementation
+        whole._experts_implementation = config._experts_implementation
+        return whole
 
 
 def model_class(name: str) -> type:
@@ -73,7 +80,9 @@ def register() -> None:
             register_checkpoint_conversion_mapping(config.model_type, mapping, overwrite=True)
     for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM):
         auto_class.register(FAMILIES["KimiK25"], KimiK25Whole, exist_ok=True)
-    transformers.AutoProcessor.register(FAMILIES["KimiK25"], transformers.Kimi_K25Processor, exist_ok=True)
+    # in the mappings themselves: the Auto classes' `register` refuses what stands for a class where torchvision is missing
+    for processors in (PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, VIDEO_PROCESSOR_MAPPING):
+        processors.register(FAMILIES["KimiK25"], processors[transformers.Kimi_K25Config], exist_ok=True)
 
 
 def _conversions() -> list[WeightConverter]:

@@ -1,5 +1,7 @@
 """What importing the package changes in transformers, and what it leaves alone."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -7,13 +9,16 @@ from families import write_family
 from releases import SHAPES
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
     Trainer,
     TrainingArguments,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
 import modeling_deepseek_moe as dsm
 
@@ -45,14 +50,33 @@ def test_the_whole_of_kimi_k25_stays_transformers_own(tmp_path):
     assert hasattr(whole.model, "vision_tower")
     text = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     auto = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    made = AutoModelForMultimodalLM.from_config(AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2))
-    assert PROCESSOR_MAPPING[type(text.config)] is transformers.Kimi_K25Processor
+    asked = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    made = AutoModelForMultimodalLM.from_config(AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2, **asked))
+    for config in (made.config, made.model.language_model.config, made.model.vision_tower.config):
+        assert config._attn_implementation == config._experts_implementation == "eager"
     assert type(auto) is type(made) is type(whole) and len(made.model.language_model.layers) == 2
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         logits = whole(input_ids=ids).logits
         assert (logits - text(ids).logits).abs().max() < 1e-4
         assert torch.equal(logits, auto(input_ids=ids).logits)
+
+
+def test_processors_of_kimi_k25_are_transformers_own(tmp_path):
+    """Though its files name code of their own. The tokenizer here is no code."""
+    write_family(tmp_path, "kimi_k25")
+    AutoTokenizer.from_pretrained(dsm.tiny_checkpoint()).save_pretrained(tmp_path)
+    names = {"AutoProcessor": "kimi_k25_processor.KimiK25Processor", "AutoImageProcessor": "kimi_k25_vision.Images"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"auto_map": names}))
+    if is_torchvision_available():
+        made = AutoProcessor.from_pretrained(tmp_path)
+        assert type(made) is transformers.Kimi_K25Processor
+        assert type(made.image_processor) is transformers.Kimi_K25ImageProcessor
+        assert type(made.video_processor) is transformers.Kimi_K25VideoProcessor
+        return
+    for auto_class in (AutoProcessor, AutoImageProcessor):
+        with pytest.raises(ValueError, match="torchvision"):
+            auto_class.from_pretrained(tmp_path)
 
 
 def test_trainer_smooths_the_labels_of_kimi_as_of_deepseek(tmp_path):
