@@ -202,15 +202,27 @@ def test_a_name_on_the_hub_is_looked_up_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     made, repository = tokenizer(), tmp_path / "models--deepseek-ai--DeepSeek-V3.2"
     made.chat_template, made.name_or_path = None, "deepseek-ai/DeepSeek-V3.2"
-    for source in (None, tmp_path / "nowhere", ""):
-        with pytest.raises(ValueError, match=r"found no folder .* and no config .*, wanted the model's config"):
+    for source in (None, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"found no folder .* no config .* revision 'main', wanted the model's"):
             complete_template(made, source)
+    with pytest.raises(ValueError, match="found a tokenizer that came from no folder, wanted the model's config"):
+        complete_template(made, "")
     snapshot = repository / "snapshots" / ("0" * 40)
     for folder in (snapshot, repository / "refs"):
         folder.mkdir(parents=True)
     (repository / "refs" / "main").write_text(snapshot.name)
     (snapshot / "config.json").write_text('{"model_type": "deepseek_v32"}')
     assert complete_template(made) and made.chat_template == released_template("deepseek_v32")
+    (repository / "refs" / "main").rename(repository / "refs" / "pinned")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    made.chat_template = None
+    with pytest.raises(ValueError, match=r"revision 'pinned', .* folder of the snapshot, or revision= and cache_dir="):
+        complete_template(made, revision="pinned")
+    with pytest.raises(ValueError, match="at revision 'main'"):
+        complete_template(made, cache_dir=tmp_path)
+    assert complete_template(made, revision="pinned", cache_dir=tmp_path)
+    made.chat_template = None
+    assert complete_template(made, snapshot)
 
 
 def test_a_chat_drops_what_was_thought_before(made):
