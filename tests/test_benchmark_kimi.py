@@ -17,7 +17,7 @@ def kimi(monkeypatch):
     import cpu_readers
     import kimi
 
-    monkeypatch.setattr(cpu_readers, "MEGABYTES", 1)
+    monkeypatch.setattr(cpu_readers.common, "beyond_caches", lambda least: 1 << 20)
     monkeypatch.setattr(kimi, "POOL", 4 << 20)
     return kimi
 
