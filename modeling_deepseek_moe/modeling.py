@@ -279,9 +279,9 @@ class DeepseekMoeForCausalLM(
     ) -> MoeCausalLMOutputWithPast:
         """Next-token logits ``[B, S, vocab_size]`` and, with ``labels``, their shifted cross-entropy.
 
-        In training with a `TrainingState` the loss is that of `Objective`, and ``aux_loss`` its balance part. Outside training the
-        loss is multiplied by the mean of ``row_weights`` ``[B]``: with the labels of each row over the mean of the data set,
-        `Trainer`'s mean over rows is the one over labels.
+        In training with a `TrainingState` the loss is that of `Objective`, and ``aux_loss`` its balance part, which the indexers'
+        dense stage leaves out of it. Outside training the loss is multiplied by the mean of ``row_weights`` ``[B]``: with the
+        labels of each row over the mean of the data set, `Trainer`'s mean over rows is the one over labels.
         """
         objective = None
         if labels is not None and self.model.has_gaps:

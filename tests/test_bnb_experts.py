@@ -222,6 +222,9 @@ def test_the_storage_that_experts_do_not_have_is_said(folders, tmp_path, caplog)
             (ValueError, dsm.CheckpointError), match="bnb_4bit_quant_storage='bfloat16' is not supported in files"
         ):
             read(tmp_path)
+    # a field of 4-bit codes, of which there are none
+    load(folders["blocks", False], wish("int8", bnb_4bit_quant_storage="bfloat16")).save_pretrained(tmp_path / "int8")
+    assert not dsm.inspect_checkpoint(tmp_path / "int8").findings and open_folder(tmp_path / "int8").weight_formats
 
 
 @pytest.mark.parametrize("kind", ["nf4-double", "int8"])

@@ -176,10 +176,11 @@ def is_bitsandbytes(fields: Mapping | None) -> bool:
 def check_storage(fields: Mapping | None) -> None:
     """
     Raises:
-        ValueError: files in which bitsandbytes' codes lie in another dtype than bytes'.
+        ValueError: files in which bitsandbytes' 4-bit codes lie in another dtype than bytes'.
     """
-    storage = (fields or {}).get(STORAGE) or "uint8"
-    if storage != "uint8" and is_bitsandbytes(fields):
+    fields = fields or {}
+    storage = fields.get(STORAGE) or "uint8"
+    if storage != "uint8" and is_bitsandbytes(fields) and not fields.get("load_in_8bit"):
         raise ValueError(
             f"quantization_config: {STORAGE}={storage!r} is not supported in files, only 'uint8': the model loads, and what it saves "
             "after model.dequantize() every command takes"
