@@ -18,6 +18,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 import modeling_deepseek_moe as dsm
@@ -68,6 +71,11 @@ def test_processors_of_kimi_k25_are_transformers_own(tmp_path):
     AutoTokenizer.from_pretrained(dsm.tiny_checkpoint()).save_pretrained(tmp_path)
     names = {"AutoProcessor": "kimi_k25_processor.KimiK25Processor", "AutoImageProcessor": "kimi_k25_vision.Images"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"auto_map": names}))
+    mappings = (PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, VIDEO_PROCESSOR_MAPPING)
+    found = [mapping[dsm.KimiK25Config] for mapping in mappings]
+    assert found == [mapping[transformers.Kimi_K25Config] for mapping in mappings]
+    # where torchvision is missing something stands for the image processor by its name, and nothing for that of videos
+    assert [found[0].__name__, found[1]["torchvision"].__name__] == ["Kimi_K25Processor", "Kimi_K25ImageProcessor"]
     if is_torchvision_available():
         made = AutoProcessor.from_pretrained(tmp_path)
         assert type(made) is transformers.Kimi_K25Processor
