@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import accelerate
 import pytest
 import torch
 from adapters import ATTENTION, EXPERTS, adapted, dequantised, load, logits, stacked
@@ -159,7 +160,8 @@ METHODS = {
 def test_methods_that_have_no_way_into_codes_are_refused_by_name(method, base, request):
     folder = request.getfixturevalue(base)
     model = peft.get_peft_model(load(folder), METHODS[method]()).eval()
-    refused(model, rf"_proj: found (FP8|INT4)-resident codes to merge an adapter of peft_type={method} into")
+    for made in (model, copy.deepcopy(model)):
+        refused(made, rf"_proj: found (FP8|INT4)-resident codes to merge an adapter of peft_type={method} into")
     assert torch.equal(logits(model.unload()), logits(load(folder)))
 
 
@@ -182,6 +184,14 @@ def test_a_layer_that_cannot_be_merged_is_found_before_the_first_is(int4, safe_m
     refused(two, "adapters default, dora: found DoRA among several", safe_merge=safe_merge)
 
 
+def test_offloaded_adapters_are_merged(release):
+    model = adapted(dequantised(release), target_modules=ATTENTION)
+    want = logits(adapted(dequantised(release), target_modules=ATTENTION).merge_and_unload())
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.base_model.model.model.layers[0].self_attn.o_proj.lora_A["default"].weight.is_meta
+    torch.testing.assert_close(logits(model.merge_and_unload(safe_merge=True)), want, rtol=0, atol=0)
+
+
 def test_parts_of_ranks_are_not_merged_into(release):
     model = adapted(dequantised(release), target_modules=ATTENTION)
     base = model.get_base_model()
@@ -193,6 +203,7 @@ def test_copies_and_pickles_merge_by_themselves(release):
     model = adapted(dequantised(release), **BOTH)
     want = logits(adapted(dequantised(release), **BOTH).merge_and_unload())
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert type(made.base_model) is type(model.base_model)
         assert torch.equal(logits(made.merge_and_unload()), want)
 
 

@@ -5,6 +5,8 @@ peft merges layer by layer, and a layer that cannot be merged would leave those 
 
 import re
 import types
+from functools import cache
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,7 +18,9 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 
 class LooksFirst(BaseTuner):
-    """A tuner of a class of peft's, which is its other base. Copies and pickles of it are of that class alone."""
+    """A tuner of a class of peft's, ``peft_class``, which is its other base. So are copies and pickles of it."""
+
+    peft_class: type[BaseTuner]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         check_merge(self.model, adapter_names, safe_merge)
@@ -29,18 +33,25 @@ class LooksFirst(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def __reduce__(self):
-        return _empty, (type(self).__bases__[1],), self.__dict__
+        return _empty, (type(self).peft_class,), self.__dict__
 
 
 def _empty(kind) -> BaseTuner:
-    return kind.__new__(kind)
+    made = kind.__new__(kind)
+    look_first(made)
+    return made
+
+
+@cache
+def _looking(kind) -> type:
+    return types.new_class(kind.__name__, (LooksFirst, kind), exec_body=lambda body: body.update(peft_class=kind))
 
 
 def look_first(tuner: BaseTuner) -> None:
     """Make a tuner one that `LooksFirst`."""
-    kind = type(tuner)
+    kind: Any = type(tuner)
     if not issubclass(kind, LooksFirst):
-        tuner.__class__ = types.new_class(kind.__name__, (LooksFirst, kind))
+        tuner.__class__ = _looking(kind)
 
 
 def check_merge(model: nn.Module, adapter_names: list[str] | None, safe: bool) -> None:
@@ -81,5 +92,6 @@ def _has(layer: BaseTunerLayer, adapter: str) -> bool:
 def _check_finite(name: str, layer: BaseTunerLayer, adapters: list[str]) -> None:
     for own, parameter in layer.named_parameters():
         found = [adapter for adapter in adapters if adapter in own.split(".")]
-        if found and not torch.isfinite(parameter).all():
+        # peft brings the values of an offloaded layer as it merges it
+        if found and not parameter.is_meta and not torch.isfinite(parameter).all():
             raise ValueError(f"{name}: adapter {found[0]}: found NaN or Inf in {own}, wanted finite values to merge")
