@@ -17,6 +17,7 @@ from adapters import (
     train,
 )
 from releases import SHAPES, write_release
+from test_int4_release import write_int4
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.import_utils import is_peft_greater_or_equal
 
@@ -56,7 +57,7 @@ REFUSED = {
     "pissa": ({**ROUTED, "init_lora_weights": "pissa"}, "mlp.experts: found init_lora_weights=pissa"),
     "orthogonal": (
         {"target_modules": ["shared_experts.up_proj"], "init_lora_weights": "orthogonal"},
-        "shared_experts.up_proj: found FP8-resident codes.*init_lora_weights='orthogonal', which computes with the weight",
+        "shared_experts.up_proj: found FP8-resident codes.*init_lora_weights='orthogonal', which starts from the weight or in its dtype",
     ),
     "loftq": (
         {
@@ -138,6 +139,26 @@ def test_what_fp8_cannot_take_is_refused_by_name_and_leaves_the_model_as_it_was(
     assert torch.equal(logits(model), before)
     assert [name for name, _ in model.named_modules()] == modules
     assert not hasattr(model, "peft_config") if is_first else list(model.peft_config) == ["default"]
+
+
+def test_stored_adapters_take_the_place_of_starts_that_leave_the_weight(fp8_release, tmp_path):
+    write_int4(tmp_path / "int4", SHAPES["kimi"](), linears=True)
+    for folder, ways in ((fp8_release, ("PeftModel", "load_adapter")), (tmp_path / "int4", ("PeftModel",))):
+        model = adapted(load(folder), target_modules=["o_proj"])
+        for start in ("orthogonal", "lora_ga", "mica", "pissa"):
+            model.peft_config["default"].init_lora_weights = start
+            model.save_pretrained(tmp_path / start, save_embedding_layers=False)
+            for way in ways:
+                again = load(folder)
+                try:
+                    if way == "PeftModel":
+                        again = peft.PeftModel.from_pretrained(again, tmp_path / start).eval()
+                    else:
+                        again.load_adapter(tmp_path / start)
+                except ValueError as error:
+                    assert start == "pissa" and "init_lora_weights='pissa', which starts from the weight" in str(error)
+                else:
+                    assert start != "pissa" and torch.equal(logits(again), logits(model))
 
 
 @needs_add_adapter

@@ -6,6 +6,7 @@ have the names and shapes of peft's own. Importing this file imports peft.
 Legend: T tokens, E experts, D hidden size, I expert width, r rank.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from modeling_deepseek_moe.adapters.merging import Merge, add_to_codes, copy_of, write_over
+from modeling_deepseek_moe.adapters.refusals import is_overwritten
 from modeling_deepseek_moe.formats.row import Scales
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops.experts import IMPLEMENTATION, STACKS, Copies, LowRank, Pair
@@ -244,6 +246,12 @@ class LoraLinear(lora.Linear):
         self.merge_record = Merge()
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__(base_layer, adapter_name, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: lora.LoraConfig, **kwargs) -> None:
+        if is_overwritten(config):
+            config = copy.copy(config)
+            config.init_lora_weights = True
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def check_merge(self, names: list[str]) -> None:
         """

@@ -16,6 +16,8 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight and at no data
 OF_DATA = "eva"  # which looks at no weight either
+# Those that leave the weight as it is: what is stored takes their place.
+LEAVING = ("orthogonal", "lora_ga", "mica")
 PLAIN = ("lora_dropout", "fan_in_fan_out", "lora_bias")  # fields that low-rank products of experts have no use for
 
 
@@ -63,14 +65,19 @@ def variants(config) -> dict:
 
 def _check_start(modules: dict[str, nn.Module], targets: Targets) -> None:
     start = targets.config.init_lora_weights
-    if start in STARTS or start == OF_DATA:
+    if start in STARTS or start == OF_DATA or is_overwritten(targets.config):
         return
     for name, module in modules.items():
         if isinstance(module, QuantizedLinear) and targets.reaches(name):
             raise ValueError(
-                f"{name}: found {_resident(module)}, wanted bf16 or fp32 ones for init_lora_weights={str(start)[:40]!r}, which computes "
-                f"with the weight: {', '.join(map(repr, STARTS))} do not; or {_way_out(module)}"
+                f"{name}: found {_resident(module)}, wanted bf16 or fp32 ones for init_lora_weights={str(start)[:40]!r}, which starts "
+                f"from the weight or in its dtype: {', '.join(map(repr, STARTS))} do not; or {_way_out(module)}"
             )
+
+
+def is_overwritten(config) -> bool:
+    """Whether a LoRA config is a stored adapter's, whose start leaves the weight as it is and so can be any."""
+    return config.inference_mode and str(config.init_lora_weights).lower() in LEAVING
 
 
 def _resident(module: QuantizedLinear | QuantizedExperts) -> str:
