@@ -5,7 +5,8 @@ import torch
 from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, doors, expert_adapter, load, logits, plain, train
 from releases import SHAPES, write_release
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.distributed import DistributedConfig
 
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.training.attach import attach_state
@@ -32,7 +33,7 @@ CASES = [("v3", kind) for kind in KINDS] + [
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
     parent = tmp_path_factory.mktemp("peft")
-    for shape in ("v3", "v2", "v3-mtp"):
+    for shape in ("v3", "v2", "v3-mtp", "kimi"):
         write_release(parent / shape, SHAPES[shape]())
     return parent
 
@@ -267,6 +268,40 @@ def test_several_adapters_and_ia3(release):
     assert torch.equal(logits(wrapped.unload()), base)
     ia3 = peft.IA3Config(target_modules=ATTENTION, feedforward_modules=[], init_ia3_weights=False)
     assert not torch.allclose(logits(peft.get_peft_model(load(release), ia3).eval()), base, atol=1e-3)
+
+
+HEADS = ["kv_b_proj", "o_proj", "q_b_proj"]
+DIVIDED = {
+    "all-linear": ({"target_modules": "all-linear", "exclude_modules": ["experts", "q_a_proj", "kv_a_proj_with_mqa"]}, HEADS),
+    "without stacks": (
+        {"target_modules": "all-linear", "exclude_modules": ["gate_up_proj", "experts.down_proj", "q_a_proj", "kv_a_proj_with_mqa"]},
+        HEADS,
+    ),
+    "a stack": ({**KINDS["experts"], "target_parameters": EXPERTS[1:], "exclude_modules": ["down_proj"]}, ["o_proj"]),
+    "a layer": (
+        {"target_modules": ["o_proj"], "target_parameters": [f"layers.1.{EXPERTS[0]}"], "exclude_modules": r".*\.1\.mlp\.experts"},
+        ["o_proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ["v3", "kimi"])
+@pytest.mark.parametrize(("kind", "wanted"), DIVIDED.values(), ids=DIVIDED)
+def test_what_is_excluded_is_no_reason_to_refuse_a_divided_model(kind, wanted, shape, releases):
+    model = load(releases / shape)
+    model.config.distributed_config, model._is_distributed_loading_by_transformers = DistributedConfig(tp_size=2), True
+    named = {name.split(".lora_A")[0] for name, _ in adapted(model, **kind).named_parameters() if ".lora_A" in name}
+    assert sorted({name.rpartition(".")[2] for name in named if not name.endswith("mlp.gate")}) == wanted
+
+
+@pytest.mark.parametrize("shape", ["v3", "kimi"])
+def test_all_linear_is_no_head(shape, releases):
+    classifier = AutoModelForSequenceClassification.from_pretrained(releases / shape, num_labels=2)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"), classifier)
+    assert type(classifier.score) is torch.nn.Linear
+    model = adapted(load(releases / shape), target_modules=["lm_head"])
+    model.add_adapter("second", peft.LoraConfig(target_modules="all-linear"))
+    assert list(model.base_model.model.lm_head.lora_A) == ["default"]
 
 
 def test_balancing_with_an_adapted_router(release):

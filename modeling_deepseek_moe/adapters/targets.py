@@ -42,14 +42,14 @@ def is_experts(module: nn.Module) -> bool:
     return isinstance(module, DeepseekExperts | QuantizedExperts)
 
 
-def reaches_experts(config) -> bool:
-    """Whether a LoRA config has stacks of experts among its targets, once peft has read it."""
+def stacks_of(config) -> set[str]:
+    """The stacks of experts among a LoRA config's targets, as in ``target_parameters`` once peft has read it."""
     if isinstance(config.target_modules, str):
-        return config.target_modules.lower() == ALL_LINEAR
+        return set(STACKS) if config.target_modules.lower() == ALL_LINEAR else set()
     reading = copy.copy(config)
     reading.rank_pattern, reading.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
     read(reading)
-    return has_stacks(reading)
+    return {name for name in reading.target_parameters or () if name.rpartition(".")[2] in STACKS}
 
 
 def has_stacks(config) -> bool:
@@ -73,6 +73,8 @@ class Targets:
         given: the targets that it was given to read.
         notes: what a user would not expect.
         experts: the names of the model's modules of routed experts.
+        routers: those of its routers.
+        linears: what ``all-linear`` stands for besides routers and routed experts, by the last parts of names.
         inner: what they begin with in a model with a head.
         reaches_experts: whether stacks of experts are among them.
         is_done: those of experts have their layers.
@@ -84,6 +86,8 @@ class Targets:
     given: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
+    routers: list[str] = field(default_factory=list)
+    linears: set[str] = field(default_factory=set)
     inner: str = ""
     reaches_experts: bool = False
     is_done: bool = False
@@ -94,11 +98,14 @@ class Targets:
         """Divide a LoRA config's targets, and read the first part as peft does."""
         experts = [name for name, module in modules.items() if is_experts(module)]
         targets, converts = cls(config, experts=experts, inner=f"{model.base_model_prefix}."), _converts(model)
+        targets.routers = [name for name in modules if name.rpartition(".")[2] == ROUTER]
         linears = [name for name, module in modules.items() if name.rpartition(".")[2] in PROJECTIONS]
         wanted = config.target_modules
         if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
             targets._note_others(wanted, experts, linears)
-            wanted = None if converts else _all_linear(model, modules, experts)
+            everything = _all_linear(model, modules, experts, config)
+            targets.linears = everything.difference((ROUTER, *PROJECTIONS) if experts else ())
+            wanted = None if converts else everything
         elif isinstance(wanted, str):
             wanted = targets._of_text(wanted, modules, experts, linears)
         else:
@@ -107,7 +114,7 @@ class Targets:
             targets._divide(set(wanted), experts, linears)
             targets.given = config.target_modules  # peft puts another set in its place
         targets._note_parameters(modules, experts)
-        targets.reaches_experts = reaches_experts(config) and targets._leaves_experts()
+        targets.reaches_experts = targets._has_experts()
         if config.layers_to_transform is not None and targets.reaches_experts and experts:
             targets.notes.append("layers_to_transform: not the routed experts, which peft adapts in every layer")
         if not converts:
@@ -129,24 +136,32 @@ class Targets:
         if self.apart:
             reading.target_modules = {*(reading.target_modules or ()), *self.apart}
         elif isinstance(reading.target_modules, str) and reading.target_modules.lower() == ALL_LINEAR:
-            reading.target_modules = ".*"
+            reading.target_modules = self.linears
         return bool(check_target_module_exists(reading, name))
 
-    def _leaves_experts(self) -> bool:
-        """Whether ``exclude_modules`` leaves a stack of routed experts."""
-        pairs = [(name, stack) for name in self.experts for stack in STACKS]
-        return not pairs or any(not _is_excluded(self.config, *pair) for pair in pairs)
+    def _has_experts(self) -> bool:
+        """Whether stacks of routed experts are targets that ``exclude_modules`` leaves."""
+        targets = stacks_of(self.config)
+        return bool(targets) and (not self.experts or any(self._left(target)[1] for target in targets))
 
     def _take_excluded(self) -> None:
-        """Name the stacks that ``exclude_modules`` leaves, layer by layer: peft asks it of linear layers alone."""
+        """Name the stacks and routers that ``exclude_modules`` leaves, layer by layer: peft asks it of linear layers alone."""
         for target in sorted(getattr(self.config, "target_parameters", None) or ()):
-            path, _, stack = target.rpartition(".")
-            own = [name for name in self.experts if stack in STACKS and (not path or suffix(path, name))]
-            left = [name for name in own if not _is_excluded(self.config, name, stack)]
+            own, left = self._left(target)
             if len(left) < len(own):
                 # without the name of a model within one with a head, so that both load the adapter
-                named = {f"{name.removeprefix(self.inner)}.{stack}" for name in left}
+                named = {name.removeprefix(self.inner) for name in left}
                 self.config.target_parameters = set(self.config.target_parameters) - {target} | named
+
+    def _left(self, target: str) -> tuple[list[str], list[str]]:
+        """The stacks or routers' weights that a target among ``target_parameters`` means, and those that ``exclude_modules`` leaves."""
+        path, _, leaf = target.rpartition(".")
+        if leaf in STACKS:
+            own = [name for name in self.experts if not path or suffix(path, name)]
+        else:
+            own = [name for name in self.routers if leaf == "weight" and suffix(path, name)]
+        left = [name for name in own if not _is_excluded(self.config, name, leaf)]
+        return [f"{name}.{leaf}" for name in own], [f"{name}.{leaf}" for name in left]
 
     def say(self) -> None:
         """All notes in one warning."""
@@ -215,10 +230,16 @@ class Targets:
                 self.notes.append(f"{shown(target, keep='')}: matches nothing")
 
 
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module], experts: list[str]) -> set[str]:
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], experts: list[str], config) -> set[str]:
     """What peft takes ``all-linear`` for, where it has a reading: last parts of names, the router's and experts' too, not the head's."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
     head = model.get_output_embeddings()
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+    if head is None and config.task_type == "SEQ_CLS":
+        head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
+    # by name: a layer of another adapter may lie around it
+    heads = {name for name, module in nn.Module.named_modules(model) if module is head}
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in heads]
     return {name.rpartition(".")[2] for name in linears} | ({ROUTER, *PROJECTIONS} if experts else set())
 
 
@@ -237,10 +258,10 @@ def _check_pair(wanted: set[str]) -> None:
             )
 
 
-def _is_excluded(config, path: str, stack: str) -> bool:
-    """Whether ``exclude_modules`` names the module of routed experts, one of its stacks, or all projections that lie in it.
+def _is_excluded(config, path: str, leaf: str) -> bool:
+    """Whether ``exclude_modules`` names the module of routed experts or a router, its stack or weight, or all projections in a stack.
 
-    An adapter that was stored names the stacks that it has.
+    An adapter that was stored names what it has.
     """
     told = getattr(config, "exclude_modules", None)
     if not told or config.inference_mode:
@@ -249,9 +270,10 @@ def _is_excluded(config, path: str, stack: str) -> bool:
     def is_named(name: str) -> bool:
         return bool(re.fullmatch(told, name)) if isinstance(told, str) else any(suffix(one, name) for one in told)
 
-    leaves = PROJECTIONS[:2] if stack == STACKS[0] else PROJECTIONS[2:]
-    parts = [(f"{path}.{leaf}", f"{path}.0.{leaf}") for leaf in leaves]
-    return is_named(path) or is_named(f"{path}.{stack}") or all(any(map(is_named, names)) for names in parts)
+    inside = {STACKS[0]: PROJECTIONS[:2], STACKS[1]: PROJECTIONS[2:]}.get(leaf, ())
+    parts = [(f"{path}.{projection}", f"{path}.0.{projection}") for projection in inside]
+    are_all = bool(parts) and all(any(map(is_named, names)) for names in parts)
+    return is_named(path) or is_named(f"{path}.{leaf}") or are_all
 
 
 def _means_linears(target: str, experts: list[str], linears: list[str]) -> bool:
