@@ -159,6 +159,12 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_that_have_no_way_into_codes_are_refused_by_name(method, base, request):
     folder = request.getfixturevalue(base)
+    if base == "int4" and method in ("LOHA", "LOKR"):  # which read the shape of codes
+        with pytest.raises(
+            ValueError, match=rf"_proj: found INT4-resident codes.*peft_type={method}; .*LORA, ADALORA, IA3, VERA"
+        ):
+            peft.get_peft_model(load(folder), METHODS[method]())
+        return
     model = peft.get_peft_model(load(folder), METHODS[method]()).eval()
     for made in (model, copy.deepcopy(model)):
         refused(made, rf"_proj: found (FP8|INT4)-resident codes to merge an adapter of peft_type={method} into")

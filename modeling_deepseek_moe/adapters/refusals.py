@@ -14,6 +14,10 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
+OF_SHAPE = (
+    "LOHA",
+    "LOKR",
+)  # of them, those that size their matrices by the codes, of which several may share an element
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight and at no data
 OF_DATA = "eva"  # which looks at no weight either
 # Those that leave the weight as it is: what is stored takes their place.
@@ -119,7 +123,7 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
     parameters = sorted(getattr(config, "target_parameters", None) or ())
     copies = tuple(getattr(config, "modules_to_save", None) or ())
     method = config.peft_type.value
-    if not parameters and not copies and method in METHODS:
+    if not parameters and not copies and method in METHODS and method not in OF_SHAPE:
         return
     for name, module in modules:
         if not isinstance(module, QuantizedLinear | QuantizedExperts):
@@ -140,13 +144,19 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for modules_to_save={list(copies)}, which trains a copy: "
                 f"{way_out}"
             )
-        if method not in METHODS and (
+        methods = [own for own in METHODS if not (_is_packed(module) and own in OF_SHAPE)]
+        if method not in methods and (
             config.target_modules == "all-linear" or check_target_module_exists(config, name)
         ):
             raise ValueError(
-                f"{name}: found {kept}, wanted bf16 or fp32 ones for an adapter of peft_type={method}; on codes there are "
-                f"{', '.join(METHODS)}: {way_out}"
+                f"{name}: found {kept}, wanted bf16 or fp32 ones for an adapter of peft_type={method}; on such codes there are "
+                f"{', '.join(methods)}: {way_out}"
             )
+
+
+def _is_packed(module: QuantizedLinear | QuantizedExperts) -> bool:
+    """Whether an element of a linear layer's codes is several weights."""
+    return isinstance(module, QuantizedLinear) and module.weight.shape != (module.out_features, module.in_features)
 
 
 def check_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:
