@@ -14,10 +14,8 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
-OF_SHAPE = (
-    "LOHA",
-    "LOKR",
-)  # of them, those that size their matrices by the codes, of which several may share an element
+# Of them, those that size their matrices by the codes, of which several may share an element.
+OF_SHAPE = ("LOHA", "LOKR")
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight and at no data
 OF_DATA = "eva"  # which looks at no weight either
 # Those that leave the weight as it is: what is stored takes their place.

@@ -2,9 +2,9 @@
 
    The engine is plain C on pointers: it knows neither Python nor torch. A *matrix* is a row-major weight [rows, cols],
    FP8 (E4M3 codes and one fp32 scale per 128 x 128 block, ragged at the edges), bf16, or codes of four bits with scales
-   along each row (four_bit.h). A *packed* row of activations
-   is padded with zeros to whole blocks, or groups of 64, and permuted so that its elements meet the weights in the order in which a
-   kernel decodes them; each set of kernels has a packing of its own. All sums are fp32. */
+   along each row (four_bit.h). A *packed* row of activations is padded with zeros to whole blocks, or groups of 64, and
+   permuted so that its elements meet the weights in the order in which a kernel decodes them; each set of kernels has a
+   packing of its own. All sums are fp32, but for those of a few products of integers. */
 #ifndef DSM_ENGINE_H
 #define DSM_ENGINE_H
 
@@ -18,8 +18,8 @@
 #define DSM_BLOCK 128
 #define DSM_PV_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
-#define DSM_GEMV_ROWS                                                                                                 \
-    16 /* least and most weight rows of a task that calls `gemv`: long runs of memory are read faster */
+/* least and most weight rows of a task that calls `gemv`: long runs of memory are read faster */
+#define DSM_GEMV_ROWS 16
 #define DSM_MOST_GEMV_ROWS 256
 #define DSM_STEP_TOKENS 16 /* most tokens of the operations that are for few */
 #define DSM_INLINE static inline __attribute__((always_inline))
