@@ -8,6 +8,7 @@ from common import Timing
 
 from modeling_deepseek_moe.ops import _native, block_fp8
 from modeling_deepseek_moe.ops.linear import linear
+from modeling_deepseek_moe.streaming.memory import Memory
 
 LEAST = 256 << 20  # bytes
 BYTE = 0x3C  # read as FP8, bf16 and fp32 alike, a small number
@@ -18,9 +19,9 @@ class Readers:
     """Several ways to read a buffer beyond the caches, as contestants of every round."""
 
     def __init__(self):
-        # written, not just allocated: untouched pages are all one page, which stays in the cache
-        data = torch.full((common.beyond_caches(LEAST),), BYTE, dtype=torch.uint8)
-        self.nbytes = data.nbytes
+        self.nbytes = common.beyond_caches(LEAST)
+        # in large pages, from which memory gives most; written, since untouched ones are all one page, which stays in the cache
+        data = Memory(self.nbytes).tensor(0, (self.nbytes,), torch.uint8).fill_(BYTE)
         words, floats = data.view(torch.int64), data.view(torch.float32).view(-1, COLUMNS)
         vector, x = torch.ones(COLUMNS), torch.ones(1, COLUMNS, dtype=torch.bfloat16)
         self.contestants: dict[str, Callable[[], object]] = {

@@ -4,8 +4,11 @@ import copy
 import gc
 import io
 import json
+import mmap
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek_moe import CheckpointError, CheckpointReader
+from modeling_deepseek_moe.checkpoint import mapped
 from modeling_deepseek_moe.checkpoint import reader as checkpoint_reader
 from modeling_deepseek_moe.checkpoint.headers import read_header
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
@@ -174,6 +178,21 @@ def test_a_file_replaced_after_its_header_was_read(tmp_path):
         reader.tensor(NORM)
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a system without huge pages")
+def test_files_are_read_in_huge_pages(loaded):
+    address = loaded.experts.matrices(0)["down_proj"].codes.data_ptr()
+    areas = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    bounds = ([int(bound, 16) for bound in area.split(" ", 1)[0].split("-")] for area in areas)
+    (area,) = (area for area, (first, last) in zip(areas, bounds, strict=True) if first <= address < last)
+    assert ".safetensors" in area and "hg" in re.search("VmFlags: (.*)", area).group(1).split()
+
+
+def test_a_kernel_without_huge_pages(loaded, monkeypatch):
+    monkeypatch.setattr(mapped, "HUGE_PAGES", 9999)
+    model = AutoModelForCausalLM.from_pretrained(loaded.folder, dtype="float32")
+    assert same_bits(model.model.norm.weight, loaded.model.model.norm.weight)
+
+
 def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
     size = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     header = {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
@@ -215,6 +234,24 @@ def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, preadv, layout
         else:
             found = model.get_submodule(weight).weight_scale_inv
         assert same_bits(found.detach(), tensors[name])
+
+
+def test_pages_of_scales_are_given_back(tmp_path, monkeypatch):
+    tensors = write_release(tmp_path, SHAPES["v3"](), fp8=True)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(interleaved(tensors))
+    dropped = []
+
+    def advise(descriptor, start, nbytes, advice):
+        if advice == os.POSIX_FADV_DONTNEED:
+            dropped.append((start, start + nbytes))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(start % mmap.PAGESIZE == 0 and end % mmap.PAGESIZE == 0 for start, end in dropped)
+    for info in read_header(file).values():
+        if ".experts." in info.name and info.name.endswith("_scale_inv"):
+            assert any(start <= info.start and info.end <= end for start, end in dropped), info.name
 
 
 def interleaved(tensors) -> bytes:

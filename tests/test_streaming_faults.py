@@ -189,7 +189,7 @@ def test_a_process_that_ends_while_reading(folder):
 
 
 def test_kernels_that_know_no_huge_pages(folder, mapped, monkeypatch):
-    monkeypatch.setattr(memory, "_HUGE_PAGES", 9999)
+    monkeypatch.setattr(memory, "HUGE_PAGES", 9999)
     monkeypatch.setattr(memory, "_WIPE_ON_FORK", 9998)
     assert same_bits(logits(load(folder, 5 * SLOT)), logits(mapped))
 

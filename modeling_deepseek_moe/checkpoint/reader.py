@@ -1,6 +1,7 @@
 """The tensors of a checkpoint folder: headers, checked before a byte of them is used, and views into mapped files."""
 
 import io
+import mmap
 import os
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from operator import attrgetter
@@ -98,6 +99,7 @@ class CheckpointReader(Mapping[str, TensorInfo]):
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for run in _runs(tensors):
                     _read_run(stream, run, place)
+                    _forget(stream, run[0].start, run[-1].end)
 
 
 def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
@@ -119,3 +121,11 @@ def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorI
     # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
     for info in run:
         read_range(stream, info.start, place(info), f"{info.file}: tensor {info.name}")
+
+
+def _forget(stream: io.FileIO, start: int, end: int) -> None:
+    """Let the system drop the pages that were read: small ones, between which the file's mapping would get no large ones."""
+    if hasattr(os, "posix_fadvise"):
+        start = start // mmap.PAGESIZE * mmap.PAGESIZE
+        nbytes = -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+        os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)

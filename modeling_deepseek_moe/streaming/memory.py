@@ -6,10 +6,11 @@ import sys
 
 import torch
 
+from modeling_deepseek_moe.checkpoint.mapped import HUGE_PAGES
+
 PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses aligned to; no disk in use wants more
 # Linux's values, where the mmap module has no names for them
 _WIPE_ON_FORK = 18
-_HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", 14)
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -30,7 +31,7 @@ class Memory:
         if sys.platform == "linux":
             # without NORESERVE the system may refuse more than it has free at this moment
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-            for advice in (_HUGE_PAGES, _WIPE_ON_FORK) if wiped_on_fork else (_HUGE_PAGES,):
+            for advice in (HUGE_PAGES, _WIPE_ON_FORK) if wiped_on_fork else (HUGE_PAGES,):
                 with contextlib.suppress(OSError):  # advice that this kernel does not know
                     self._map.madvise(advice)
         else:
