@@ -154,27 +154,35 @@ static __attribute__((noinline)) void fill_panel_four_bit(const Matrix *w, int64
                                                           float *panel){
     DSM_BY_KIND(w, fill_four_bit, w, first, count, k, panel)}
 
-/* sums [columns, packed] += factor[i] * row first + i, `rows` of them */
-DSM_INLINE
-    void absorb_four_bit(const float *q, const Matrix *w, int64_t first, int64_t count, float *sums, const int kind) {
-    const Values values = values_of(w->dtype);
-    for (int64_t k = 0; k < w->cols; k += 4 * WIDTH) {
-        const int64_t rest = w->cols - k;
-        F acc[4] = {zeros(), zeros(), zeros(), zeros()};
-        for (int64_t i = 0; i < count; i++) {
-            const uint8_t *from = (const uint8_t *)dsm_row(w, first + i) + k / 2;
-            const I codes = load_four_bit(from, rest);
-            const F factor = q[i] * scales_of(w, first + i, k, rest, kind);
-            UNROLL for (int j = 0; j < 4; j++) acc[j] += factor * value_of(values, codes, j);
-        }
-        UNROLL for (int j = 0; j < 4; j++) {
-            F *to = (F *)(sums + k + j * WIDTH);
-            *to += acc[j];
-        }
-    }
-}
 #define ABSORBED_AT_ONCE                                                                                              \
     32 /* rows whose strips of columns are summed in registers: their lines stay in the first cache */
+
+/* sums [4 * WIDTH] += q[i] * the columns from k on, of which `rest` exist, of row first + i, `count` of them; what lies as
+   many rows further on is fetched */
+DSM_INLINE void absorb_strip(const Values values, const float *q, const Matrix *w, int64_t first, int64_t count,
+                             int64_t k, int64_t rest, float *sums, const int kind) {
+    const int64_t pitch = w->cols / 2, groups = w->cols / dsm_group_of(kind);
+    const uint8_t *from = (const uint8_t *)w->data + first * pitch + k / 2;
+    F acc[4];
+    UNROLL for (int j = 0; j < 4; j++) acc[j] = *(const F *)(sums + j * WIDTH);
+    for (int64_t i = 0; i < count; i++, from += pitch) {
+        const I codes = load_four_bit(from, rest);
+        const F factor = q[i] * scales_of(w, first + i, k, rest, kind);
+        if (k % 128 == 0) __builtin_prefetch(from + ABSORBED_AT_ONCE * pitch, 0, 2);
+        if (k == 0) __builtin_prefetch(dsm_scale_place(w->scale, (first + i + ABSORBED_AT_ONCE) * groups, kind), 0, 2);
+        UNROLL for (int j = 0; j < 4; j++) acc[j] += factor * value_of(values, codes, j);
+    }
+    UNROLL for (int j = 0; j < 4; j++) * (F *)(sums + j * WIDTH) = acc[j];
+}
+/* sums [columns, packed] += q[i] * row first + i, `count` of them */
+DSM_INLINE
+void absorb_four_bit(const float *q, const Matrix *w, int64_t first, int64_t count, float *sums, const int kind) {
+    const Values values = values_of(w->dtype);
+    int64_t k = 0;
+    for (; k + 4 * WIDTH <= w->cols; k += 4 * WIDTH)
+        absorb_strip(values, q, w, first, count, k, 4 * WIDTH, sums + k, kind);
+    if (k < w->cols) absorb_strip(values, q, w, first, count, k, w->cols - k, sums + k, kind);
+}
 static void transposed_four_bit(const float *q, const Matrix *w, int64_t first, int64_t count, float *out,
                                 float *sums) {
     memset(sums, 0, sizeof(float) * dsm_blocks(w->cols) * DSM_BLOCK);
