@@ -99,9 +99,6 @@ const Kernels *dsm_kernels(int isa, int activation_dtype);
 /* How many threads to use: `wanted`, fewer for little work, one in a forked process (OpenMP's threads stay with the parent). */
 int dsm_threads(int wanted, int64_t weight_bytes);
 
-/* Whether Intel made this CPU: its prefetchers want other company than AMD's. */
-int dsm_is_intel(void);
-
 void *dsm_alloc(size_t bytes); /* 64-byte aligned, free() releases it; NULL when there is no memory */
 /* The same for the duration of a call; up to three that were given back are kept for the next calls, of 32 MB at most. */
 void *dsm_borrow(size_t bytes);

@@ -89,18 +89,47 @@ DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, 
         }
 }
 
-/* Up to ROWS weight rows. Short ones are one stream for a token or two. For several, long rows go a segment at a time, so that the
+/* One token: FP8 rows row, row + apart .. of one row of blocks, `readers` of them, whose sums lie as far apart. */
+DSM_INLINE void fp8_turn(const float *x, const Matrix *w, int64_t row, int64_t apart, F *sums, const int readers) {
+    const int step = readers < ROWS_AT_ONCE ? readers : ROWS_AT_ONCE;
+    const int64_t cols = w->cols, pitch = apart * cols;
+    const uint8_t *from = (const uint8_t *)w->data + row * cols;
+    const float *scale = dsm_block_scale(w, row, 0);
+    F total[READERS];
+    I found[READERS];
+    int64_t k = 0;
+    UNROLL for (int q = 0; q < readers; q++) total[q] = zeros(), found[q] = (I){0};
+    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK, scale++) UNROLL for (int q = 0; q < readers; q += step) {
+            const uint8_t *at = from + k + q * pitch;
+            add_block(x + k, 0, at, pitch, DSM_BLOCK, *scale, (const char *)at + AHEAD, total + q, found + q, step, 1);
+        }
+    if (k < cols) UNROLL for (int q = 0; q < readers; q += step) {
+            const uint8_t *at = from + k + q * pitch;
+            add_block(x + k, 0, at, pitch, cols - k, *scale, (const char *)at + AHEAD, total + q, found + q, step, 1);
+        }
+    UNROLL for (int q = 0; q < readers; q++) sums[q * apart] = nan_seen(found[q]) ? spread(NAN) : total[q];
+}
+static __attribute__((noinline)) void fp8_in_turns(const float *x, const Matrix *w, int64_t first, int64_t count,
+                                                   float *out) {
+    for (int64_t r = 0, n; r < count; r += n) {
+        F sums[DSM_BLOCK];
+        n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
+        const int64_t turns = n / READERS;
+        for (int64_t i = 0; i < turns; i++) fp8_turn(x, w, first + r + i, turns, sums + i, READERS);
+        for (int64_t i = turns * READERS; i < n; i++) fp8_turn(x, w, first + r + i, 1, sums + i, 1);
+        add_lanes(sums, n, PACKED_GAIN, out + r, 0, 1);
+    }
+}
+
+/* Up to ROWS weight rows, FP8 ones for several tokens. Short ones are one stream for two. Long rows go a segment at a time, so that the
    segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
 DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                                int64_t ldo, const int tokens) {
     F sums[ROWS * TOKENS_AT_ONCE];
     I found[ROWS], any = {0};
     const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
-    /* one short row after the other is read up to half faster; long rows of x leave the first cache and are better shared */
-    const int fp8 = w->dtype == DSM_FP8, intel = dsm_is_intel();
-    const int64_t short_row = intel ? dsm_min(SHORT_ROW(tokens), INTEL_SHORT_ROW) : SHORT_ROW(tokens);
-    const int shared = fp8 && cols > short_row;
-    const int64_t fetched = fp8 && !shared && !intel ? NEAR : AHEAD;
+    const int fp8 = w->dtype == DSM_FP8, shared = fp8 && cols > SHORT_ROW(tokens); /* rows share what is loaded of x */
+    const int64_t fetched = fp8 && !shared ? NEAR : AHEAD;
     const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
     for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
     for (int64_t r = 0; r < count; r++) found[r] = (I){0};
@@ -116,7 +145,7 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
                                 : r + n < count ? row + n * pitch
                                                 : row + segment * itemsize - (count - n) * pitch;
             F *to = sums + r * tokens;
-            if (w->dtype != DSM_FP8) add_bf16(xk, stride, (const uint16_t *)row, length, ahead, to, tokens);
+            if (!fp8) add_bf16(xk, stride, (const uint16_t *)row, length, ahead, to, tokens);
             else if (n == 1)
                 add_fp8(xk, stride, (const uint8_t *)row, pitch, scale, length, ahead, to, found + r, 1, tokens);
             else
@@ -127,7 +156,7 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
     for (int64_t r = 0; r < count; r++) any |= found[r];
     for (int64_t r = 0; r < count && nan_seen(any); r++)
         for (int t = 0; t < tokens && nan_seen(found[r]); t++) sums[r * tokens + t] = spread(NAN);
-    add_lanes(sums, count, w->dtype == DSM_FP8 ? PACKED_GAIN : 1.0f, out, ldo, tokens);
+    add_lanes(sums, count, fp8 ? PACKED_GAIN : 1.0f, out, ldo, tokens);
 }
 /* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
 #define SOME_ROWS(N)                                                                                                  \
@@ -142,19 +171,23 @@ SOME_ROWS(4)
 static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                           float *out, int64_t ldo);
 
-static void gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+static void gemv(const void *given, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next) {
+    const char *x = given;
     (void)next; /* rows are read in order, and fetched ahead in order */
     if (dsm_is_four_bit(w->dtype)) {
         gemv_four_bit(x, stride, tokens, w, first, count, out, ldo);
         return;
     }
+    if (w->dtype == DSM_FP8 && tokens == 1) {
+        fp8_in_turns((const float *)x, w, first, count, out);
+        return;
+    }
     for (int64_t r = 0; r < count; r += ROWS) {
         const int64_t n = dsm_min(ROWS, count - r);
-        const char *xt = x;
         int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) rows_4(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
-        if (t + 2 <= tokens) rows_2(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo), t += 2;
-        if (t < tokens) rows_1(xt + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
+        for (; t + 4 <= tokens; t += 4) rows_4(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
+        if (t + 2 <= tokens) rows_2(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo), t += 2;
+        if (t < tokens) rows_1(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
     }
 }

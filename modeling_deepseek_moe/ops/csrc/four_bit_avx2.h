@@ -18,13 +18,14 @@
    of which block b of 64 columns finds its own by spreading lane b.
 
    Four pipes could take INT4's 15.75 instructions of 64 columns in 3.9 cycles; a Zen 4 takes 4.8 in a loop of nothing else,
-   5.2 here. From memory a core still reads codes at half to two thirds of what it reads without decoding, why is not known:
-   it is the same without scales and in pages of 2 MB. Fetched 512 bytes ahead instead of 2,048, NF4 models were slower. */
+   5.2 here. From memory one row at a time came at half to two thirds of what a core reads without decoding, without scales
+   and in pages of 2 MB too; READERS rows for one token at 80 to 95 % (a Xeon). Fetched 512 bytes ahead instead of 2,048, NF4
+   models were slower. For several tokens the sums of several rows leave the registers, which costs more than it brings. */
 
 #define BEYOND 128     /* bytes before what is not an activation */
 #define STRIDE_256 256 /* columns whose scales are one vector */
 #define STRIDES 64     /* of them are prepared at a time */
-#define ROWS_IN_TURN 64
+#define SUMS 256       /* of rows that share what is prepared, and of their tokens */
 
 /* after 64 activations */
 typedef struct {
@@ -216,40 +217,48 @@ DSM_INLINE void add_256(IntegerTable table, const char *x, size_t stride, const 
     }
 }
 
-/* up to ROWS_IN_TURN weight rows */
+/* weight rows row, row + apart .. of `readers`, from column k0 to `end`; sums: of row r and token t at (r - first) * tokens + t */
+DSM_INLINE void integer_turn(IntegerTable table, const char *x, size_t stride, const Side *side, const Matrix *w,
+                             int64_t row, int64_t apart, int64_t k0, int64_t end, F *sums, const int readers,
+                             const int tokens, const int dtype, const int kind) {
+    const int64_t groups = w->cols / dsm_group_of(kind);
+    __m256 total[READERS * 2 * TOKENS_AT_ONCE];
+    int64_t k = k0;
+    UNROLL for (int i = 0; i < readers * 2 * tokens; i++) total[i] = _mm256_setzero_ps();
+    for (; k + STRIDE_256 <= end; k += STRIDE_256, side++) UNROLL for (int q = 0; q < readers; q++) {
+            const int64_t at = (row + q * apart) * groups + k / dsm_group_of(kind);
+            if (k % 512 == 0) _mm_prefetch(dsm_scale_place(w->scale, at + 4 * groups, kind), _MM_HINT_T0);
+            add_256(table, x + k * sizeof(float), stride, side, (const uint8_t *)dsm_row(w, row + q * apart) + k / 2,
+                    integer_scales(w->scale, at, STRIDE_256, kind), STRIDE_256, total + q * 2 * tokens, dtype, tokens);
+        }
+    if (k < end) UNROLL for (int q = 0; q < readers; q++) {
+            const int64_t at = (row + q * apart) * groups + k / dsm_group_of(kind);
+            add_256(table, x + k * sizeof(float), stride, side, (const uint8_t *)dsm_row(w, row + q * apart) + k / 2,
+                    integer_scales(w->scale, at, end - k, kind), end - k, total + q * 2 * tokens, dtype, tokens);
+        }
+    UNROLL for (int q = 0; q < readers; q++) UNROLL for (int t = 0; t < tokens; t++) {
+        const F sum = (F)_mm256_add_ps(total[(q * tokens + t) * 2], total[(q * tokens + t) * 2 + 1]);
+        F *to = sums + q * apart * tokens + t;
+        *to = k0 ? *to + sum : sum;
+    }
+}
+
+/* up to SUMS weight rows of one token, fewer of several */
 DSM_INLINE void integer_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                              int64_t ldo, const int tokens, const int dtype, const int kind) {
     const IntegerTable table = integer_table(dtype);
-    const int64_t cols = w->cols, groups = cols / dsm_group_of(kind);
-    F sums[ROWS_IN_TURN * TOKENS_AT_ONCE];
+    const int64_t cols = w->cols, turns = tokens == 1 ? count / READERS : 0;
+    F sums[SUMS];
     for (int64_t k0 = 0; k0 < cols; k0 += STRIDES * STRIDE_256) {
         const int64_t end = dsm_min(cols, k0 + STRIDES * STRIDE_256);
         Side sides[TOKENS_AT_ONCE * STRIDES];
         for (int t = 0; t < tokens; t++)
             gather_sides(x + t * stride + k0 * sizeof(float), end - k0, sides + t * STRIDES);
-        for (int64_t r = 0; r < count; r++) {
-            const uint8_t *codes = (const uint8_t *)dsm_row(w, first + r);
-            const int64_t scale = (first + r) * groups;
-            __m256 total[2 * TOKENS_AT_ONCE];
-            const Side *side = sides;
-            int64_t k = k0;
-            UNROLL for (int i = 0; i < 2 * tokens; i++) total[i] = _mm256_setzero_ps();
-            for (; k + STRIDE_256 <= end; k += STRIDE_256) {
-                const int64_t at = scale + k / dsm_group_of(kind);
-                if (k % 512 == 0) _mm_prefetch(dsm_scale_place(w->scale, at + 4 * groups, kind), _MM_HINT_T0);
-                add_256(table, x + k * sizeof(float), stride, side++, codes + k / 2,
-                        integer_scales(w->scale, at, STRIDE_256, kind), STRIDE_256, total, dtype, tokens);
-            }
-            if (k < end)
-                add_256(table, x + k * sizeof(float), stride, side, codes + k / 2,
-                        integer_scales(w->scale, scale + k / dsm_group_of(kind), end - k, kind), end - k, total, dtype,
-                        tokens);
-            UNROLL for (int t = 0; t < tokens; t++) {
-                const F sum = (F)_mm256_add_ps(total[2 * t], total[2 * t + 1]);
-                F *to = sums + r * tokens + t;
-                *to = k0 ? *to + sum : sum;
-            }
-        }
+        for (int64_t r = 0; r < turns; r++)
+            integer_turn(table, x, stride, sides, w, first + r, turns, k0, end, sums + r * tokens, READERS, 1, dtype,
+                         kind);
+        for (int64_t r = turns * READERS; r < count; r++)
+            integer_turn(table, x, stride, sides, w, first + r, 1, k0, end, sums + r * tokens, 1, tokens, dtype, kind);
     }
     add_lanes(sums, count, 1.0f, out, ldo, tokens);
 }
@@ -275,8 +284,9 @@ static void gemv_integers(const void *given, size_t stride, int64_t tokens, cons
         gemv(x, stride, tokens, w, first, count, out, ldo, next);
         return;
     }
-    for (int64_t r = 0; r < count; r += ROWS_IN_TURN) {
-        const int64_t n = dsm_min(ROWS_IN_TURN, count - r);
+    const int64_t rows = tokens == 1 ? SUMS : SUMS / TOKENS_AT_ONCE;
+    for (int64_t r = 0; r < count; r += rows) {
+        const int64_t n = dsm_min(rows, count - r);
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4)
             integer_rows_4(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);

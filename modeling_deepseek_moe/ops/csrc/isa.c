@@ -77,21 +77,6 @@ DSM_API int dsm_isa_best(void) {
     return best - 1;
 }
 
-int dsm_is_intel(void) {
-#if defined(__x86_64__)
-    static int found; /* 1: it is, 2: it is not */
-    int known = __atomic_load_n(&found, __ATOMIC_RELAXED);
-    if (!known) {
-        __builtin_cpu_init();
-        known = __builtin_cpu_is("intel") ? 1 : 2;
-        __atomic_store_n(&found, known, __ATOMIC_RELAXED);
-    }
-    return known == 1;
-#else
-    return 0;
-#endif
-}
-
 /* The name of a level, NULL past the last. */
 DSM_API const char *dsm_isa_name(int isa) { return isa >= 0 && isa < COUNT ? LEVELS[isa]->name : NULL; }
 

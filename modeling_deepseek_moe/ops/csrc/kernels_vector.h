@@ -33,11 +33,11 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define PACKED_GAIN 0x1p60f
 #define CODE_MASK ((int32_t)0x87f00000)
 #define AHEAD 2048   /* bytes: how far a stream of codes is fetched before it is used */
-#define NEAR 512     /* the same where rows are one stream, on AMD's: fetched far ahead it is a third slower */
 #define SEGMENT 1024 /* columns */
-/* columns: FP8 rows up to here are read one after the other; on Intel's half as long ones, for which AHEAD is a quarter faster */
-#define SHORT_ROW(tokens) ((tokens) == 1 ? 4096 : (tokens) == 2 ? 1536 : 0)
-#define INTEL_SHORT_ROW 2048
+#define NEAR 512     /* the same of short rows that are one stream: from further ahead AMD's read a third less */
+#define SHORT_ROW(tokens) ((tokens) == 2 ? 1536 : 0) /* columns: FP8 rows up to here are read one after the other */
+#define READERS                                                                                                       \
+    4 /* rows that are read at once for one token, far apart: a quarter to a third more than one or eight on a Xeon */
 #define ROWS 16
 #define ROWS_AT_ONCE 2 /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
