@@ -14,6 +14,7 @@ from modeling_deepseek_moe.checkpoint.index import INDEX_NAME, resolve_shards
 from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.checkpoint.ranges import read_range
 
+HUGE_PAGE = 2 << 20  # bytes
 MAX_PIECES = 1024  # that one preadv fills: IOV_MAX, the same on Linux and macOS
 
 
@@ -97,9 +98,10 @@ class CheckpointReader(Mapping[str, TensorInfo]):
             with self.mapped.open(file) as stream:
                 if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                for run in _runs(tensors):
+                runs = list(_runs(tensors))
+                for run in runs:
                     _read_run(stream, run, place)
-                    _forget(stream, run[0].start, run[-1].end)
+                _forget_small(stream, [(run[0].start, run[-1].end) for run in runs])
 
 
 def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
@@ -123,9 +125,10 @@ def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorI
         read_range(stream, info.start, place(info), f"{info.file}: tensor {info.name}")
 
 
-def _forget(stream: io.FileIO, start: int, end: int) -> None:
-    """Let the system drop the pages that were read: small ones, between which the file's mapping would get no large ones."""
-    if hasattr(os, "posix_fadvise"):
-        start = start // mmap.PAGESIZE * mmap.PAGESIZE
-        nbytes = -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
-        os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+def _forget_small(stream: io.FileIO, bounds: list[tuple[int, int]]) -> None:
+    """Let the system drop the pages of what is smaller than a huge page: between those the file's mapping would get no huge ones."""
+    for start, end in bounds if hasattr(os, "posix_fadvise") else ():
+        if end - start < HUGE_PAGE:
+            start = start // mmap.PAGESIZE * mmap.PAGESIZE
+            nbytes = -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+            os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)

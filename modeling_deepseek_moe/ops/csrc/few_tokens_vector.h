@@ -109,20 +109,39 @@ DSM_INLINE void fp8_turn(const float *x, const Matrix *w, int64_t row, int64_t a
         }
     UNROLL for (int q = 0; q < readers; q++) sums[q * apart] = nan_seen(found[q]) ? spread(NAN) : total[q];
 }
-static __attribute__((noinline)) void fp8_in_turns(const float *x, const Matrix *w, int64_t first, int64_t count,
-                                                   float *out) {
-    for (int64_t r = 0, n; r < count; r += n) {
-        F sums[DSM_BLOCK];
-        n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
-        const int64_t turns = n / READERS;
-        for (int64_t i = 0; i < turns; i++) fp8_turn(x, w, first + r + i, turns, sums + i, READERS);
-        for (int64_t i = turns * READERS; i < n; i++) fp8_turn(x, w, first + r + i, 1, sums + i, 1);
-        add_lanes(sums, n, PACKED_GAIN, out + r, 0, 1);
-    }
+/* The same of rows in bf16, with the sums of `add_bf16`. */
+DSM_INLINE void bf16_turn(const float *x, const Matrix *w, int64_t row, int64_t apart, F *sums, const int readers) {
+    const int64_t cols = w->cols, pitch = apart * cols;
+    const uint16_t *from = (const uint16_t *)w->data + row * cols;
+    F total[READERS * 4];
+    int64_t k = 0;
+    UNROLL for (int i = 0; i < readers * 4; i++) total[i] = zeros();
+    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
+        UNROLL for (int q = 0; q < readers; q++) UNROLL for (int i = 0; i < DSM_BLOCK; i += 64)
+            add_pairs(x + k + i, 0, from + q * pitch + k + i, 64, NULL, total + 4 * q, 4, 1);
+    for (; k < cols; k += 64)
+        UNROLL for (int q = 0; q < readers; q++)
+            add_pairs(x + k, 0, from + q * pitch + k, cols - k, NULL, total + 4 * q, 4, 1);
+    UNROLL for (int q = 0; q < readers; q++) sums[q * apart] = joined(total + 4 * q, 4);
 }
+#define IN_TURNS(NAME, TURN, GAIN)                                                                                    \
+    static __attribute__((noinline)) void NAME(const float *x, const Matrix *w, int64_t first, int64_t count,         \
+                                               float *out) {                                                          \
+        for (int64_t r = 0, n; r < count; r += n) {                                                                   \
+            F sums[DSM_BLOCK];                                                                                        \
+            n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);                                              \
+            const int64_t turns = n / READERS;                                                                        \
+            for (int64_t i = 0; i < turns; i++) TURN(x, w, first + r + i, turns, sums + i, READERS);                  \
+            for (int64_t i = turns * READERS; i < n; i++) TURN(x, w, first + r + i, 1, sums + i, 1);                  \
+            add_lanes(sums, n, GAIN, out + r, 0, 1);                                                                  \
+        }                                                                                                             \
+    }
+IN_TURNS(fp8_in_turns, fp8_turn, PACKED_GAIN)
+IN_TURNS(bf16_in_turns, bf16_turn, 1.0f)
 
-/* Up to ROWS weight rows, FP8 ones for several tokens. Short ones are one stream for two. Long rows go a segment at a time, so that the
-   segments of x that all rows meet stay in the first cache; the next row's segment is fetched meanwhile. */
+/* Up to ROWS weight rows of several tokens, or of one that is left of these. Short ones are one stream for two. Long rows go
+   a segment at a time, so that the segments of x that all rows meet stay in the first cache; the next row's segment is
+   fetched meanwhile. */
 DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                                int64_t ldo, const int tokens) {
     F sums[ROWS * TOKENS_AT_ONCE];
@@ -174,13 +193,13 @@ static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Ma
 static void gemv(const void *given, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next) {
     const char *x = given;
-    (void)next; /* rows are read in order, and fetched ahead in order */
+    (void)next; /* what comes after these rows is fetched where it lies after them */
     if (dsm_is_four_bit(w->dtype)) {
         gemv_four_bit(x, stride, tokens, w, first, count, out, ldo);
         return;
     }
-    if (w->dtype == DSM_FP8 && tokens == 1) {
-        fp8_in_turns((const float *)x, w, first, count, out);
+    if (tokens == 1) {
+        (w->dtype == DSM_FP8 ? fp8_in_turns : bf16_in_turns)((const float *)x, w, first, count, out);
         return;
     }
     for (int64_t r = 0; r < count; r += ROWS) {

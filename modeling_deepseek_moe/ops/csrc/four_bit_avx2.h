@@ -217,7 +217,8 @@ DSM_INLINE void add_256(IntegerTable table, const char *x, size_t stride, const 
     }
 }
 
-/* weight rows row, row + apart .. of `readers`, from column k0 to `end`; sums: of row r and token t at (r - first) * tokens + t */
+/* Columns k0 to `end` of weight rows row, row + apart .., `readers` of them; token t's sum of the q-th is added to
+   sums[q * apart * tokens + t]. */
 DSM_INLINE void integer_turn(IntegerTable table, const char *x, size_t stride, const Side *side, const Matrix *w,
                              int64_t row, int64_t apart, int64_t k0, int64_t end, F *sums, const int readers,
                              const int tokens, const int dtype, const int kind) {

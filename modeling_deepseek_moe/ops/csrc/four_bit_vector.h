@@ -95,7 +95,7 @@ DSM_INLINE void four_bit_dots(const float *x, size_t stride, const Matrix *w, in
     if (k < w->cols) add_four_bit(values, x, stride, w, row, k, w->cols - k, total, rows, tokens, kind);
     UNROLL for (int i = 0; i < rows * tokens; i++) sums[i] = total[i];
 }
-/* Up to ROWS weight rows. One token's rows are one stream, as those of FP8. */
+/* Up to ROWS weight rows. One token's rows are one stream. */
 DSM_INLINE void four_bit_rows(const float *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                               int64_t ldo, const int tokens, const int kind) {
     F sums[ROWS * TOKENS_AT_ONCE];
@@ -157,8 +157,8 @@ static __attribute__((noinline)) void fill_panel_four_bit(const Matrix *w, int64
 #define ABSORBED_AT_ONCE                                                                                              \
     32 /* rows whose strips of columns are summed in registers: their lines stay in the first cache */
 
-/* sums [4 * WIDTH] += q[i] * the columns from k on, of which `rest` exist, of row first + i, `count` of them; what lies as
-   many rows further on is fetched */
+/* sums [4 * WIDTH] += q[i] * the columns from k on, of which `rest` exist, of row first + i, `count` of them; the rows
+   after the ABSORBED_AT_ONCE that begin with it are fetched */
 DSM_INLINE void absorb_strip(const Values values, const float *q, const Matrix *w, int64_t first, int64_t count,
                              int64_t k, int64_t rest, float *sums, const int kind) {
     const int64_t pitch = w->cols / 2, groups = w->cols / dsm_group_of(kind);
