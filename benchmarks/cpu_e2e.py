@@ -99,9 +99,9 @@ def build_plain(folder: Path, config: dict = CONFIG) -> torch.nn.Module:
     return plain.eval()
 
 
-def tokens_of(model, cache) -> None:
-    """`TOKENS` tokens, one after the other; the cache grows, which is little compared with what it holds."""
-    for _ in range(TOKENS):
+def tokens_of(model, cache, tokens: int = TOKENS) -> None:
+    """Tokens, one after the other; the cache grows, which is little compared with what it holds."""
+    for _ in range(tokens):
         model(torch.randint(0, CONFIG["vocab_size"], (1, 1)), **{CACHE_NAME: cache}, logits_to_keep=1)
 
 

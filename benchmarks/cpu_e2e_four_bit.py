@@ -11,7 +11,7 @@ from pathlib import Path
 
 import common
 import torch
-from cpu_e2e import CONFIG, CONTEXTS, SAMPLES, TOKENS, llama_speed, tokens_of, write_model
+from cpu_e2e import CONFIG, CONTEXTS, SAMPLES, llama_speed, tokens_of, write_model
 from cpu_readers import Readers, race, relative_error, row
 from decode import filled_caches
 from transformers import AutoModelForCausalLM
@@ -35,7 +35,8 @@ CONVERSIONS = {
     NF4: (("to-4bit", "--format", "nf4", "--head", "4bit"),),
 }
 PROMPT = 512
-WARM_UP = 20  # runs
+TOKENS = 16  # of a sample: the first finds nothing of its own in the caches after another model's turn
+WARM_UP = 8  # runs
 # what a model in four bits is compared with: the FP8 model whose head is quantised as its own
 PEERS = {RELEASED: RELEASED, FP8: FP8, INT4: FP8, NF4: FP8}
 
@@ -94,7 +95,7 @@ def decode(models: dict, context: int, options: argparse.Namespace, readers: Rea
     """One token after the other from ``context`` cached ones on; ratio: of tokens/s, with the peer's (`PEERS`)."""
     case = {"case": f"decoding at {context} tokens", "threads": options.threads}
     caches = {name: filled_caches(model.config, context)[0] for name, model in models.items()}
-    contestants = {name: partial(tokens_of, model, caches[name]) for name, model in models.items()}
+    contestants = {name: partial(tokens_of, model, caches[name], TOKENS) for name, model in models.items()}
     times, bandwidth = race(contestants, 2 * options.rounds, readers)
     found = list(readers.rows(case, times)) if context == CONTEXTS[0] else []
     for name, model in models.items():
@@ -124,7 +125,8 @@ def prefill(models: dict, options: argparse.Namespace) -> list[dict]:
 def in_turns(models: dict, context: int, options: argparse.Namespace) -> list[dict]:
     """Decoding in turns with llama.cpp's own benchmark of the given files; ratio: with the first of these."""
     case = {"case": f"next to llama.cpp, {context} tokens", "threads": options.threads}
-    runs = {name: partial(tokens_of, model, filled_caches(model.config, context)[0]) for name, model in models.items()}
+    caches = {name: filled_caches(model.config, context)[0] for name, model in models.items()}
+    runs = {name: partial(tokens_of, model, caches[name], TOKENS) for name, model in models.items()}
     speeds: dict[str, list[float]] = {}
     # each process of llama.cpp computes its context again, minutes for a long one
     for _ in range(options.rounds if context == CONTEXTS[0] else max(1, options.rounds // 4)):
