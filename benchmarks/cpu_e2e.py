@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict:
         ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         load = time.perf_counter() - start
         plain = build_plain(folder)
-        breakdown, readers, found = parameter_breakdown(ours.config), Readers(), []
+        breakdown, readers, found = parameter_breakdown(ours.config), Readers(in_huge_pages=True), []
         notes = [f"{ours.num_parameters() / 1e9:.2f}B parameters, loaded in {load:.2f} s" + seconds]
         # a prompt first, as ever: it touches all experts, whose pages are mapped at that moment
         for tokens, cached in PROMPTS:

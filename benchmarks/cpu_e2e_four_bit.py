@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace) -> dict:
         models = {}
         for name, folder in folders(base).items():
             models[name] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        agreement, readers, found = agree(models), Readers(), []
+        agreement, readers, found = agree(models), Readers(in_huge_pages=True), []
         found += prefill(models, options)
         for context in CONTEXTS:
             found += decode(models, context, options, readers)

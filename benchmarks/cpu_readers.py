@@ -16,12 +16,17 @@ COLUMNS = 4096
 
 
 class Readers:
-    """Several ways to read a buffer beyond the caches, as contestants of every round."""
+    """Several ways to read a buffer beyond the caches, as contestants of every round.
 
-    def __init__(self):
+    Args:
+        in_huge_pages: as files are mapped; else in those that torch's own memory has, which give up to a third less.
+    """
+
+    def __init__(self, in_huge_pages: bool = False):
         self.nbytes = common.beyond_caches(LEAST)
-        # in large pages, from which memory gives most; written, since untouched ones are all one page, which stays in the cache
-        data = Memory(self.nbytes).tensor(0, (self.nbytes,), torch.uint8).fill_(BYTE)
+        shape, dtype = (self.nbytes,), torch.uint8
+        data = Memory(self.nbytes).tensor(0, shape, dtype) if in_huge_pages else torch.empty(shape, dtype=dtype)
+        data.fill_(BYTE)  # untouched pages are all one page, which stays in the cache
         words, floats = data.view(torch.int64), data.view(torch.float32).view(-1, COLUMNS)
         vector, x = torch.ones(COLUMNS), torch.ones(1, COLUMNS, dtype=torch.bfloat16)
         self.contestants: dict[str, Callable[[], object]] = {

@@ -198,7 +198,7 @@ def tokens_of(model: torch.nn.Module, cache) -> None:
 def speed(models: dict[str, torch.nn.Module], rows: dict[str, dict], rounds: int) -> None:
     """Fields of the rows: tokens per second, in turns."""
     runs = {name: partial(tokens_of, model, filled_caches(model.config, CONTEXT)[0]) for name, model in models.items()}
-    times, bandwidth = race(runs, rounds, Readers())
+    times, bandwidth = race(runs, rounds, Readers(in_huge_pages=True))
     for name, row in rows.items():
         tokens_s = TOKENS / times[name].median
         share = tokens_s * row["bytes_per_token"] / bandwidth
