@@ -24,16 +24,47 @@ SLACK = 256  # tokens
 
 
 class LatentLayer(DynamicLayer):
-    """`DynamicLayer` with capacity past its last token. ``keys`` and ``values`` are views of what is in use.
+    """`DynamicLayer` with capacity past its last token. ``keys`` and ``values`` are views of what is in use, made when asked for.
 
     Whoever puts other tensors there (cropping, reordering for beam search) makes the next update copy them to new
     buffers: nothing that somebody else may hold is written to.
     """
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._used: int | None = None  # rows of the buffers; None: what is held was put here by others
+        self._held: list[torch.Tensor | None] = [None, None]
+        super().__init__(**kwargs)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """What is cached of latents, ``[B, 1, S, kv_lora_rank]``."""
+        return self._view(0)
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._put(0, keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """What is cached of rotated keys, ``[B, 1, S, qk_rope_head_dim]``."""
+        return self._view(1)
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._put(1, values)
+
+    def _view(self, which: int) -> torch.Tensor | None:
+        """Of the rows in use, or what others have put in its place."""
+        if self._held[which] is None and self._used is not None:
+            self._held[which] = self._buffers[which][:, :, : self._used]
+        return self._held[which]
+
+    def _put(self, which: int, tensor: torch.Tensor | None) -> None:
+        if self._used is not None and tensor is self._held[which]:
+            return
+        self._held = [self._view(0), self._view(1)]
+        self._held[which], self._used = tensor, None
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -55,8 +86,9 @@ class LatentLayer(DynamicLayer):
         used = self.get_seq_length()
         length = used + key_states.shape[2]
         # the buffers hold what is cached, and no one may hold more of them than that
-        is_theirs = self._views is not None and self.keys is self._views[0] and self.values is self._views[1]
-        may_write = is_theirs and (torch.is_inference_mode_enabled() or not self._buffers[0].is_inference())
+        may_write = self._used is not None and (
+            torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+        )
         if may_write and self._buffers[0].shape[2] >= length:
             return self._buffers
         capacity = int(length * GROWTH) + SLACK
@@ -68,12 +100,19 @@ class LatentLayer(DynamicLayer):
 
     def advance(self, length: int) -> None:
         """The first ``length`` rows of the buffers are in use now."""
-        keys, values = self._buffers
-        self._views = keys[:, :, :length], values[:, :, :length]
-        self.keys, self.values = self._views
+        self._used, self._held = length, [None, None]
+
+    def holds(self, batch: int, dtype: torch.dtype) -> bool:
+        """Whether something is cached, of ``batch`` sequences in ``dtype``."""
+        like = self.keys if self._used is None else self._buffers[0]
+        return self.is_initialized and like.dtype == dtype and like.shape[0] == batch
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self._used is None else self._used
 
     def reset(self) -> None:
-        self._buffers = self._views = None
+        self._held = [self.keys, self.values]
+        self._buffers = self._used = None
         super().reset()
 
 
@@ -294,7 +333,8 @@ def _give_capacity(cache: DynamicCache, indexed: bool) -> None:
 def _of(kind: type[DynamicLayer], layer: DynamicLayer) -> DynamicLayer:
     """What ``layer`` holds, in a layer of another kind."""
     made = kind()
-    made.__dict__.update(layer.__dict__)
+    for name, value in vars(layer).items():
+        setattr(made, name, value)
     return made
 
 

@@ -52,7 +52,8 @@ def build_mask(
     # Nothing is cached: the keys are the new tokens, and the mask need not know the cache's size.
     cache = None if past_length == 0 else cache
     length = inputs_embeds.shape[1]
-    if length == 1 and past_length and _sees_all(config, attention_mask, cache, past_length, position_ids):
+    positions = position_ids if maybe_packed else None
+    if length == 1 and past_length and _sees_all(config, attention_mask, cache, past_length, inputs_embeds, positions):
         return None
     packing = None
     # transformers itself keeps packed sequences apart when there is neither a cache nor a mask
@@ -77,20 +78,29 @@ def build_mask(
     return _visible_pairs(mask) if by_key and isinstance(mask, torch.Tensor) else mask
 
 
-def _sees_all(config, attention_mask, cache: Cache | None, past_length: int, position_ids: torch.Tensor) -> bool:
+def _sees_all(
+    config,
+    attention_mask,
+    cache: Cache | None,
+    past_length: int,
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> bool:
     """Whether the next token of each row attends to all before it, so that the function below would make no mask.
 
-    Two looks, where that function's way to the same answer takes a decoding step as long as a layer.
+    Two looks at most (none at positions that the caller did not give), where that function's way to the same answer takes a
+    decoding step as long as a layer.
     """
-    if type(cache) is not DynamicCache or config._attn_implementation != "sdpa" or position_ids.device.type != "cpu":
+    if type(cache) is not DynamicCache or config._attn_implementation != "sdpa" or inputs_embeds.device.type != "cpu":
         return False
-    if is_tracing(position_ids) or is_torchdynamo_exporting() or not getattr(config, "is_causal", True):
+    if is_tracing(inputs_embeds) or is_torchdynamo_exporting() or not getattr(config, "is_causal", True):
         return False
     if attention_mask is not None:
         is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
         if not is_plain or attention_mask.shape[1] != past_length + 1 or not attention_mask.all():
             return False
-    return bool((position_ids >= past_length).all())  # else a sequence began after the first cached token
+    # a sequence that began after the first cached token has lower positions
+    return position_ids is None or bool((position_ids >= past_length).all())
 
 
 class PromptMaskMixin:

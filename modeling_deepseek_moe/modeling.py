@@ -210,9 +210,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         layers = list(self.layers)[: self.config.num_hidden_layers]
         if self.has_gaps:
             layers = [layer for layer in layers if not isinstance(layer, nn.Identity)]
-        for run in runs(self, layers, hidden_states, cache, context):
+        for run in runs(self, layers, hidden_states, cache, context):  # through the layers and the norm
             hidden_states = run(hidden_states, use_cache=use_cache, **{CACHE_NAME: cache}, **context)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def mtp(
         self,

@@ -31,7 +31,9 @@ class DeepseekRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = position_ids[..., None] * self.inv_freq.to(device=x.device, dtype=torch.float)
+        if self.attention_scaling == 1.0:
+            return angles.cos(), angles.sin()
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 

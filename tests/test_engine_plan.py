@@ -52,7 +52,9 @@ def logits(model, rows=2, steps=4, between=None) -> torch.Tensor:
 def by_layers(monkeypatch):
     def compute(function, *arguments, **named):
         with monkeypatch.context() as patch:
-            patch.setattr(modeling, "runs", lambda model, layers, *_: layers)
+            patch.setattr(
+                modeling, "runs", lambda model, layers, *_: [*layers, lambda states, **_: model.norm(states)]
+            )
             return function(*arguments, **named)
 
     return compute
@@ -228,6 +230,7 @@ def test_report_of_a_plain_model(model):
         "layers.0-2.self_attn         native",
         "layers.0-2.self_attn.o_proj  native",
         "layers.0-2.mlp               native",
+        "norm                         native",
         "lm_head                      native",
         "1 call of the engine for the layers of a token",
     ]

@@ -106,7 +106,9 @@ def test_a_step_has_the_bits_of_its_layers(uniform, kind, isa, monkeypatch):
     model, _ = uniform(kind)
     with use_backend(isa):
         found = steps(model, 3)
-        monkeypatch.setattr(modeling, "runs", lambda model, layers, *_: layers)
+        monkeypatch.setattr(
+            modeling, "runs", lambda model, layers, *_: [*layers, lambda states, **_: model.norm(states)]
+        )
         assert torch.equal(found, steps(model, 3))
 
 

@@ -1,7 +1,7 @@
 """What the CPU engine runs of a decoder while it decodes: a table made once per prompt and looked over before every step.
 
-A layer is three stages: norm, projections and attention; the output projection; norm and experts. Those that the engine
-can run it runs by address, in runs as long as they come; between two runs whatever is foreign (an adapter, a hook, a
+A layer is three stages: norm, projections and attention; the output projection; norm and experts. After the last layer
+comes the model's norm, a stage of its own. Those that the engine can run it runs by address, in runs as long as they come; between two runs whatever is foreign (an adapter, a hook, a
 quantiser's layer, streamed experts) is called as the module that it is.
 """
 
@@ -69,10 +69,10 @@ NO_ENGINE = Stages(*["is not there, or not asked for"] * len(Stages._fields))
 
 
 class Plan:
-    """The layers of a decoder for few new tokens. Copies and pickles of it are ``None``."""
+    """The layers of a decoder, and the norm after them, for few new tokens. Copies and pickles of it are ``None``."""
 
-    def __init__(self, layers: list[nn.Module], config, dtype: torch.dtype):
-        self.dtype, self.layers = dtype, layers
+    def __init__(self, layers: list[nn.Module], norm: nn.Module, config, dtype: torch.dtype):
+        self.dtype, self.layers, self.norm = dtype, layers, norm
         self._config, self._request = config, requested()
         is_there = may_use(CPU, _native.unavailable_reason())
         self.stages = [Stages.of(layer, dtype) if is_there else NO_ENGINE for layer in self.layers]
@@ -84,13 +84,15 @@ class Plan:
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
         self._kept: list[object] = []  # tables that the layers point to
-        for layer in self.layers:
-            self._watch(layer)
+        for module in (*self.layers, norm):
+            self._watch(module)
         pairs = zip(self.layers, self.stages, strict=True)
         self._structs = (DecoderLayer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
-        flags = [flag for stages in self.stages for flag in stages.native()]
+        norms = is_there and reasons.norm(norm, dtype) is None
+        self._norm = _norm(norm) if norms else Norm()
+        flags = [flag for stages in self.stages for flag in stages.native()] + [norms]
         self._segments = list(segments(flags))
-        self.runs_anything = any(flags)
+        self.runs_anything = any(flags[:-1])
         self._attends = [stages.attention is None for stages in self.stages]
         sizes = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         self._mla = MlaShape(*sizes, config.v_head_dim, bool(config.rope_interleave))
@@ -134,13 +136,8 @@ class Plan:
         count, batch = len(self.layers), hidden_states.shape[0]
         if cache is None or len(cache.layers) < count:
             return False
-        return all(
-            type(layer) in (LatentLayer, IndexedLatentLayer)
-            and layer.is_initialized
-            and layer.keys.dtype == self.dtype
-            and layer.keys.shape[0] == batch
-            for layer in cache.layers[:count]
-        )
+        own = LatentLayer, IndexedLatentLayer
+        return all(type(layer) in own and layer.holds(batch, self.dtype) for layer in cache.layers[:count])
 
     @takes_cache
     def run(
@@ -152,13 +149,13 @@ class Plan:
         attention_mask: torch.Tensor | None,
         **context,
     ) -> torch.Tensor:
-        """``hidden_states [B, q, D]`` after the last layer; the cache, of `LatentLayer`, gets their rows."""
+        """``hidden_states [B, q, D]`` after the last layer and the norm; the cache, of `LatentLayer`, gets their rows."""
         (batch, tokens, _), mla = hidden_states.shape, self._mla
         new = [hidden_states.new_empty((batch, 1, tokens, size)) for size in (mla.kv_lora_rank, mla.qk_rope_head_dim)]
         used = [layer if attends else None for layer, attends in zip(cache.layers, self._attends, strict=False)]
         buffers = [layer and layer.reserve(*new) for layer in used]
         tables = *position_embeddings, attention_mask, self._softmax_scale
-        step = Run(self._structs, buffers, past_length, mla, hidden_states.shape, *tables)
+        step = Run(self._structs, self._norm, buffers, past_length, mla, hidden_states.shape, *tables)
         context |= {CACHE_NAME: cache, "past_length": past_length}
         context |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         attended = None
@@ -173,7 +170,9 @@ class Plan:
         return hidden_states
 
     def _call(self, stage: int, hidden_states, attended, context: dict) -> torch.Tensor:
-        """A stage by its modules: attention with its output projection where both are foreign, or a whole layer."""
+        """A stage by its modules: attention with its output projection where both are foreign, a whole layer, or the norm."""
+        if stage == STAGES * len(self.layers):
+            return self.norm(hidden_states)
         layer = self.layers[stage // STAGES]
         if self.stages[stage // STAGES].layer is not None:
             return layer(hidden_states, **context) if stage % STAGES == ATTEND else hidden_states
@@ -186,8 +185,8 @@ class Plan:
             return hidden_states + layer.self_attn.o_proj(attended)
         return hidden_states  # with its attention
 
-    def _watch(self, layer: nn.Module) -> None:
-        for module in layer.modules():
+    def _watch(self, whole: nn.Module) -> None:
+        for module in whole.modules():
             if is_hooked(module):
                 self._hooked.append(module)
             else:

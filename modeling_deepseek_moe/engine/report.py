@@ -22,7 +22,7 @@ class EngineRow(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineReport:
-    """Attention, output projection and experts of every layer, and the head.
+    """Attention, output projection and experts of every layer, the norm, and the head.
 
     Attributes:
         rows: in the order of the computation.
@@ -73,6 +73,9 @@ class EngineReportMixin(ModelMixin):
             rows.append(EngineRow(f"{index}.self_attn", stages.attention))
             rows.append(EngineRow(f"{index}.self_attn.o_proj", stages.output))
             rows.append(EngineRow(f"{index}.mlp", stages.mlp))
+        norm = reasons.norm(base.norm, dtype)
+        flags.append(norm is None)
+        rows.append(EngineRow("norm", norm))
         head = getattr(self, "lm_head", None)
         if head is not None:
             rows.append(EngineRow("lm_head", reasons.linear(head, dtype)))
@@ -92,7 +95,7 @@ def _unavailable(device: torch.device) -> str | None:
 
 
 def _spanned(part: str, indices: list[int]) -> str:
-    """``layers.0,3-60.mlp`` of indices that ascend; the head has none."""
+    """``layers.0,3-60.mlp`` of indices that ascend; the norm and the head have none."""
     if indices == [-1]:
         return part
     runs = []

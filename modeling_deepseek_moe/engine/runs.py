@@ -1,4 +1,4 @@
-"""What the model's loop over its layers asks: which calls to make, a layer each, or one for a run of layers."""
+"""What the model's loop over its layers asks: which calls to make, a layer each, or one for all and the norm after them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,26 @@ SLOT = "_engine_plan"  # where a model carries the plan that was made of it
 def runs(
     model: nn.Module, layers: list[nn.Module], hidden_states: torch.Tensor, cache: Cache | None, context: dict
 ) -> Sequence[Callable]:
-    """The calls that take ``hidden_states [B, q, D]`` through ``layers``, each with the arguments and result of a layer.
+    """The calls that take ``hidden_states [B, q, D]`` through ``layers`` and ``model.norm``, with a layer's arguments and result.
 
-    A prompt goes through the layers. While a model decodes without gradients on a CPU, the CPU engine runs what it can of
+    A prompt goes through the modules. While a model decodes without gradients on a CPU, the CPU engine runs what it can of
     them: all in one call, where it finds nothing foreign.
 
     Args:
         context: what the layers share in this pass: mask, rotary tables, attention path.
     """
+    calls = _calls(model, layers, hidden_states, cache, context)
+    return [calls.run] if isinstance(calls, Plan) else [*calls, partial(_norm, model.norm)]
+
+
+def _norm(norm: nn.Module, hidden_states: torch.Tensor, **context) -> torch.Tensor:
+    return norm(hidden_states)
+
+
+def _calls(
+    model: nn.Module, layers: list[nn.Module], hidden_states: torch.Tensor, cache: Cache | None, context: dict
+) -> Plan | Sequence[Callable]:
+    """A call for each layer, or the plan of all of them and the norm."""
     if context.get("training_pass") is not None:
         # without gradients, as while indexers alone learn, no checkpoint runs a layer again
         return [partial(recomputable, layer) for layer in layers] if torch.is_grad_enabled() else layers
@@ -55,14 +67,15 @@ def runs(
             return layers
         return [run_by_halves(layer, Stages.of(layer, hidden_states.dtype)) for layer in layers]
     plan = model.__dict__.get(SLOT)
-    if plan is None or plan.layers != layers or not plan.is_current(hidden_states.dtype):
-        plan = model.__dict__[SLOT] = Plan(layers, model.config, hidden_states.dtype)
+    is_of_these = plan is not None and plan.layers == layers and plan.norm is model.norm
+    if not is_of_these or not plan.is_current(hidden_states.dtype):
+        plan = model.__dict__[SLOT] = Plan(layers, model.norm, model.config, hidden_states.dtype)
     if not plan.runs_anything:
         return layers
     has_rows = mask is None or mask.shape[2] == hidden_states.shape[1]  # else one for all tokens
     attends = context["mla_path"] == ABSORBED and context["past_length"] and has_rows
     if attends and plan.can_write(cache, hidden_states):
-        return [plan.run]
+        return plan
     return [run_by_halves(layer, stages) for layer, stages in zip(layers, plan.stages, strict=True)]
 
 

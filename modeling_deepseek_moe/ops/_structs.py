@@ -188,11 +188,11 @@ class DecoderLayer(Structure):
 
 
 class Step(Structure):
-    """What the layers share in one step: ``batch`` sequences of ``past`` cached tokens each, and ``tokens`` new ones."""
+    """What the layers share in one step: ``batch`` sequences of ``past`` cached tokens each, ``tokens`` new ones, and the norm at the end."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("batch", "tokens", "hidden", "past")),
-        ("mla", MlaShape),
+        *((name, c_int64) for name in ("batch", "tokens", "hidden", "past", "layers")),
+        *(("norm", Norm), ("mla", MlaShape)),
         *((name, c_void_p) for name in ("cosine", "sine")),
         *(("mask", Mask), ("softmax_scale", c_float)),
     ]

@@ -129,9 +129,11 @@ typedef struct {
     Moe moe;
 } DecoderLayer;
 
-/* What the layers share in one step: `batch` sequences of `past` cached tokens each, and `tokens` new ones. */
+/* What the layers share in one step: `batch` sequences of `past` cached tokens each, and `tokens` new ones; how many there are, and
+   the norm after the last. */
 typedef struct {
-    int64_t batch, tokens, hidden, past;
+    int64_t batch, tokens, hidden, past, layers;
+    Norm norm;
     MlaShape mla;
     const float *cosine, *sine; /* [batch, tokens, rope / 2] */
     Mask mask;                  /* over past + tokens keys */

@@ -223,6 +223,15 @@ DSM_INLINE void dsm_store(void *x, int dtype, int64_t i, float value) {
     else if (dtype == DSM_BF16) ((uint16_t *)x)[i] = dsm_to_bf16(value);
     else ((uint16_t *)x)[i] = dsm_to_f16(value);
 }
+/* to += from, rounded; a constant dtype lets compilers make vectors of the loop */
+DSM_INLINE void dsm_add_of(const int dtype, void *restrict to, const void *restrict from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dsm_store(to, dtype, i, dsm_load(to, dtype, i) + dsm_load(from, dtype, i));
+}
+DSM_INLINE void dsm_add(int dtype, void *to, const void *from, int64_t n) {
+    if (dtype == DSM_F32) dsm_add_of(DSM_F32, to, from, n);
+    else if (dtype == DSM_BF16) dsm_add_of(DSM_BF16, to, from, n);
+    else dsm_add_of(DSM_F16, to, from, n);
+}
 
 /* E4M3's subnormals are fp32 subnormals while they are decoded: a thread that treats those as zero must not. Returns
    the thread's floating-point mode, for `dsm_restore_mode`. */

@@ -12,7 +12,7 @@
 typedef struct {
     Matrix gate, up, down;
     int64_t first, tokens; /* its slots in `order` */
-    int64_t packed;        /* where they begin among the packed rows */
+    int64_t packed, input; /* where they begin among the packed rows of h, and of x */
 } Share;
 
 typedef struct {
@@ -25,7 +25,9 @@ typedef struct {
     char *x, *h; /* packed: inputs and SwiGLU outputs of each slot in `order`, an expert's in whole groups */
     size_t x_stride, h_stride;
     float *out;
-    int weight_dtype;
+    void *y; /* [tokens, hidden] of `dtype`, NULL: out is what is wanted */
+    int64_t tokens;
+    int dtype, weight_dtype;
 } Layer;
 
 static int is_many(const Layer *layer, const Share *e) {
@@ -59,6 +61,7 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
                 placed,
                 tokens,
                 packed,
+                layer->tokens * tokens > 1 ? packed : 0, /* an only token is packed once, with the first expert */
             };
             packed += dsm_packed_tokens(layer->kernels, tokens);
         }
@@ -99,7 +102,7 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
     const Kernels *k = layer->kernels;
     const int64_t rows = dsm_min(layer->chunk, layer->width - r0), step = k->panel_tokens;
     const int many = is_many(layer, e), dtype = layer->weight_dtype;
-    const char *x = layer->x + (e->packed + t0) * layer->x_stride;
+    const char *x = layer->x + (e->input + t0) * layer->x_stride;
     char *h = layer->h + (e->packed + t0) * layer->h_stride;
     const int last = r0 + rows == layer->width, end = last && e + 1 == layer->experts + layer->active;
     const void *next = last ? end ? NULL : e[1].gate.data : dsm_row(&e->gate, r0 + rows);
@@ -126,7 +129,7 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
     }
 }
 
-/* out columns [c0, c0 + columns) of every expert's tokens */
+/* out columns [c0, c0 + columns) of every expert's tokens, and y's of all tokens */
 static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, void *scratch) {
     const Kernels *k = layer->kernels;
     PrefetchStream none = {0};
@@ -153,18 +156,22 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
             }
         }
     }
+    for (int64_t t = 0; layer->y && t < layer->tokens; t++) {
+        const int64_t at = t * layer->hidden + c0;
+        k->write(layer->out + at, NULL, columns, (char *)layer->y + at * dsm_itemsize(layer->dtype), layer->dtype);
+    }
 }
 
 /* tokens t .. of one group */
-static void pack_tokens(const Layer *layer, const void *x, int dtype, const Share *e, int64_t t) {
+static void pack_tokens(const Layer *layer, const void *x, const Share *e, int64_t t) {
     const Kernels *k = layer->kernels;
     const int64_t tokens = dsm_min(k->panel_tokens, e->tokens - t);
-    const size_t row = layer->hidden * dsm_itemsize(dtype);
+    const size_t row = layer->hidden * dsm_itemsize(layer->dtype);
     const void *rows[DSM_GROUP_TOKENS];
     for (int64_t i = 0; i < tokens; i++)
         rows[i] = (const char *)x + layer->order[e->first + t + i] / layer->top_k * row;
-    dsm_pack(k, is_many(layer, e), rows, tokens, dtype, layer->hidden, layer->weight_dtype,
-             layer->x + e->packed * layer->x_stride, layer->x_stride, t);
+    dsm_pack(k, is_many(layer, e), rows, tokens, layer->dtype, layer->hidden, layer->weight_dtype,
+             layer->x + e->input * layer->x_stride, layer->x_stride, t);
 }
 
 /* tasks of `gate_and_up` that one expert makes */
@@ -188,7 +195,7 @@ static int64_t columns_of_down(const Layer *layer, int many, int threads) {
     return columns;
 }
 
-static int run(Layer *layer, const void *x, int dtype, int threads) {
+static int run(Layer *layer, const void *x, int threads) {
     const Kernels *k = layer->kernels;
     int64_t most = 0, tasks = 0;
     int failed = 0;
@@ -212,8 +219,8 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     }
     const uint64_t caller = dsm_exact_mode();
     for (int64_t i = 0; !many && i < layer->active; i++) /* less work than a barrier */
-        for (int64_t t = 0; t < layer->experts[i].tokens; t += k->panel_tokens)
-            pack_tokens(layer, x, dtype, layer->experts + i, t);
+        for (int64_t t = 0; (!i || layer->experts[i].input) && t < layer->experts[i].tokens; t += k->panel_tokens)
+            pack_tokens(layer, x, layer->experts + i, t);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint64_t mode = dsm_exact_mode();
@@ -227,7 +234,7 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
             for (int64_t i = 0; i < layer->active; i++) {
                 const Share *e = layer->experts + i;
 #pragma omp for schedule(static) nowait
-                for (int64_t t = 0; t < e->tokens; t += k->panel_tokens) pack_tokens(layer, x, dtype, e, t);
+                for (int64_t t = 0; t < e->tokens; t += k->panel_tokens) pack_tokens(layer, x, e, t);
             }
 #pragma omp barrier
         }
@@ -245,19 +252,6 @@ static int run(Layer *layer, const void *x, int dtype, int threads) {
     free(queues);
     free(down_queues);
     return failed ? DSM_NO_MEMORY : DSM_OK;
-}
-
-static void write_rows(const Layer *layer, int64_t tokens, int dtype, int threads, void *y) {
-    const size_t row = layer->hidden * dsm_itemsize(dtype);
-    threads = dsm_threads(threads, tokens * row);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        uint64_t mode = dsm_exact_mode();
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            layer->kernels->write(layer->out + t * layer->hidden, NULL, layer->hidden, (char *)y + t * row, dtype);
-        dsm_restore_mode(mode);
-    }
 }
 
 /* out [tokens, hidden] fp32 += the experts' weighted outputs, or, where out is NULL, y [tokens, hidden] of `dtype` = them.
@@ -281,13 +275,19 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
         .x_stride = dsm_packed_stride(kernels, hidden, given->dtype),
         .h_stride = dsm_packed_stride(kernels, width, given->dtype),
         .out = out ? out : dsm_borrow(sizeof(float) * tokens * hidden),
+        .y = y,
+        .tokens = tokens,
+        .dtype = dtype,
         .weight_dtype = given->dtype,
         .active = -1,
     };
     layer.order = dsm_alloc(sizeof *layer.order * slots);
     layer.experts = dsm_alloc(sizeof *layer.experts * dsm_min(given->count, slots));
     if (layer.order && layer.experts && layer.out) layer.active = sort_slots(&layer, indices, slots, given);
-    if (layer.active == 0) result = DSM_OK;
+    if (layer.active == 0) {
+        if (y) memset(y, 0, tokens * hidden * dsm_itemsize(dtype));
+        result = DSM_OK;
+    }
     if (layer.active > 0) {
         layer.x = dsm_borrow(packed_rows(&layer) * layer.x_stride);
         layer.h = dsm_borrow(packed_rows(&layer) * layer.h_stride);
@@ -295,10 +295,13 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
     if (layer.active >= 0 && y) memset(layer.out, 0, sizeof(float) * tokens * hidden);
     if (layer.x && layer.h) {
         /* a ragged width's last block has no values to pack after them */
-        if (width % CHUNK || width / CHUNK % 2) memset(layer.h, 0, packed_rows(&layer) * layer.h_stride);
-        result = run(&layer, x, dtype, threads);
+        for (int64_t i = 0; i < layer.active && (width % CHUNK || width / CHUNK % 2); i++) {
+            const Share *e = layer.experts + i;
+            const int64_t rows = is_many(&layer, e) ? dsm_packed_tokens(kernels, e->tokens) : e->tokens;
+            memset(layer.h + e->packed * layer.h_stride, 0, rows * layer.h_stride);
+        }
+        result = run(&layer, x, threads);
     }
-    if (!result && y) write_rows(&layer, tokens, dtype, threads, y);
     if (y) dsm_give_back(layer.out);
     free(layer.order);
     free(layer.experts);

@@ -123,6 +123,8 @@ static const Place PLACES[] = {
     FIELD(Step, tokens),
     FIELD(Step, hidden),
     FIELD(Step, past),
+    FIELD(Step, layers),
+    FIELD(Step, norm),
     FIELD(Step, mla),
     FIELD(Step, cosine),
     FIELD(Step, sine),

@@ -60,23 +60,40 @@ typedef struct {
 DSM_INLINE int64_t sequence_of(const Attention *a, int64_t run) { return (a->first + run) / a->per_sequence; }
 DSM_INLINE int64_t place_of(const Attention *a, int64_t run) { return (a->first + run) % a->per_sequence * a->tokens; }
 
+/* where the r-th row of a run, absorbed, waits to be packed: nothing else is there yet */
+DSM_INLINE float *absorbed(const Attention *a, int64_t run, int64_t r) {
+    return a->partial + (run * a->chunks * a->rows + r) * a->room;
+}
+
 static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
     const size_t size = dsm_itemsize(a->dtype);
     const Queries *q = a->queries;
-    float *row = buffers->row, *query = buffers->query;
+    float *query = buffers->query;
     for (int64_t i = 0; i < a->batch * a->tokens; i++) {
-        const int64_t b = i / a->tokens, at = i % a->tokens * a->heads + h;
-        const int64_t s = sequence_of(a, b), t = place_of(a, b) + i % a->tokens;
+        const int64_t b = i / a->tokens, s = sequence_of(a, b), t = place_of(a, b) + i % a->tokens;
         const char *nope = (const char *)q->nope + (s * q->nope_batch + t * q->nope_token + h * q->nope_head) * size;
-        const char *rope = (const char *)q->pe + (s * q->pe_batch + t * q->pe_token + h * q->pe_head) * size;
-        char *latents = a->latents + b * a->packed_rows * a->latent_stride;
-        char *ropes = a->ropes + b * a->packed_rows * a->rope_stride;
         for (int64_t k = 0; k < a->nope; k++) query[k] = dsm_load(nope, a->dtype, k);
-        a->kernels->gemv_transposed(query, a->kv_b, h * (a->nope + a->value), a->nope, row, buffers->workspace);
-        const void *const one[] = {row, rope};
-        dsm_pack(a->kernels, 1, one, 1, DSM_F32, a->rank, a->dtype, latents, a->latent_stride, at);
-        dsm_pack(a->kernels, 1, one + 1, 1, a->dtype, a->rope, a->dtype, ropes, a->rope_stride, at);
+        a->kernels->gemv_transposed(query, a->kv_b, h * (a->nope + a->value), a->nope,
+                                    absorbed(a, b, i % a->tokens * a->heads + h), buffers->workspace);
     }
+}
+
+/* The `task`th group of rows, of all runs. Packed one by one, two threads' rows would share the lines that they are written to. */
+static void pack_queries(const Attention *a, int64_t task) {
+    const Queries *q = a->queries;
+    const int64_t step = a->kernels->panel_tokens, groups = a->packed_rows / step;
+    const int64_t b = task / groups, r0 = task % groups * step, rows = dsm_min(step, a->rows - r0);
+    const void *latents[DSM_GROUP_TOKENS], *ropes[DSM_GROUP_TOKENS];
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t t = place_of(a, b) + (r0 + i) / a->heads, h = (r0 + i) % a->heads;
+        latents[i] = absorbed(a, b, r0 + i);
+        ropes[i] = (const char *)q->pe + (sequence_of(a, b) * q->pe_batch + t * q->pe_token + h * q->pe_head) *
+                                             dsm_itemsize(a->dtype);
+    }
+    dsm_pack(a->kernels, 1, latents, rows, DSM_F32, a->rank, a->dtype,
+             a->latents + b * a->packed_rows * a->latent_stride, a->latent_stride, r0);
+    dsm_pack(a->kernels, 1, ropes, rows, a->dtype, a->rope, a->dtype, a->ropes + b * a->packed_rows * a->rope_stride,
+             a->rope_stride, r0);
 }
 
 /* the keys after those of a step */
@@ -257,6 +274,7 @@ static int64_t chunk_of(int64_t length, int64_t chunks) {
 static int run(Attention *a, int threads) {
     (void)threads; /* unused without OpenMP */
     const int64_t tasks = a->batch * a->chunks * (a->indices ? 1 : a->groups);
+    const int64_t packings = a->batch * (a->packed_rows / a->kernels->panel_tokens);
     int failed = 0;
     const uint64_t caller = dsm_exact_mode();
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -271,6 +289,8 @@ static int run(Attention *a, int threads) {
         if (!failed) {
 #pragma omp for schedule(static)
             for (int64_t h = 0; h < a->heads; h++) absorb_query(a, h, &buffers);
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < packings; task++) pack_queries(a, task);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < tasks; task++) attend(a, task, &buffers);
 #pragma omp for schedule(static) nowait

@@ -30,8 +30,7 @@ DSM_API int dsm_moe(int isa, int threads, int dtype, const void *x, int64_t toke
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, indices, weights, top_k, &moe->routed, NULL, out);
     if (!result && moe->shared.count) {
         result = dsm_experts(isa, threads, dtype, x, tokens, hidden, all, ones, 1, &moe->shared, NULL, own);
-        for (int64_t i = 0; i < values; i++)
-            dsm_store(out, dtype, i, dsm_load(out, dtype, i) + dsm_load(own, dtype, i));
+        dsm_add(dtype, out, own, values);
     }
     dsm_restore_mode(caller);
     free(wide);

@@ -9,10 +9,6 @@ typedef struct {
     char *x, *y, *q, *c_kv, *k_pe, *o;
 } Buffers;
 
-static void add(int dtype, char *to, const char *from, int64_t n) {
-    for (int64_t i = 0; i < n; i++) dsm_store(to, dtype, i, dsm_load(to, dtype, i) + dsm_load(from, dtype, i));
-}
-
 /* projections, the cache's new rows, attention: b->x -> b->o */
 static int attention(int isa, int threads, int dtype, const DecoderLayer *l, const LatentCache *cache, const Step *s,
                      const Buffers *b) {
@@ -36,7 +32,7 @@ static int attention(int isa, int threads, int dtype, const DecoderLayer *l, con
 }
 
 /* A layer is three stages: norm, projections and attention; the output projection; norm and experts. Stage 3 i + k is the
-   k-th of layer i. states [batch, tokens, hidden] of `dtype` become those after the stages [first, last), and the caches of
+   k-th of layer i, and after the last layer's comes the norm. states [batch, tokens, hidden] of `dtype` become those after the stages [first, last), and the caches of
    the layers that attend get rows from `past` on. attended [batch, tokens, heads, value]: what attention yields, where the output projection
    is not of the same run; else NULL. */
 DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t first, int64_t last, void *attended,
@@ -57,6 +53,10 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t firs
     if (b.x && b.y && b.q && b.c_kv && b.k_pe && b.o) result = DSM_OK;
     for (int64_t stage = first; stage < last && !result; stage++) {
         const DecoderLayer *l = layers + stage / 3;
+        if (stage == 3 * s->layers) {
+            dsm_rms_norm(isa, threads, dtype, states, tokens, s->hidden, &s->norm, states);
+            break;
+        }
         switch (stage % 3) {
         case 0:
             dsm_rms_norm(isa, threads, dtype, states, tokens, s->hidden, &l->input_norm, b.x);
@@ -67,7 +67,7 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t firs
             dsm_rms_norm(isa, threads, dtype, states, tokens, s->hidden, &l->post_attention_norm, b.x);
             result = dsm_moe(isa, threads, dtype, b.x, tokens, s->hidden, &l->moe, b.y);
         }
-        if (!result) add(dtype, states, b.y, values);
+        if (!result) dsm_add(dtype, states, b.y, values);
     }
     free(b.x);
     free(b.y);

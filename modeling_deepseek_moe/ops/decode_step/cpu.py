@@ -1,4 +1,4 @@
-"""A run of a decoder's layers for one new token of each sequence, or a few, in one call of the CPU engine.
+"""A run of a decoder's layers, and of the norm after them, for one new token of each sequence, or a few, in one call of the CPU engine.
 
 Called layer by layer, a step spends a fifth of its time in Python and torch: the weights that go through the processor's
 caches push out what the interpreter needs, and it starts cold after every operation.
@@ -11,7 +11,7 @@ from ctypes import byref
 import torch
 
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._structs import LatentCache, Mask, MlaShape, Step
+from modeling_deepseek_moe.ops._structs import LatentCache, Mask, MlaShape, Norm, Step
 
 FEW_TOKENS = 8
 DTYPES = (torch.bfloat16, torch.float32)
@@ -24,6 +24,7 @@ class Run:
 
     Args:
         layers: an array of `DecoderLayer`; whatever they point to is the caller's to keep alive, and to be right about.
+        norm: after the last layer, a stage of its own.
         caches: for each layer, buffers ``[B, 1, capacity, r]`` and ``[B, 1, capacity, p]`` of the dtype of the states, of
             which ``past`` rows are in use; the next rows are written by stages that attend. ``None`` where none does.
         shape: of the states, ``[B, q, D]``; ``B·q`` is at most `FEW_TOKENS`.
@@ -34,6 +35,7 @@ class Run:
     def __init__(
         self,
         layers: ctypes.Array,
+        norm: Norm,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
         past: int,
         mla: MlaShape,
@@ -48,7 +50,8 @@ class Run:
         cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
         if mask is not None:
             mask = _native.additive(mask[:, 0, -tokens:, : past + tokens])
-        step = Step(batch, tokens, hidden, past, mla, cos.data_ptr(), sin.data_ptr(), Mask.of(mask), scaling)
+        tables = cos.data_ptr(), sin.data_ptr(), Mask.of(mask)
+        step = Step(batch, tokens, hidden, past, len(layers), norm, mla, *tables, scaling)
         self._attended = batch, tokens, mla.num_heads * mla.v_head_dim
         self._keep = caches, cos, sin, mask
         self._structs = byref(layers), byref((LatentCache * len(rows))(*rows)), byref(step)

@@ -50,7 +50,7 @@ def linear(
         raise ValueError(f"input has {features} features, the {kind} weight [{len(codes)}, {columns}] wants {columns}")
     reason = cpu.unsupported_codes(kind, codes, scales, block) or unsupported_activations(x)
     decode = partial(four_bit.decode, block=block, kind=kind)
-    on_a_gpu = triton.unsupported_codes(kind, codes, scales, block) or triton.unsupported_linear(x)
+    on_a_gpu = triton.unsupported_linear(x) or triton.unsupported_codes(kind, codes, scales, block)
     backend = choose("four-bit linear", {CPU: reason, TRITON: on_a_gpu})
     if backend == "reference":
         if isinstance(scales, four_bit.NestedScales):
