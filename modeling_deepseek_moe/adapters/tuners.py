@@ -4,6 +4,7 @@ peft merges layer by layer, and a layer that cannot be merged would leave those 
 """
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,7 +17,24 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 
 class LooksFirst(BaseTuner):
-    """In front of a class of peft's: a tuner that looks at all layers before it merges."""
+    """In front of a class of peft's: a tuner that looks at what it is asked for before it merges or runs."""
+
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> AbstractContextManager:
+        """What peft calls before the model is; methods without it have no use for ``adapter_names``, which peft drops then.
+
+        Raises:
+            ValueError: a batch has them, and all its sequences would have the active adapter.
+        """
+        of_peft = getattr(super(), "_enable_peft_forward_hooks", None)
+        if of_peft is not None:
+            return of_peft(*args, **kwargs)
+        if kwargs.get("adapter_names") is not None:
+            methods = ", ".join(sorted({config.peft_type.value for config in self.peft_config.values()}))
+            raise ValueError(
+                f"adapter_names: found adapters of peft_type={methods}, for which peft has no batches of several, wanted LoRA; or "
+                "set_adapter before a batch of each"
+            )
+        return nullcontext()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         check_merge(self.model, adapter_names, safe_merge)
