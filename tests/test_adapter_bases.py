@@ -1,5 +1,7 @@
 """LoRA on the formats of four bits, mapped, stacked and nested, and on FP8, next to plain transformers and peft on the dequantised weights."""
 
+import copy
+
 import pytest
 import torch
 from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, dequantised, load, logits, plain, stacked, train
@@ -173,6 +175,37 @@ def test_merged_into_codes_and_taken_out_again(name, bases):
     assert torch.equal(logits(model), want)
     assert all(same_bits(value, codes[key]) for key, value in model.state_dict().items())
     assert torch.equal(logits(model.merge_and_unload()), merged)
+
+
+NO_WAY = {  # into bitsandbytes' codes; the first two say so nowhere, and C3A would take them for weights
+    "IA3": lambda: peft.IA3Config(target_modules=["o_proj"], feedforward_modules=[]),
+    "ADALORA": lambda: peft.AdaLoraConfig(init_r=2, total_step=10, target_modules=["o_proj"]),
+    "C3A": lambda: peft.C3AConfig(block_size=32, target_modules=["o_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("method", NO_WAY)
+def test_what_has_no_way_into_codes_of_bitsandbytes_is_refused_by_name(method, kind, folders):
+    model = peft.get_peft_model(load(folders / "bf16", quantization_config=wish(kind)), NO_WAY[method]()).eval()
+    layer = model.base_model.model.model.layers[0].self_attn.o_proj
+    want = logits(model)
+    message = rf"adapter default: found the codes of bitsandbytes' Linear.* merge by peft\.tuners\.{method.lower()}\..*dequantize"
+    for merge in (layer.merge, model.merge_adapter, copy.deepcopy(model).merge_and_unload):
+        with pytest.raises(ValueError, match=message):
+            merge()
+    assert torch.equal(logits(model), want)
+    layer.merge(adapter_names=["of other layers"])
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("kind", ["HRAConfig", "DeftConfig", "PeanutConfig"])
+def test_methods_that_take_codes_of_bitsandbytes_for_weights_are_refused_by_name(kind, folders):
+    model = load(folders / "bf16", quantization_config=wish("int8"))
+    want = logits(model)
+    with pytest.raises(ValueError, match=r"o_proj: found bitsandbytes' Linear8bitLt.*which takes codes for weights"):
+        peft.get_peft_model(model, getattr(peft, kind)(target_modules=["o_proj"]))
+    assert torch.equal(logits(model), want)
 
 
 @pytest.mark.parametrize("name", ["FP8, stacked", *LOADED])

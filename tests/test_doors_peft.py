@@ -267,7 +267,11 @@ def test_several_adapters_and_ia3(release):
         assert torch.equal(logits(wrapped), base)
     assert torch.equal(logits(wrapped.unload()), base)
     ia3 = peft.IA3Config(target_modules=ATTENTION, feedforward_modules=[], init_ia3_weights=False)
-    assert not torch.allclose(logits(peft.get_peft_model(load(release), ia3).eval()), base, atol=1e-3)
+    scaled = peft.get_peft_model(load(release), ia3).eval()
+    assert not torch.allclose(logits(scaled), base, atol=1e-3)
+    for call in (scaled, scaled.generate):
+        with pytest.raises(ValueError, match="adapter_names: found adapters of peft_type=IA3"):
+            call(input_ids=IDS, adapter_names=["__base__"])
 
 
 HEADS = ["kv_b_proj", "o_proj", "q_b_proj"]

@@ -68,6 +68,14 @@ REFUSED = {
         },
         "found FP8-resident codes.*init_lora_weights='loftq'",
     ),
+    "kasa": (
+        {"target_modules": ["o_proj"], "kasa_config": peft.KasaConfig(), "init_lora_weights": True},
+        "o_proj: found FP8-resident codes.*kasa_config='KasaConfig.*LoRA without it does not",
+    ),
+    "bdlora": (
+        {"target_modules": ["o_proj"], "use_bdlora": peft.BdLoraConfig(nblocks=2, target_modules_bd_a=["o_proj"])},
+        "o_proj: found FP8-resident codes.*use_bdlora=.BdLoraConfig",
+    ),
     "rank": ({**ROUTED, "r": 33}, "down_proj: found rank 33, wanted at most 32"),
 }
 needs_add_adapter = pytest.mark.skipif(

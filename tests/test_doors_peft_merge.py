@@ -9,6 +9,7 @@ import torch
 from adapters import ATTENTION, EXPERTS, adapted, dequantised, load, logits, stacked
 from releases import SHAPES, same_bits, write_release
 from test_int4_release import write_int4
+from torch import nn
 from transformers.distributed import DistributedConfig
 
 from modeling_deepseek_moe import inspect_checkpoint
@@ -16,8 +17,11 @@ from modeling_deepseek_moe.adapters.merging import Merge, add_to_codes
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.formats import FORMATS
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
+from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 peft = pytest.importorskip("peft")
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from peft.utils.integrations import dequantize_module_weight  # noqa: E402
 
 pytestmark = pytest.mark.tools
 
@@ -36,6 +40,13 @@ def int4(tmp_path_factory):
     """Codes wherever rows are whole groups, so that ``q_b_proj`` has none."""
     folder = tmp_path_factory.mktemp("int4") / "all"
     write_int4(folder, SHAPES["kimi"](), linears=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mxfp4(release, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mxfp4") / "all"
+    dequantised(release).save_pretrained(folder, quantize="mxfp4")
     return folder
 
 
@@ -145,30 +156,115 @@ def test_files_are_not_merged_into_and_nothing_is(base, request):
 
 
 METHODS = {
-    "IA3": lambda: peft.IA3Config(
-        target_modules=["q_b_proj", "o_proj"], feedforward_modules=[], init_ia3_weights=False
-    ),
-    "LOHA": lambda: peft.LoHaConfig(r=2, target_modules=ATTENTION, init_weights=False),
-    "LOKR": lambda: peft.LoKrConfig(r=2, target_modules=ATTENTION, init_weights=False),
-    "VERA": lambda: peft.VeraConfig(r=2, target_modules=["o_proj"], init_weights=False),
+    "LORA": lambda: peft.LoraConfig(r=2, target_modules=ATTENTION),
+    "LORA with a bias": lambda: peft.LoraConfig(r=2, target_modules=["o_proj"], lora_bias=True),
+    "DORA": lambda: peft.LoraConfig(r=2, target_modules=ATTENTION, use_dora=True),
+    "IA3": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=[]),
+    "IA3 of inputs": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=ATTENTION),
+    "LOHA": lambda: peft.LoHaConfig(r=2, target_modules=ATTENTION),
+    "LOKR": lambda: peft.LoKrConfig(r=2, target_modules=ATTENTION),
+    "VERA": lambda: peft.VeraConfig(r=2, target_modules=["o_proj"]),
     "ADALORA": lambda: peft.AdaLoraConfig(init_r=2, total_step=10, target_modules=ATTENTION),
 }
 
 
-@pytest.mark.parametrize("base", ["release", "int4"])
+def tuned(model, *methods):
+    """With adapters that do something, the same ones for every model that has them."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias = nn.Parameter(
+            torch.randn(layer.self_attn.o_proj.out_features, generator=generator)
+        )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, METHODS[methods[0]]()).eval()
+    for method in methods[1:]:
+        model.add_adapter("second", METHODS[method]())
+    names = list(model.peft_config)
+    model.base_model.set_adapter(names)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def layers_of(model):
+    """As a loop of peft's own finds them."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def is_as_on_floats(merged, exact):
+    """Whether every adapted weight is that of the dequantised model, but for a rounding, and every bias is its bias."""
+    pairs = zip(layers_of(merged), layers_of(exact), strict=True)
+    for base, wanted in ((own.get_base_layer(), other.get_base_layer()) for own, other in pairs):
+        weight = wanted.weight.data
+        if isinstance(base, QuantizedLinear):
+            row = base.weight_format
+            fresh = (row.dequantize(*row.quantize(weight), torch.float32) - weight).norm()
+        else:
+            fresh = 1e-6 * weight.norm()
+        lost = (dequantize_module_weight(base) - weight).norm()
+        if lost > 1.001 * fresh or (base.bias is not None and not torch.allclose(base.bias, wanted.bias)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("base", ["release", "int4", "mxfp4"])
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_that_have_no_way_into_codes_are_refused_by_name(method, base, request):
+def test_every_method_is_merged_layer_by_layer_and_by_the_model(method, base, request, caplog):
     folder = request.getfixturevalue(base)
-    if base == "int4" and method in ("LOHA", "LOKR"):  # which read the shape of codes
+    if base != "release" and method in ("LOHA", "LOKR"):  # which read the shape of codes
         with pytest.raises(
-            ValueError, match=rf"_proj: found INT4-resident codes.*peft_type={method}; .*LORA, ADALORA, IA3, VERA"
+            ValueError, match=rf"_proj: found {base.upper()}-resident codes.*peft_type={method}; .*IA3, VERA:"
         ):
-            peft.get_peft_model(load(folder), METHODS[method]())
+            tuned(load(folder), method)
         return
-    model = peft.get_peft_model(load(folder), METHODS[method]()).eval()
-    for made in (model, copy.deepcopy(model)):
-        refused(made, rf"_proj: found (FP8|INT4)-resident codes to merge an adapter of peft_type={method} into")
-    assert torch.equal(logits(model.unload()), logits(load(folder)))
+    model, exact = tuned(load(folder), method), tuned(dequantised(folder), method)
+    exact.merge_adapter()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with model.disable_adapter():
+        bare = logits(model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=method == "IA3")
+    assert is_as_on_floats(model, exact) and caplog.text.count("Merged an adapter") == 1
+    merged = logits(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), bare, rtol=1e-3, atol=1e-3)
+    codes = [name for name, tensor in state.items() if tensor.dtype not in (torch.float32, torch.bfloat16)]
+    assert codes and all(same_bits(model.state_dict()[name], state[name]) for name in codes)
+    # FP8's tensors cannot be pickled
+    again = pickle.loads(pickle.dumps(model)) if base == "int4" else model
+    for made in (copy.deepcopy(model), again):
+        torch.testing.assert_close(logits(made.merge_and_unload()), merged, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("methods", [("LORA", "DORA"), ("DORA", "DORA"), ("IA3", "IA3 of inputs")])
+def test_several_adapters_are_merged_in_their_order(methods, release):
+    model, exact = tuned(load(release), *methods), tuned(dequantised(release), *methods)
+    exact.merge_adapter()
+    want, state = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    assert is_as_on_floats(model, exact)
+    together = logits(model)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)
+    for name in model.peft_config:  # in turn, and rounded in turn
+        model.merge_adapter([name])
+    torch.testing.assert_close(logits(model), together, rtol=0.1, atol=0.3)
+    model.unmerge_adapter()
+    assert all(same_bits(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_a_layer_cannot_be_merged_with_is_refused_by_name(release):
+    for model in (load(release), dequantised(release)):
+        refused(
+            adapted(model, target_modules=ATTENTION, lora_bias=True), "q_b_proj: adapter default: found lora_bias=True"
+        )
+    mixed = peft.get_peft_model(load(release), METHODS["LORA"](), mixed=True)
+    mixed.add_adapter("second", METHODS["LOHA"]())
+    mixed.set_adapter(["default", "second"])
+    message = "found a layer of peft.tuners.loha.layer around one .*wanted adapters of one method"
+    refused(mixed, message, mixed.merge_adapter, mixed.merge_and_unload, layers_of(mixed)[0].merge)
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -184,10 +280,6 @@ def test_a_layer_that_cannot_be_merged_is_found_before_the_first_is(int4, safe_m
         with pytest.raises(ValueError, match="NaN or Inf"):
             experts.merge(safe_merge=True)
         assert all(same_bits(tensor, before[name]) for name, tensor in experts.get_base_layer().state_dict().items())
-    two = adapted(load(int4), target_modules=ATTENTION)
-    two.add_adapter("dora", peft.LoraConfig(r=2, target_modules=ATTENTION, use_dora=True))
-    two.base_model.set_adapter(["default", "dora"])
-    refused(two, "adapters default, dora: found DoRA among several", safe_merge=safe_merge)
 
 
 def test_offloaded_adapters_are_merged(release):

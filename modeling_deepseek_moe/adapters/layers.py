@@ -15,6 +15,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from modeling_deepseek_moe.adapters.codes import OnCodes
 from modeling_deepseek_moe.adapters.merging import Merge, add_to_codes, copy_of, write_over
 from modeling_deepseek_moe.adapters.refusals import is_overwritten
 from modeling_deepseek_moe.formats.row import Scales
@@ -239,12 +240,10 @@ class ParamWrapper(lora.ParamWrapper):
             write_over(*own, new)
 
 
-class LoraLinear(lora.Linear):
-    """LoRA and its variants on a linear layer whose weight is codes: peft's, but for what merging writes."""
+class LoraLinear(OnCodes, lora.Linear):
+    """LoRA and its variants on a linear layer whose weight is codes."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str | None = None, **kwargs):
-        self.merge_record = Merge()
-        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__(base_layer, adapter_name, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: lora.LoraConfig, **kwargs) -> None:
@@ -252,54 +251,6 @@ class LoraLinear(lora.Linear):
             config = copy.copy(config)
             config.init_lora_weights = True
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-
-    def check_merge(self, names: list[str]) -> None:
-        """
-        Raises:
-            ValueError: adapters of these names cannot be merged into codes.
-        """
-        if len(names) > 1 and any(name in self.lora_variant for name in names):
-            raise ValueError(
-                f"adapters {', '.join(names)}: found DoRA among several to merge into codes, wanted one of them"
-            )
-        for name in names:
-            if self.lora_bias[name]:
-                raise ValueError(f"adapter {name}: found lora_bias=True, wanted none to merge into codes")
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        self._merge(adapter_names, keep=True)
-
-    def unmerge(self) -> None:
-        if self._kept is not None:
-            base = self.get_base_layer()
-            write_over(base.weight.data, base.scale.data, self._kept)
-            self._kept = None
-        self.merged_adapters.clear()
-
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
-        if merge:
-            self._merge(adapter_names, keep=False)
-        return self.get_base_layer()
-
-    def _merge(self, adapter_names: list[str] | None, keep: bool) -> None:
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        base = self.get_base_layer()
-        self.check_merge(names)
-        for name in names:
-            if name in self.lora_variant:
-                weight = base.dequantize()
-                difference = self.lora_variant[name].merge_safe(self, name, weight) - weight
-            else:
-                difference = self.get_delta_weight(name).float()
-            new = add_to_codes(
-                base.weight_format, base.weight.data, base.scale.data, difference.detach(), self.merge_record
-            )
-            if keep and self._kept is None:
-                self._kept = base.weight.data, base.scale.data
-            base.weight.data, base.scale.data = new
-            self.merged_adapters.append(name)
 
 
 CUSTOM = {DeepseekExperts: ParamWrapper, QuantizedExperts: ParamWrapper, QuantizedLinear: LoraLinear}

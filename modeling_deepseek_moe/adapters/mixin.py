@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.core_model_loading import WeightRenaming
 
+from modeling_deepseek_moe.adapters.classes import put_in_front
 from modeling_deepseek_moe.adapters.divided import check_divided, tell_width
 from modeling_deepseek_moe.adapters.merging import Merge
 from modeling_deepseek_moe.adapters.refusals import check_config, check_packed
@@ -191,17 +192,26 @@ def _accept(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
         targets.is_loaded = True
 
 
-def _note_tuner(parent: nn.Module, name: str, child: nn.Module) -> None:
-    """Called by torch when a module is put into another one: peft's tuners have the model that they change as ``model``."""
+def _note_peft(parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Called by torch when a module is put into another one.
+
+    peft's tuners have the model that they change as ``model``, and its layers what they are around as ``base_layer``.
+    """
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is not None and isinstance(child, AdapterMixin) and isinstance(parent, tuners.BaseTuner):
-        from modeling_deepseek_moe.adapters.tuners import look_first
+    if tuners is None:
+        return
+    if isinstance(child, AdapterMixin) and isinstance(parent, tuners.BaseTuner):
+        from modeling_deepseek_moe.adapters.tuners import LooksFirst
 
-        look_first(parent)
+        put_in_front(parent, LooksFirst)
         _known(child).tuner = weakref.ref(parent)
+    elif name == "base_layer" and isinstance(parent, tuners.BaseTunerLayer):
+        from modeling_deepseek_moe.adapters.codes import look_below
+
+        look_below(parent, child)
 
 
-register_module_module_registration_hook(_note_tuner)
+register_module_module_registration_hook(_note_peft)
 
 
 def _known(model: nn.Module) -> _Known:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from torch import nn
 
 from modeling_deepseek_moe.adapters.targets import Targets, is_experts, suffix
-from modeling_deepseek_moe.bnb.packing import is_packed
+from modeling_deepseek_moe.bnb.packing import is_foreign, is_packed
 from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
@@ -16,6 +16,9 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 # Of them, those that size their matrices by the codes, of which several may share an element.
 OF_SHAPE = ("LOHA", "LOKR")
+# Methods of peft 0.21 that take bitsandbytes' int8 codes for weights.
+BLIND = ("DEFT", "HRA", "PEANUT")
+FROM_WEIGHT = ("kasa_config", "use_bdlora")  # variants of LoRA that start from the weight or in its dtype
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight and at no data
 OF_DATA = "eva"  # which looks at no weight either
 # Those that leave the weight as it is: what is stored takes their place.
@@ -66,14 +69,19 @@ def variants(config) -> dict:
 
 
 def _check_start(modules: dict[str, nn.Module], targets: Targets) -> None:
-    start = targets.config.init_lora_weights
-    if start in STARTS or start == OF_DATA or is_overwritten(targets.config):
+    config = targets.config
+    start = config.init_lora_weights
+    found = {field: "LoRA without it does not" for field in FROM_WEIGHT if getattr(config, field, None)}
+    if start not in STARTS and start != OF_DATA and not is_overwritten(config):
+        found["init_lora_weights"] = f"{', '.join(map(repr, STARTS))} do not"
+    if not found:
         return
+    field, instead = next(iter(found.items()))
     for name, module in modules.items():
         if isinstance(module, QuantizedLinear) and targets.reaches(name):
             raise ValueError(
-                f"{name}: found {_resident(module)}, wanted bf16 or fp32 ones for init_lora_weights={str(start)[:40]!r}, which starts "
-                f"from the weight or in its dtype: {', '.join(map(repr, STARTS))} do not; or {_way_out(module)}"
+                f"{name}: found {_resident(module)}, wanted bf16 or fp32 ones for {field}={str(getattr(config, field))[:40]!r}, which starts "
+                f"from the weight or in its dtype: {instead}; or {_way_out(module)}"
             )
 
 
@@ -123,7 +131,16 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
     method = config.peft_type.value
     if not parameters and not copies and method in METHODS and method not in OF_SHAPE:
         return
+
+    def is_target(name: str) -> bool:
+        return config.target_modules == "all-linear" or bool(check_target_module_exists(config, name))
+
     for name, module in modules:
+        if method in BLIND and is_foreign(module) and is_target(name):
+            raise ValueError(
+                f"{name}: found bitsandbytes' {type(module).__name__}, wanted bf16 or fp32 weights for an adapter of peft_type={method}, which takes "
+                "codes for weights: call model.dequantize()"
+            )
         if not isinstance(module, QuantizedLinear | QuantizedExperts):
             continue
         kept, way_out = _resident(module), _way_out(module)
@@ -143,9 +160,7 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
                 f"{way_out}"
             )
         methods = [own for own in METHODS if not (_is_packed(module) and own in OF_SHAPE)]
-        if method not in methods and (
-            config.target_modules == "all-linear" or check_target_module_exists(config, name)
-        ):
+        if method not in methods and is_target(name):
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for an adapter of peft_type={method}; on such codes there are "
                 f"{', '.join(methods)}: {way_out}"

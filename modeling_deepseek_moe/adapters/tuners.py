@@ -4,23 +4,37 @@ peft merges layer by layer, and a layer that cannot be merged would leave those 
 """
 
 import re
-import types
-from functools import cache
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from modeling_deepseek_moe.adapters.codes import has_adapter
 from modeling_deepseek_moe.adapters.divided import check_whole
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
 
 class LooksFirst(BaseTuner):
-    """A tuner of a class of peft's, ``peft_class``, which is its other base. So are copies and pickles of it."""
+    """In front of a class of peft's: a tuner that looks at what it is asked for before it merges or runs."""
 
-    peft_class: type[BaseTuner]
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> AbstractContextManager:
+        """What peft calls before the model is; methods without it have no use for ``adapter_names``, which peft drops then.
+
+        Raises:
+            ValueError: a batch has them, and all its sequences would have the active adapter.
+        """
+        of_peft = getattr(super(), "_enable_peft_forward_hooks", None)
+        if of_peft is not None:
+            return of_peft(*args, **kwargs)
+        if kwargs.get("adapter_names") is not None:
+            methods = ", ".join(sorted({config.peft_type.value for config in self.peft_config.values()}))
+            raise ValueError(
+                f"adapter_names: found adapters of peft_type={methods}, for which peft has no batches of several, wanted LoRA; or "
+                "set_adapter before a batch of each"
+            )
+        return nullcontext()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         check_merge(self.model, adapter_names, safe_merge)
@@ -31,27 +45,6 @@ class LooksFirst(BaseTuner):
     ) -> nn.Module:
         check_merge(self.model, adapter_names, safe_merge)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    def __reduce__(self):
-        return _empty, (type(self).peft_class,), self.__dict__
-
-
-def _empty(kind) -> BaseTuner:
-    made = kind.__new__(kind)
-    look_first(made)
-    return made
-
-
-@cache
-def _looking(kind) -> type:
-    return types.new_class(kind.__name__, (LooksFirst, kind), exec_body=lambda body: body.update(peft_class=kind))
-
-
-def look_first(tuner: BaseTuner) -> None:
-    """Make a tuner one that `LooksFirst`."""
-    kind: Any = type(tuner)
-    if not issubclass(kind, LooksFirst):
-        tuner.__class__ = _looking(kind)
 
 
 def check_merge(model: nn.Module, adapter_names: list[str] | None, safe: bool) -> None:
@@ -68,25 +61,24 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None, safe: bool) -
         if not isinstance(layer, BaseTunerLayer):
             continue
         wanted = layer.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in wanted if name not in layer.merged_adapters and _has(layer, name)]
+        names = [name for name in wanted if name not in layer.merged_adapters and has_adapter(layer, name)]
         if not names:
             continue
         name, base = re.sub(r"\.base_layer\b", "", path), layer.get_base_layer()
         is_codes = isinstance(base, QuantizedLinear | QuantizedExperts)
         if hasattr(layer, "check_merge"):
             layer.check_merge(names)
-        elif is_codes:
-            methods = {model.peft_config[own].peft_type.value for own in names}
-            raise ValueError(
-                f"{name}: found {base.weight_format.title}-resident codes to merge an adapter of peft_type={', '.join(methods)} into, wanted "
-                f"bf16 or fp32 weights; into codes LoRA is merged: before there is an adapter, {base.weight_format.to_floats}"
-            )
+        _check_bias(name, layer, names)
         if is_codes or safe:
             _check_finite(name, layer, names)
 
 
-def _has(layer: BaseTunerLayer, adapter: str) -> bool:
-    return any(adapter in getattr(layer, part, ()) for part in layer.adapter_layer_names)
+def _check_bias(name: str, layer: BaseTunerLayer, adapters: list[str]) -> None:
+    biased = [adapter for adapter in adapters if getattr(layer, "lora_bias", {}).get(adapter)]
+    if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+        raise ValueError(
+            f"{name}: adapter {biased[0]}: found lora_bias=True and no bias in the layer, wanted one to merge it into, or an adapter without"
+        )
 
 
 def _check_finite(name: str, layer: BaseTunerLayer, adapters: list[str]) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from modeling_deepseek_moe.bnb.formats import BLOCK
 from modeling_deepseek_moe.bnb.loading import read_apart
+from modeling_deepseek_moe.bnb.packing import is_foreign
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
 from modeling_deepseek_moe.checkpoint.reader import CheckpointReader
 from modeling_deepseek_moe.field_checks import brief
@@ -24,7 +25,7 @@ def check_layers(model: PreTrainedModel, prefix: str, release: Release) -> None:
         CheckpointError: a tensor of a ``Linear4bit`` or ``Linear8bitLt`` is missing, or is not what the layer wants.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("bitsandbytes."):
+        if not isinstance(module, nn.Linear) or not is_foreign(module):
             continue
         shape, full = (module.out_features, module.in_features), prefix + name
         if f"{full}.weight" not in release.infos or release.infos[f"{full}.weight"].dtype.is_floating_point:

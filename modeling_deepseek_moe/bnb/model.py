@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.bnb.loading import coded_experts, stacked_experts
-from modeling_deepseek_moe.bnb.packing import FourBitMixin, unpack
+from modeling_deepseek_moe.bnb.packing import FourBitMixin, is_foreign, unpack
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesMatrices
 from modeling_deepseek_moe.resuming import accept_release_keys
@@ -22,7 +22,7 @@ class BitsAndBytesMixin(FourBitMixin):
         coded = coded_experts(self)
         for name, module in coded.items():
             self.set_submodule(name, _dequantized(self.config, module, dtype or self.config.dtype))
-        if coded and not any(type(module).__module__.startswith("bitsandbytes.") for module in self.modules()):
+        if coded and not any(map(is_foreign, self.modules())):
             self.hf_quantizer.remove_quantization_config(self)  # what transformers does fails without a linear layer
             return self
         return super().dequantize(dtype)

@@ -61,6 +61,11 @@ def is_packed(layer: nn.Module) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
 
 
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether a layer is of a class of bitsandbytes' own."""
+    return type(layer).__module__.startswith("bitsandbytes.")
+
+
 def without_classes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict whose codes are plain tensors: bitsandbytes' own classes hold in attributes what is an entry of its own here."""
     return {
