@@ -35,8 +35,10 @@ CONVERSIONS = {
     NF4: (("to-4bit", "--format", "nf4", "--head", "4bit"),),
 }
 PROMPT = 512
-TOKENS = 16  # of a sample: the first finds nothing of its own in the caches after another model's turn
-WARM_UP = 8  # runs
+# Of a sample. After another model's turn the first finds nothing of its own in the caches and takes half as long again, and some
+# fifteen are slower than those to come: a text's are as the latter.
+TOKENS = 64
+WARM_UP = 2  # samples
 # what a model in four bits is compared with: the FP8 model whose head is quantised as its own
 PEERS = {RELEASED: RELEASED, FP8: FP8, INT4: FP8, NF4: FP8}
 
@@ -95,7 +97,7 @@ def decode(models: dict, context: int, options: argparse.Namespace, readers: Rea
     """One token after the other from ``context`` cached ones on; ratio: of tokens/s, with the peer's (`PEERS`)."""
     case = {"case": f"decoding at {context} tokens", "threads": options.threads}
     caches = {name: filled_caches(model.config, context)[0] for name, model in models.items()}
-    contestants = {name: partial(tokens_of, model, caches[name], TOKENS) for name, model in models.items()}
+    contestants = {name: partial(turn, model, caches[name], context) for name, model in models.items()}
     times, bandwidth = race(contestants, 2 * options.rounds, readers)
     found = list(readers.rows(case, times)) if context == CONTEXTS[0] else []
     for name, model in models.items():
@@ -105,6 +107,13 @@ def decode(models: dict, context: int, options: argparse.Namespace, readers: Rea
         fields |= {"tokens_s": TOKENS / times[name].median, "ratio": times[PEERS[name]].median / times[name].median}
         found.append(fields | {"ratio_to_released": times[RELEASED].median / times[name].median})
     return found
+
+
+def turn(model, cache, context: int) -> None:
+    """A sample's tokens, from ``context`` cached ones on: those of the last sample are taken out again."""
+    if added := cache.get_seq_length() - context:
+        cache.crop(-added)
+    tokens_of(model, cache, TOKENS)
 
 
 def prefill(models: dict, options: argparse.Namespace) -> list[dict]:
@@ -126,7 +135,7 @@ def in_turns(models: dict, context: int, options: argparse.Namespace) -> list[di
     """Decoding in turns with llama.cpp's own benchmark of the given files; ratio: with the first of these."""
     case = {"case": f"next to llama.cpp, {context} tokens", "threads": options.threads}
     caches = {name: filled_caches(model.config, context)[0] for name, model in models.items()}
-    runs = {name: partial(tokens_of, model, caches[name], TOKENS) for name, model in models.items()}
+    runs = {name: partial(turn, model, caches[name], context) for name, model in models.items()}
     speeds: dict[str, list[float]] = {}
     # each process of llama.cpp computes its context again, minutes for a long one
     for _ in range(options.rounds if context == CONTEXTS[0] else max(1, options.rounds // 4)):
