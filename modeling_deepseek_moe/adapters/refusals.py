@@ -7,7 +7,7 @@ from dataclasses import fields
 from torch import nn
 
 from modeling_deepseek_moe.adapters.targets import Targets, is_experts, suffix
-from modeling_deepseek_moe.bnb.packing import is_packed
+from modeling_deepseek_moe.bnb.packing import is_packed, is_quantized_by_bitsandbytes
 from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
@@ -124,6 +124,14 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
     if not parameters and not copies and method in METHODS and method not in OF_SHAPE:
         return
     for name, module in modules:
+        parts = name.split(".")
+        parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        is_copied = bool(copies) and any(parent.endswith(copies) for parent in parents)
+        if is_copied and is_quantized_by_bitsandbytes(module):
+            raise ValueError(
+                f"{name}: found bitsandbytes' codes, wanted floating-point weights for modules_to_save={list(copies)}, which trains a copy: "
+                "load the model with the layer's name among llm_int8_skip_modules, next to 'lm_head'; or call model.dequantize()"
+            )
         if not isinstance(module, QuantizedLinear | QuantizedExperts):
             continue
         kept, way_out = _resident(module), _way_out(module)
@@ -135,9 +143,7 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for target_parameters={found}, of which peft makes the sum: "
                 f"name the layer in target_modules; or {way_out}"
             )
-        parts = name.split(".")
-        parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        if copies and any(parent.endswith(copies) for parent in parents):
+        if is_copied:
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for modules_to_save={list(copies)}, which trains a copy: "
                 f"{way_out}"

@@ -73,6 +73,11 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None, safe: bool) -
             continue
         name, base = re.sub(r"\.base_layer\b", "", path), layer.get_base_layer()
         is_codes = isinstance(base, QuantizedLinear | QuantizedExperts)
+        biased = [own for own in names if getattr(layer, "lora_bias", {}).get(own)]
+        if biased and getattr(base, "bias", None) is None:
+            raise ValueError(
+                f"{name}: adapter {biased[0]}: found lora_bias=True on a layer without a bias, wanted one to merge it into: keep the adapter apart"
+            )
         if hasattr(layer, "check_merge"):
             layer.check_merge(names)
         elif is_codes:

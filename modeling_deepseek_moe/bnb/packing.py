@@ -61,6 +61,14 @@ def is_packed(layer: nn.Module) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
 
 
+def is_quantized_by_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' with codes, which one that still waits for a weight to quantise has not."""
+    weight = module._parameters.get("weight")
+    return (
+        type(module).__module__.startswith("bitsandbytes.") and weight is not None and not weight.is_floating_point()
+    )
+
+
 def without_classes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict whose codes are plain tensors: bitsandbytes' own classes hold in attributes what is an entry of its own here."""
     return {
