@@ -58,6 +58,12 @@ def test_what_peft_would_fail_at_is_refused_by_name(folders):
     config = peft.LoraConfig(target_modules=["q_b_proj"], modules_to_save=["o_proj"])
     with pytest.raises(ValueError, match=r"o_proj: found bitsandbytes' codes, wanted .*llm_int8_skip_modules"):
         peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"proj: found bitsandbytes' codes, wanted .*peft_type=LOHA"):
+        peft.get_peft_model(model, peft.LoHaConfig(target_modules="all-linear"))
+    adapter = peft.get_peft_model(model, peft.AdaLoraConfig(target_modules=["o_proj"], total_step=2, init_r=2))
+    with pytest.raises(ValueError, match=r"o_proj: found peft's SVDLinear4bit to merge, which has no merge"):
+        adapter.merge_adapter()
+    model = adapter.unload()
     config = peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["q_b_proj"], lora_bias=True)
     adapter = peft.get_peft_model(model, config).eval()
     with pytest.raises(ValueError, match=r"o_proj: adapter default: found lora_bias=True on a layer without a bias"):

@@ -15,7 +15,7 @@ from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 # Methods that work on what goes into or comes out of a layer, or on its dequantised weight; others compute with the codes.
 METHODS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA")
 # Of them, those that size their matrices by the codes, of which several may share an element.
-OF_SHAPE = ("LOHA", "LOKR")
+OF_SHAPE = ("LOHA", "LOKR", "HRA")
 STARTS = (True, False, "gaussian")  # init_lora_weights that look at no weight and at no data
 OF_DATA = "eva"  # which looks at no weight either
 # Those that leave the weight as it is: what is stored takes their place.
@@ -116,8 +116,6 @@ def stack_shapes(experts: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     parameters = sorted(getattr(config, "target_parameters", None) or ())
     copies = tuple(getattr(config, "modules_to_save", None) or ())
     method = config.peft_type.value
@@ -127,11 +125,16 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
         parts = name.split(".")
         parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         is_copied = bool(copies) and any(parent.endswith(copies) for parent in parents)
-        if is_copied and is_quantized_by_bitsandbytes(module):
-            raise ValueError(
-                f"{name}: found bitsandbytes' codes, wanted floating-point weights for modules_to_save={list(copies)}, which trains a copy: "
-                "load the model with the layer's name among llm_int8_skip_modules, next to 'lm_head'; or call model.dequantize()"
-            )
+        if is_quantized_by_bitsandbytes(module):
+            wish = f"modules_to_save={list(copies)}, which trains a copy" if is_copied else ""
+            if method in OF_SHAPE and _is_packed(module) and _is_target(config, name):
+                wish = f"peft_type={method}, whose matrices have the weight's shape"
+            if wish:
+                raise ValueError(
+                    f"{name}: found bitsandbytes' codes, wanted floating-point weights for {wish}: load the model with the layer's name "
+                    "among llm_int8_skip_modules, next to 'lm_head'; or call model.dequantize()"
+                )
+            continue
         if not isinstance(module, QuantizedLinear | QuantizedExperts):
             continue
         kept, way_out = _resident(module), _way_out(module)
@@ -149,18 +152,25 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
                 f"{way_out}"
             )
         methods = [own for own in METHODS if not (_is_packed(module) and own in OF_SHAPE)]
-        if method not in methods and (
-            config.target_modules == "all-linear" or check_target_module_exists(config, name)
-        ):
+        if method not in methods and _is_target(config, name):
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for an adapter of peft_type={method}; on such codes there are "
                 f"{', '.join(methods)}: {way_out}"
             )
 
 
-def _is_packed(module: QuantizedLinear | QuantizedExperts) -> bool:
+def _is_target(config, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return config.target_modules == "all-linear" or bool(check_target_module_exists(config, name))
+
+
+def _is_packed(module: nn.Module) -> bool:
     """Whether an element of a linear layer's codes is several weights."""
-    return isinstance(module, QuantizedLinear) and module.weight.shape != (module.out_features, module.in_features)
+    return isinstance(module, QuantizedLinear | nn.Linear) and module.weight.shape != (
+        module.out_features,
+        module.in_features,
+    )
 
 
 def check_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from modeling_deepseek_moe.adapters.divided import check_whole
+from modeling_deepseek_moe.bnb.packing import is_quantized_by_bitsandbytes
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
@@ -77,6 +78,11 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None, safe: bool) -
         if biased and getattr(base, "bias", None) is None:
             raise ValueError(
                 f"{name}: adapter {biased[0]}: found lora_bias=True on a layer without a bias, wanted one to merge it into: keep the adapter apart"
+            )
+        if type(layer).merge is BaseTunerLayer.merge and is_quantized_by_bitsandbytes(base):
+            raise ValueError(
+                f"{name}: found peft's {type(layer).__name__} to merge, which has no merge, wanted a layer that is not quantised: "
+                "before there is an adapter, call model.dequantize(); or keep the adapter apart"
             )
         if hasattr(layer, "check_merge"):
             layer.check_merge(names)
