@@ -60,6 +60,10 @@ def test_what_peft_would_fail_at_is_refused_by_name(folders):
         peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match=r"proj: found bitsandbytes' codes, wanted .*peft_type=LOHA"):
         peft.get_peft_model(model, peft.LoHaConfig(target_modules="all-linear"))
+    with pytest.raises(
+        ValueError, match=r"o_proj: found bitsandbytes' codes, wanted .*init_lora_weights='orthogonal'"
+    ):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights="orthogonal"))
     adapter = peft.get_peft_model(model, peft.AdaLoraConfig(target_modules=["o_proj"], total_step=2, init_r=2))
     with pytest.raises(ValueError, match=r"o_proj: found peft's SVDLinear4bit to merge, which has no merge"):
         adapter.merge_adapter()

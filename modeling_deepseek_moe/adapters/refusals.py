@@ -67,6 +67,13 @@ def variants(config) -> dict:
 
 def _check_start(modules: dict[str, nn.Module], targets: Targets) -> None:
     start = targets.config.init_lora_weights
+    if str(start).lower() == "orthogonal":
+        for name, module in modules.items():
+            if is_quantized_by_bitsandbytes(module) and targets.reaches(name):
+                raise ValueError(
+                    f"{name}: found bitsandbytes' codes, wanted floating-point weights for init_lora_weights={start!r}, which starts in "
+                    "their dtype: leave it out; a stored adapter loads with true in its place in adapter_config.json"
+                )
     if start in STARTS or start == OF_DATA or is_overwritten(targets.config):
         return
     for name, module in modules.items():
