@@ -29,7 +29,7 @@ KEYS = {
     re.compile(r"(.+)\.(lora_B)\.(?:\w+\.)?bias"): "",
     re.compile(r"(.+)\.token_adapter\.(trainable_tokens)_delta(?:\.\w+)?"): "",
 }
-WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.\w+(?=\.\w+$))?)(?=\.)")
+WRAPPED = re.compile(r"\.(token_adapter|base_layer|original_module|modules_to_save(\.\w+(?=\.\w+$))?)(?=\.)")
 EXPERTS_KEY = re.compile(r"(.+\.mlp\.experts)((?:\.base_layer)*)")
 STACK_KEY = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 REFUSED = {

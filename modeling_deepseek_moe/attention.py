@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.attention_chunks import attend, finish, merge
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.ops._operands import differs_by_row
 from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention, attend_pages, weight_for_pages
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.ops.prompt_attention import interface
@@ -116,9 +117,10 @@ class DeepseekAttention(nn.Module):
             output = self._of_requests(q_nope, q_pe, c_kv, k_pe, cache)
             return project(self.o_proj, output.reshape(batch, length, -1)), None
         c_kv, k_pe = self._cached(c_kv, k_pe, cache, past_length, q_nope)
-        if mla_path == ABSORBED:
+        is_latent = mla_path == ABSORBED
+        if is_latent and not differs_by_row(self.kv_b_proj):
             output, weights = self._absorbed(q_nope, q_pe, c_kv, k_pe, attention_mask, output_attentions)
-        elif past_length and not output_attentions:
+        elif (past_length or is_latent) and not output_attentions:
             output, weights = self._expanded_in_chunks(q_nope, q_pe, c_kv, k_pe, attention_mask), None
         else:
             c_kv, k_pe = (c_kv, k_pe) if past_length != 0 else new

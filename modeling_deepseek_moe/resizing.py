@@ -4,10 +4,13 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 
+from modeling_deepseek_moe.bnb.packing import unpack
 from modeling_deepseek_moe.compat import ModelMixin
 from modeling_deepseek_moe.mtp import SharedModule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What weights of bitsandbytes are made with, 4-bit and int8 ones.
+SETTINGS = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module", "has_fp16_weights")
 
 
 class ResizingMixin(ModelMixin):
@@ -41,7 +44,11 @@ class ResizingMixin(ModelMixin):
         if isinstance(module, SharedModule):
             setattr(holder, name, SharedModule(owner))
             return
-        if module.weight.shape[0] == size:
+        if (module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features) == size:
+            return
+        if module.weight.dtype not in FLOATS:
+            resized = self._get_resized_lm_head(_decoded(module), size, mean_resizing=mean_resizing)
+            module.weight, module.out_features = _coded(resized.weight, module.weight), size
             return
         requires_grad, hook = module.weight.requires_grad, getattr(module, "_hf_hook", None)
         resize = self._get_resized_embeddings if isinstance(module, nn.Embedding) else self._get_resized_lm_head
@@ -58,3 +65,20 @@ def _is_copy(module: nn.Module, owner: nn.Module | None) -> bool:
     if owner is None or module.weight.is_meta or owner.weight.is_meta:
         return False
     return torch.equal(module.weight, owner.weight.to(module.weight.device))
+
+
+def _decoded(layer: nn.Linear) -> nn.Linear:
+    """A layer of bitsandbytes in floating point: an MTP layer's head is one of its, where it leaves the model's alone."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    unpack(layer)
+    with torch.device("meta"):
+        decoded = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    decoded.weight = nn.Parameter(dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)))
+    return decoded
+
+
+def _coded(values: torch.Tensor, weight: nn.Parameter) -> nn.Parameter:
+    """Values as bitsandbytes quantises them on their way to a device, by the settings of the ``weight`` that they were."""
+    settings = {name: getattr(weight, name) for name in SETTINGS if hasattr(weight, name)}
+    return type(weight)(values.detach().cpu(), requires_grad=False, **settings).to(weight.device)

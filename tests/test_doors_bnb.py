@@ -295,3 +295,30 @@ def test_the_head_weights_of_indexers_are_left_alone(tmp_path, kind, name):
     kept = getattr(transformers, name)._keep_in_fp32_modules
     assert kept is None or any("weights_proj" in part for part in kept)
     assert torch.equal(found(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [four_bit(), four_bit("fp4", double=True), BitsAndBytesConfig(load_in_8bit=True)],
+    ids=["nf4", "fp4-double", "int8"],
+)
+def test_more_tokens(release, tmp_path, quantization):
+    """The MTP layer's head is codes, where the model's own is left alone: it gets rows in codes too."""
+    model = ours(release, quantization_config=quantization, dtype=torch.float32)
+    hidden, size = torch.randn(*IDS.shape, 128), model.config.vocab_size
+
+    def mtp_logits(model):
+        with torch.no_grad():
+            return model.mtp_logits(0, IDS, hidden)[0].float()
+
+    text, drafts = logits(model), mtp_logits(model)
+    model.resize_token_embeddings(size + 32)
+    assert torch.equal(logits(model)[..., :size], text)
+    more = mtp_logits(model)
+    assert more.shape[-1] == size + 32 and apart(more[..., :size], drafts) < 0.02
+    model.save_pretrained(tmp_path)
+    again = ours(tmp_path)
+    assert type(again.model.mtp_layers[0].shared_head.head).__module__.startswith("bitsandbytes")
+    assert apart(mtp_logits(again), more) < 1e-2 and apart(logits(again), logits(model)) < 1e-2
+    model.resize_token_embeddings(size)
+    assert apart(mtp_logits(model), drafts) < 0.02

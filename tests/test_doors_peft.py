@@ -1,5 +1,7 @@
 """peft on these models, next to plain transformers' classes on the same weights: targets, save, load, merge, resume."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, doors, expert_adapter, load, logits, plain, train
@@ -272,6 +274,22 @@ def test_several_adapters_and_ia3(release):
     for call in (scaled, scaled.generate):
         with pytest.raises(ValueError, match="adapter_names: found adapters of peft_type=IA3"):
             call(input_ids=IDS, adapter_names=["__base__"])
+
+
+@torch.no_grad()
+def test_generation_with_an_adapter_for_each_row(release):
+    """Cached latents meet the adapters of their own rows where decoding reads ``kv_b_proj``."""
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["kv_b_proj", "o_proj"])
+    model = peft.get_peft_model(load(release), config).eval()
+    model.add_adapter("second", config)
+    rows, names = IDS.repeat(3, 1), ["second", "__base__", "default"]
+    found = model(rows, adapter_names=names, mla_path="absorbed").logits
+    text = model.generate(input_ids=rows, adapter_names=names, max_new_tokens=6, do_sample=False)
+    assert len({tuple(row.tolist()) for row in text}) == 3
+    for name, logit, line in zip(names, found, text, strict=True):
+        with model.disable_adapter() if name == "__base__" else nullcontext(model.set_adapter(name)):
+            torch.testing.assert_close(logit, model(IDS, mla_path="absorbed").logits[0], rtol=1e-3, atol=1e-3)
+            assert torch.equal(line, model.generate(input_ids=IDS, max_new_tokens=6, do_sample=False)[0])
 
 
 HEADS = ["kv_b_proj", "o_proj", "q_b_proj"]

@@ -7,7 +7,7 @@ from dataclasses import fields
 from torch import nn
 
 from modeling_deepseek_moe.adapters.targets import Targets, is_experts, suffix
-from modeling_deepseek_moe.bnb.packing import is_foreign, is_packed
+from modeling_deepseek_moe.bnb.packing import is_packed, is_quantized_by_bitsandbytes
 from modeling_deepseek_moe.ops.experts import STACKS
 from modeling_deepseek_moe.quantized.experts import QuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
@@ -71,6 +71,13 @@ def variants(config) -> dict:
 def _check_start(modules: dict[str, nn.Module], targets: Targets) -> None:
     config = targets.config
     start = config.init_lora_weights
+    if str(start).lower() == "orthogonal":
+        for name, module in modules.items():
+            if is_quantized_by_bitsandbytes(module) and targets.reaches(name):
+                raise ValueError(
+                    f"{name}: found bitsandbytes' codes, wanted floating-point weights for init_lora_weights={start!r}, which starts in "
+                    "their dtype: leave it out; a stored adapter loads with true in its place in adapter_config.json"
+                )
     found = {field: "LoRA without it does not" for field in FROM_WEIGHT if getattr(config, field, None)}
     if start not in STARTS and start != OF_DATA and not is_overwritten(config):
         found["init_lora_weights"] = f"{', '.join(map(repr, STARTS))} do not"
@@ -124,23 +131,27 @@ def stack_shapes(experts: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     parameters = sorted(getattr(config, "target_parameters", None) or ())
     copies = tuple(getattr(config, "modules_to_save", None) or ())
     method = config.peft_type.value
     if not parameters and not copies and method in METHODS and method not in OF_SHAPE:
         return
-
-    def is_target(name: str) -> bool:
-        return config.target_modules == "all-linear" or bool(check_target_module_exists(config, name))
-
     for name, module in modules:
-        if method in BLIND and is_foreign(module) and is_target(name):
-            raise ValueError(
-                f"{name}: found bitsandbytes' {type(module).__name__}, wanted bf16 or fp32 weights for an adapter of peft_type={method}, which takes "
-                "codes for weights: call model.dequantize()"
-            )
+        parts = name.split(".")
+        parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        is_copied = bool(copies) and any(parent.endswith(copies) for parent in parents)
+        if is_quantized_by_bitsandbytes(module):
+            wish = f"modules_to_save={list(copies)}, which trains a copy" if is_copied else ""
+            if method in OF_SHAPE and _is_packed(module) and _is_target(config, name):
+                wish = f"peft_type={method}, whose matrices have the weight's shape"
+            if method in BLIND and _is_target(config, name):
+                wish = f"peft_type={method}, which takes codes for weights"
+            if wish:
+                raise ValueError(
+                    f"{name}: found bitsandbytes' codes, wanted floating-point weights for {wish}: load the model with the layer's name "
+                    "among llm_int8_skip_modules, next to 'lm_head'; or call model.dequantize()"
+                )
+            continue
         if not isinstance(module, QuantizedLinear | QuantizedExperts):
             continue
         kept, way_out = _resident(module), _way_out(module)
@@ -152,24 +163,31 @@ def _check_codes(modules: Iterable[tuple[str, nn.Module]], config) -> None:
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for target_parameters={found}, of which peft makes the sum: "
                 f"name the layer in target_modules; or {way_out}"
             )
-        parts = name.split(".")
-        parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        if copies and any(parent.endswith(copies) for parent in parents):
+        if is_copied:
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for modules_to_save={list(copies)}, which trains a copy: "
                 f"{way_out}"
             )
         methods = [own for own in METHODS if not (_is_packed(module) and own in OF_SHAPE)]
-        if method not in methods and is_target(name):
+        if method not in methods and _is_target(config, name):
             raise ValueError(
                 f"{name}: found {kept}, wanted bf16 or fp32 ones for an adapter of peft_type={method}; on such codes there are "
                 f"{', '.join(methods)}: {way_out}"
             )
 
 
-def _is_packed(module: QuantizedLinear | QuantizedExperts) -> bool:
+def _is_target(config, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return config.target_modules == "all-linear" or bool(check_target_module_exists(config, name))
+
+
+def _is_packed(module: nn.Module) -> bool:
     """Whether an element of a linear layer's codes is several weights."""
-    return isinstance(module, QuantizedLinear) and module.weight.shape != (module.out_features, module.in_features)
+    return isinstance(module, QuantizedLinear | nn.Linear) and module.weight.shape != (
+        module.out_features,
+        module.in_features,
+    )
 
 
 def check_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -66,6 +66,12 @@ def is_foreign(layer: nn.Module) -> bool:
     return type(layer).__module__.startswith("bitsandbytes.")
 
 
+def is_quantized_by_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' with codes, which one that still waits for a weight to quantise has not."""
+    weight = module._parameters.get("weight")
+    return is_foreign(module) and weight is not None and not weight.is_floating_point()
+
+
 def without_classes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict whose codes are plain tensors: bitsandbytes' own classes hold in attributes what is an entry of its own here."""
     return {

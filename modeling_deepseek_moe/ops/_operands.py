@@ -27,6 +27,11 @@ def is_hooked(module: nn.Module) -> bool:
     return any_hooked((module.__dict__,))
 
 
+def differs_by_row(layer: nn.Module) -> bool:
+    """Whether peft gives each sequence of a batch an adapter of its own as the layer is called, so that it has no one weight."""
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in layer._forward_pre_hooks.values())
+
+
 def any_hooked(attributes: Iterable[dict]) -> bool:
     """`is_hooked` of any of the modules whose ``__dict__`` are given."""
     # looked for where they are kept, in one loop: a call for each module and token would take as long again
@@ -199,6 +204,11 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
     rows = rows_of_rank(layer)
     if rows is not None:
         return rows.weight.to(like.dtype) if rows.scale is None else layer.weight_format.dequantize(*rows, like.dtype)
+    if differs_by_row(layer):
+        raise ValueError(
+            "adapter_names: found several adapters in one batch on a layer whose weight is read, as sparse attention reads kv_b_proj's, "
+            "wanted one: a batch for each, after model.set_adapter(name)"
+        )
     # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
 
