@@ -87,8 +87,8 @@ static void pack_queries(const Attention *a, int64_t task) {
     for (int64_t i = 0; i < rows; i++) {
         const int64_t t = place_of(a, b) + (r0 + i) / a->heads, h = (r0 + i) % a->heads;
         latents[i] = absorbed(a, b, r0 + i);
-        ropes[i] = (const char *)q->pe + (sequence_of(a, b) * q->pe_batch + t * q->pe_token + h * q->pe_head) *
-                                             dsm_itemsize(a->dtype);
+        ropes[i] = (const char *)q->pe +
+                   (sequence_of(a, b) * q->pe_batch + t * q->pe_token + h * q->pe_head) * dsm_itemsize(a->dtype);
     }
     dsm_pack(a->kernels, 1, latents, rows, DSM_F32, a->rank, a->dtype,
              a->latents + b * a->packed_rows * a->latent_stride, a->latent_stride, r0);
