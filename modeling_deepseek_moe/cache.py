@@ -61,7 +61,7 @@ class LatentLayer(DynamicLayer):
         return self._held[which]
 
     def _put(self, which: int, tensor: torch.Tensor | None) -> None:
-        if self._used is not None and tensor is self._held[which]:
+        if self._used is not None and tensor is not None and tensor is self._held[which]:
             return
         self._held = [self._view(0), self._view(1)]
         self._held[which], self._used = tensor, None

@@ -334,6 +334,19 @@ def test_tensors_of_inference_mode_are_copied():
     assert layer.get_seq_length() == 4 and torch.equal(layer.keys[:, :, :3], states(3)[0])
 
 
+@pytest.mark.parametrize("looked", [False, True])
+def test_views_are_those_of_the_rows_in_use_or_what_was_put_there(looked):
+    """As after a step, which moves the layer on without making views of it."""
+    layer = LatentLayer()
+    layer.update(*states(5))
+    layer.advance(3)
+    if looked:
+        assert layer.keys.shape[2] == 3 and layer.keys is layer.keys
+    assert layer.get_seq_length() == 3 and torch.equal(layer.values, states(5)[1][:, :, :3])
+    layer.keys = None
+    assert layer.keys is None and layer.values.shape[2] == 3
+
+
 def test_only_plain_caches_are_changed(one_model):
     config = one_model.config
     latents = torch.randn(1, 1, 4, config.kv_lora_rank), torch.randn(1, 1, 4, config.qk_rope_head_dim)

@@ -54,6 +54,18 @@ def test_many_tokens_of_one_expert(kind, isa):
 
 @every_isa
 @KINDS
+@pytest.mark.parametrize("indices", [[3, 1, 2], [3, 3, 5], [1, 3, 3], [3] * 6 + [5, 6]], ids=str)
+def test_one_token(indices, kind, isa):
+    """It is packed once for all of its experts, unless one has it several times, which may be many."""
+    home, x = Experts.random(kind, 7, 200, 191), torch.randn(1, 200).bfloat16()
+    indices, weights = torch.tensor([indices]), torch.rand(1, len(indices))
+    with use_backend(isa):
+        found = cpu.routed(x, indices, weights, home.addresses(), home.width, home.down.dtype)
+    assert distance(found, home.reference(x, indices, weights, torch.float64)) <= TOLERANCES[torch.bfloat16]
+
+
+@every_isa
+@KINDS
 def test_kept_buffers_change_no_bit(kind, isa):
     """The buffers of many tokens stay from call to call, with what the last call left in them: here NaN."""
     tokens, hidden, width = 1100, 1000, 70

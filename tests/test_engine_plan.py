@@ -167,6 +167,9 @@ CHANGES = {
     "experts a token": lambda model: setattr(model.model.layers[1].mlp.gate, "top_k", 1),
     "the experts' factor": lambda model: setattr(model.model.layers[1].mlp.gate, "routed_scaling_factor", 9.0),
     "the softmax scale": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 9.0),
+    "the norm after the layers": lambda model: setattr(model.model, "norm", Tripled(model.model.norm)),
+    "its weight": lambda model: setattr(model.model.norm, "weight", nn.Parameter(model.model.norm.weight * 3)),
+    "a hook on it": lambda model: model.model.norm.register_forward_hook(lambda module, args, out: out * 3),
 }
 
 
@@ -177,6 +180,15 @@ class Doubled(nn.Module):
 
     def forward(self, x):
         return 2 * self.layer(x)
+
+
+class Tripled(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return 3 * self.norm(x)
 
 
 class Skipped(nn.Module):
@@ -247,6 +259,14 @@ def test_report_names_what_is_foreign_and_why(model):
     assert lines["layers.1.mlp"] == "gate: cannot call the hooks of a DeepseekTopkRouter"
     assert lines["layers.0,2.mlp"] is None
     assert not tuned.engine_report().runs_all and tuned.engine_report().calls == 4
+
+
+def test_the_norm_alone_is_no_call(model, by_layers):
+    for layer in list(model.model.layers)[: model.config.num_hidden_layers]:
+        layer.register_forward_pre_hook(lambda *_: None)
+    report = model.engine_report()
+    assert report.calls == 0 and dict(report.lines())["norm"] is None
+    assert torch.equal(logits(model), by_layers(logits, model))
 
 
 def test_report_without_an_engine(model):

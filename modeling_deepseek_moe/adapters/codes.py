@@ -52,7 +52,7 @@ class OnCodes(nn.Module, BaseTunerLayer):
                 self.base_layer = decoded
                 super().merge(safe_merge, names)
             codes, scales, bias = base.weight.data, base.scale.data, base.bias
-            difference = decoded.weight.data - base.dequantize()
+            difference = decoded.weight.data.sub_(base.dequantize())
             new = add_to_codes(base.weight_format, codes, scales, difference, self.merge_record)
             undo.pop_all()
         if self._kept is None:
@@ -98,15 +98,22 @@ class OnForeignCodes(nn.Module, BaseTunerLayer):
 
 
 def look_below(layer: BaseTunerLayer, base: nn.Module) -> None:
-    """Make a layer of peft's that is given a base layer one that merges as the codes below it want."""
+    """Make a layer of peft's that is given a base layer one that merges as codes of this package's below it want."""
     while hasattr(base, "base_layer"):
         base = base.base_layer
-    kind = type(layer)
     if isinstance(base, QuantizedLinear):
         put_in_front(layer, OnCodes)
         layer.__dict__.setdefault("merge_record", Merge())
-    elif is_foreign(base) and (kind.merge is BaseTunerLayer.merge or not kind.__module__.endswith(".bnb")):
-        put_in_front(layer, OnForeignCodes)
+
+
+def look_below_foreign(module: nn.Module) -> None:
+    """The same of a module of one of this package's models, where the codes are bitsandbytes'."""
+    kind = type(module)
+    if not isinstance(module, BaseTunerLayer) or "base_layer" not in module._modules:
+        return
+    is_blind = kind.merge is BaseTunerLayer.merge or not kind.__module__.endswith(".bnb")
+    if is_blind and is_foreign(module.get_base_layer()):
+        put_in_front(module, OnForeignCodes)
 
 
 def has_adapter(layer: BaseTunerLayer, name: str) -> bool:

@@ -97,6 +97,8 @@ class AdapterMixin(ModelMixin):
         if not configs:
             yield from super().named_modules(*args, **kwargs)
             return
+        from modeling_deepseek_moe.adapters.codes import look_below_foreign
+
         known = _known(self)
         is_new = _prepare(self, known, configs)
         merge = known.merge
@@ -104,6 +106,7 @@ class AdapterMixin(ModelMixin):
             if "merge_record" in module.__dict__:
                 module.merge_record = merge
             tell_width(module)
+            look_below_foreign(module)
             keep_children_readable(module)
             if is_new and isinstance(module, QuantizedExperts):
                 with _shown(module):

@@ -79,7 +79,7 @@ class EngineReportMixin(ModelMixin):
         head = getattr(self, "lm_head", None)
         if head is not None:
             rows.append(EngineRow("lm_head", reasons.linear(head, dtype)))
-        calls = sum(runs for _, _, runs in segments(flags))
+        calls = sum(runs for _, _, runs in segments(flags)) if any(flags[:-1]) else 0  # none for the norm alone
         return EngineReport(tuple(rows), calls, _unavailable(base.embed_tokens.weight.device))
 
 

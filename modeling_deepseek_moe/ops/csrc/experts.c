@@ -61,7 +61,7 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
                 placed,
                 tokens,
                 packed,
-                layer->tokens * tokens > 1 ? packed : 0, /* an only token is packed once, with the first expert */
+                packed,
             };
             packed += dsm_packed_tokens(layer->kernels, tokens);
         }
@@ -71,6 +71,8 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
     /* starts[e + 1] is now where expert e begins, and moves on as its slots are placed */
     for (int64_t s = 0; s < slots; s++)
         if (expert_of(given, indices[s])) layer->order[starts[indices[s] + 1]++] = s;
+    /* an only token that no expert has twice is packed once, with the first of them */
+    for (int64_t i = 0; layer->tokens == 1 && placed == active && i < active; i++) layer->experts[i].input = 0;
     free(starts);
     return active;
 }

@@ -52,6 +52,7 @@ class Run:
             mask = _native.additive(mask[:, 0, -tokens:, : past + tokens])
         tables = cos.data_ptr(), sin.data_ptr(), Mask.of(mask)
         step = Step(batch, tokens, hidden, past, len(layers), norm, mla, *tables, scaling)
+        self._norm = STAGES * len(layers)  # the stage of the norm
         self._attended = batch, tokens, mla.num_heads * mla.v_head_dim
         self._keep = caches, cos, sin, mask
         self._structs = byref(layers), byref((LatentCache * len(rows))(*rows)), byref(step)
@@ -64,7 +65,7 @@ class Run:
         """
         states = states.clone(memory_format=torch.contiguous_format)
         attended = None
-        if last % STAGES == 1:
+        if last % STAGES == 1 and last < self._norm:
             attended = states.new_empty(self._attended)
         _native.call(
             "dsm_step",
