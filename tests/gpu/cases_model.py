@@ -45,10 +45,13 @@ def run_on_card(monkeypatch):
     """The model's loop over its layers takes `card.run` for a new token."""
 
     def runs(model, layers, hidden_states, cache, context):
+        def norm(states, **_):
+            return model.norm(states)
+
         if hidden_states.shape[1] > 1:
-            return layers
+            return [*layers, norm]
         assert card.unsupported_reason(layers, hidden_states, cache) is None
-        return [lambda states, **context: card.run(layers, states, **context)]
+        return [lambda states, **context: card.run(layers, states, **context), norm]
 
     def prepared(cache, config, query_length):
         """On a device one token does not learn how far a static cache is filled."""
