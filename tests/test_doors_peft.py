@@ -5,11 +5,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from adapters import ATTENTION, EXPERTS, IDS, MLP, adapted, doors, expert_adapter, load, logits, plain, train
+from families import FIELDS
 from releases import SHAPES, write_release
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.distributed import DistributedConfig
 
+import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe.cli import app
 from modeling_deepseek_moe.training.attach import attach_state
 
@@ -290,6 +292,18 @@ def test_generation_with_an_adapter_for_each_row(release):
         with model.disable_adapter() if name == "__base__" else nullcontext(model.set_adapter(name)):
             torch.testing.assert_close(logit, model(IDS, mla_path="absorbed").logits[0], rtol=1e-3, atol=1e-3)
             assert torch.equal(line, model.generate(input_ids=IDS, max_new_tokens=6, do_sample=False)[0])
+
+
+@torch.no_grad()
+def test_sparse_attention_refuses_an_adapter_for_each_row():
+    """It reads the weight of ``kv_b_proj``, of which there is none then."""
+    base = dsm.DeepseekV32ForCausalLM(dsm.DeepseekV32Config(**FIELDS["deepseek_v32"])).eval()
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["kv_b_proj"])
+    model = peft.get_peft_model(base, config).eval()
+    few, many = (IDS[:, : base.config.index_topk + more].repeat(2, 1) for more in (-1, 1))
+    assert model(few, adapter_names=["default", "__base__"]).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"adapter_names: found several .*sparse attention"):
+        model(many, adapter_names=["default", "__base__"])
 
 
 HEADS = ["kv_b_proj", "o_proj", "q_b_proj"]

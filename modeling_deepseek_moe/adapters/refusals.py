@@ -184,10 +184,7 @@ def _is_target(config, name: str) -> bool:
 
 def _is_packed(module: nn.Module) -> bool:
     """Whether an element of a linear layer's codes is several weights."""
-    return isinstance(module, QuantizedLinear | nn.Linear) and module.weight.shape != (
-        module.out_features,
-        module.in_features,
-    )
+    return isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features)
 
 
 def check_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -44,21 +44,18 @@ def on_the_cpu():
 def run_on_card(monkeypatch):
     """The model's loop over its layers takes `card.run` for a new token."""
 
-    def runs(model, layers, hidden_states, cache, context):
-        def norm(states, **_):
-            return model.norm(states)
-
+    def calls(model, layers, hidden_states, cache, context):
         if hidden_states.shape[1] > 1:
-            return [*layers, norm]
+            return layers
         assert card.unsupported_reason(layers, hidden_states, cache) is None
-        return [lambda states, **context: card.run(layers, states, **context), norm]
+        return [lambda states, **context: card.run(layers, states, **context)]
 
     def prepared(cache, config, query_length):
         """On a device one token does not learn how far a static cache is filled."""
         length = prepare_cache(cache, config, query_length)
         return None if query_length == 1 and isinstance(cache, StaticCache) else length
 
-    monkeypatch.setattr("modeling_deepseek_moe.modeling.runs", runs)
+    monkeypatch.setattr("modeling_deepseek_moe.engine.runs._calls", calls)
     monkeypatch.setattr("modeling_deepseek_moe.modeling.prepare_cache", prepared)
 
 

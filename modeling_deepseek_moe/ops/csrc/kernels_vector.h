@@ -163,7 +163,7 @@ DSM_INLINE void fma_tile(const char *x, size_t stride, const float *panel, int64
     UNROLL for (int i = 0; i < tokens * PANEL_VECTORS; i++) acc[i] = zeros();
     for (int64_t k = 0; k < deep; k++) {
         F b[PANEL_VECTORS];
-        /* one for each k fills the queue that loads wait in: attention to 8,192 keys from memory took a tenth longer with AVX2 */
+        /* one for each k fills the queue that loads wait in: AVX2's attention to 8,192 keys took a tenth longer */
         if (k % 4 == 0) dsm_prefetch_line(&next);
         UNROLL for (int v = 0; v < PANEL_VECTORS; v++) b[v] = *(const F *)(panel + k * PANEL + v * WIDTH);
         UNROLL for (int t = 0; t < tokens; t++) {

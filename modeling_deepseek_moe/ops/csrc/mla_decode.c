@@ -78,7 +78,8 @@ static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
     }
 }
 
-/* The `task`th group of rows, of all runs. Packed one by one, two threads' rows would share the lines that they are written to. */
+/* The `task`th group of rows, of all runs. Packed one by one, rows of two threads would share the lines they are written
+   to. */
 static void pack_queries(const Attention *a, int64_t task) {
     const Queries *q = a->queries;
     const int64_t step = a->kernels->panel_tokens, groups = a->packed_rows / step;

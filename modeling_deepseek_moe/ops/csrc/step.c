@@ -32,9 +32,9 @@ static int attention(int isa, int threads, int dtype, const DecoderLayer *l, con
 }
 
 /* A layer is three stages: norm, projections and attention; the output projection; norm and experts. Stage 3 i + k is the
-   k-th of layer i, and after the last layer's comes the norm. states [batch, tokens, hidden] of `dtype` become those after the stages [first, last), and the caches of
-   the layers that attend get rows from `past` on. attended [batch, tokens, heads, value]: what attention yields, where the output projection
-   is not of the same run; else NULL. */
+   k-th of layer i, and after the last layer's comes the norm. states [batch, tokens, hidden] of `dtype` become those after
+   the stages [first, last), and the caches of the layers that attend get rows from `past` on. attended [batch, tokens,
+   heads, value]: what attention yields, where the output projection is not of the same run; else NULL. */
 DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t first, int64_t last, void *attended,
                      const DecoderLayer *layers, const LatentCache *caches, const Step *s) {
     const size_t size = dsm_itemsize(dtype);
