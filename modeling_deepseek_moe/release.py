@@ -232,17 +232,18 @@ class Release:
             yield from self._unusable_biases(expected)
 
     def _unusable_scales(self, found: dict[torch.dtype, dict[str, TensorInfo]]):
-        """Read all scales, and keep them in memory, but for those of experts that have one for each group of a row.
+        """Read all scales, and keep them in memory, but for those that a row has one of for each group of its codes.
 
-        These are an eighth of the codes, too much to hold next to experts that are read as they are needed.
+        These are an eighth of the codes: too much to hold next to experts that are read as they are needed, and read faster from the
+        huge pages of their files.
         """
         fine = {form.scale_suffix for form in self.weight_formats if form.block[0] == 1}
         for dtype, infos in found.items():
             layers: dict[str, dict[str, TensorInfo]] = {}
             for name, info in infos.items():
-                expert = EXPERT_KEY.match(name)
-                stays = expert is not None and split_scale(name)[1] in fine and info.start % dtype.itemsize == 0
-                layers.setdefault(expert[1] if stays else "", {})[name] = info
+                stays = split_scale(name)[1] in fine and info.start % dtype.itemsize == 0
+                layer = LAYER_KEY.match(name)
+                layers.setdefault((layer[1] if layer else name) if stays else "", {})[name] = info
             for layer, parts in layers.items():
                 scales = Scales(self.reader, parts, dtype)
                 if not layer:

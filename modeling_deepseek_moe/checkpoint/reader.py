@@ -4,6 +4,7 @@ import io
 import mmap
 import os
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
@@ -88,20 +89,25 @@ class CheckpointReader(Mapping[str, TensorInfo]):
     def read_into(self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
         """Copy tensors into memory, each to its ``place``, without touching what lies between them in the files.
 
-        For small tensors scattered over large files. Those that are neighbours in a file are read in one go.
+        For small tensors scattered over large files. Those that are neighbours in a file are read in one go: from its mapping where
+        they fill a huge page, so that what reads them there next finds such.
         """
         by_file: dict[Path, list[TensorInfo]] = {}
         for info in infos:
             by_file.setdefault(info.file, []).append(info)
         for file, tensors in by_file.items():
             tensors.sort(key=attrgetter("start"))
+            runs: dict[bool, list[list[TensorInfo]]] = {True: [], False: []}
+            for run in _runs(tensors):
+                runs[run[-1].end - run[0].start >= HUGE_PAGE].append(run)
+            for info in chain.from_iterable(runs[True]):  # first: next to small pages there would be no huge one
+                place(info)[:] = memoryview(self.view(info).view(-1).view(torch.uint8).numpy())
             with self.mapped.open(file) as stream:
                 if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                runs = list(_runs(tensors))
-                for run in runs:
+                for run in runs[False]:
                     _read_run(stream, run, place)
-                _forget_small(stream, [(run[0].start, run[-1].end) for run in runs])
+                    _forget(stream, run[0].start, run[-1].end)
 
 
 def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
@@ -125,10 +131,9 @@ def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorI
         read_range(stream, info.start, place(info), f"{info.file}: tensor {info.name}")
 
 
-def _forget_small(stream: io.FileIO, bounds: list[tuple[int, int]]) -> None:
-    """Let the system drop the pages of what is smaller than a huge page: between those the file's mapping would get no huge ones."""
-    for start, end in bounds if hasattr(os, "posix_fadvise") else ():
-        if end - start < HUGE_PAGE:
-            start = start // mmap.PAGESIZE * mmap.PAGESIZE
-            nbytes = -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
-            os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+def _forget(stream: io.FileIO, start: int, end: int) -> None:
+    """Let the system drop the pages of a small read: between those the file's mapping would get no huge ones."""
+    if hasattr(os, "posix_fadvise"):
+        start = start // mmap.PAGESIZE * mmap.PAGESIZE
+        nbytes = -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+        os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
