@@ -234,8 +234,7 @@ class Release:
     def _unusable_scales(self, found: dict[torch.dtype, dict[str, TensorInfo]]):
         """Read all scales, and keep them in memory, but for those that a row has one of for each group of its codes.
 
-        These are an eighth of the codes: too much to hold next to experts that are read as they are needed, and read faster from the
-        huge pages of their files.
+        These are an eighth of the codes, too much to hold next to weights that stay in their files.
         """
         fine = {form.scale_suffix for form in self.weight_formats if form.block[0] == 1}
         for dtype, infos in found.items():

@@ -7,17 +7,18 @@ import pytest
 import torch
 from releases import SHAPES, same_bits
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 from typer.testing import CliRunner
 
 import modeling_deepseek_moe as dsm
-from modeling_deepseek_moe import CheckpointError, inspect_checkpoint
+from modeling_deepseek_moe import CheckpointError, CheckpointReader, inspect_checkpoint
 from modeling_deepseek_moe.cli.app import app
 from modeling_deepseek_moe.conversion import _job, _table
 from modeling_deepseek_moe.conversion._conversion import Options
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
+from modeling_deepseek_moe.release import Release
 from modeling_deepseek_moe.weights import release_tensors
 
 SCHEME = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False}
@@ -122,6 +123,18 @@ def test_dequantised_values(folder):
         assert torch.equal(
             state[f"{prefix}.down_proj"][expert], unpack(*packed(f"{prefix}.{expert}.down_proj")).float()
         )
+
+
+def test_scales_stay_in_the_file(folder):
+    reader = CheckpointReader.open(folder)
+    release = Release(reader, AutoConfig.from_pretrained(folder))
+    release.check(needs_head=True)
+    stored = tensors_of(folder)
+    scales = [name for name in stored if name.endswith("_scale")]
+    assert scales
+    for name in scales:
+        found = release.tensor(name)
+        assert same_bits(found, stored[name]) and reader.mapped.find(found) == (reader[name].file, reader[name].start)
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["mapped", "stacked"])
