@@ -7,6 +7,7 @@
 
 #define CHUNK 64 /* rows of gate and up of a task, or a multiple: whole groups of every packing */
 #define MANY_TOKENS 512
+#define DOWN_BYTES (128 << 10) /* of one expert in a task of `down`, at least, for few tokens */
 
 /* an expert that tokens were sent to */
 typedef struct {
@@ -190,10 +191,14 @@ static void gate_and_up_task(const Layer *layer, int64_t task, float *buffer, in
                 buffer + half, buffer + 2 * half, scratch);
 }
 
-/* Columns of a task of `down`: a few panels keep an expert's h in the cache, but every thread needs some tasks. */
+/* Columns of a task of `down`: a few panels keep an expert's h in the cache, and short runs of rows are read slowly, an
+   expert's at a time; but every thread needs some tasks. */
 static int64_t columns_of_down(const Layer *layer, int many, int threads) {
     int64_t columns = many ? layer->kernels->panel_columns : dsm_gemv_rows(layer->hidden, threads);
-    while (many && columns < 256 && layer->hidden / (2 * columns) >= 4 * threads) columns *= 2;
+    const int64_t row = dsm_row_bytes(layer->weight_dtype, layer->width);
+    while (columns < DSM_MOST_GEMV_ROWS && (many || columns * row < DOWN_BYTES) &&
+           layer->hidden / (2 * columns) >= 4 * threads)
+        columns *= 2;
     return columns;
 }
 

@@ -204,7 +204,7 @@ DSM_INLINE void add_256(IntegerTable table, const char *x, size_t stride, const 
                                                  : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
         __m256i halves[2] = {_mm256_and_si256(both, nibble), _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble)};
         __m256i value[4];
-        if (b % 2 == 0) _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T1);
+        if (b % 2 == 0) _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
         if (!byte_offset(dtype)) look_up_integers(table, halves, value);
         if (dtype == DSM_MXFP4)
             UNROLL for (int i = 0; i < 2; i++) halves[i] = _mm256_shuffle_epi8(table.low, halves[i]);
