@@ -97,15 +97,15 @@ class CheckpointReader(Mapping[str, TensorInfo]):
             by_file.setdefault(info.file, []).append(info)
         for file, tensors in by_file.items():
             tensors.sort(key=attrgetter("start"))
-            runs: dict[bool, list[list[TensorInfo]]] = {True: [], False: []}
+            small, large = [], []
             for run in _runs(tensors):
-                runs[run[-1].end - run[0].start >= HUGE_PAGE].append(run)
-            for info in chain.from_iterable(runs[True]):  # first: next to small pages there would be no huge one
+                (small if run[-1].end - run[0].start < HUGE_PAGE else large).append(run)
+            for info in chain.from_iterable(large):  # first: next to small pages there would be no huge one
                 place(info)[:] = memoryview(self.view(info).view(-1).view(torch.uint8).numpy())
             with self.mapped.open(file) as stream:
                 if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                for run in runs[False]:
+                for run in small:
                     _read_run(stream, run, place)
                     _forget(stream, run[0].start, run[-1].end)
 
