@@ -89,25 +89,42 @@ DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, 
         }
 }
 
+/* One block of one token's `readers` rows, in step: they share what is loaded of x, and with one sum each there is room in
+   the registers. Two sums a row make AVX2 a tenth slower (a Xeon). */
+DSM_INLINE void add_in_step(const float *x, const uint8_t *w, int64_t pitch, int64_t rest, float scale, F *total,
+                            I *found, const int readers) {
+    F part[READERS];
+    UNROLL for (int q = 0; q < readers; q++) part[q] = zeros();
+    for (int64_t i = 0; i < rest; i += 4 * WIDTH) UNROLL for (int q = 0; q < readers; q++) {
+            const uint8_t *at = w + q * pitch + i;
+            const I raw = load_bytes(at, rest - i);
+            const Codes codes = split(raw);
+            if (i % 64 == 0) __builtin_prefetch(at + AHEAD, 0, 3);
+            *found = look(*found, raw);
+            UNROLL for (int j = 0; j < 4; j++) part[q] += code(codes, j) * load(x + i + j * WIDTH);
+        }
+    UNROLL for (int q = 0; q < readers; q++) total[q] += scale * part[q];
+}
+static __attribute__((noinline)) int has_nan(const uint8_t *codes, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if ((codes[i] & 0x7f) == 0x7f) return 1;
+    return 0;
+}
 /* One token: FP8 rows row, row + apart .. of one row of blocks, `readers` of them, whose sums lie as far apart. */
 DSM_INLINE void fp8_turn(const float *x, const Matrix *w, int64_t row, int64_t apart, F *sums, const int readers) {
-    const int step = readers < ROWS_AT_ONCE ? readers : ROWS_AT_ONCE;
     const int64_t cols = w->cols, pitch = apart * cols;
     const uint8_t *from = (const uint8_t *)w->data + row * cols;
     const float *scale = dsm_block_scale(w, row, 0);
     F total[READERS];
-    I found[READERS];
+    I found = {0}; /* of all of them: a register for each is one too many */
     int64_t k = 0;
-    UNROLL for (int q = 0; q < readers; q++) total[q] = zeros(), found[q] = (I){0};
-    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK, scale++) UNROLL for (int q = 0; q < readers; q += step) {
-            const uint8_t *at = from + k + q * pitch;
-            add_block(x + k, 0, at, pitch, DSM_BLOCK, *scale, (const char *)at + AHEAD, total + q, found + q, step, 1);
-        }
-    if (k < cols) UNROLL for (int q = 0; q < readers; q += step) {
-            const uint8_t *at = from + k + q * pitch;
-            add_block(x + k, 0, at, pitch, cols - k, *scale, (const char *)at + AHEAD, total + q, found + q, step, 1);
-        }
-    UNROLL for (int q = 0; q < readers; q++) sums[q * apart] = nan_seen(found[q]) ? spread(NAN) : total[q];
+    UNROLL for (int q = 0; q < readers; q++) total[q] = zeros();
+    for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
+        add_in_step(x + k, from + k, pitch, DSM_BLOCK, *scale++, total, &found, readers);
+    if (k < cols) add_in_step(x + k, from + k, pitch, cols - k, *scale, total, &found, readers);
+    const int any = nan_seen(found);
+    UNROLL for (int q = 0; q < readers; q++) sums[q * apart] =
+        any && has_nan(from + q * pitch, cols) ? spread(NAN) : total[q];
 }
 /* The same of rows in bf16, with the sums of `add_bf16`. */
 DSM_INLINE void bf16_turn(const float *x, const Matrix *w, int64_t row, int64_t apart, F *sums, const int readers) {

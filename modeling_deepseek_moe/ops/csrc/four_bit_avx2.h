@@ -36,22 +36,47 @@ typedef struct {
 /* what makes positive bytes of the integers, 0 where they are no bytes */
 DSM_INLINE int byte_offset(int dtype) { return dtype == DSM_INT4 ? 8 : dtype == DSM_MXFP4 ? 12 : 0; }
 
-/* the integer that was rounded by adding 1.5 * 2^23 */
-DSM_INLINE int16_t low_integer(float moved) {
-    int32_t bits;
-    memcpy(&bits, &moved, 4);
-    return (int16_t)bits;
-}
-/* 64 integers as bytes: the low ones of the even columns and of the odd ones, then the high ones. */
-DSM_INLINE void store_bytes(const float *moved, char *to, float *offsets, int offset) {
-    int32_t sums[2] = {0};
-    for (int b = 0; b < 64; b++) {
-        const int value = low_integer(moved[b]), low = (int8_t)value, at = b % 2 * 32 + b / 2;
-        to[at] = (char)low;
-        to[64 + at] = (char)((value - low) / 256);
-        sums[b / 32] += value;
+/* 64 integers of 16 bits, in their order, as bytes: the low ones of the even columns and of the odd ones, then the high
+   ones; and sums of 32 times `offset`. A high byte is what is left of the rest that a signed low byte leaves. */
+DSM_INLINE void store_bytes(const __m256i *words, char *to, float *offsets, int offset) {
+    const __m256i group = _mm256_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10,
+                                           14, 1, 5, 9, 13, 3, 7, 11, 15);
+    __m256i bytes[4]; /* of 16 columns each, in a lane: low even, low odd, high even, high odd */
+    UNROLL for (int i = 0; i < 4; i++) {
+        const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(words[i], _mm256_set1_epi16(128)), 8);
+        bytes[i] = _mm256_shuffle_epi8(
+            _mm256_blendv_epi8(_mm256_slli_epi16(high, 8), words[i], _mm256_set1_epi16(255)), group);
     }
-    for (int g = 0; g < 2; g++) offsets[g] = (float)(offset * sums[g]);
+    UNROLL for (int g = 0; g < 2; g++) {
+        const __m256i pairs = _mm256_add_epi32(_mm256_madd_epi16(words[2 * g], _mm256_set1_epi16(1)),
+                                               _mm256_madd_epi16(words[2 * g + 1], _mm256_set1_epi16(1)));
+        offsets[g] = (float)offset * sum(_mm256_cvtepi32_ps(pairs));
+    }
+    const __m256i first = _mm256_unpacklo_epi32(bytes[0], bytes[1]),
+                  second = _mm256_unpacklo_epi32(bytes[2], bytes[3]),
+                  third = _mm256_unpackhi_epi32(bytes[0], bytes[1]),
+                  fourth = _mm256_unpackhi_epi32(bytes[2], bytes[3]);
+    const __m256i all[4] = {_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second),
+                            _mm256_unpacklo_epi64(third, fourth), _mm256_unpackhi_epi64(third, fourth)};
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    UNROLL for (int i = 0; i < 4; i++)
+        _mm256_storeu_si256((__m256i *)to + i, _mm256_permutevar8x32_epi32(all[i], order));
+}
+/* The same as they are multiplied with what `look_up_integers` finds, first the columns whose codes are low halves. */
+DSM_INLINE void store_words(const __m256i *words, char *to, const int swapped) {
+    UNROLL for (int half = 0; half < 2; half++) {
+        __m256i natural[2]; /* of every other column */
+        UNROLL for (int i = 0; i < 2; i++) {
+            __m256i pair[2];
+            UNROLL for (int j = 0; j < 2; j++) pair[j] =
+                half ^ swapped ? _mm256_srai_epi32(words[2 * i + j], 16)
+                               : _mm256_srai_epi32(_mm256_slli_epi32(words[2 * i + j], 16), 16);
+            natural[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(pair[0], pair[1]), 0xd8);
+        }
+        __m256i *at = (__m256i *)to + 2 * half;
+        _mm256_storeu_si256(at, _mm256_permute2x128_si256(natural[0], natural[1], 0x20));
+        _mm256_storeu_si256(at + 1, _mm256_permute2x128_si256(natural[0], natural[1], 0x31));
+    }
 }
 
 /* 64 activations at a time, zeros after n */
@@ -61,34 +86,33 @@ static void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype,
     char *to = out;
     for (int64_t k = 0; k < dsm_blocks(n) * DSM_BLOCK; k += 64, to += 64 * sizeof(float)) {
         float natural[64] __attribute__((aligned(64))) = {0};
-        int16_t *integers = (int16_t *)to;
+        __m256i words[4];
         Beyond beyond = {0};
-        F most = zeros();
+        I most = {0};
         if (n - k >= 64)
             for (int i = 0; i < 64; i += WIDTH) *(F *)(natural + i) = load_any(x, dtype, k + i);
         else
             for (int64_t i = 0; i < n - k; i++) natural[i] = dsm_load(x, dtype, k + i);
-        for (int i = 0; i < 64; i += WIDTH) { /* magnitudes compare as integers do, NaN above infinity */
-            const I magnitude = *(const I *)(natural + i) & 0x7fffffff;
-            most = (F)choose(magnitude > (I)most, magnitude, (I)most);
-        }
-        float top = 0.0f;
-        for (int l = 0; l < WIDTH; l++) top = most[l] > top || most[l] != most[l] ? most[l] : top;
-        const int finite = top <= 3e38f && top == top;
+        for (int i = 0; i < 64; i += WIDTH) /* magnitudes compare as integers do, NaN above infinity */
+            most = (I)_mm256_max_epi32((__m256i)most, (__m256i)(*(const I *)(natural + i) & 0x7fffffff));
+        int32_t bits = 0;
+        for (int l = 0; l < WIDTH; l++) bits = most[l] > bits ? most[l] : bits;
+        float top;
+        memcpy(&top, &bits, sizeof top);
+        const int finite = top <= 3e38f;
         /* no smaller, so that neither its inverse is infinite nor the scale a subnormal number */
         const float step = top / largest > 0x1p-112f ? top / largest : 0x1p-112f;
-        const float inverse = finite ? 1.0f / step : 0.0f;
-        for (int i = 0; i < 64; i += WIDTH) {
-            const F moved = *(const F *)(natural + i) * inverse + 0x1.8p23f; /* an integer in the low bits */
-            *(F *)(natural + i) = finite ? moved : spread(0x1.8p23f);
+        const F inverse = spread(finite ? 1.0f / step : 0.0f);
+        UNROLL for (int i = 0; i < 4; i++) {
+            const F *from = (const F *)(natural + 16 * i); /* what is not finite has no integer, and a scale of NaN */
+            const __m256i first = _mm256_cvtps_epi32((__m256)(from[0] * inverse)),
+                          last = _mm256_cvtps_epi32((__m256)(from[1] * inverse));
+            words[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, last), 0xd8);
         }
         beyond.scale = finite ? step / dsm_integer_gain(weight_dtype) : NAN;
-        if (offset) store_bytes(natural, to, beyond.offsets, offset);
-        for (int half = 0; half < 2 && !offset; half++)
-            for (int w = 0; w < 32; w++) {
-                const int byte = w / 8 % 2 * 16 + w / 16 * 8 + w % 8, column = 2 * byte + (half ^ swapped);
-                integers[half * 32 + w] = low_integer(natural[column]);
-            }
+        if (offset) store_bytes(words, to, beyond.offsets, offset);
+        else if (swapped) store_words(words, to, 1);
+        else store_words(words, to, 0);
         memcpy(to + BEYOND, &beyond, sizeof beyond);
     }
 }
