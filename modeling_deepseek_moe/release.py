@@ -49,7 +49,7 @@ class Release:
             weight_formats: of the weights, where the config is another quantiser's by now and no longer tells them.
         """
         self.reader, self.config = reader, config
-        self.scales: list[Scales] = []  # once they are checked, those of each format
+        self.scales: list[Scales] = []  # once they are checked, those that are kept in memory, of each format
         self._biases: dict[str, torch.Tensor] = {}  # of the routers, likewise
         # a headless model is saved without the prefix
         self._names = config.names
@@ -239,13 +239,19 @@ class Release:
         fine = {form.scale_suffix for form in self.weight_formats if form.block[0] == 1}
         for dtype, infos in found.items():
             layers: dict[str, dict[str, TensorInfo]] = {}
+            kept: dict[str, TensorInfo] = {}
             for name, info in infos.items():
-                stays = split_scale(name)[1] in fine and info.start % dtype.itemsize == 0
                 layer = LAYER_KEY.match(name)
-                layers.setdefault((layer[1] if layer else name) if stays else "", {})[name] = info
-            for layer, parts in layers.items():
-                scales = Scales(self.reader, parts, dtype)
-                if not layer:
+                own = layers.setdefault(layer[1] if layer else name, {}) if split_scale(name)[1] in fine else kept
+                own[name] = info
+            for layer, parts in list(layers.items()):
+                if any(
+                    info.start % dtype.itemsize for info in parts.values()
+                ):  # no address for C: nor for one of its experts
+                    kept |= layers.pop(layer)
+            for parts in filter(None, (kept, *layers.values())):
+                scales = Scales(self.reader, parts, dtype, stay_mapped=parts is not kept)
+                if parts is kept:
                     self.scales.append(scales)
                 yield from scales.unusable()
 

@@ -137,6 +137,29 @@ def test_scales_stay_in_the_file(folder):
         assert same_bits(found, stored[name]) and reader.mapped.find(found) == (reader[name].file, reader[name].start)
 
 
+def test_one_expert_whose_scales_lie_misaligned(experts):
+    """Then no scales of its layer are read from the files, where C takes one address for all."""
+    stored = tensors_of(experts)
+    wanted = logits_of(AutoModelForCausalLM.from_pretrained(experts))
+    odd = "model.layers.1.mlp.experts.0.gate_proj.weight_scale"
+    scales = stored.pop(odd)
+    text = json.dumps(
+        {odd: {"dtype": "BF16", "shape": list(scales.shape), "data_offsets": [0, scales.nbytes]}}
+    ).encode()
+    text += b" " * (1 - len(text) % 2)
+    raw = scales.view(torch.uint8).numpy().tobytes()
+    (experts / "odd.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw)
+    (experts / "model.safetensors").unlink()
+    save_file(stored, experts / "even.safetensors", metadata={"format": "pt"})
+    weight_map = {**dict.fromkeys(stored, "even.safetensors"), odd: "odd.safetensors"}
+    (experts / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    model = AutoModelForCausalLM.from_pretrained(experts)
+    assert same_bits(logits_of(model), wanted)
+    found = [layer for layer in model.modules() if isinstance(layer, MappedExperts)]
+    in_files = [[bool(layer.files.find(pair.scales)) for pair in layer.matrices(3).values()] for layer in found]
+    assert in_files == [[False] * 3, [True] * 3]
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["mapped", "stacked"])
 def test_drafts_of_mtp_layers_in_codes(tmp_path, stacked, monkeypatch):
     if stacked:

@@ -1,12 +1,13 @@
 """Mapped files and the experts in them: addresses, copies, and files that change while they are mapped."""
 
 import copy
+import errno
 import gc
 import io
 import json
-import mmap
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["together", "scattered"])
-@pytest.mark.parametrize("way", ["preadv", "no-preadv", "mapping"])
+@pytest.mark.parametrize("way", ["preadv", "no-preadv"])
 def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, way, layout):
     tensors = write_release(tmp_path, SHAPES["v3"](), fp8=True)
     file = tmp_path / "model.safetensors"
@@ -221,8 +222,6 @@ def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, way, layout):
         monkeypatch.delattr(os, "preadv")
     else:
         monkeypatch.setattr(os, "preadv", lambda *args, real=os.preadv: calls.append(args) or real(*args))
-    if way == "mapping":
-        monkeypatch.setattr(checkpoint_reader, "HUGE_PAGE", 1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     scales = [name for name in tensors if name.endswith("_scale_inv")]
     # together, but for the correction biases of two layers, which are fp32 too
@@ -238,25 +237,42 @@ def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, way, layout):
         assert same_bits(found.detach(), tensors[name])
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system that takes no advice")
-@pytest.mark.parametrize("huge", [0, 1 << 40], ids=["large-reads", "small-reads"])
-def test_pages_of_small_reads_are_given_back(tmp_path, monkeypatch, huge):
+@pytest.mark.skipif(sys.platform != "linux", reason="a flag of Linux")
+@pytest.mark.parametrize("kernel", ["new", "old"])
+@pytest.mark.parametrize("way", ["once", "small", "large"])
+def test_what_stays_mapped_leaves_no_small_pages(tmp_path, monkeypatch, way, kernel):
+    """What is read once is read past the mapping whatever its size; what stays mapped, by its size, through it or uncached."""
     tensors = write_release(tmp_path, SHAPES["v3"](), fp8=True)
     file = tmp_path / "model.safetensors"
     file.write_bytes(interleaved(tensors))
-    dropped = []
+    flags = []
 
-    def advise(descriptor, start, nbytes, advice):
-        if advice == os.POSIX_FADV_DONTNEED:
-            dropped.append((start, start + nbytes))
+    def read(descriptor, buffers, start, flag=0, preadv=os.preadv):
+        flags.append(flag)
+        if flag and kernel == "old":
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return preadv(descriptor, buffers, start, flag if kernel == "old" else 0)
 
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(checkpoint_reader, "HUGE_PAGE", huge)
-    infos = [info for info in read_header(file).values() if info.name.endswith(".weight") or "_scale_inv" in info.name]
-    CheckpointReader.open(tmp_path).read_into(infos, lambda info: memoryview(bytearray(info.nbytes)))
-    assert all(start % mmap.PAGESIZE == 0 and end % mmap.PAGESIZE == 0 for start, end in dropped)
-    found = [any(start <= info.start and info.end <= end for start, end in dropped) for info in infos]
-    assert found and (all(found) if huge else not dropped)
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(checkpoint_reader, "HUGE_PAGE", 1 << 40 if way == "small" else 1)
+    infos = [info for info in read_header(file).values() if "_scale_inv" in info.name]
+    held = {info.name: bytearray(info.nbytes) for info in infos}
+    reader = CheckpointReader.open(tmp_path)
+    reader.read_into(infos, lambda info: memoryview(held[info.name]), stay_mapped=way != "once")
+    assert all(held[name] == tensors[name].view(torch.uint8).numpy().tobytes() for name in held)
+    uncached = [checkpoint_reader.DONT_CACHE] if kernel == "new" else [checkpoint_reader.DONT_CACHE, 0]
+    wanted = {"once": [0], "small": uncached, "large": []}[way] * len(infos)
+    assert flags == wanted and len(reader.mapped._mappings) == (way == "large")
+
+
+def test_a_file_cut_short_before_it_is_read_through_its_mapping(loaded, monkeypatch):
+    monkeypatch.setattr(checkpoint_reader, "HUGE_PAGE", 1)
+    reader = CheckpointReader.open(loaded.folder)
+    info = next(info for info in reader.values() if info.name.endswith("experts.3.up_proj.weight_scale_inv"))
+    reader.view(info)
+    os.truncate(info.file, info.start)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(info.file))}: found .*changed after the checkpoint"):
+        reader.read_into([info], lambda info: memoryview(bytearray(info.nbytes)), stay_mapped=True)
 
 
 def interleaved(tensors) -> bytes:

@@ -1,8 +1,9 @@
 """The tensors of a checkpoint folder: headers, checked before a byte of them is used, and views into mapped files."""
 
+import contextlib
 import io
-import mmap
 import os
+import sys
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from itertools import chain
 from operator import attrgetter
@@ -17,6 +18,7 @@ from modeling_deepseek_moe.checkpoint.ranges import read_range
 
 HUGE_PAGE = 2 << 20  # bytes
 MAX_PIECES = 1024  # that one preadv fills: IOV_MAX, the same on Linux and macOS
+DONT_CACHE = 0x80  # RWF_DONTCACHE: since Linux 6.14
 
 
 class CheckpointReader(Mapping[str, TensorInfo]):
@@ -86,11 +88,19 @@ class CheckpointReader(Mapping[str, TensorInfo]):
             return torch.empty(info.shape, dtype=info.dtype)
         return self.mapped.view(info)
 
-    def read_into(self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
-        """Copy tensors into memory, each to its ``place``, without touching what lies between them in the files.
+    def read_into(
+        self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview], *, stay_mapped: bool = False
+    ) -> None:
+        """Copy tensors into memory, each to its ``place``, past their files' mappings, of which nothing becomes resident.
 
-        For small tensors scattered over large files. Those that are neighbours in a file are read in one go: from its mapping where
-        they fill a huge page, so that what reads them there next finds such.
+        For small tensors scattered over large files, and large ones that are read once. Neighbours in a file are read in one go.
+
+        Args:
+            stay_mapped: they are read from the mappings later on, and are to be found in huge pages there: of those that fill such a
+                page the bytes come from the mapping, and those of the others leave no small pages behind.
+
+        Raises:
+            CheckpointError: a file is gone, is shorter, or was written to since the checkpoint was opened.
         """
         by_file: dict[Path, list[TensorInfo]] = {}
         for info in infos:
@@ -99,15 +109,14 @@ class CheckpointReader(Mapping[str, TensorInfo]):
             tensors.sort(key=attrgetter("start"))
             small, large = [], []
             for run in _runs(tensors):
-                (small if run[-1].end - run[0].start < HUGE_PAGE else large).append(run)
-            for info in chain.from_iterable(large):  # first: next to small pages there would be no huge one
-                place(info)[:] = memoryview(self.view(info).view(-1).view(torch.uint8).numpy())
-            with self.mapped.open(file) as stream:
+                (large if stay_mapped and run[-1].end - run[0].start >= HUGE_PAGE else small).append(run)
+            with self.mapped.open(file) as stream:  # which looks at the file before its mapping is read
+                for info in chain.from_iterable(large):  # first: next to small pages there would be no huge one
+                    place(info)[:] = memoryview(self.view(info).view(-1).view(torch.uint8).numpy())
                 if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for run in small:
-                    _read_run(stream, run, place)
-                    _forget(stream, run[0].start, run[-1].end)
+                    _read_run(stream, run, place, keep=not stay_mapped)
 
 
 def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
@@ -122,18 +131,16 @@ def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
         yield run
 
 
-def _read_run(stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorInfo], memoryview]) -> None:
+def _read_run(
+    stream: io.FileIO, run: list[TensorInfo], place: Callable[[TensorInfo], memoryview], *, keep: bool
+) -> None:
+    """``keep``: what was read stays in the system's cache; what was there before stays in any case."""
     start, end = run[0].start, run[-1].end
-    if hasattr(os, "preadv") and os.preadv(stream.fileno(), [place(info) for info in run], start) == end - start:
-        return
-    # No preadv here, or it stopped short, as it may (2 GiB at most, a signal): one by one.
-    for info in run:
-        read_range(stream, info.start, place(info), f"{info.file}: tensor {info.name}")
-
-
-def _forget(stream: io.FileIO, start: int, end: int) -> None:
-    """Let the system drop the pages of a small read: between those the file's mapping would get no huge ones."""
-    if hasattr(os, "posix_fadvise"):
-        start = start // mmap.PAGESIZE * mmap.PAGESIZE
-        nbytes = -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
-        os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+    places = [place(info) for info in run]
+    for flags in () if not hasattr(os, "preadv") else (0,) if keep or sys.platform != "linux" else (DONT_CACHE, 0):
+        with contextlib.suppress(OSError):  # by kernels and file systems without the flag
+            if os.preadv(stream.fileno(), places, start, flags) == end - start:
+                return
+    # No preadv here, or it stopped short, as it may (a signal, the end of the file): one by one.
+    for info, held in zip(run, places, strict=True):
+        read_range(stream, info.start, held, f"{info.file}: tensor {info.name}")

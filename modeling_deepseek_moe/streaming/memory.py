@@ -6,12 +6,10 @@ import sys
 
 import torch
 
-from modeling_deepseek_moe.checkpoint.mapped import HUGE_PAGES
+from modeling_deepseek_moe.checkpoint.mapped import HUGE_PAGES, MAP_NORESERVE
 
 PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses aligned to; no disk in use wants more
-# Linux's values, where the mmap module has no names for them
-_WIPE_ON_FORK = 18
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_WIPE_ON_FORK = 18  # Linux's value, for which the mmap module has no name
 
 
 def pages(nbytes: int) -> int:
@@ -30,7 +28,7 @@ class Memory:
         self.nbytes = max(pages(nbytes), PAGE)
         if sys.platform == "linux":
             # without NORESERVE the system may refuse more than it has free at this moment
-            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
             for advice in (HUGE_PAGES, _WIPE_ON_FORK) if wiped_on_fork else (HUGE_PAGES,):
                 with contextlib.suppress(OSError):  # advice that this kernel does not know
                     self._map.madvise(advice)
