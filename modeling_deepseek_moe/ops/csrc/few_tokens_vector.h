@@ -4,18 +4,16 @@ DSM_INLINE F joined(const F *part, const int parts) {
     return parts == 4 ? (part[0] + part[1]) + (part[2] + part[3]) : parts == 2 ? part[0] + part[1] : part[0];
 }
 
-/* One block of `gemv` weight rows, `pitch` bytes apart, of which `rest` columns exist: a constant but at a row's end. There
-   are as many sums as registers allow: a sum waits four cycles for its last product. */
+/* Four tokens: one block of ROWS_AT_ONCE weight rows, `pitch` bytes apart, of which `rest` columns exist, a constant but at
+   a row's end; or of one row. */
 DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t rest, float scale,
                           const char *ahead, F *total, I *found, const int rows, const int tokens) {
-    const int dots = rows * tokens, parts = PARTIAL_SUMS(tokens);
     F part[ACCUMULATORS];
-    UNROLL for (int i = 0; i < dots * parts; i++) part[i] = zeros();
+    UNROLL for (int i = 0; i < rows * tokens; i++) part[i] = zeros();
     for (int64_t i = 0; i < rest; i += 4 * WIDTH) {
         Codes codes[ROWS_AT_ONCE];
         UNROLL for (int r = 0; r < rows; r++) {
             I raw = load_bytes(w + r * pitch + i, rest - i);
-            /* into the first cache: into the second alone, codes come a twentieth slower (a Xeon) */
             if (i % 64 == 0) __builtin_prefetch(ahead + r * pitch + i, 0, 3);
             found[r] = look(found[r], raw);
             codes[r] = split(raw);
@@ -25,11 +23,11 @@ DSM_INLINE void add_block(const float *x, size_t stride, const uint8_t *w, int64
             UNROLL for (int r = 0; r < rows; r++) value[r] = code(codes[r], j);
             UNROLL for (int t = 0; t < tokens; t++) {
                 const F xt = load((const float *)((const char *)x + t * stride) + i + j * WIDTH);
-                UNROLL for (int r = 0; r < rows; r++) part[(r * tokens + t) * parts + j % parts] += value[r] * xt;
+                UNROLL for (int r = 0; r < rows; r++) part[r * tokens + t] += value[r] * xt;
             }
         }
     }
-    UNROLL for (int i = 0; i < dots; i++) total[i] += scale * joined(part + i * parts, parts);
+    UNROLL for (int i = 0; i < rows * tokens; i++) total[i] += scale * part[i];
 }
 DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t pitch, const float *scale,
                         int64_t cols, const char *ahead, F *sums, I *found, const int rows, const int tokens) {
@@ -52,7 +50,7 @@ DSM_INLINE void add_pairs(const float *x, size_t stride, const uint16_t *w, int6
         if (i >= rest) break;
         const I raw = load_bytes(w + i, 2 * (rest - i));
         const F low = (F)(raw << 16), high = (F)(raw & (int32_t)0xffff0000);
-        if (tokens > 1 && i % 32 == 0) __builtin_prefetch(ahead + 2 * i, 0, 2);
+        if (ahead && i % 32 == 0) __builtin_prefetch(ahead + 2 * i, 0, 2);
         UNROLL for (int t = 0; t < tokens; t++) {
             const float *xt = (const float *)((const char *)x + t * stride) + i;
             F *to = total + t * parts + i / WIDTH % parts;
@@ -89,84 +87,97 @@ DSM_INLINE void add_lanes(const F *sums, int64_t count, float gain, float *out, 
         }
 }
 
-/* One block of one token's `readers` rows, in step: they share what is loaded of x, and with one sum each there is room in
-   the registers. Two sums a row make AVX2 a tenth slower (a Xeon). */
-DSM_INLINE void add_in_step(const float *x, const uint8_t *w, int64_t pitch, int64_t rest, float scale, F *total,
-                            I *found, const int readers) {
-    F part[READERS];
-    UNROLL for (int q = 0; q < readers; q++) part[q] = zeros();
+/* One block of `readers` rows, in step: they share what is loaded of x. With one sum for each row and token there is room in
+   the registers; two make AVX2 a tenth slower (a Xeon). */
+DSM_INLINE void add_in_step(const float *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t rest, float scale,
+                            F *total, I *found, const int readers, const int tokens) {
+    F part[ACCUMULATORS];
+    UNROLL for (int i = 0; i < readers * tokens; i++) part[i] = zeros();
     for (int64_t i = 0; i < rest; i += 4 * WIDTH) UNROLL for (int q = 0; q < readers; q++) {
             const uint8_t *at = w + q * pitch + i;
             const I raw = load_bytes(at, rest - i);
             const Codes codes = split(raw);
+            /* into the first cache: into the second alone, codes come a twentieth slower (a Xeon) */
             if (i % 64 == 0) __builtin_prefetch(at + AHEAD, 0, 3);
             *found = look(*found, raw);
-            UNROLL for (int j = 0; j < 4; j++) part[q] += code(codes, j) * load(x + i + j * WIDTH);
+            UNROLL for (int j = 0; j < 4; j++) {
+                const F value = code(codes, j);
+                UNROLL for (int t = 0; t < tokens; t++) part[q * tokens + t] +=
+                    value * load((const float *)((const char *)x + t * stride) + i + j * WIDTH);
+            }
         }
-    UNROLL for (int q = 0; q < readers; q++) total[q] += scale * part[q];
+    UNROLL for (int i = 0; i < readers * tokens; i++) total[i] += scale * part[i];
 }
 static __attribute__((noinline)) int has_nan(const uint8_t *codes, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         if ((codes[i] & 0x7f) == 0x7f) return 1;
     return 0;
 }
-/* One token: FP8 rows row, row + apart .. of one row of blocks, `readers` of them, whose sums lie as far apart. */
-DSM_INLINE void fp8_turn(const float *x, const Matrix *w, int64_t row, int64_t apart, F *sums, const int readers) {
+/* FP8 rows row, row + apart .. of one row of blocks, `readers` of them; token t's sum of the q-th becomes
+   sums[q * apart * tokens + t]. */
+DSM_INLINE void fp8_turn(const float *x, size_t stride, const Matrix *w, int64_t row, int64_t apart, F *sums,
+                         const int readers, const int tokens) {
     const int64_t cols = w->cols, pitch = apart * cols;
     const uint8_t *from = (const uint8_t *)w->data + row * cols;
     const float *scale = dsm_block_scale(w, row, 0);
-    F total[READERS];
+    F total[ACCUMULATORS];
     I found = {0}; /* of all of them: a register for each is one too many */
     int64_t k = 0;
-    UNROLL for (int q = 0; q < readers; q++) total[q] = zeros();
+    UNROLL for (int i = 0; i < readers * tokens; i++) total[i] = zeros();
     for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
-        add_in_step(x + k, from + k, pitch, DSM_BLOCK, *scale++, total, &found, readers);
-    if (k < cols) add_in_step(x + k, from + k, pitch, cols - k, *scale, total, &found, readers);
+        add_in_step(x + k, stride, from + k, pitch, DSM_BLOCK, *scale++, total, &found, readers, tokens);
+    if (k < cols) add_in_step(x + k, stride, from + k, pitch, cols - k, *scale, total, &found, readers, tokens);
     const int any = nan_seen(found);
-    UNROLL for (int q = 0; q < readers; q++) sums[q * apart] =
-        any && has_nan(from + q * pitch, cols) ? spread(NAN) : total[q];
+    UNROLL for (int q = 0; q < readers; q++) {
+        const int nan = any && has_nan(from + q * pitch, cols);
+        F *to = sums + q * apart * tokens;
+        UNROLL for (int t = 0; t < tokens; t++) to[t] = nan ? spread(NAN) : total[q * tokens + t];
+    }
 }
 /* The same of rows in bf16, with the sums of `add_bf16`. */
-DSM_INLINE void bf16_turn(const float *x, const Matrix *w, int64_t row, int64_t apart, F *sums, const int readers) {
+DSM_INLINE void bf16_turn(const float *x, size_t stride, const Matrix *w, int64_t row, int64_t apart, F *sums,
+                          const int readers, const int tokens) {
     const int64_t cols = w->cols, pitch = apart * cols;
     const uint16_t *from = (const uint16_t *)w->data + row * cols;
+    const int parts = 4 / tokens, own = parts * tokens;
     F total[READERS * 4];
     int64_t k = 0;
-    UNROLL for (int i = 0; i < readers * 4; i++) total[i] = zeros();
+    UNROLL for (int i = 0; i < readers * own; i++) total[i] = zeros();
     for (; k + DSM_BLOCK <= cols; k += DSM_BLOCK)
         UNROLL for (int q = 0; q < readers; q++) UNROLL for (int i = 0; i < DSM_BLOCK; i += 64)
-            add_pairs(x + k + i, 0, from + q * pitch + k + i, 64, NULL, total + 4 * q, 4, 1);
+            add_pairs(x + k + i, stride, from + q * pitch + k + i, 64, NULL, total + own * q, parts, tokens);
     for (; k < cols; k += 64)
         UNROLL for (int q = 0; q < readers; q++)
-            add_pairs(x + k, 0, from + q * pitch + k, cols - k, NULL, total + 4 * q, 4, 1);
-    UNROLL for (int q = 0; q < readers; q++) sums[q * apart] = joined(total + 4 * q, 4);
+            add_pairs(x + k, stride, from + q * pitch + k, cols - k, NULL, total + own * q, parts, tokens);
+    UNROLL for (int q = 0; q < readers; q++) UNROLL for (int t = 0; t < tokens; t++) sums[q * apart * tokens + t] =
+        joined(total + own * q + parts * t, parts);
 }
-#define IN_TURNS(NAME, TURN, GAIN)                                                                                    \
-    static __attribute__((noinline)) void NAME(const float *x, const Matrix *w, int64_t first, int64_t count,         \
-                                               float *out) {                                                          \
-        for (int64_t r = 0, n; r < count; r += n) {                                                                   \
-            F sums[DSM_BLOCK];                                                                                        \
-            n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);                                              \
-            const int64_t turns = n / READERS;                                                                        \
-            for (int64_t i = 0; i < turns; i++) TURN(x, w, first + r + i, turns, sums + i, READERS);                  \
-            for (int64_t i = turns * READERS; i < n; i++) TURN(x, w, first + r + i, 1, sums + i, 1);                  \
-            add_lanes(sums, n, GAIN, out + r, 0, 1);                                                                  \
-        }                                                                                                             \
+/* rows of one row of blocks, for a token or two */
+#define IN_TURNS(NAME, TURN, TOKENS, GAIN)                                                                            \
+    static __attribute__((noinline)) void NAME(const char *x, size_t stride, const Matrix *w, int64_t first,          \
+                                               int64_t count, float *out, int64_t ldo) {                              \
+        const int64_t turns = count / READERS;                                                                        \
+        F sums[DSM_BLOCK * TOKENS];                                                                                   \
+        for (int64_t i = 0; i < turns; i++)                                                                           \
+            TURN((const float *)x, stride, w, first + i, turns, sums + i * TOKENS, READERS, TOKENS);                  \
+        for (int64_t i = turns * READERS; i < count; i++)                                                             \
+            TURN((const float *)x, stride, w, first + i, 1, sums + i * TOKENS, 1, TOKENS);                            \
+        add_lanes(sums, count, GAIN, out, ldo, TOKENS);                                                               \
     }
-IN_TURNS(fp8_in_turns, fp8_turn, PACKED_GAIN)
-IN_TURNS(bf16_in_turns, bf16_turn, 1.0f)
+IN_TURNS(fp8_in_turns_1, fp8_turn, 1, PACKED_GAIN)
+IN_TURNS(fp8_in_turns_2, fp8_turn, 2, PACKED_GAIN)
+IN_TURNS(bf16_in_turns_1, bf16_turn, 1, 1.0f)
+IN_TURNS(bf16_in_turns_2, bf16_turn, 2, 1.0f)
 
-/* Up to ROWS weight rows of several tokens, or of one that is left of these. Short ones are one stream for two. Long rows go
-   a segment at a time, so that the segments of x that all rows meet stay in the first cache; the next row's segment is
-   fetched meanwhile. */
+/* Up to ROWS weight rows of four tokens. Long ones go a segment at a time, so that the segments of x that all rows meet stay
+   in the first cache; the next row's segment is fetched meanwhile. */
 DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                                int64_t ldo, const int tokens) {
     F sums[ROWS * TOKENS_AT_ONCE];
     I found[ROWS], any = {0};
     const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
-    const int fp8 = w->dtype == DSM_FP8, shared = fp8 && cols > SHORT_ROW(tokens); /* rows share what is loaded of x */
-    const int64_t fetched = fp8 && !shared ? NEAR : AHEAD;
-    const int64_t segment = tokens == 1 || cols <= 2 * SEGMENT ? cols : SEGMENT;
+    const int fp8 = w->dtype == DSM_FP8;
+    const int64_t segment = cols <= 2 * SEGMENT ? cols : SEGMENT;
     for (int64_t i = 0; i < count * tokens; i++) sums[i] = zeros();
     for (int64_t r = 0; r < count; r++) found[r] = (I){0};
     for (int64_t k = 0; k < cols; k += segment) {
@@ -176,8 +187,8 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
             const char *row = (const char *)w->data + ((first + r) * cols + k) * itemsize;
             const float *scale = dsm_block_scale(w, first + r, k);
             /* rows at once have their scales in common */
-            n = shared && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
-            const char *ahead = segment == cols ? row + (n - 1) * pitch + fetched
+            n = fp8 && r + ROWS_AT_ONCE <= count && (first + r) % ROWS_AT_ONCE == 0 ? ROWS_AT_ONCE : 1;
+            const char *ahead = segment == cols ? row + (n - 1) * pitch + AHEAD
                                 : r + n < count ? row + n * pitch
                                                 : row + segment * itemsize - (count - n) * pitch;
             F *to = sums + r * tokens;
@@ -194,15 +205,11 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
         for (int t = 0; t < tokens && nan_seen(found[r]); t++) sums[r * tokens + t] = spread(NAN);
     add_lanes(sums, count, fp8 ? PACKED_GAIN : 1.0f, out, ldo, tokens);
 }
-/* Not inlined, so that `tokens` is a constant of each and its accumulators stay in registers. */
-#define SOME_ROWS(N)                                                                                                  \
-    static __attribute__((noinline)) void rows_##N(const char *x, size_t stride, const Matrix *w, int64_t first,      \
-                                                   int64_t count, float *out, int64_t ldo) {                          \
-        gemv_some_rows(x, stride, w, first, count, out, ldo, N);                                                      \
-    }
-SOME_ROWS(1)
-SOME_ROWS(2)
-SOME_ROWS(4)
+static __attribute__((noinline)) void four_tokens(const char *x, size_t stride, const Matrix *w, int64_t first,
+                                                  int64_t count, float *out, int64_t ldo) {
+    for (int64_t r = 0; r < count; r += ROWS)
+        gemv_some_rows(x, stride, w, first + r, dsm_min(ROWS, count - r), out + r, ldo, 4);
+}
 
 static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                           float *out, int64_t ldo);
@@ -210,20 +217,21 @@ static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Ma
 static void gemv(const void *given, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                  float *out, int64_t ldo, const void *next) {
     const char *x = given;
+    const int fp8 = w->dtype == DSM_FP8;
     (void)next; /* what comes after these rows is fetched where it lies after them */
     if (dsm_is_four_bit(w->dtype)) {
         gemv_four_bit(x, stride, tokens, w, first, count, out, ldo);
         return;
     }
-    if (tokens == 1) {
-        (w->dtype == DSM_FP8 ? fp8_in_turns : bf16_in_turns)((const float *)x, w, first, count, out);
-        return;
-    }
-    for (int64_t r = 0; r < count; r += ROWS) {
-        const int64_t n = dsm_min(ROWS, count - r);
+    for (int64_t r = 0, n; r < count; r += n) { /* each row of blocks */
         int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) rows_4(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
-        if (t + 2 <= tokens) rows_2(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo), t += 2;
-        if (t < tokens) rows_1(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
+        n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
+        for (; t + 4 <= tokens; t += 4) four_tokens(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
+        if (t + 2 <= tokens) {
+            (fp8 ? fp8_in_turns_2 : bf16_in_turns_2)(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
+            t += 2;
+        }
+        if (t < tokens)
+            (fp8 ? fp8_in_turns_1 : bf16_in_turns_1)(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
     }
 }

@@ -80,7 +80,7 @@ DSM_INLINE void store_words(const __m256i *words, char *to, const int swapped) {
 }
 
 /* 64 activations at a time, zeros after n */
-static void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
+void dsm_pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
     const int swapped = dsm_column_of(weight_dtype, 0), offset = byte_offset(weight_dtype);
     const float largest = offset ? 127 * 256 + 127 : 32767; /* of two signed bytes, or of 16 bits */
     char *to = out;
@@ -302,13 +302,9 @@ INTEGER_ROWS(integer_rows_1, 1)
 INTEGER_ROWS(integer_rows_2, 2)
 INTEGER_ROWS(integer_rows_4, 4)
 
-static void gemv_integers(const void *given, size_t stride, int64_t tokens, const Matrix *w, int64_t first,
-                          int64_t count, float *out, int64_t ldo, const void *next) {
+void dsm_gemv_integers(const void *given, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                       float *out, int64_t ldo) {
     const char *x = given;
-    if (!dsm_is_four_bit(w->dtype)) {
-        gemv(x, stride, tokens, w, first, count, out, ldo, next);
-        return;
-    }
     const int64_t rows = tokens == 1 ? SUMS : SUMS / TOKENS_AT_ONCE;
     for (int64_t r = 0; r < count; r += rows) {
         const int64_t n = dsm_min(rows, count - r);
@@ -319,32 +315,3 @@ static void gemv_integers(const void *given, size_t stride, int64_t tokens, cons
         if (t < tokens) integer_rows_1(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
     }
 }
-
-static void pack_for_gemv(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
-    (dsm_is_four_bit(weight_dtype) ? pack_integers : pack)(x, dtype, n, weight_dtype, out);
-}
-/* one token in fp32; whole groups of 64 are written, and not what another thread packs after them */
-static void pack_for_gemm(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
-                          int64_t lane, int64_t first) {
-    char *to = group + first * sizeof(float);
-    (void)tokens, (void)lane; /* a group is one token */
-    for (int64_t k = 0; k < n; k += 64) {
-        const char *from = (const char *)*x + k * dsm_itemsize(dtype);
-        float packed[DSM_BLOCK] __attribute__((aligned(64)));
-        if (n - k >= DSM_BLOCK && first % DSM_BLOCK == 0 && k % DSM_BLOCK == 0) {
-            pack(from, dtype, DSM_BLOCK, weight_dtype, to + k * sizeof(float));
-            k += 64;
-        } else {
-            pack(from, dtype, dsm_min(64, n - k), weight_dtype, packed);
-            memcpy(to + k * sizeof(float), packed, 64 * sizeof(float));
-        }
-    }
-}
-
-/* as `dsm_kernels_avx2`, for bf16 activations */
-const Kernels dsm_kernels_avx2_bf16 = {
-    VECTOR_KERNELS,
-    .pack = pack_for_gemv,
-    .pack_interleaved = pack_for_gemm,
-    .gemv = gemv_integers,
-};

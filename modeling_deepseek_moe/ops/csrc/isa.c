@@ -12,16 +12,18 @@
 
 extern const Kernels dsm_kernels_baseline;
 #if defined(__x86_64__)
-extern const Kernels dsm_kernels_avx2, dsm_kernels_avx2_bf16, dsm_kernels_avx512, dsm_kernels_avx512_bf16,
-    dsm_kernels_amx;
-static const Kernels *const LEVELS[] = {
-    &dsm_kernels_baseline, &dsm_kernels_avx2, &dsm_kernels_avx512, &dsm_kernels_avx512_bf16,
+extern const Kernels dsm_kernels_avx2, dsm_kernels_avx2_of_bf16, dsm_kernels_avx512, dsm_kernels_avx512_of_bf16,
+    dsm_kernels_avx512_bf16, dsm_kernels_amx;
 #if DSM_AMX
-    &dsm_kernels_amx,
-#endif
-};
+#define WITH_BF16 &dsm_kernels_avx512_bf16, &dsm_kernels_amx
 #else
-static const Kernels *const LEVELS[] = {&dsm_kernels_baseline};
+#define WITH_BF16 &dsm_kernels_avx512_bf16
+#endif
+static const Kernels *const LEVELS[] = {&dsm_kernels_baseline, &dsm_kernels_avx2, &dsm_kernels_avx512, WITH_BF16};
+static const Kernels *const OF_BF16[] = {&dsm_kernels_baseline, &dsm_kernels_avx2_of_bf16, &dsm_kernels_avx512_of_bf16,
+                                         WITH_BF16};
+#else
+static const Kernels *const LEVELS[] = {&dsm_kernels_baseline}, *const *const OF_BF16 = LEVELS;
 #endif
 enum { COUNT = sizeof LEVELS / sizeof *LEVELS };
 
@@ -84,10 +86,7 @@ const Kernels *dsm_kernels(int isa, int activation_dtype) {
     int best = dsm_isa_best();
     if (isa < 0 || isa > best) isa = best;
     while (isa > 0 && activation_dtype != DSM_BF16 && LEVELS[isa]->packed_bytes < 4) isa--;
-#if defined(__x86_64__)
-    if (activation_dtype == DSM_BF16 && LEVELS[isa] == &dsm_kernels_avx2) return &dsm_kernels_avx2_bf16;
-#endif
-    return LEVELS[isa];
+    return (activation_dtype == DSM_BF16 ? OF_BF16 : LEVELS)[isa];
 }
 
 /* Whether the extension was built with OpenMP. */

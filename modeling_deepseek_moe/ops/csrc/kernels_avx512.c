@@ -14,5 +14,7 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #define LOAD_HALVES(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
 #define LOOK_UP(values, indices) _mm512_permutexvar_ps((__m512i)(indices), values)
 #include "kernels_vector.h"
+
+#include "bf16_by_integers.h"
 DSM_TARGET_END
 #endif

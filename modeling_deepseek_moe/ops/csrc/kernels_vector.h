@@ -34,15 +34,12 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define CODE_MASK ((int32_t)0x87f00000)
 #define AHEAD 2048   /* bytes: how far a stream of codes is fetched before it is used */
 #define SEGMENT 1024 /* columns */
-#define NEAR 512     /* the same of short rows that are one stream: from further ahead AMD's read a third less */
-#define SHORT_ROW(tokens) ((tokens) == 2 ? 1536 : 0) /* columns: FP8 rows up to here are read one after the other */
-#define READERS 4 /* rows read at once for one token, far apart; eight bring a model less, one a sixth less (Xeon) */
+#define READERS                                                                                                       \
+    4 /* rows read at once for a token or two, far apart; eight bring a model less, one a sixth less (Xeon) */
 #define ROWS 16
 #define ROWS_AT_ONCE 2 /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
 #define ACCUMULATORS (ROWS_AT_ONCE * TOKENS_AT_ONCE)
-#define PARTIAL_SUMS(tokens)                                                                                          \
-    ((tokens) == 1 ? 4 : TOKENS_AT_ONCE / (tokens)) /* of a dot product, however many rows there are */
 #define TILE_TOKENS 6
 #define PANEL (PANEL_VECTORS * WIDTH)
 #define PANELS (64 / PANEL)

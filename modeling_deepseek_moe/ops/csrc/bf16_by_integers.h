@@ -1,0 +1,40 @@
+/* The table for bf16 activations where no instructions multiply bf16: they meet codes of four bits as integers while tokens
+   are few. Included at the end of `kernels_avx2.c` and `kernels_avx512.c`; the integers' functions are AVX2's, which read
+   from memory as fast as it gives. */
+void dsm_pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
+void dsm_gemv_integers(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                       float *out, int64_t ldo);
+
+static void pack_for_gemv(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
+    (dsm_is_four_bit(weight_dtype) ? dsm_pack_integers : pack)(x, dtype, n, weight_dtype, out);
+}
+/* one token in fp32; whole groups of 64 are written, and not what another thread packs after them */
+static void pack_for_gemm(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
+                          int64_t lane, int64_t first) {
+    char *to = group + first * sizeof(float);
+    (void)tokens, (void)lane; /* a group is one token */
+    for (int64_t k = 0; k < n; k += 64) {
+        const char *from = (const char *)*x + k * dsm_itemsize(dtype);
+        float packed[DSM_BLOCK] __attribute__((aligned(64)));
+        if (n - k >= DSM_BLOCK && first % DSM_BLOCK == 0 && k % DSM_BLOCK == 0) {
+            pack(from, dtype, DSM_BLOCK, weight_dtype, to + k * sizeof(float));
+            k += 64;
+        } else {
+            pack(from, dtype, dsm_min(64, n - k), weight_dtype, packed);
+            memcpy(to + k * sizeof(float), packed, 64 * sizeof(float));
+        }
+    }
+}
+
+static void gemv_of_bf16(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
+                         float *out, int64_t ldo, const void *next) {
+    if (dsm_is_four_bit(w->dtype)) dsm_gemv_integers(x, stride, tokens, w, first, count, out, ldo);
+    else gemv(x, stride, tokens, w, first, count, out, ldo, next);
+}
+
+const Kernels SHARED(of_bf16) = {
+    VECTOR_KERNELS,
+    .pack = pack_for_gemv,
+    .pack_interleaved = pack_for_gemm,
+    .gemv = gemv_of_bf16,
+};
