@@ -250,7 +250,7 @@ class Release:
                 ):  # no address for C: nor for one of its experts
                     kept |= layers.pop(layer)
             for parts in filter(None, (kept, *layers.values())):
-                scales = Scales(self.reader, parts, dtype, stay_mapped=parts is not kept)
+                scales = Scales(self.reader, parts, dtype, among_mapped=parts is not kept)
                 if parts is kept:
                     self.scales.append(scales)
                 yield from scales.unusable()
@@ -276,7 +276,7 @@ class Release:
                     "dtype", info.name, info, f"dtype {info.dtype}", f"{INTEGERS[0]}, or {INTEGERS[1]} in all"
                 )
                 continue
-            values = Scales(self.reader, infos, dtype)
+            values = Scales(self.reader, infos, dtype, among_mapped=True)
             made = {shape: make(shape).tolist() for shape in set(shapes.values())}
             for name, info in infos.items():
                 found, wanted = values[name].tolist(), made[shapes[name]]

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from engine_cases import distance, every_isa, needs_engine, random_fp8
+from engine_cases import BACKENDS, distance, every_isa, needs_engine, random_fp8
 from releases import same_bits
 
 from modeling_deepseek_moe import use_backend
@@ -99,6 +99,32 @@ def test_three_and_four_tokens_get_the_bits_that_more_get(isa, kind):
         with use_backend(isa):
             more = multiply(x)
             assert same_bits(multiply(x[:3]), more[:3]) and same_bits(multiply(x[:4]), more[:4])
+
+
+@pytest.mark.skipif(not {"cpu:avx2", "cpu:avx512"} <= set(BACKENDS), reason="a CPU without AVX-512")
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_few_bf16_tokens_meet_the_same_integers_with_avx512_as_with_avx2(kind):
+    name, group = split(kind)
+    codes, scales, _ = quantised(kind, 130, 9 * group)
+    for tokens in (1, 2, 7, 15):
+        x = torch.randn(tokens, 9 * group).bfloat16()
+        found = []
+        for isa in ("cpu:avx2", "cpu:avx512"):
+            with use_backend(isa):
+                found.append(cpu.linear(x, codes, cpu.parts_of(scales), None, name))
+        assert same_bits(*found)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in BACKENDS if isa in ("cpu:baseline", "cpu:avx2", "cpu:avx512")])
+def test_fp8_bits_of_a_token_do_not_depend_on_how_many_few_there_are(isa):
+    """One sum for each row and token, in one order, whether one, two or four tokens share what is decoded."""
+    for rows, columns in ((1, 64), (3, 200), (37, 192), (130, 576), (256, 2176)):
+        codes, scale = random_fp8((rows, columns))
+        x = torch.randn(15, columns)
+        with use_backend(isa):
+            whole = block_fp8.linear(x, codes, scale)
+            for tokens in (1, 2, 3, 4, 6, 7):
+                assert same_bits(block_fp8.linear(x[:tokens], codes, scale), whole[:tokens])
 
 
 @every_isa

@@ -84,7 +84,7 @@ def check_state(reader: CheckpointReader, info: TensorInfo, kind: str, shape: tu
     if nested:
         wanted |= {"nested_blocksize": NESTED_GROUP}
     try:
-        state = json.loads(bytes(read_apart(reader, info).tolist()))
+        state = json.loads(bytes(read_apart(reader, info, among_mapped=True).tolist()))
         found = {name: state.get(name) for name in wanted}
         float(state.get("nested_offset", 0))
     except (ValueError, TypeError, AttributeError) as error:
@@ -103,7 +103,7 @@ def check_table(reader: CheckpointReader, info: TensorInfo, kind: str) -> None:
         CheckpointError: they stand for others.
     """
     values = torch.tensor(KINDS[kind].values)
-    found = read_apart(reader, info)
+    found = read_apart(reader, info, among_mapped=True)
     if (
         found.shape != values.shape
         or found.dtype != values.dtype

@@ -209,9 +209,10 @@ def read_weight(release: Release, name: str, dtype: torch.dtype) -> torch.Tensor
     return held.to(dtype)
 
 
-def read_apart(reader: CheckpointReader, info: TensorInfo) -> torch.Tensor:
+def read_apart(reader: CheckpointReader, info: TensorInfo, *, among_mapped: bool = False) -> torch.Tensor:
+    """A tensor in memory of its own; ``among_mapped``: as in `CheckpointReader.read_into`."""
     held = torch.empty(info.shape, dtype=info.dtype, device="cpu")
-    reader.read_into([info], lambda _: memoryview(held.view(-1).view(torch.uint8).numpy()))
+    reader.read_into([info], lambda _: memoryview(held.view(-1).view(torch.uint8).numpy()), among_mapped=among_mapped)
     return held
 
 

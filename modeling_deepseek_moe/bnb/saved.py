@@ -166,7 +166,7 @@ class _SavedExperts:
         for index in range(self._module.num_experts):
             for projection in self._module.shapes:
                 info = self._info(index, projection, "weight.nested_quant_map")
-                values = read_apart(self._release.reader, info)
+                values = read_apart(self._release.reader, info, among_mapped=True)
                 first = values if first is None else first
                 if info.shape != (256,) or info.dtype != torch.float32 or not torch.equal(values, first):
                     raise CheckpointError(

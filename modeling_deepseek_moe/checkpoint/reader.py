@@ -89,15 +89,16 @@ class CheckpointReader(Mapping[str, TensorInfo]):
         return self.mapped.view(info)
 
     def read_into(
-        self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview], *, stay_mapped: bool = False
+        self, infos: Iterable[TensorInfo], place: Callable[[TensorInfo], memoryview], *, among_mapped: bool = False
     ) -> None:
         """Copy tensors into memory, each to its ``place``, past their files' mappings, of which nothing becomes resident.
 
-        For small tensors scattered over large files, and large ones that are read once. Neighbours in a file are read in one go.
+        Small ones are read without what lies between them in the files, those that are neighbours in one go.
 
         Args:
-            stay_mapped: they are read from the mappings later on, and are to be found in huge pages there: of those that fill such a
-                page the bytes come from the mapping, and those of the others leave no small pages behind.
+            among_mapped: what lies around them is read from the mappings later on, or they themselves are, and is to be found in
+                huge pages there. Neighbours that fill such a page are read from the mapping; the others leave no small pages
+                behind, where the system can do so (Linux 6.14).
 
         Raises:
             CheckpointError: a file is gone, is shorter, or was written to since the checkpoint was opened.
@@ -109,14 +110,17 @@ class CheckpointReader(Mapping[str, TensorInfo]):
             tensors.sort(key=attrgetter("start"))
             small, large = [], []
             for run in _runs(tensors):
-                (large if stay_mapped and run[-1].end - run[0].start >= HUGE_PAGE else small).append(run)
+                (small if run[-1].end - run[0].start < HUGE_PAGE else large).append(run)
             with self.mapped.open(file) as stream:  # which looks at the file before its mapping is read
                 for info in chain.from_iterable(large):  # first: next to small pages there would be no huge one
-                    place(info)[:] = memoryview(self.view(info).view(-1).view(torch.uint8).numpy())
-                if hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
+                    if among_mapped:
+                        place(info)[:] = memoryview(self.view(info).view(-1).view(torch.uint8).numpy())
+                    else:
+                        _read(stream, info, place(info))
+                if small and hasattr(os, "posix_fadvise"):  # a plain read would bring in far more around each
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for run in small:
-                    _read_run(stream, run, place, keep=not stay_mapped)
+                    _read_run(stream, run, place, keep=not among_mapped)
 
 
 def _runs(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
@@ -138,9 +142,14 @@ def _read_run(
     start, end = run[0].start, run[-1].end
     places = [place(info) for info in run]
     for flags in () if not hasattr(os, "preadv") else (0,) if keep or sys.platform != "linux" else (DONT_CACHE, 0):
-        with contextlib.suppress(OSError):  # by kernels and file systems without the flag
+        # by kernels and file systems without the flag, and by Pythons that were built without flags
+        with contextlib.suppress(OSError, NotImplementedError):
             if os.preadv(stream.fileno(), places, start, flags) == end - start:
                 return
     # No preadv here, or it stopped short, as it may (a signal, the end of the file): one by one.
     for info, held in zip(run, places, strict=True):
-        read_range(stream, info.start, held, f"{info.file}: tensor {info.name}")
+        _read(stream, info, held)
+
+
+def _read(stream: io.FileIO, info: TensorInfo, held: memoryview) -> None:
+    read_range(stream, info.start, held, f"{info.file}: tensor {info.name}")

@@ -34,12 +34,12 @@ def are_usable(values: torch.Tensor) -> bool:
 class Scales:
     """Scales by name, as views. Those of a layer's routed experts lie in one tensor, one right after the other.
 
-    That is the order in which ``infos`` has them: what the headers say of them, by canonical name. ``stay_mapped``: they are only
-    checked here, and read from their files' mappings later.
+    That is the order in which ``infos`` has them: what the headers say of them, by canonical name. ``among_mapped``: as in
+    `CheckpointReader.read_into`.
     """
 
     def __init__(
-        self, reader: CheckpointReader, infos: dict[str, TensorInfo], dtype: torch.dtype, *, stay_mapped: bool = False
+        self, reader: CheckpointReader, infos: dict[str, TensorInfo], dtype: torch.dtype, *, among_mapped: bool = False
     ):
         self._infos = infos
         self._starts: dict[str, int] = {}  # in its group, by the name in the file
@@ -55,7 +55,7 @@ class Scales:
             start = dtype.itemsize * self._starts[info.name]
             return memory[_group(info.name)][start : start + info.nbytes]
 
-        reader.read_into(infos.values(), place, stay_mapped=stay_mapped)
+        reader.read_into(infos.values(), place, among_mapped=among_mapped)
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos

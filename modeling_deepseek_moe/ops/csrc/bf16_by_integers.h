@@ -1,6 +1,6 @@
 /* The table for bf16 activations where no instructions multiply bf16: they meet codes of four bits as integers while tokens
-   are few. Included at the end of `kernels_avx2.c` and `kernels_avx512.c`; the integers' functions are AVX2's, which read
-   from memory as fast as it gives. */
+   are few. Part of `kernels_avx2.c` and `kernels_avx512.c`; the integers' functions are AVX2's, which read from memory as
+   fast as it gives. */
 void dsm_pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
 void dsm_gemv_integers(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                        float *out, int64_t ldo);

@@ -66,7 +66,8 @@ typedef struct {
                  float *out, void *scratch, PrefetchStream *ahead);
     /* out = silu(gate) * up */
     void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
-    /* one row: out = w * x / sqrt(mean(x^2) + eps), all of `dtype`, rounded before and after the product with w */
+    /* one row: out = w * x / sqrt(mean(x^2) + eps), all of `dtype`, rounded before and after the product with w; out may
+       be x */
     void (*norm)(const void *x, const void *w, int64_t n, float eps, void *out, int dtype);
     /* sums (+ bias unless NULL), rounded */
     void (*write)(const float *sums, const float *bias, int64_t n, void *out, int dtype);

@@ -23,7 +23,8 @@ typedef struct {
     int64_t *order; /* slots (token * top_k + k) sorted by expert */
     int64_t top_k;
     const float *weights;
-    char *x, *h; /* packed: inputs and SwiGLU outputs of each slot in `order`, an expert's in whole groups */
+    /* packed, of each slot in `order`, an expert's in whole groups: inputs (an only token's once for all), SwiGLU outputs */
+    char *x, *h;
     size_t x_stride, h_stride;
     float *out;
     void *y; /* [tokens, hidden] of `dtype`, NULL: out is what is wanted */

@@ -42,8 +42,8 @@ DSM_INLINE void add_fp8(const float *x, size_t stride, const uint8_t *w, int64_t
     UNROLL for (int i = 0; i < rows * tokens; i++) sums[i] = total[i];
     UNROLL for (int r = 0; r < rows; r++) found[r] = seen[r];
 }
-/* 64 columns of a bf16 row, of which `rest` exist: a constant but at a row's end. One token's row is read as fast as memory
-   allows, and faster if nothing else is fetched. */
+/* 64 columns of a bf16 row, of which `rest` exist: a constant but at a row's end. Rows in turns are read as fast as memory
+   allows, and faster if nothing is fetched ahead (NULL). */
 DSM_INLINE void add_pairs(const float *x, size_t stride, const uint16_t *w, int64_t rest, const char *ahead, F *total,
                           const int parts, const int tokens) {
     UNROLL for (int i = 0; i < 64; i += 2 * WIDTH) {
@@ -61,7 +61,7 @@ DSM_INLINE void add_pairs(const float *x, size_t stride, const uint16_t *w, int6
 }
 DSM_INLINE void add_bf16(const float *x, size_t stride, const uint16_t *w, int64_t cols, const char *ahead, F *sums,
                          const int tokens) {
-    const int parts = ACCUMULATORS / tokens > 4 ? 4 : ACCUMULATORS / tokens;
+    const int parts = ACCUMULATORS / tokens;
     F total[ACCUMULATORS];
     int64_t k = 0;
     UNROLL for (int i = 0; i < parts * tokens; i++) total[i] = zeros();
@@ -134,7 +134,7 @@ DSM_INLINE void fp8_turn(const float *x, size_t stride, const Matrix *w, int64_t
         UNROLL for (int t = 0; t < tokens; t++) to[t] = nan ? spread(NAN) : total[q * tokens + t];
     }
 }
-/* The same of rows in bf16, with the sums of `add_bf16`. */
+/* The same of rows in bf16. */
 DSM_INLINE void bf16_turn(const float *x, size_t stride, const Matrix *w, int64_t row, int64_t apart, F *sums,
                           const int readers, const int tokens) {
     const int64_t cols = w->cols, pitch = apart * cols;
@@ -169,12 +169,13 @@ IN_TURNS(fp8_in_turns_2, fp8_turn, 2, PACKED_GAIN)
 IN_TURNS(bf16_in_turns_1, bf16_turn, 1, 1.0f)
 IN_TURNS(bf16_in_turns_2, bf16_turn, 2, 1.0f)
 
-/* Up to ROWS weight rows of four tokens. Long ones go a segment at a time, so that the segments of x that all rows meet stay
+/* Up to DSM_BLOCK weight rows of four tokens. Long ones go a segment at a time, so that the segments of x that all rows meet stay
    in the first cache; the next row's segment is fetched meanwhile. */
-DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
-                               int64_t ldo, const int tokens) {
-    F sums[ROWS * TOKENS_AT_ONCE];
-    I found[ROWS], any = {0};
+static __attribute__((noinline)) void four_tokens(const char *x, size_t stride, const Matrix *w, int64_t first,
+                                                  int64_t count, float *out, int64_t ldo) {
+    enum { tokens = 4 };
+    F sums[DSM_BLOCK * tokens];
+    I found[DSM_BLOCK], any = {0};
     const int64_t cols = w->cols, itemsize = w->dtype == DSM_FP8 ? 1 : 2, pitch = cols * itemsize;
     const int fp8 = w->dtype == DSM_FP8;
     const int64_t segment = cols <= 2 * SEGMENT ? cols : SEGMENT;
@@ -205,11 +206,6 @@ DSM_INLINE void gemv_some_rows(const char *x, size_t stride, const Matrix *w, in
         for (int t = 0; t < tokens && nan_seen(found[r]); t++) sums[r * tokens + t] = spread(NAN);
     add_lanes(sums, count, fp8 ? PACKED_GAIN : 1.0f, out, ldo, tokens);
 }
-static __attribute__((noinline)) void four_tokens(const char *x, size_t stride, const Matrix *w, int64_t first,
-                                                  int64_t count, float *out, int64_t ldo) {
-    for (int64_t r = 0; r < count; r += ROWS)
-        gemv_some_rows(x, stride, w, first + r, dsm_min(ROWS, count - r), out + r, ldo, 4);
-}
 
 static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                           float *out, int64_t ldo);
@@ -218,14 +214,16 @@ static void gemv(const void *given, size_t stride, int64_t tokens, const Matrix 
                  float *out, int64_t ldo, const void *next) {
     const char *x = given;
     const int fp8 = w->dtype == DSM_FP8;
+    const int64_t bytes = dsm_row_bytes(w->dtype, w->cols);
+    const int64_t near = tokens > 2 && bytes ? dsm_max(READERS, NEAR_BYTES / bytes) : DSM_BLOCK;
     (void)next; /* what comes after these rows is fetched where it lies after them */
     if (dsm_is_four_bit(w->dtype)) {
         gemv_four_bit(x, stride, tokens, w, first, count, out, ldo);
         return;
     }
-    for (int64_t r = 0, n; r < count; r += n) { /* each row of blocks */
+    for (int64_t r = 0, n; r < count; r += n) { /* within a row of blocks */
         int64_t t = 0;
-        n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);
+        n = dsm_min(dsm_min(count - r, near), DSM_BLOCK - (first + r) % DSM_BLOCK);
         for (; t + 4 <= tokens; t += 4) four_tokens(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);
         if (t + 2 <= tokens) {
             (fp8 ? fp8_in_turns_2 : bf16_in_turns_2)(x + t * stride, stride, w, first + r, n, out + t * ldo + r, ldo);

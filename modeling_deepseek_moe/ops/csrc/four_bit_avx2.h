@@ -1,4 +1,4 @@
-/* Codes of four bits for bf16 activations with AVX2; part of `kernels_avx2.c`.
+/* Codes of four bits for few bf16 activations with AVX2 and plain AVX-512 (`bf16_by_integers.h`); part of `kernels_avx2.c`.
 
    Without instructions for bf16, fp32 products wait for the decoding of weights to fp32. Here 64 activations become
    integers of 16 bits and a scale, their largest / 32767, and a weight an integer of up to 14: exactly, but for NF4's, which

@@ -34,10 +34,10 @@ typedef uint16_t LooseHalves __attribute__((vector_size(WIDTH * 2), aligned(2), 
 #define CODE_MASK ((int32_t)0x87f00000)
 #define AHEAD 2048   /* bytes: how far a stream of codes is fetched before it is used */
 #define SEGMENT 1024 /* columns */
-#define READERS                                                                                                       \
-    4 /* rows read at once for a token or two, far apart; eight bring a model less, one a sixth less (Xeon) */
-#define ROWS 16
-#define ROWS_AT_ONCE 2 /* share what is loaded of x */
+#define READERS 4    /* rows of a token or two read at once, far apart; 8 bring a model less, 1 a sixth less (Xeon) */
+#define ROWS 16      /* of codes of four bits */
+#define NEAR_BYTES (192 << 10) /* of rows that several passes read: all but the first find them in a near cache */
+#define ROWS_AT_ONCE 2         /* share what is loaded of x */
 #define TOKENS_AT_ONCE 4
 #define ACCUMULATORS (ROWS_AT_ONCE * TOKENS_AT_ONCE)
 #define TILE_TOKENS 6
