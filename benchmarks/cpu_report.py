@@ -72,14 +72,38 @@ GOALS = (
     ("e2e_four_bit", "decoding at 128", "NF4, head NF4", "share_of_read", 0.75),
     ("e2e_four_bit", "prefill of 512 tokens", "INT4, head INT4", "ratio", 0.9),
     ("e2e_four_bit", "prefill of 512 tokens", "NF4, head NF4", "ratio", 0.9),
+    ("e2e_four_bit", "next to llama.cpp, 128", "FP8, head FP8", "ratio_to_file", 1.1),
+    ("e2e_four_bit", "next to llama.cpp, 128", "INT4, head INT4", "ratio_to_file", 1.0),
+    ("e2e_four_bit", "next to llama.cpp, 128", "NF4, head NF4", "ratio_to_file", 1.0),
+    ("e2e_four_bit", "next to llama.cpp, 8192", "FP8, head FP8", "ratio_to_file", 1.6),
+    ("e2e_four_bit", "next to llama.cpp, 8192", "INT4, head INT4", "ratio_to_file", 1.5),
+    ("e2e_four_bit", "next to llama.cpp, 8192", "NF4, head NF4", "ratio_to_file", 1.5),
+    ("e2e_four_bit", "decoding at 128", "FP8, head FP8", "share_of_read", 0.8),
+    ("e2e_four_bit", "decoding at 8192", "FP8, head FP8", "share_of_read", 0.75),
 )
+FILES = {"FP8": "llama.cpp q8", "INT4": "llama.cpp q4", "NF4": "llama.cpp q4"}  # of as many bits
+
+
+def with_files(rows: list[dict]) -> list[dict]:
+    """``ratio_to_file``: of tokens/s, with the fastest of llama.cpp's files of as many bits in the same turns."""
+    found = []
+    for row in rows:
+        peer = FILES.get(row["contestant"].partition(",")[0])
+        speeds = [
+            other["tokens_s"]
+            for other in rows
+            if peer and other["case"] == row["case"] and other["contestant"].lower().startswith(peer)
+        ]
+        found.append(row | {"ratio_to_file": row["tokens_s"] / max(speeds)} if speeds else row)
+    return found
 
 
 def judge(result: dict) -> None:
     """Print each goal, what was found with the most threads, and whether it is met."""
     console = Console(width=140)
     for part, case, contestant, field, limit in GOALS:
-        rows = [row for row in result.get(part, {}).get("rows", ()) if row["case"].startswith(case) and field in row]
+        rows = with_files(result.get(part, {}).get("rows", []))
+        rows = [row for row in rows if row["case"].startswith(case) and field in row]
         if contestant == BEST and rows:
             contestant = rows[-1]["contestant"]
         rows = [row for row in rows if row["contestant"].endswith(contestant)]
