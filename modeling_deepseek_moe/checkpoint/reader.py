@@ -97,8 +97,8 @@ class CheckpointReader(Mapping[str, TensorInfo]):
 
         Args:
             among_mapped: what lies around them is read from the mappings later on, or they themselves are, and is to be found in
-                huge pages there. Neighbours that fill such a page are read from the mapping; the others leave no small pages
-                behind, where the system can do so (Linux 6.14).
+                huge pages there. Neighbours that fill such a page are read from the mapping; of the others no small pages stay in
+                the system's cache, where it can read so (Linux 6.14).
 
         Raises:
             CheckpointError: a file is gone, is shorter, or was written to since the checkpoint was opened.
