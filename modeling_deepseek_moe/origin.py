@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError
+from modeling_deepseek_moe.checkpoint.mapped import MappedFiles
 from modeling_deepseek_moe.formats import split_scale
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
@@ -40,6 +41,13 @@ class Origin:
             is_finer = info.dtype in FLOATS and info.dtype != dtype and split_scale(name)[1] is None
             if is_finer and not name.endswith(".e_score_correction_bias"):  # which its router remembers
                 self._released[name] = release.reader.view(info)
+
+    @classmethod
+    def of_files(cls, files: MappedFiles) -> "Origin":
+        """Of tensors that are what the files hold, in their dtypes: there is nothing but the files to be looked at."""
+        origin = cls()
+        origin._files = files
+        return origin
 
     def check(self, model: nn.Module) -> None:
         """Look at the mapped files, if anything of ``model`` is still read from them.

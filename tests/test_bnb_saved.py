@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from releases import same_bits
 from safetensors.torch import load_file, save_file
 
 import modeling_deepseek_moe as dsm
+from modeling_deepseek_moe import CheckpointError
 from modeling_deepseek_moe.anatomy import parameter_breakdown
 from modeling_deepseek_moe.conversion.verify import verify
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import BitsAndBytesExperts
@@ -79,6 +83,26 @@ def test_loaded_on_a_cpu_experts_stay_in_the_files(folders, tmp_path, kind):
     with pytest.raises(ValueError, match="quantize='fp8': found weights that bitsandbytes quantised"):
         model.save_pretrained(tmp_path / "third", quantize="fp8")
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("shape", ["blocks", "ragged"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
+def test_a_file_that_was_cut_short_is_seen_before_it_is_read(folders, tmp_path, kind, shape, used):
+    """Linear layers are views of the files too: reading past the end would end the process."""
+    load(folders[shape, True], wish(kind)).save_pretrained(tmp_path / "saved")
+    model, (file,) = load(tmp_path / "saved"), (tmp_path / "saved").glob("*.safetensors")
+    if used:
+        logits(model)
+    os.truncate(file, file.stat().st_size // 2)
+    ids = torch.arange(3, 9)[None]
+    for call in (
+        model,
+        partial(model.generate, max_new_tokens=2),
+        lambda ids: model.save_pretrained(tmp_path / "again"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(str(file))}: found .*changed after the checkpoint"):
+            call(ids)
 
 
 def test_mapped_experts_pass_gradients_on(folders, tmp_path):
