@@ -232,8 +232,6 @@ class ReleaseLoadingMixin(ResumingMixin):
             release = Release(CheckpointReader(checkpoint_files), model.config)
             recognize_experts(model, config, release)
             state_dict = saved_state_dict(model, release, partial(_is_on_cpu, load_config.device_map))
-            if state_dict is not None:  # else they are not read from these mappings
-                model.base_model.origin = Origin.of_files(release.reader.mapped)
         loading.device_map = load_config.device_map  # each module's device, where the caller's was "auto"
         try:
             result = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)

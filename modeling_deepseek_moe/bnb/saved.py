@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from modeling_deepseek_moe.bnb.layers import check_layers, check_state, check_table
 from modeling_deepseek_moe.bnb.loading import prefix_of, read_apart, stacked_experts
 from modeling_deepseek_moe.checkpoint.headers import CheckpointError, TensorInfo
+from modeling_deepseek_moe.origin import Origin
 from modeling_deepseek_moe.quantized.bitsandbytes_experts import MAP, BitsAndBytesExperts, parameter_of
 from modeling_deepseek_moe.quantized.bitsandbytes_mapped import MappedBitsAndBytesExperts, MappedNestedExperts
 from modeling_deepseek_moe.release import Release
@@ -25,8 +26,8 @@ def saved_state_dict(
 ) -> dict[str, torch.Tensor | LazyTensor] | None:
     """A release that was saved quantised, under the names of a model that `recognize_experts` went over.
 
-    On the CPU experts whose rows are whole blocks become `MappedBitsAndBytesExperts` and have no part in it.
-    ``None`` where no experts are codes: transformers reads the files by itself.
+    On the CPU experts whose rows are whole blocks become `MappedBitsAndBytesExperts` and have no part in it. The model remembers
+    the files as its `Origin`. ``None`` where no experts are codes: transformers reads the files by itself.
     """
     coded, prefix = stacked_experts(model), prefix_of(model)
     check_layers(model, prefix, release)
@@ -48,6 +49,7 @@ def saved_state_dict(
             model.set_submodule(name, saved.mapped(model.config))
         else:
             state |= saved.tensors()
+    model.base_model.origin = Origin.of_files(release.reader.mapped)
     return state
 
 
