@@ -38,7 +38,12 @@ LINEAR, EXPERTS, MODEL = (
     "A model, decoding at 128 tokens",
 )
 # Result files of models in four bits by machine and instruction set, and the columns of docs/four-bit.md
-FOUR_BIT = {"Zen 4, AVX-512": "cpu", "Xeon, AMX": "cpu-xeon", "Xeon, AVX2": "cpu-avx2"}
+FOUR_BIT = {
+    "Zen 4, AVX-512": "cpu",
+    "Xeon, AMX": "cpu-xeon",
+    "Xeon, AVX-512 without bf16": "cpu-avx512",
+    "Xeon, AVX2": "cpu-avx2",
+}
 FOUR_BIT_COLUMNS = (
     *("FP8, head bf16", "FP8, head FP8", "INT4, head INT4", "NF4, head NF4"),
     *("llama.cpp q4_0", "llama.cpp q4_k_m", "llama.cpp q8_0"),
