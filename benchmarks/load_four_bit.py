@@ -41,7 +41,7 @@ import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import write_checkpoint
 from modeling_deepseek_moe.checkpoint.index import INDEX_NAME
 from modeling_deepseek_moe.checkpoint.writer import TensorPlan, parse_size, plan_shards
-from modeling_deepseek_moe.formats import FP8
+from modeling_deepseek_moe.formats import FP8, split_scale
 from modeling_deepseek_moe.weights import TensorSpec, release_tensors
 
 CONFIG = {
@@ -140,9 +140,10 @@ def plans_of(config: dsm.DeepseekMoeConfig, source: str) -> Iterator[TensorPlan]
 
 
 def is_written(plan: TensorPlan, written: int | None) -> bool:
-    """Whether a tensor has data: matrices of layers from ``written`` on are holes."""
+    """Whether a tensor has data: matrices of layers from ``written`` on are holes, but for scales, which may not be 0."""
     name, _, rest = plan.name.removeprefix("model.layers.").partition(".")
-    return written is None or not (rest and name.isdecimal()) or len(plan.shape) == 1 or int(name) < written
+    is_matrix = len(plan.shape) > 1 and split_scale(plan.name)[1] is None
+    return written is None or not (rest and name.isdecimal()) or not is_matrix or int(name) < written
 
 
 def write_release(folder: Path, config: dsm.DeepseekMoeConfig, source: str, written: int | None) -> int:
