@@ -245,9 +245,8 @@ class Release:
                 own = layers.setdefault(layer[1] if layer else name, {}) if split_scale(name)[1] in fine else kept
                 own[name] = info
             for layer, parts in list(layers.items()):
-                if any(
-                    info.start % dtype.itemsize for info in parts.values()
-                ):  # no address for C: nor for one of its experts
+                # the engine takes an address for each expert, and of a layer's the first says where all are
+                if any(info.start % dtype.itemsize for info in parts.values()):
                     kept |= layers.pop(layer)
             for parts in filter(None, (kept, *layers.values())):
                 scales = Scales(self.reader, parts, dtype, among_mapped=parts is not kept)

@@ -211,21 +211,21 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["together", "scattered"])
-@pytest.mark.parametrize("way", ["preadv", "no-preadv"])
-def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, way, layout):
+@pytest.mark.parametrize("preadv", [True, False], ids=["preadv", "no-preadv"])
+def test_scales_are_read_wherever_they_lie(tmp_path, monkeypatch, preadv, layout):
     tensors = write_release(tmp_path, SHAPES["v3"](), fp8=True)
     file = tmp_path / "model.safetensors"
     if layout == "scattered":
         file.write_bytes(interleaved(tensors))
     calls = []
-    if way == "no-preadv":
-        monkeypatch.delattr(os, "preadv")
-    else:
+    if preadv:
         monkeypatch.setattr(os, "preadv", lambda *args, real=os.preadv: calls.append(args) or real(*args))
+    else:
+        monkeypatch.delattr(os, "preadv")
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     scales = [name for name in tensors if name.endswith("_scale_inv")]
     # together, but for the correction biases of two layers, which are fp32 too
-    assert len(calls) == (0 if way != "preadv" else 3 if layout == "together" else len(scales))
+    assert len(calls) == (0 if not preadv else 3 if layout == "together" else len(scales))
     for name in scales:
         weight = name.removesuffix("_scale_inv").removesuffix(".weight")
         if ".experts." in name:

@@ -141,12 +141,13 @@ def _read_run(
     """``keep``: what was read stays in the system's cache; what was there before stays in any case."""
     start, end = run[0].start, run[-1].end
     places = [place(info) for info in run]
-    for flags in () if not hasattr(os, "preadv") else (0,) if keep or sys.platform != "linux" else (DONT_CACHE, 0):
+    flags = (0,) if keep or sys.platform != "linux" else (DONT_CACHE, 0)
+    for flag in flags if hasattr(os, "preadv") else ():
         # by kernels and file systems without the flag, and by Pythons that were built without flags
         with contextlib.suppress(OSError, NotImplementedError):
-            if os.preadv(stream.fileno(), places, start, flags) == end - start:
+            if os.preadv(stream.fileno(), places, start, flag) == end - start:
                 return
-    # No preadv here, or it stopped short, as it may (a signal, the end of the file): one by one.
+    # No preadv here, or it failed or stopped short, as it may (a signal, the end of the file): one by one, with its error.
     for info, held in zip(run, places, strict=True):
         _read(stream, info, held)
 

@@ -1,6 +1,6 @@
 /* The table for bf16 activations where no instructions multiply bf16: they meet codes of four bits as integers while tokens
-   are few. Part of `kernels_avx2.c` and `kernels_avx512.c`; the integers' functions are AVX2's, which read from memory as
-   fast as it gives. */
+   are few. Part of `kernels_avx2.c` and `kernels_avx512.c`; the integers' functions are AVX2's for both, which AVX-512's fp32
+   products of one token are slower than. */
 void dsm_pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
 void dsm_gemv_integers(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                        float *out, int64_t ldo);
@@ -32,7 +32,7 @@ static void gemv_of_bf16(const void *x, size_t stride, int64_t tokens, const Mat
     else gemv(x, stride, tokens, w, first, count, out, ldo, next);
 }
 
-const Kernels SHARED(of_bf16) = {
+const Kernels SHARED(by_integers) = {
     VECTOR_KERNELS,
     .pack = pack_for_gemv,
     .pack_interleaved = pack_for_gemm,

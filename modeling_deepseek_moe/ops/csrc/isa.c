@@ -12,16 +12,17 @@
 
 extern const Kernels dsm_kernels_baseline;
 #if defined(__x86_64__)
-extern const Kernels dsm_kernels_avx2, dsm_kernels_avx2_of_bf16, dsm_kernels_avx512, dsm_kernels_avx512_of_bf16,
-    dsm_kernels_avx512_bf16, dsm_kernels_amx;
+extern const Kernels dsm_kernels_avx2, dsm_kernels_avx2_by_integers, dsm_kernels_avx512,
+    dsm_kernels_avx512_by_integers, dsm_kernels_avx512_bf16, dsm_kernels_amx;
 #if DSM_AMX
 #define WITH_BF16 &dsm_kernels_avx512_bf16, &dsm_kernels_amx
 #else
 #define WITH_BF16 &dsm_kernels_avx512_bf16
 #endif
 static const Kernels *const LEVELS[] = {&dsm_kernels_baseline, &dsm_kernels_avx2, &dsm_kernels_avx512, WITH_BF16};
-static const Kernels *const OF_BF16[] = {&dsm_kernels_baseline, &dsm_kernels_avx2_of_bf16, &dsm_kernels_avx512_of_bf16,
-                                         WITH_BF16};
+/* for bf16 activations */
+static const Kernels *const OF_BF16[] = {&dsm_kernels_baseline, &dsm_kernels_avx2_by_integers,
+                                         &dsm_kernels_avx512_by_integers, WITH_BF16};
 #else
 static const Kernels *const LEVELS[] = {&dsm_kernels_baseline}, *const *const OF_BF16 = LEVELS;
 #endif
