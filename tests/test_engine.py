@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_cases import (
-    BACKENDS,
     FP8,
     INSTRUCTION_SETS,
     assert_linear,
@@ -116,18 +115,6 @@ def test_one_rare_code_among_normal_ones(tokens, columns, isa):
             spoiled[row] = code is not None and code & 0x7F == 0x7F
             assert (y.isnan() == spoiled).all()
             assert_linear(y[:, ~spoiled], x, exact(codes, scale)[~spoiled])
-
-
-@pytest.mark.parametrize("isa", [isa for isa in BACKENDS if isa in ("cpu:baseline", "cpu:avx2", "cpu:avx512")])
-def test_fp8_bits_of_a_token_do_not_depend_on_how_many_few_there_are(isa):
-    """One sum for each row and token, in one order, whether one, two or four tokens share what is decoded."""
-    for rows, columns in ((1, 64), (3, 200), (37, 192), (130, 576), (256, 2176)):
-        codes, scale = random_fp8((rows, columns))
-        x = torch.randn(15, columns)
-        with use_backend(isa):
-            whole = block_fp8.linear(x, codes, scale)
-            for tokens in (1, 2, 3, 4, 6, 7):
-                assert same_bits(block_fp8.linear(x[:tokens], codes, scale), whole[:tokens])
 
 
 @needs_amx

@@ -115,6 +115,18 @@ def test_few_bf16_tokens_meet_the_same_integers_with_avx512_as_with_avx2(kind):
         assert same_bits(*found)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in BACKENDS if isa in ("cpu:baseline", "cpu:avx2", "cpu:avx512")])
+def test_fp8_bits_of_a_token_do_not_depend_on_how_many_few_there_are(isa):
+    """One sum for each row and token, in one order, whether one, two or four tokens share what is decoded."""
+    for rows, columns in ((1, 64), (3, 200), (37, 192), (130, 576), (256, 2176)):
+        codes, scale = random_fp8((rows, columns))
+        x = torch.randn(15, columns)
+        with use_backend(isa):
+            whole = block_fp8.linear(x, codes, scale)
+            for tokens in (1, 2, 3, 4, 6, 7):
+                assert same_bits(block_fp8.linear(x[:tokens], codes, scale), whole[:tokens])
+
+
 @every_isa
 def test_outliers_among_activations(isa):
     """Activations a thousand times larger than the others of their group leave those with theirs."""
