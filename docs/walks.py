@@ -98,8 +98,9 @@ def decoder() -> Callable:
 
 
 def token() -> list[CodeType]:
-    """One decoding step, not the first."""
+    """One decoding step, neither the first, which makes the plan, nor the second, which makes what is around it."""
     step = decoder()
+    step()
     step()
     return walk(step)[0]
 
@@ -131,7 +132,7 @@ def page() -> str:
         "# Two walks through the code",
         "Written by `python docs/walks.py` from a run of the tiny FP8 model on a CPU; a test holds it to the code.",
         f"## A token, from `input_ids` to logits: {len(steps)} functions",
-        "In the order in which one decoding step enters them first. The layers are one call of the engine.",
+        "In the order in which one decoding step enters them first. From the id to the logits it is one call of the engine.",
         "\n".join(rows(steps)),
         f"## An expert's weight, from its file to the multiplication: {len(hops) + len(ENGINE)} functions",
     ]

@@ -102,10 +102,13 @@ class LatentLayer(DynamicLayer):
         """The first ``length`` rows of the buffers are in use now."""
         self._used, self._held = length, [None, None]
 
-    def holds(self, batch: int, dtype: torch.dtype) -> bool:
-        """Whether something is cached, of ``batch`` sequences in ``dtype``."""
-        like = self.keys if self._used is None else self._buffers[0]
-        return self.is_initialized and like.dtype == dtype and like.shape[0] == batch
+    def holds(self, batch: int, sizes: tuple[int, int], dtype: torch.dtype) -> bool:
+        """Whether something is cached, of ``batch`` sequences in ``dtype``: rows of ``sizes``, of a latent and a rotated key."""
+        held = (self.keys, self.values) if self._used is None else self._buffers
+        return self.is_initialized and all(
+            like.dtype == dtype and like.shape[0] == batch and like.shape[1] == 1 and like.shape[3] == size
+            for like, size in zip(held, sizes, strict=True)
+        )
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self._used is None else self._used

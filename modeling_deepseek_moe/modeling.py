@@ -29,6 +29,7 @@ from modeling_deepseek_moe.config import DeepseekMoeConfig, DeepseekV2Config, De
 from modeling_deepseek_moe.cross_entropy import next_token_loss
 from modeling_deepseek_moe.decoding.mixin import DraftingMixin
 from modeling_deepseek_moe.distributed.plans import ParallelPlansMixin
+from modeling_deepseek_moe.engine import next_token
 from modeling_deepseek_moe.engine.report import EngineReportMixin
 from modeling_deepseek_moe.engine.runs import recomputable, runs
 from modeling_deepseek_moe.families import KimiK2Config
@@ -283,6 +284,14 @@ class DeepseekMoeForCausalLM(
         dense stage leaves out of it. Outside training the loss is multiplied by the mean of ``row_weights`` ``[B]``: with the
         labels of each row over the mean of the data set, `Trainer`'s mean over rows is the one over labels.
         """
+        if type(self.model).forward is DeepseekMoeModel.forward:
+            others = dict(kwargs, labels=labels, mla_path=mla_path, row_weights=row_weights, embeds=inputs_embeds)
+            tokens = input_ids, attention_mask, position_ids, cache, logits_to_keep
+            logits = next_token.logits(self, *tokens, others)
+            if (
+                logits is not None
+            ):  # one new token of each sequence: the CPU engine has done all of the below in one call
+                return MoeCausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
         objective = None
         if labels is not None and self.model.has_gaps:
             raise ValueError(

@@ -6,16 +6,14 @@ import threading
 
 import pytest
 import torch
-from engine_cases import every_isa, needs_engine
+from engine_cases import by_layers_alone, every_isa, needs_engine
 from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modeling_deepseek_moe import use_backend
 from modeling_deepseek_moe.cache import LatentLayer, prepare_cache
-from modeling_deepseek_moe.engine import runs
-from modeling_deepseek_moe.engine.plan import Plan
-from modeling_deepseek_moe.engine.runs import SLOT
+from modeling_deepseek_moe.engine.plan import SLOT, Plan
 from modeling_deepseek_moe.ops import _native
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -60,14 +58,14 @@ def logits(model, rows=2, steps=12, cache=None) -> torch.Tensor:
 @pytest.fixture
 def fused_steps(monkeypatch):
     """The number of steps that were taken in one call, as a list of their tokens."""
-    taken, run = [], Plan.run
+    taken, step = [], Plan.step
 
-    def noted(self, states, **context):
+    def noted(self, shape, *arguments):
         if all(runs for _, _, runs in self._segments):
-            taken.append(len(states))
-        return run(self, states, **context)
+            taken.append(shape[0])
+        return step(self, shape, *arguments)
 
-    monkeypatch.setattr(Plan, "run", noted)
+    monkeypatch.setattr(Plan, "step", noted)
     return taken
 
 
@@ -75,7 +73,7 @@ def fused_steps(monkeypatch):
 def by_layers(monkeypatch):
     def compute(function, *arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "_calls", lambda model, layers, *_: layers)
+            by_layers_alone(patch)
             return function(*arguments)
 
     return compute

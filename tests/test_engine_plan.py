@@ -5,15 +5,13 @@ import re
 
 import pytest
 import torch
-from engine_cases import needs_engine
+from engine_cases import by_layers_alone, needs_engine
 from releases import SHAPES, write_release
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_deepseek_moe import attention, block, layers, modeling, mtp, use_backend
-from modeling_deepseek_moe.engine import runs
-from modeling_deepseek_moe.engine.plan import Plan
-from modeling_deepseek_moe.engine.runs import SLOT
+from modeling_deepseek_moe.engine.plan import SLOT, Plan
 from modeling_deepseek_moe.moe import balance, experts, router, training_state
 from modeling_deepseek_moe.moe import layer as moe_layer
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
@@ -53,7 +51,7 @@ def logits(model, rows=2, steps=4, between=None) -> torch.Tensor:
 def by_layers(monkeypatch):
     def compute(function, *arguments, **named):
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "_calls", lambda model, layers, *_: layers)
+            by_layers_alone(patch)
             return function(*arguments, **named)
 
     return compute

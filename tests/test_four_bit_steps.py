@@ -5,12 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-from engine_cases import distance, every_isa, needs_engine
+from engine_cases import by_layers_alone, distance, every_isa, needs_engine
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import modeling_deepseek_moe as dsm
 from modeling_deepseek_moe import formats, use_backend
-from modeling_deepseek_moe.engine import runs
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.quantized.linear import QuantizedLinear
 
@@ -107,7 +106,7 @@ def test_a_step_has_the_bits_of_its_layers(uniform, kind, isa, monkeypatch):
     model, _ = uniform(kind)
     with use_backend(isa):
         found = steps(model, 3)
-        monkeypatch.setattr(runs, "_calls", lambda model, layers, *_: layers)
+        by_layers_alone(monkeypatch)
         assert torch.equal(found, steps(model, 3))
 
 

@@ -6,35 +6,26 @@ quantiser's layer, streamed experts) is called as the module that it is.
 """
 
 import ctypes
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.cache import IndexedLatentLayer, LatentLayer
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
 from modeling_deepseek_moe.engine import reasons
-from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.engine.watch import Watch
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
-from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
-from modeling_deepseek_moe.ops._operands import any_hooked, is_hooked, operand_of
+from modeling_deepseek_moe.ops._operands import operand_of
 from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, LowRank, Matrix, MlaShape, Norm, Routing
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
-from modeling_deepseek_moe.quantized.mapped import MappedExperts
 
+SLOT = "_engine_plan"  # where a model carries the plan that was made of it
 ATTEND, OUTPUT, MIX = range(STAGES)
-NUMBERS = {  # attributes whose values are in the table
-    DeepseekAttention: ("scaling",),
-    DeepseekRMSNorm: ("variance_epsilon",),
-    DeepseekTopkRouter: (
-        *("top_k", "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor"),
-    ),
-}
 
 
 class Stages(NamedTuple):
@@ -76,30 +67,32 @@ class Plan:
         self._config, self._request = config, requested()
         is_there = may_use(CPU, _native.unavailable_reason())
         self.stages = [Stages.of(layer, dtype) if is_there else NO_ENGINE for layer in self.layers]
-        self._unhooked: list[dict] = []  # attributes of modules that nothing is attached to
-        self._hooked: list[nn.Module] = []
-        self._children: list[tuple[dict, str, nn.Module]] = []
-        self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
-        self._numbers: list[tuple[dict, str, object]] = []
-        self._mapped: list[tuple[MappedExperts, object]] = []
-        self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
+        self._watch = Watch()
         self._kept: list[object] = []  # tables that the layers point to
         for module in (*self.layers, norm):
-            self._watch(module)
+            self._watch.add(module)
         pairs = zip(self.layers, self.stages, strict=True)
         self._structs = (DecoderLayer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
         norms = is_there and reasons.norm(norm, dtype) is None
         self._norm = _norm(norm) if norms else Norm()
         flags = [flag for stages in self.stages for flag in stages.native()] + [norms]
         self._segments = list(segments(flags))
-        self.runs_anything = any(flags[:-1])
-        self._attends = [stages.attention is None for stages in self.stages]
+        self.runs_anything, self.runs_all = any(flags[:-1]), all(flags)
+        self.next_token: Any = None  # what `engine.next_token` makes of this plan
+        attends = [stages.attention is None for stages in self.stages]
+        # where the engine caches a layer's rows: as its module does, wherever the layer stands
+        self._places = [layer.self_attn.layer_idx if own else None for layer, own in zip(layers, attends, strict=True)]
         sizes = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         self._mla = MlaShape(*sizes, config.v_head_dim, bool(config.rope_interleave))
+        self._row = config.kv_lora_rank, config.qk_rope_head_dim
         self._softmax_scale = config.softmax_scale
 
     def __reduce__(self):
         return type(None), ()
+
+    def is_of(self, layers: list[nn.Module], norm: nn.Module) -> bool:
+        """Whether it was made of these."""
+        return self.layers == layers and self.norm is norm
 
     def is_current(self, dtype: torch.dtype) -> bool:
         """Whether no module, hook, weight, number or wish for a backend was changed since the table was made.
@@ -107,37 +100,17 @@ class Plan:
         Raises:
             CheckpointError: a file that experts are mapped from was truncated or rewritten.
         """
-        if dtype != self.dtype or requested() is not self._request:
-            return False
-        if any_hooked(self._unhooked) or not all(map(is_hooked, self._hooked)):
-            return False
-        try:
-            for children, name, child in self._children:
-                if children[name] is not child:
-                    return False
-            for tensors, name, tensor, pointer in self._tensors:
-                if tensors[name] is not tensor or tensor.data_ptr() != pointer:
-                    return False
-            for attributes, name, value in self._numbers:
-                if attributes[name] is not value:
-                    return False
-        except KeyError:  # deleted
-            return False
-        if not all(_is_same(module.for_engine(), operands) for module, operands in self._adapted):
-            return False
-        for module, stream in self._mapped:
-            if not isinstance(module, MappedExperts) or module.stream is not stream:  # moved to a device, and back
-                return False
-            module.check_files()
-        return True
+        return dtype == self.dtype and requested() is self._request and self._watch.is_current()
 
-    def can_write(self, cache: Cache | None, hidden_states: torch.Tensor) -> bool:
-        """Whether the layers of a cache can take the rows of ``hidden_states [B, q, D]``."""
-        count, batch = len(self.layers), hidden_states.shape[0]
-        if cache is None or len(cache.layers) < count:
+    def can_write(self, cache: Cache | None, batch: int) -> bool:
+        """Whether the layers of a cache can take new rows of ``batch`` sequences."""
+        if cache is None or any(place is not None and place >= len(cache.layers) for place in self._places):
             return False
         own = LatentLayer, IndexedLatentLayer
-        return all(type(layer) in own and layer.holds(batch, self.dtype) for layer in cache.layers[:count])
+        return all(
+            layer is None or (type(layer) in own and layer.holds(batch, self._row, self.dtype))
+            for layer in self._layers_of(cache)
+        )
 
     @takes_cache
     def run(
@@ -150,12 +123,7 @@ class Plan:
         **context,
     ) -> torch.Tensor:
         """``hidden_states [B, q, D]`` after the last layer and the norm; the cache, of `LatentLayer`, gets their rows."""
-        (batch, tokens, _), mla = hidden_states.shape, self._mla
-        new = [hidden_states.new_empty((batch, 1, tokens, size)) for size in (mla.kv_lora_rank, mla.qk_rope_head_dim)]
-        used = [layer if attends else None for layer, attends in zip(cache.layers, self._attends, strict=False)]
-        buffers = [layer and layer.reserve(*new) for layer in used]
-        tables = *position_embeddings, attention_mask, self._softmax_scale
-        step = Run(self._structs, self._norm, buffers, past_length, mla, hidden_states.shape, *tables)
+        step = self.step(hidden_states.shape, cache, past_length, position_embeddings, attention_mask)
         context |= {CACHE_NAME: cache, "past_length": past_length}
         context |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         attended = None
@@ -164,10 +132,33 @@ class Plan:
                 hidden_states, attended = step.run(hidden_states, first, last)
             else:
                 hidden_states = self._call(first, hidden_states, attended, context)
-        for layer in used:
-            if layer is not None:
-                layer.advance(past_length + tokens)
+        self.advance(cache, past_length + hidden_states.shape[1])
         return hidden_states
+
+    def step(
+        self,
+        shape: Sequence[int],
+        cache: Cache,
+        past_length: int,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+    ) -> Run:
+        """For states of ``shape [B, q, D]``; the cache's layers get room for their rows, and count them in `advance`."""
+        batch, tokens, _ = shape
+        new = [torch.empty((batch, 1, tokens, size), dtype=self.dtype) for size in self._row]
+        buffers = [layer and layer.reserve(*new) for layer in self._layers_of(cache)]
+        tables = *position_embeddings, attention_mask, self._softmax_scale
+        return Run(self._structs, self._norm, buffers, past_length, self._mla, shape, *tables)
+
+    def advance(self, cache: Cache, length: int) -> None:
+        """The layers that attended have ``length`` tokens now."""
+        for layer in self._layers_of(cache):
+            if layer is not None:
+                layer.advance(length)
+
+    def _layers_of(self, cache: Cache) -> list[LatentLayer | None]:
+        """The cache's layer for each that attends here, ``None`` for others."""
+        return [None if place is None else cache.layers[place] for place in self._places]
 
     def _call(self, stage: int, hidden_states, attended, context: dict) -> torch.Tensor:
         """A stage by its modules: attention with its output projection where both are foreign, a whole layer, or the norm."""
@@ -184,21 +175,6 @@ class Plan:
         if self.stages[stage // STAGES].attention is None:
             return hidden_states + layer.self_attn.o_proj(attended)
         return hidden_states  # with its attention
-
-    def _watch(self, whole: nn.Module) -> None:
-        for module in whole.modules():
-            if is_hooked(module):
-                self._hooked.append(module)
-            else:
-                self._unhooked.append(module.__dict__)
-            self._children += [(module._modules, name, child) for name, child in module._modules.items()]
-            for tensors in (module._parameters, module._buffers):
-                found = [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
-                self._tensors += [(*slot, slot[2].data_ptr()) for slot in found]
-            attributes = module.__dict__
-            self._numbers += [(attributes, name, attributes[name]) for name in NUMBERS.get(type(module), ())]
-            if isinstance(module, MappedExperts):
-                self._mapped.append((module, module.stream))
 
     def _struct(self, layer: nn.Module, stages: Stages) -> DecoderLayer:
         """The stages that run, by address; what is checked here are no reasons, but what `reasons` has looked at."""
@@ -241,7 +217,7 @@ class Plan:
         if not reasons.is_adapted(module):
             return module
         operands = module.for_engine()
-        self._adapted.append((module, operands))
+        self._watch.add_adapted(module, operands)
         for name, pair in zip(("gate_up", "down"), operands[1:], strict=True):
             if pair is not None:
                 setattr(struct.moe, name, LowRank.of(*pair))
@@ -264,18 +240,6 @@ def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
             end += 1
         yield start, end, flags[start]
         start = end
-
-
-def _is_same(found: tuple | None, wanted: tuple) -> bool:
-    """Whether an adapter's operands are still those that are in the table."""
-    if found is None or found[0] is not wanted[0]:
-        return False
-    for pair, other in zip(found[1:], wanted[1:], strict=True):
-        if (pair is None) is not (other is None):
-            return False
-        if pair is not None and (pair[0] is not other[0] or pair[1] is not other[1] or pair[2] != other[2]):
-            return False
-    return True
 
 
 def _norm(norm: nn.Module) -> Norm:

@@ -85,6 +85,14 @@ def norm(module: nn.Module, dtype: torch.dtype) -> Reason:
     return _is_own(module, DeepseekRMSNorm) or _tensor(module.weight, (dtype,))
 
 
+def embedding(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """A table of rows that are copied."""
+    reason = _is_own(module, nn.Embedding) or _tensor(module.weight, (dtype,))
+    if reason is None and module.max_norm is not None:
+        reason = "does not scale rows of an embedding (max_norm)"
+    return reason
+
+
 def mlp(module: nn.Module, dtype: torch.dtype) -> Reason:
     """SwiGLU of a dense layer or of shared experts."""
     reason = _is_own(module, DeepseekMLP)

@@ -12,13 +12,11 @@ from transformers.utils import is_torchdynamo_compiling
 from modeling_deepseek_moe.attention import ABSORBED
 from modeling_deepseek_moe.engine import card
 from modeling_deepseek_moe.engine.fused import run_by_halves
-from modeling_deepseek_moe.engine.plan import Plan, Stages
+from modeling_deepseek_moe.engine.plan import SLOT, Plan, Stages
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._dispatch import CPU, REFERENCE, TRITON, may_use, use_backend
 from modeling_deepseek_moe.ops._operands import every_module_is_hooked
 from modeling_deepseek_moe.ops.decode_step.cpu import FEW_TOKENS
-
-SLOT = "_engine_plan"  # where a model carries the plan that was made of it
 
 
 def runs(
@@ -67,14 +65,13 @@ def _calls(
             return layers
         return [run_by_halves(layer, Stages.of(layer, hidden_states.dtype)) for layer in layers]
     plan = model.__dict__.get(SLOT)
-    is_of_these = plan is not None and plan.layers == layers and plan.norm is model.norm
-    if not is_of_these or not plan.is_current(hidden_states.dtype):
+    if plan is None or not plan.is_of(layers, model.norm) or not plan.is_current(hidden_states.dtype):
         plan = model.__dict__[SLOT] = Plan(layers, model.norm, model.config, hidden_states.dtype)
     if not plan.runs_anything:
         return layers
     has_rows = mask is None or mask.shape[2] == hidden_states.shape[1]  # else one for all tokens
     attends = context["mla_path"] == ABSORBED and context["past_length"] and has_rows
-    if attends and plan.can_write(cache, hidden_states):
+    if attends and plan.can_write(cache, hidden_states.shape[0]):
         return plan
     return [run_by_halves(layer, stages) for layer, stages in zip(layers, plan.stages, strict=True)]
 

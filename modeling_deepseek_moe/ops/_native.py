@@ -21,7 +21,7 @@ from modeling_deepseek_moe.ops import _structs
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 8  # DSM_VERSION
+VERSION = 9  # DSM_VERSION
 DTYPES = _structs.DTYPES
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
 _NO_MEMORY, _NOT_FINITE, _BAD_INDEX = -1, -3, -4
@@ -46,6 +46,7 @@ _SIGNATURES = {
     ),
     "dsm_moe": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "dsm_step": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+    "dsm_logits": (c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "dsm_rms_norm": (c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
     "dsm_mla_decode": (
         *(c_int, c_int, c_int, c_int64, c_int64, c_int64, c_void_p),
@@ -198,7 +199,7 @@ def call(function: str, *arguments) -> None:
     if result == _NOT_FINITE:
         raise FloatingPointError(f"{function}: found NaN or Inf, wanted finite values")
     if result == _BAD_INDEX:
-        raise IndexError(f"{function}: found an index of no key")
+        raise IndexError(f"{function}: found an index that is out of range")
     if result:
         raise AssertionError(f"{function} returned {result}")
 

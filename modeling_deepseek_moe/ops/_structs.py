@@ -198,9 +198,15 @@ class Step(Structure):
     ]
 
 
+class Ends(Structure):
+    """What comes before the first layer, and after the norm: ``embedding [vocabulary, D]``, and the head."""
+
+    _fields_ = [("embedding", c_void_p), ("vocabulary", c_int64), ("head", Matrix)]
+
+
 SHARED = (
     *(Matrix, Nested, Norm, Expert, Experts, LowRank, Routing, Moe),
-    *(MlaShape, MlaProjections, Queries, LatentCache, Mask, Indexer, Visible, DecoderLayer, Step),
+    *(MlaShape, MlaProjections, Queries, LatentCache, Mask, Indexer, Visible, DecoderLayer, Step, Ends),
 )
 
 

@@ -140,4 +140,11 @@ typedef struct {
     float softmax_scale;
 } Step;
 
+/* What comes before the first layer, and after the norm. */
+typedef struct {
+    const void *embedding; /* [vocabulary, hidden] of the activations' dtype */
+    int64_t vocabulary;
+    Matrix head; /* [logits, hidden] */
+} Ends;
+
 #endif

@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DSM_VERSION 8 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_VERSION 9 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_PV_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */

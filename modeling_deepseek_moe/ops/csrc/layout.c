@@ -130,6 +130,10 @@ static const Place PLACES[] = {
     FIELD(Step, sine),
     FIELD(Step, mask),
     FIELD(Step, softmax_scale),
+    SIZE(Ends),
+    FIELD(Ends, embedding),
+    FIELD(Ends, vocabulary),
+    FIELD(Ends, head),
 };
 
 /* The `place`th entry of the table: its name, or NULL after the last; for a field where it lies, and its size. */

@@ -77,3 +77,20 @@ DSM_API int dsm_step(int isa, int threads, int dtype, void *states, int64_t firs
     free(o);
     return result;
 }
+
+/* The same from ids [batch, tokens] to logits [batch, tokens, head's rows] of `dtype`, where the engine runs every stage. */
+DSM_API int dsm_logits(int isa, int threads, int dtype, const int64_t *ids, const Ends *ends,
+                       const DecoderLayer *layers, const LatentCache *caches, const Step *s, void *logits) {
+    const int64_t tokens = s->batch * s->tokens;
+    const size_t row = s->hidden * dsm_itemsize(dtype);
+    if (s->batch < 1 || s->tokens < 1 || tokens > DSM_STEP_TOKENS) return DSM_BAD_ARGUMENT;
+    for (int64_t t = 0; t < tokens; t++)
+        if (ids[t] < 0 || ids[t] >= ends->vocabulary) return DSM_BAD_INDEX;
+    char *states = dsm_alloc(tokens * row);
+    if (!states) return DSM_NO_MEMORY;
+    for (int64_t t = 0; t < tokens; t++) memcpy(states + t * row, (const char *)ends->embedding + ids[t] * row, row);
+    int result = dsm_step(isa, threads, dtype, states, 0, 3 * s->layers + 1, NULL, layers, caches, s);
+    if (!result) result = dsm_linear(isa, threads, dtype, states, tokens, &ends->head, NULL, logits);
+    free(states);
+    return result;
+}

@@ -11,7 +11,7 @@ from ctypes import byref
 import torch
 
 from modeling_deepseek_moe.ops import _native
-from modeling_deepseek_moe.ops._structs import LatentCache, Mask, MlaShape, Norm, Step
+from modeling_deepseek_moe.ops._structs import Ends, LatentCache, Mask, MlaShape, Norm, Step
 
 FEW_TOKENS = 8
 DTYPES = (torch.bfloat16, torch.float32)
@@ -39,7 +39,7 @@ class Run:
         caches: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
         past: int,
         mla: MlaShape,
-        shape: torch.Size,
+        shape: Sequence[int],
         cos: torch.Tensor,
         sin: torch.Tensor,
         mask: torch.Tensor | None,
@@ -72,3 +72,12 @@ class Run:
             *(_native.DTYPES[states.dtype], states.data_ptr(), first, last, _native.pointer(attended), *self._structs),
         )
         return states, attended
+
+    def logits(self, ids: torch.Tensor, ends: Ends, out: torch.Tensor) -> None:
+        """Contiguous ``ids [B, q]`` through the embedding, all stages, and the head: ``out [B, q, ·]`` of the states' dtype.
+
+        Raises:
+            IndexError: an id that is not in the vocabulary.
+        """
+        pointers = ids.data_ptr(), byref(ends), *self._structs, out.data_ptr()
+        _native.call("dsm_logits", _native.DTYPES[out.dtype], *pointers)

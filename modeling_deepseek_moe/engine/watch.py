@@ -1,0 +1,93 @@
+"""Modules as they were when a table was made of them, and whether they still are: asked before every step, so in few and plain loops."""
+
+import torch
+from torch import nn
+
+from modeling_deepseek_moe.attention import DeepseekAttention
+from modeling_deepseek_moe.layers import DeepseekRMSNorm
+from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
+from modeling_deepseek_moe.ops._operands import any_hooked, is_hooked
+from modeling_deepseek_moe.quantized.mapped import MappedExperts
+from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
+
+NUMBERS = {  # attributes whose values are in a table
+    DeepseekAttention: ("scaling", "layer_idx"),
+    DeepseekRMSNorm: ("variance_epsilon",),
+    DeepseekTopkRouter: (
+        *("top_k", "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor"),
+    ),
+    DeepseekRotaryEmbedding: ("rope_type", "attention_scaling"),
+}
+
+
+class Watch:
+    """What hangs on modules, their children, tensors and numbers."""
+
+    def __init__(self):
+        self._unhooked: list[dict] = []  # attributes of modules that nothing is attached to
+        self._hooked: list[nn.Module] = []
+        self._children: list[tuple[dict, str, nn.Module]] = []
+        self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
+        self._numbers: list[tuple[dict, str, object]] = []
+        self._mapped: list[tuple[MappedExperts, object]] = []
+        self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
+
+    def add(self, whole: nn.Module) -> None:
+        """A module, and all in it."""
+        for module in whole.modules():
+            if is_hooked(module):
+                self._hooked.append(module)
+            else:
+                self._unhooked.append(module.__dict__)
+            self._children += [(module._modules, name, child) for name, child in module._modules.items()]
+            for tensors in (module._parameters, module._buffers):
+                found = [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
+                self._tensors += [(*slot, slot[2].data_ptr()) for slot in found]
+            attributes = module.__dict__
+            self._numbers += [(attributes, name, attributes[name]) for name in NUMBERS.get(type(module), ())]
+            if isinstance(module, MappedExperts):
+                self._mapped.append((module, module.stream))
+
+    def add_adapted(self, experts: nn.Module, operands: tuple) -> None:
+        """What ``experts.for_engine()`` gave."""
+        self._adapted.append((experts, operands))
+
+    def is_current(self) -> bool:
+        """Whether no module, hook, weight or number was changed since it was added.
+
+        Raises:
+            CheckpointError: a file that experts are mapped from was truncated or rewritten.
+        """
+        if any_hooked(self._unhooked) or not all(map(is_hooked, self._hooked)):
+            return False
+        try:
+            for children, name, child in self._children:
+                if children[name] is not child:
+                    return False
+            for tensors, name, tensor, pointer in self._tensors:
+                if tensors[name] is not tensor or tensor.data_ptr() != pointer:
+                    return False
+            for attributes, name, value in self._numbers:
+                if attributes[name] is not value:
+                    return False
+        except KeyError:  # deleted
+            return False
+        if not all(_is_same(module.for_engine(), operands) for module, operands in self._adapted):
+            return False
+        for module, stream in self._mapped:
+            if not isinstance(module, MappedExperts) or module.stream is not stream:  # moved to a device, and back
+                return False
+            module.check_files()
+        return True
+
+
+def _is_same(found: tuple | None, wanted: tuple) -> bool:
+    """Whether an adapter's operands are still those that are in the table."""
+    if found is None or found[0] is not wanted[0]:
+        return False
+    for pair, other in zip(found[1:], wanted[1:], strict=True):
+        if (pair is None) is not (other is None):
+            return False
+        if pair is not None and (pair[0] is not other[0] or pair[1] is not other[1] or pair[2] != other[2]):
+            return False
+    return True
