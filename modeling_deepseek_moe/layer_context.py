@@ -90,14 +90,24 @@ def _indexers_warm_up(model: nn.Module) -> bool:
     return stage == DENSE
 
 
-def check_learns(model: nn.Module) -> None:
-    """Before a causal language model's loss is computed in training.
+def check_labels(model: nn.Module) -> None:
+    """Before a causal language model's loss is computed.
 
     Raises:
-        ValueError: nothing but indexers is to be trained (an adapter of theirs), and that loss has no gradient for them.
+        ValueError: it is a stage of a pipeline; or nothing but indexers is to be trained (an adapter of theirs), and that loss has no
+            gradient for them.
     """
+    if model.model.has_gaps:
+        raise ValueError(
+            "labels: found a stage of a pipeline (pp_size), which gives no loss, wanted tp_size or fsdp_size"
+        )
     state = model.model.training_state
-    if not model.config.has_indexers or not torch.is_grad_enabled() or (state is not None and state.indexer_stage):
+    if (
+        not model.training
+        or not model.config.has_indexers
+        or not torch.is_grad_enabled()
+        or (state is not None and state.indexer_stage)
+    ):
         return
     learned = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     first = next(learned, None)

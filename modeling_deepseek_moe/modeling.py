@@ -36,7 +36,7 @@ from modeling_deepseek_moe.families import KimiK2Config
 from modeling_deepseek_moe.hybrid.model import HybridMixin
 from modeling_deepseek_moe.indexer import DeepseekIndexer
 from modeling_deepseek_moe.indexer_loss import DENSE
-from modeling_deepseek_moe.layer_context import check_learns, layer_context
+from modeling_deepseek_moe.layer_context import check_labels, layer_context
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.loading import ReleaseLoadingMixin
 from modeling_deepseek_moe.masks import PromptMaskMixin
@@ -288,17 +288,11 @@ class DeepseekMoeForCausalLM(
             others = dict(kwargs, labels=labels, mla_path=mla_path, row_weights=row_weights, embeds=inputs_embeds)
             tokens = input_ids, attention_mask, position_ids, cache, logits_to_keep
             logits = next_token.logits(self, *tokens, others)
-            if (
-                logits is not None
-            ):  # one new token of each sequence: the CPU engine has done all of the below in one call
+            if logits is not None:  # of a decoding step, for which the engine has done the same in one call
                 return MoeCausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
         objective = None
-        if labels is not None and self.model.has_gaps:
-            raise ValueError(
-                "labels: found a stage of a pipeline (pp_size), which gives no loss, wanted tp_size or fsdp_size"
-            )
-        if labels is not None and self.training:
-            check_learns(self)
+        if labels is not None:
+            check_labels(self)
         if labels is not None and self.training and self.model.training_state is not None:
             objective = Objective(self, input_ids, labels, attention_mask, position_ids, kwargs)
             kwargs["training_pass"] = objective.training_pass
