@@ -24,7 +24,7 @@ ENGINE = (
     *("step.c dsm_step", "moe.c dsm_moe", "experts.c dsm_experts", "experts.c run", "experts.c down"),
     *(
         "few_tokens_avx512_bf16.h dsm_bf16_gemv",
-        "few_tokens_avx512_bf16.h gemv_in_turns",
+        "turns_avx512.h gemv_in_turns",
         "few_tokens_avx512_bf16.h read_rows",
     ),
     *("few_tokens_avx512_bf16.h turn_fp8", "few_tokens_avx512_bf16.h add_block", "avx512_bf16.h decode64"),

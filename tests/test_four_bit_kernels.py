@@ -101,15 +101,15 @@ def test_three_and_four_tokens_get_the_bits_that_more_get(isa, kind):
             assert same_bits(multiply(x[:3]), more[:3]) and same_bits(multiply(x[:4]), more[:4])
 
 
-@pytest.mark.skipif(not {"cpu:avx2", "cpu:avx512"} <= set(BACKENDS), reason="a CPU without AVX-512")
+@pytest.mark.skipif(not {"cpu:avx512", "cpu:avx512_bf16"} <= set(BACKENDS), reason="a CPU without AVX-512 BF16")
 @pytest.mark.parametrize("kind", FOUR_BIT)
-def test_few_bf16_tokens_meet_the_same_integers_with_avx512_as_with_avx2(kind):
+def test_few_bf16_tokens_meet_the_same_integers_with_avx512_as_with_its_bf16(kind):
     name, group = split(kind)
     codes, scales, _ = quantised(kind, 130, 9 * group)
     for tokens in (1, 2, 7, 15):
         x = torch.randn(tokens, 9 * group).bfloat16()
         found = []
-        for isa in ("cpu:avx2", "cpu:avx512"):
+        for isa in ("cpu:avx512", "cpu:avx512_bf16"):
             with use_backend(isa):
                 found.append(cpu.linear(x, codes, cpu.parts_of(scales), None, name))
         assert same_bits(*found)

@@ -5,6 +5,7 @@
 
 #define PANEL 64
 #define UNROLL _Pragma("GCC unroll 32")
+#define INTEGER_GROUP 192 /* bytes of 64 activations as integers, their step, and what aligns the next */
 
 #include "four_bit_avx512_bf16.h"
 

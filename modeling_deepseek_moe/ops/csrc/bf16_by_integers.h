@@ -1,12 +1,7 @@
 /* The table for bf16 activations where no instructions multiply bf16: they meet codes of four bits as integers while tokens
-   are few. Part of `kernels_avx2.c` and `kernels_avx512.c`; the integers' functions are AVX2's for both, which AVX-512's fp32
-   products of one token are slower than. */
-void dsm_pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
-void dsm_gemv_integers(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                       float *out, int64_t ldo);
-
+   are few. Part of `kernels_avx2.c` and `kernels_avx512.c`, each of which has a `pack_integers` and a `gemv_integers`. */
 static void pack_for_gemv(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
-    (dsm_is_four_bit(weight_dtype) ? dsm_pack_integers : pack)(x, dtype, n, weight_dtype, out);
+    (dsm_is_four_bit(weight_dtype) ? pack_integers : pack)(x, dtype, n, weight_dtype, out);
 }
 /* one token in fp32; whole groups of 64 are written, and not what another thread packs after them */
 static void pack_for_gemm(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
@@ -28,7 +23,7 @@ static void pack_for_gemm(const void *const *x, int64_t tokens, int dtype, int64
 
 static void gemv_of_bf16(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                          float *out, int64_t ldo, const void *next) {
-    if (dsm_is_four_bit(w->dtype)) dsm_gemv_integers(x, stride, tokens, w, first, count, out, ldo);
+    if (dsm_is_four_bit(w->dtype)) gemv_integers(x, stride, tokens, w, first, count, out, ldo, next);
     else gemv(x, stride, tokens, w, first, count, out, ldo, next);
 }
 

@@ -1,28 +1,9 @@
-/* Few tokens; part of `kernels_avx512_bf16.c`.
-
-   For up to four tokens, several weight rows are read at once, in turns that lie apart: memory gives a tenth to a third
-   more to eight readers than to one. Each is fetched into the second cache ahead of its use (the first is x's), at the end
-   of the last turn what `next` says comes after these rows. */
-#define FAR_AHEAD 2048 /* bytes of one reader */
-#define AHEAD 512      /* of rows that are decoded by slabs */
-#define SLAB 256       /* columns of four weight rows that are decoded at a time for five and more tokens */
+/* Few tokens; part of `kernels_avx512_bf16.c`. The rows of up to four are read in turns (turns_avx512.h). */
+#define AHEAD 512 /* bytes of rows that are decoded by slabs */
+#define SLAB 256  /* columns of four weight rows that are decoded at a time for five and more tokens */
 #define SLAB_TOKENS 32
-#define NEAR_BYTES (256 << 10) /* of rows that stay in the second cache */
 
-/* out[i] = the sum over v[i]'s lanes: those 8 apart are added first, neighbours last */
-DSM_INLINE void sum8(const __m512 *v, float *out) {
-    __m512 two[4], four[2], all;
-    UNROLL for (int i = 0; i < 4; i++) two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
-                                                              _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
-    UNROLL for (int i = 0; i < 2; i++) four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0x88),
-                                                               _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xdd));
-    all = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)four[0], (__m512d)four[1]),
-                        (__m512)_mm512_unpackhi_pd((__m512d)four[0], (__m512d)four[1]));
-    all = _mm512_add_ps(
-        all, _mm512_permute_ps(all, 0xb1)); /* the i-th 128 bits: twice the sum of v[i], twice of v[4 + i] */
-    all = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12, 2, 6, 10, 14), all);
-    _mm256_storeu_ps(out, _mm512_castps512_ps256(all));
-}
+#include "turns_avx512.h"
 
 /* 128 columns, of which `rest` exist, of `readers` weight rows that lie `pitch` bytes apart; `ahead` is what is fetched */
 DSM_INLINE void add_block(Tables t, const char *x, size_t stride, const uint8_t *w, int64_t pitch, int64_t ahead,
@@ -116,18 +97,6 @@ READ(read_1_1, 1, 1, 0)
 READ(read_4_2, 4, 2, 0)
 READ(read_1_2, 1, 2, 0)
 READ(read_8_1_near, 8, 1, 1)
-#include "few_tokens_four_bit.h"
-typedef void (*Read)(const void *, size_t, const Matrix *, int64_t, int64_t, int64_t, float *, int64_t);
-
-/* count rows of one block of rows for up to four tokens, `readers` of them at a time */
-static void gemv_in_turns(Read several, Read one, int64_t readers, const void *x, size_t stride, const Matrix *w,
-                          int64_t first, int64_t count, float *out, int64_t ldo, const void *next) {
-    const int64_t turns = count / readers;
-    const int64_t jump = next ? (const char *)next - dsm_row(w, first + turns) : 0;
-    for (int64_t i = 0; i < turns; i++)
-        several(x, stride, w, first + i, turns, i + 1 < turns ? 0 : jump, out + i, ldo);
-    for (int64_t i = turns * readers; i < count; i++) one(x, stride, w, first + i, 1, 0, out + i, ldo);
-}
 
 /* Four weight rows of one block for up to four tokens. The sums stay apart by lane until the row's end. */
 DSM_INLINE void multiply_slab(const char *x, size_t stride, const uint16_t *slab, const float *scale, float *sums,
@@ -219,29 +188,10 @@ static void gemv_slab(const char *x, size_t stride, int64_t tokens, const Matrix
     }
 }
 
-/* four tokens at most at once: more meet as many rows as stay in the second cache one after the other */
-static void gemv_four_bit(const char *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                          float *out, int64_t ldo, const void *next) {
-    static const Read SEVERAL[] = {read_8_1_four_bit, read_4_2_four_bit, read_4_3_four_bit, read_4_4_four_bit},
-                      ONE[] = {read_1_1_four_bit, read_1_2_four_bit, read_1_3_four_bit, read_1_4_four_bit};
-    const int64_t near = dsm_max(NEAR_BYTES / dsm_max(dsm_row_bytes(w->dtype, w->cols), 1) / 8 * 8, 8);
-    const int64_t most = tokens == 1 ? 8 : 4;
-    for (int64_t r = 0, rows; r < count; r += rows) {
-        rows = tokens <= MOST_TOKENS ? count : dsm_min(near, count - r);
-        const void *then = r + rows < count ? dsm_row(w, first + r + rows) : next;
-        fetch_first_scales(w, first + r, rows / most, most);
-        for (int64_t t = 0, n; t < tokens; t += n) {
-            n = dsm_min(MOST_TOKENS, tokens - t);
-            gemv_in_turns(SEVERAL[n - 1], ONE[n - 1], n == 1 ? 8 : 4, x + t * stride, stride, w, first + r, rows,
-                          out + t * ldo + r, ldo, t + n < tokens ? dsm_row(w, first + r) : then);
-        }
-    }
-}
-
 void dsm_bf16_gemv(const void *x, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
                    float *out, int64_t ldo, const void *next) {
     if (dsm_is_four_bit(w->dtype)) {
-        gemv_four_bit(x, stride, tokens, w, first, count, out, ldo, next);
+        gemv_integers(x, stride, tokens, w, first, count, out, ldo, next);
     } else if (tokens <= 4) {
         for (int64_t r = 0, n; r < count; r += n) {
             n = dsm_min(count - r, DSM_BLOCK - (first + r) % DSM_BLOCK);

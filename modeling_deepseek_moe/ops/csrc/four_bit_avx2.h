@@ -1,4 +1,4 @@
-/* Codes of four bits for few bf16 activations with AVX2 and plain AVX-512 (`bf16_by_integers.h`); part of `kernels_avx2.c`.
+/* Codes of four bits for few bf16 activations with AVX2 (`bf16_by_integers.h`); part of `kernels_avx2.c`.
 
    Without instructions for bf16, fp32 products wait for the decoding of weights to fp32. Here 64 activations become
    integers of 16 bits and a scale, their largest / 32767, and a weight an integer of up to 14: exactly, but for NF4's, which
@@ -80,7 +80,7 @@ DSM_INLINE void store_words(const __m256i *words, char *to, const int swapped) {
 }
 
 /* 64 activations at a time, zeros after n */
-void dsm_pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
+static void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
     const int swapped = dsm_column_of(weight_dtype, 0), offset = byte_offset(weight_dtype);
     const float largest = offset ? 127 * 256 + 127 : 32767; /* of two signed bytes, or of 16 bits */
     char *to = out;
@@ -302,9 +302,10 @@ INTEGER_ROWS(integer_rows_1, 1)
 INTEGER_ROWS(integer_rows_2, 2)
 INTEGER_ROWS(integer_rows_4, 4)
 
-void dsm_gemv_integers(const void *given, size_t stride, int64_t tokens, const Matrix *w, int64_t first, int64_t count,
-                       float *out, int64_t ldo) {
+static void gemv_integers(const void *given, size_t stride, int64_t tokens, const Matrix *w, int64_t first,
+                          int64_t count, float *out, int64_t ldo, const void *next) {
     const char *x = given;
+    (void)next; /* as for `gemv` of `kernels_vector.h` */
     const int64_t rows = tokens == 1 ? SUMS : SUMS / TOKENS_AT_ONCE;
     for (int64_t r = 0; r < count; r += rows) {
         const int64_t n = dsm_min(rows, count - r);

@@ -16,7 +16,8 @@ DSM_TARGET_BEGIN("avx2,fma,f16c")
 #define CHOOSE_BY_SIGN(choice, yes, no) _mm256_blendv_ps(no, yes, (__m256)(choice))
 #include "kernels_vector.h"
 
-#include "bf16_by_integers.h"
 #include "four_bit_avx2.h"
+
+#include "bf16_by_integers.h"
 DSM_TARGET_END
 #endif

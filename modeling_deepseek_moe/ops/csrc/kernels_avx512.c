@@ -15,6 +15,10 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #define LOOK_UP(values, indices) _mm512_permutexvar_ps((__m512i)(indices), values)
 #include "kernels_vector.h"
 
+#define INTEGER_GROUP 256 /* bytes of 64 activations: as many as in fp32, which many tokens are packed in */
+#define ADD_PAIRS(sum, a, b) _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)) /* vpdpwssd is VNNI's */
+#include "few_tokens_four_bit.h"
+
 #include "bf16_by_integers.h"
 DSM_TARGET_END
 #endif

@@ -14,6 +14,9 @@ DSM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx51
 
 #include "avx512_bf16.h"
 
+#define ADD_PAIRS _mm512_dpwssd_epi32
+#include "few_tokens_four_bit.h"
+
 #include "few_tokens_avx512_bf16.h"
 
 /* ---- many tokens: 64 weight rows, one block deep, as pairs panel[pair of k][row] ---- */
@@ -150,49 +153,13 @@ static void gemm(const void *x, size_t stride, int64_t tokens, const Matrix *w, 
 
 /* ---- activations ---- */
 
-/* 32 of n values in fp32, of any dtype, zeros after them */
-DSM_INLINE void load_floats(const void *x, int dtype, int64_t n, __m512 *to) {
-    if (n >= 32 && dtype == DSM_F32)
-        UNROLL for (int i = 0; i < 2; i++) to[i] = _mm512_loadu_ps((const float *)x + 16 * i);
-    else if (n >= 32 && dtype == DSM_BF16)
-        UNROLL for (int i = 0; i < 2; i++) to[i] =
-            (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x + i)), 16);
-    else {
-        float values[32] __attribute__((aligned(64))) = {0};
-        for (int64_t i = 0; i < dsm_min(32, n); i++) values[i] = dsm_load(x, dtype, i);
-        UNROLL for (int i = 0; i < 2; i++) to[i] = _mm512_load_ps(values + 16 * i);
-    }
-}
-/* 64 of n values: integers in the order of `pack_four_bit`, and after them their step */
-static void pack_integers(const void *x, int dtype, int64_t n, int weight_dtype, char *out) {
-    __m512 v[4];
-    __m512i top = _mm512_setzero_si512(), halves[2];
-    load_floats(x, dtype, n, v);
-    load_floats((const char *)x + 32 * dsm_itemsize(dtype), dtype, n - 32, v + 2);
-    UNROLL for (int i = 0; i < 4; i++) top = /* magnitudes compare as integers do, NaN above infinity */
-        _mm512_max_epi32(top, _mm512_and_si512((__m512i)v[i], _mm512_set1_epi32(0x7fffffff)));
-    const int32_t bits = _mm512_reduce_max_epi32(top);
-    const int finite = bits < 0x7f800000;
-    float most;
-    memcpy(&most, &bits, 4);
-    /* no smaller, so that neither its inverse is infinite nor the step a subnormal number */
-    const float step = most / 32767 > 0x1p-112f ? most / 32767 : 0x1p-112f;
-    const __m512 inverse = _mm512_set1_ps(finite ? 1.0f / step : 0.0f);
-    UNROLL for (int i = 0; i < 2; i++) {
-        const __m256i low = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * i], inverse))),
-                      high = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * i + 1], inverse)));
-        halves[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    }
-    pack_four_bit(halves[0], halves[1], weight_dtype, (uint16_t *)out);
-    *(float *)(out + 128) = finite ? step / dsm_integer_gain(weight_dtype) : NAN;
-}
-
 void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out) {
-    for (int64_t k = 0; k < dsm_blocks(n) * DSM_BLOCK; k += 64) {
-        const char *from = (const char *)x + k * dsm_itemsize(dtype);
-        if (dsm_is_four_bit(weight_dtype)) pack_integers(from, dtype, n - k, weight_dtype, (char *)out + k * 3);
-        else pack_group(from, dtype, n - k, weight_dtype, (uint16_t *)out + k);
+    if (dsm_is_four_bit(weight_dtype)) {
+        pack_integers(x, dtype, n, weight_dtype, out);
+        return;
     }
+    for (int64_t k = 0; k < dsm_blocks(n) * DSM_BLOCK; k += 64)
+        pack_group((const char *)x + k * dsm_itemsize(dtype), dtype, n - k, weight_dtype, (uint16_t *)out + k);
 }
 /* one token in bf16; whole groups of 64 are written, and not what another thread packs after them */
 static void pack_for_gemm(const void *const *x, int64_t tokens, int dtype, int64_t n, int weight_dtype, char *group,
