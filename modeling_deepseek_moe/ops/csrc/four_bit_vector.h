@@ -15,25 +15,33 @@
 #if defined(LOOK_UP)
 typedef F Values;
 DSM_INLINE Values values_of(int dtype) { return load(dsm_values(dtype)); }
-DSM_INLINE F value_of(Values values, I codes, int j) { return (F)LOOK_UP(values, codes >> (4 * j)); }
+DSM_INLINE F look_up(Values values, I codes, int j) { return (F)LOOK_UP(values, codes >> (4 * j)); }
 #elif defined(LOOK_UP_8)
 typedef struct {
     F low, high;
 } Values;
 DSM_INLINE Values values_of(int dtype) { return (Values){load(dsm_values(dtype)), load(dsm_values(dtype) + 8)}; }
-DSM_INLINE F value_of(Values values, I codes, int j) {
+DSM_INLINE F look_up(Values values, I codes, int j) {
     const I index = codes >> (4 * j); /* bit 3 chooses, from the place of a sign */
     return (F)CHOOSE_BY_SIGN(codes << (28 - 4 * j), LOOK_UP_8(values.high, index), LOOK_UP_8(values.low, index));
 }
 #else
 typedef const float *Values;
 DSM_INLINE Values values_of(int dtype) { return dsm_values(dtype); }
-DSM_INLINE F value_of(Values values, I codes, int j) {
+DSM_INLINE F look_up(Values values, I codes, int j) {
     F out;
     for (int l = 0; l < WIDTH; l++) out[l] = values[codes[l] >> (4 * j) & 15];
     return out;
 }
 #endif
+
+/* the values of codes j; scales in bf16 are INT4's, whose values are its codes less 8 */
+DSM_INLINE F value_of(Values values, I codes, int j, const int kind) {
+#ifndef LOOK_UP /* which takes one instruction */
+    if (kind == DSM_BF16) return __builtin_convertvector(codes >> (4 * j) & 15, F) - 8.0f;
+#endif
+    return look_up(values, codes, j);
+}
 
 /* 4 * WIDTH codes of a row that has `rest` left */
 DSM_INLINE I load_four_bit(const uint8_t *p, int64_t rest) {
@@ -70,7 +78,7 @@ DSM_INLINE void add_four_bit(const Values values, const float *x, size_t stride,
     if (k % 128 < 4 * WIDTH) UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(from + r * pitch + AHEAD, 0, 2);
     UNROLL for (int j = 0; j < 4; j++) {
         F value[FOUR_BIT_ROWS];
-        UNROLL for (int r = 0; r < rows; r++) value[r] = value_of(values, codes[r], j);
+        UNROLL for (int r = 0; r < rows; r++) value[r] = value_of(values, codes[r], j, kind);
         UNROLL for (int t = 0; t < tokens; t++) {
             const F xt = load((const float *)((const char *)x + t * stride) + k + j * WIDTH);
             UNROLL for (int r = 0; r < rows; r++) {
@@ -143,7 +151,8 @@ DSM_INLINE void fill_four_bit(const Matrix *w, int64_t first, int64_t count, int
             }
             for (int j = 0; j < 4; j++) {
                 I column[WIDTH];
-                UNROLL for (int l = 0; l < WIDTH; l++) column[l] = (I)(scales[l] * value_of(values, codes[l], j));
+                UNROLL for (int l = 0; l < WIDTH; l++) column[l] =
+                    (I)(scales[l] * value_of(values, codes[l], j, kind));
                 transpose(column);
                 UNROLL for (int l = 0; l < WIDTH; l++)
                     store(panel + (i + j * WIDTH + l) * PANEL + v * WIDTH, (F)column[l]);
@@ -170,7 +179,7 @@ DSM_INLINE void absorb_strip(const Values values, const float *q, const Matrix *
         const F factor = q[i] * scales_of(w, first + i, k, rest, kind);
         if (k % 128 == 0) __builtin_prefetch(from + ABSORBED_AT_ONCE * pitch, 0, 2);
         if (k == 0) __builtin_prefetch(dsm_scale_place(w->scale, (first + i + ABSORBED_AT_ONCE) * groups, kind), 0, 2);
-        UNROLL for (int j = 0; j < 4; j++) acc[j] += factor * value_of(values, codes, j);
+        UNROLL for (int j = 0; j < 4; j++) acc[j] += factor * value_of(values, codes, j, kind);
     }
     UNROLL for (int j = 0; j < 4; j++) * (F *)(sums + j * WIDTH) = acc[j];
 }
