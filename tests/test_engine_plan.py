@@ -159,6 +159,9 @@ CHANGES = {
         "data",
         model.model.layers[1].post_attention_layernorm.weight.data * 3,
     ),
+    "a bias": lambda model: setattr(
+        model.model.layers[1].self_attn.o_proj, "bias", nn.Parameter(torch.ones(64).bfloat16())
+    ),
     "a forward": lambda model: setattr(model.model.layers[1].mlp, "forward", lambda x: x * 0),
     "a norm's epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 9.0),
     "experts a token": lambda model: setattr(model.model.layers[1].mlp.gate, "top_k", 1),

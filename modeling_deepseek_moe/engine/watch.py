@@ -1,5 +1,7 @@
 """Modules as they were when a table was made of them, and whether they still are: asked before every step, so in few and plain loops."""
 
+from operator import is_
+
 import torch
 from torch import nn
 
@@ -26,8 +28,8 @@ class Watch:
     def __init__(self):
         self._unhooked: list[dict] = []  # attributes of modules that nothing is attached to
         self._hooked: list[nn.Module] = []
-        self._children: list[tuple[dict, str, nn.Module]] = []
-        self._tensors: list[tuple[dict, str, torch.Tensor, int]] = []
+        self._slots: list[tuple[dict, list]] = []  # of children, parameters and buffers, and what was in them
+        self._pointers: list[tuple[torch.Tensor, int]] = []
         self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
@@ -39,10 +41,11 @@ class Watch:
                 self._hooked.append(module)
             else:
                 self._unhooked.append(module.__dict__)
-            self._children += [(module._modules, name, child) for name, child in module._modules.items()]
-            for tensors in (module._parameters, module._buffers):
-                found = [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
-                self._tensors += [(*slot, slot[2].data_ptr()) for slot in found]
+            for slots in (module._modules, module._parameters, module._buffers):
+                if slots:
+                    self._slots.append((slots, [*slots.values()]))
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            self._pointers += [(tensor, tensor.data_ptr()) for tensor in tensors if tensor is not None]
             attributes = module.__dict__
             self._numbers += [(attributes, name, attributes[name]) for name in NUMBERS.get(type(module), ())]
             if isinstance(module, MappedExperts):
@@ -60,18 +63,15 @@ class Watch:
         """
         if any_hooked(self._unhooked) or not all(map(is_hooked, self._hooked)):
             return False
-        try:
-            for children, name, child in self._children:
-                if children[name] is not child:
-                    return False
-            for tensors, name, tensor, pointer in self._tensors:
-                if tensors[name] is not tensor or tensor.data_ptr() != pointer:
-                    return False
-            for attributes, name, value in self._numbers:
-                if attributes[name] is not value:
-                    return False
-        except KeyError:  # deleted
-            return False
+        for slots, values in self._slots:
+            if len(slots) != len(values) or not all(map(is_, slots.values(), values)):
+                return False
+        for tensor, pointer in self._pointers:
+            if tensor.data_ptr() != pointer:
+                return False
+        for attributes, name, value in self._numbers:
+            if attributes.get(name) is not value:
+                return False
         if not all(_is_same(module.for_engine(), operands) for module, operands in self._adapted):
             return False
         for module, stream in self._mapped:
