@@ -199,7 +199,7 @@ def call(function: str, *arguments) -> None:
     if result == _NOT_FINITE:
         raise FloatingPointError(f"{function}: found NaN or Inf, wanted finite values")
     if result == _BAD_INDEX:
-        raise IndexError(f"{function}: found an index that is out of range")
+        raise IndexError(f"{function}: found an index out of range")
     if result:
         raise AssertionError(f"{function} returned {result}")
 
