@@ -28,7 +28,7 @@ class NextToken:
     def __init__(self, model: nn.Module, plan: Plan):
         base, head = model.model, model.lm_head
         self.plan, self.head, self.rotary, self.embedding = plan, head, base.rotary_emb, base.embed_tokens
-        self._rows: tuple[int, int, torch.Tensor, torch.Tensor] | None = None
+        self._tables: tuple[int, int, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._watch = Watch()
         for module in (self.embedding, self.rotary, head):
             self._watch.add(module)
@@ -70,13 +70,12 @@ class NextToken:
 
     def _rotary_rows(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[1, 1, p/2]``, of tables that are made for the next ROWS positions."""
-        version, rows = self.rotary.inv_freq._version, self._rows
-        if rows is None or rows[0] != version or not 0 <= position - rows[1] < ROWS:
-            tables = self.rotary(self.embedding.weight, torch.arange(position, position + ROWS)[None])
-            rows = self._rows = version, position, *tables
-        _, begin, cos, sin = rows
-        row = slice(position - begin, position - begin + 1)
-        return cos[:, row], sin[:, row]
+        version, tables = self.rotary.inv_freq._version, self._tables
+        if tables is None or tables[0] != version or not 0 <= position - tables[1] < ROWS:
+            cos, sin = self.rotary(self.embedding.weight, torch.arange(position, position + ROWS)[None])
+            rows = list(zip(cos.split(1, dim=1), sin.split(1, dim=1), strict=True))
+            tables = self._tables = version, position, rows
+        return tables[2][position - tables[1]]
 
 
 def logits(

@@ -47,7 +47,9 @@ class Run:
     ):
         rows = [LatentCache() if cache is None else LatentCache.of(*cache) for cache in caches]
         batch, tokens, hidden = shape
-        cos, sin = (table.float().expand(batch, -1, -1).contiguous() for table in (cos, sin))
+        if len(cos) != batch:
+            cos, sin = (table.expand(batch, -1, -1) for table in (cos, sin))
+        cos, sin = _native.fp32(cos), _native.fp32(sin)
         if mask is not None:
             mask = _native.additive(mask[:, 0, -tokens:, : past + tokens])
         tables = cos.data_ptr(), sin.data_ptr(), Mask.of(mask)
