@@ -243,6 +243,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         return layer(input_ids, hidden_states, **{CACHE_NAME: cache}, **context)
 
 
+DECODER_FORWARD = DeepseekMoeModel.forward  # where another is put in its place, that is called
+
+
 class DeepseekMoeForCausalLM(
     DeepseekMoePreTrainedModel, DraftingMixin, ContinuousLatentMixin, PromptMaskMixin, GenerationMixin
 ):
@@ -284,10 +287,15 @@ class DeepseekMoeForCausalLM(
         dense stage leaves out of it. Outside training the loss is multiplied by the mean of ``row_weights`` ``[B]``: with the
         labels of each row over the mean of the data set, `Trainer`'s mean over rows is the one over labels.
         """
-        if type(self.model).forward is DeepseekMoeModel.forward:
-            others = dict(kwargs, labels=labels, mla_path=mla_path, row_weights=row_weights, embeds=inputs_embeds)
+        if type(self.model).forward is DECODER_FORWARD:
+            wishes = {
+                "inputs_embeds": inputs_embeds,
+                "labels": labels,
+                "mla_path": mla_path,
+                "row_weights": row_weights,
+            }
             tokens = input_ids, attention_mask, position_ids, cache, logits_to_keep
-            logits = next_token.logits(self, *tokens, others)
+            logits = next_token.logits(self, *tokens, kwargs | wishes)
             if logits is not None:  # of a decoding step, for which the engine has done the same in one call
                 return MoeCausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
         objective = None

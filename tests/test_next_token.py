@@ -1,21 +1,22 @@
-"""A token from its id to its logits in one call of the CPU engine: the bits of the model's own forward, and when that is called instead."""
+"""A token from its id to its logits in one call of the CPU engine: the bits of the model's own forward, and what is asked of that."""
 
 import inspect
 
 import pytest
 import torch
 from engine_cases import by_layers_alone, needs_engine
+from next_token_cases import KINDS, decoding, ids, load, note_steps, steps
 from releases import SHAPES, write_release
-from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
 
 from modeling_deepseek_moe.compat import CACHE_NAME
-from modeling_deepseek_moe.engine.next_token import ROWS, NextToken
-from modeling_deepseek_moe.modeling import DeepseekMoeForCausalLM, DeepseekMoeModel
+from modeling_deepseek_moe.engine import next_token
+from modeling_deepseek_moe.engine.next_token import ROWS
+from modeling_deepseek_moe.modeling import DeepseekMoeForCausalLM
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 
 pytestmark = needs_engine
-KINDS = [("v3", False), ("v3", True), ("v2", False)]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)
@@ -31,21 +32,9 @@ def model(folder):
     return load(folder)
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-
-
 @pytest.fixture
 def taken(monkeypatch):
-    """The positions of the steps that were taken in one call."""
-    positions, run = [], NextToken.run
-
-    def noted(self, input_ids, cache, past_length):
-        positions.append(past_length)
-        return run(self, input_ids, cache, past_length)
-
-    monkeypatch.setattr(NextToken, "run", noted)
-    return positions
+    return note_steps(monkeypatch)
 
 
 @pytest.fixture
@@ -56,24 +45,6 @@ def by_layers(monkeypatch):
             return function(*arguments, **named)
 
     return compute
-
-
-def ids(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(length))
-
-
-@torch.no_grad()
-def steps(model, rows=2, count=5, between=None, **asked) -> torch.Tensor:
-    """Logits of a prompt of 9 tokens, and of ``count`` more; ``between`` is called with the model before the fourth."""
-    cache = DynamicCache(config=model.config)
-    found = [model(ids(rows, 9), cache=cache).logits[:, -1]]
-    for step in range(count):
-        if between is not None and step == 3:
-            between(model)
-        new = {name: make(rows, 9 + step) for name, make in asked.items()}
-        found.append(model(torch.full((rows, 1), 5 + step), cache=cache, **new).logits[:, -1])
-    assert cache.get_seq_length() == 9 + count
-    return torch.stack(found)
 
 
 # ---- the same bits ----
@@ -198,104 +169,6 @@ def test_what_says_nothing_new_is_taken(model, name, taken, by_layers):
     assert torch.equal(found, by_layers(steps, model, **TAKEN_TOO[name]))
 
 
-def with_router_logits_in_the_config(model):
-    model.config.output_router_logits = True
-
-
-def with_a_state_of_training(model):
-    from modeling_deepseek_moe.moe.training_state import TrainingState
-
-    model.model.training_state = TrainingState()
-    model.train()
-
-
-def with_the_decoders_forward_replaced(model):
-    model.model.forward = model.model.forward
-
-
-BETWEEN = {  # changes nothing of the logits
-    "router logits": with_router_logits_in_the_config,
-    "training": with_a_state_of_training,
-    "a forward": with_the_decoders_forward_replaced,
-    "a hook on the decoder": lambda model: model.model.register_forward_hook(lambda *_: None),
-    "a hook on the embedding": lambda model: model.model.embed_tokens.register_forward_pre_hook(lambda *_: None),
-    "a hook on the tables": lambda model: model.model.rotary_emb.register_forward_hook(lambda *_: None),
-    "a hook on the head": lambda model: model.lm_head.register_forward_hook(lambda *_: None),
-}
-
-
-@pytest.mark.parametrize("name", BETWEEN)
-def test_what_is_attached_goes_through_the_model(model, name, taken):
-    wanted = steps(load(model.config._name_or_path))
-    taken.clear()
-    found = steps(model, between=BETWEEN[name])
-    assert taken == [10, 11] and torch.equal(found, wanted)
-
-
-def test_every_hook_is_called(model):
-    """Forward hooks on what the engine would not call see each token."""
-    seen = []
-    for module in (model.model, model.model.embed_tokens, model.model.rotary_emb, model.lm_head):
-        module.register_forward_hook(lambda module, *_: seen.append(module))
-    steps(model)
-    assert len(seen) == 4 * 6
-
-
-def halved(model):
-    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data / 2
-
-
-CHANGES = {  # each changes logits
-    "the embedding": lambda model: model.set_input_embeddings(nn.Embedding.from_pretrained(model.lm_head_rows())),
-    "the embedding's memory": halved,
-    "the embedding in place": lambda model: model.model.embed_tokens.weight.data.mul_(-1),
-    "the head": lambda model: setattr(model, "lm_head", Negated(model.lm_head)),
-    "the head's weight": lambda model: setattr(model.lm_head, "weight", nn.Parameter(-model.lm_head.weight)),
-    "a hook on the head": lambda model: model.lm_head.register_forward_hook(lambda module, given, out: -out),
-    "frequencies": lambda model: setattr(model.model.rotary_emb, "inv_freq", model.model.rotary_emb.inv_freq * 3),
-    "frequencies in place": lambda model: model.model.rotary_emb.inv_freq.mul_(3),
-    "the tables' factor": lambda model: setattr(model.model.rotary_emb, "attention_scaling", 3.0),
-    "a layer": lambda model: model.model.layers.__delitem__(slice(1, 2)),
-    "the layers' order": lambda model: setattr(model.model, "layers", nn.ModuleList([*model.model.layers][::-1])),
-    "the number of layers": lambda model: setattr(model.config, "num_hidden_layers", 2),
-    "the decoder": lambda model: setattr(model, "model", Shifted(model.config, model.model)),
-}
-
-
-class Negated(nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-
-    def forward(self, x):
-        return -self.head(x)
-
-
-class Shifted(DeepseekMoeModel):
-    """A class of its own, whose forward does more."""
-
-    def __init__(self, config, model):
-        nn.Module.__init__(self)
-        self.__dict__.update(model.__dict__)
-
-    def forward(self, *arguments, **named):
-        out = DeepseekMoeModel.forward(self, *arguments, **named)
-        out.last_hidden_state = out.last_hidden_state + 1
-        return out
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_counts_from_the_next_token(folder, name, by_layers, monkeypatch):
-    monkeypatch.setattr(
-        DeepseekMoeForCausalLM, "lm_head_rows", lambda self: self.model.embed_tokens.weight.data.flip(0), raising=False
-    )
-    found = steps(load(folder), between=CHANGES[name])
-    wanted = by_layers(steps, load(folder), between=CHANGES[name])
-    unchanged = steps(load(folder))
-    assert torch.equal(found, wanted)
-    assert torch.equal(found[:4], unchanged[:4]) and not torch.equal(found[4:], unchanged[4:])
-
-
 def test_more_than_a_token_or_a_few_rows_goes_through_the_model(model, taken):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -321,6 +194,26 @@ def test_gradients_and_autocast_go_through_the_model(model, taken):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(ids(1, 1), cache=cache)
     assert not taken
+
+
+class Doubling(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        found = function(*arguments, **(named or {}))
+        return 2 * found if "embedding" in str(function) or "bf16_linear" in str(function) else found
+
+
+def test_modes_and_profilers_see_operators(model, taken, monkeypatch):
+    """As they do where the model's own forward takes each step."""
+    cache, other = decoding(model), decoding(model)
+    taken.clear()
+    with torch.no_grad():
+        with Doubling(), monkeypatch.context() as patch:
+            found = model(ids(1, 1), cache=cache).logits
+            patch.setattr(next_token, "logits", lambda *_: None)
+            assert torch.equal(found, model(ids(1, 1), cache=other).logits)
+        with torch.profiler.profile() as profile:
+            model(ids(1, 1), cache=cache)
+    assert not taken and any("embedding" in event.key for event in profile.key_averages())
 
 
 @pytest.mark.parametrize("wrong", [-1, 1 << 40, "vocabulary"])

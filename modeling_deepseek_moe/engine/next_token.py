@@ -2,8 +2,11 @@
 
 Where a plan runs every stage of the layers, a step spends as long in Python and torch around them as in two layers of experts:
 embedding, rotary tables, mask and head are small, but the interpreter finds its own code gone from the caches each time. What
-`DeepseekMoeForCausalLM.forward` would do for such a step is done here in one go, with the same bits.
+`DeepseekMoeForCausalLM.forward` would do for such a step is done here in one go, with the same bits; whatever it does besides (for a hook,
+an argument, a mode of torch) it is left to do.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,40 +16,61 @@ from modeling_deepseek_moe.attention import ABSORBED, choose_mla_path
 from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.engine.plan import SLOT, Plan
 from modeling_deepseek_moe.engine.watch import Watch
+from modeling_deepseek_moe.ops._library import needs_dispatcher
 from modeling_deepseek_moe.ops._operands import any_hooked, every_module_is_hooked, is_hooked, operand_of
 from modeling_deepseek_moe.ops._structs import Ends
 from modeling_deepseek_moe.ops.decode_step.cpu import FEW_TOKENS
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 
+CPU = torch.device("cpu")  # said where tensors are made, since a default device may be another
 ROWS = 64  # of rotary tables that are made at a time
 DEPEND_ON_LENGTH = ("dynamic", "longrope")  # kinds of rotary embeddings whose rows change as a sequence grows
 
 
+class Tables(NamedTuple):
+    """Rows of rotary tables from position ``begin`` on, and the frequencies that they were made of."""
+
+    frequencies: torch.Tensor
+    begin: int
+    rows: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def has(self, position: int) -> bool:
+        """Whether the row of a position is among them."""
+        return 0 <= position - self.begin < len(self.rows)
+
+
 class NextToken:
-    """A plan, and what is before and after its stages; ``reason`` is why the engine cannot run that, ``None`` where it can."""
+    """What is before and after a plan's stages; ``reason`` is why the engine cannot run that, ``None`` where it can.
+
+    It belongs to a plan, and holds none: whoever drops the plan frees both.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan):
         base, head = model.model, model.lm_head
-        self.plan, self.head, self.rotary, self.embedding = plan, head, base.rotary_emb, base.embed_tokens
-        self._tables: tuple[int, int, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self.head, self.rotary, self.embedding = head, base.rotary_emb, base.embed_tokens
+        self._tables: Tables | None = None
         self._watch = Watch()
         for module in (self.embedding, self.rotary, head):
             self._watch.add(module)
-        self.reason, self.ends = self._unsupported_reason(), Ends()
+        self.reason, self.ends = self._unsupported_reason(plan), Ends()
         if self.reason is None:
             matrix, self._kept = operand_of(head).matrix()
-            weight = self.embedding.weight
-            self.ends = Ends(weight.data_ptr(), len(weight), matrix)
+            self.ends = Ends(self.embedding.weight.data_ptr(), len(self.embedding.weight), matrix)
+            self.reason = self._unfit(base.config.hidden_size)
 
-    def _unsupported_reason(self) -> str | None:
-        rotary, dtype = self.rotary, self.plan.dtype
+    def _unsupported_reason(self, plan: Plan) -> str | None:
+        """Why the modules cannot be read in place of their calls."""
+        rotary = self.rotary
         if type(rotary) is not DeepseekRotaryEmbedding or rotary.rope_type in DEPEND_ON_LENGTH:
             return "needs rotary tables whose rows stay as they are"
         if is_hooked(rotary):
             return "cannot call the hooks of rotary tables"
-        if rotary.inv_freq.is_inference():
-            return "cannot see changes of tensors made in inference mode"
-        return reasons.embedding(self.embedding, dtype) or reasons.linear(self.head, dtype)
+        return reasons.embedding(self.embedding, plan.dtype) or reasons.linear(self.head, plan.dtype)
+
+    def _unfit(self, hidden: int) -> str | None:
+        """What the calls of modules that are not as wide as the states would say."""
+        widths = self.embedding.weight.shape[1], self.ends.head.cols
+        return None if widths == (hidden, hidden) else f"needs an embedding and a head of {hidden}, found {widths}"
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether these are a model's, and as they were; `Plan.is_current` says that of the layers."""
@@ -54,28 +78,28 @@ class NextToken:
         are_its = self.head is model.lm_head and self.rotary is base.rotary_emb and self.embedding is base.embed_tokens
         return are_its and self._watch.is_current()
 
-    def run(self, input_ids: torch.Tensor, cache: Cache, past_length: int) -> torch.Tensor:
+    def run(self, plan: Plan, input_ids: torch.Tensor, cache: Cache, past_length: int) -> torch.Tensor:
         """Logits ``[B, 1, vocabulary]`` of ``input_ids [B, 1]`` at position ``past_length`` of their sequences.
 
         Raises:
             IndexError: an id that is not in the vocabulary.
         """
-        plan, batch = self.plan, len(input_ids)
-        shape = batch, 1, self.embedding.embedding_dim
+        batch = len(input_ids)
+        shape = batch, 1, self.embedding.weight.shape[1]
         step = plan.step(shape, cache, past_length, self._rotary_rows(past_length), None)
-        logits = torch.empty((batch, 1, self.ends.head.rows), dtype=plan.dtype)
+        logits = torch.empty((batch, 1, self.ends.head.rows), dtype=plan.dtype, device=CPU)
         step.logits(input_ids.contiguous(), self.ends, logits)
         plan.advance(cache, past_length + 1)
         return logits
 
     def _rotary_rows(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[1, 1, p/2]``, of tables that are made for the next ROWS positions."""
-        version, tables = self.rotary.inv_freq._version, self._tables
-        if tables is None or tables[0] != version or not 0 <= position - tables[1] < ROWS:
-            cos, sin = self.rotary(self.embedding.weight, torch.arange(position, position + ROWS)[None])
-            rows = list(zip(cos.split(1, dim=1), sin.split(1, dim=1), strict=True))
-            tables = self._tables = version, position, rows
-        return tables[2][position - tables[1]]
+        frequencies, tables = self.rotary.inv_freq, self._tables
+        if tables is None or not (tables.has(position) and torch.equal(tables.frequencies, frequencies)):
+            positions = torch.arange(position, position + ROWS, device=CPU)[None]
+            cos, sin = (table.split(1, dim=1) for table in self.rotary(self.embedding.weight, positions))
+            tables = self._tables = Tables(frequencies.clone(), position, [*zip(cos, sin, strict=True)])
+        return tables.rows[position - tables.begin]
 
 
 def logits(
@@ -93,7 +117,7 @@ def logits(
         model: a causal language model.
         others: its forward's other arguments, of which none may ask for anything.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # graphs have operators
+    if needs_dispatcher((input_ids,)):
         return None
     base = model.model
     plan: Plan | None = base.__dict__.get(SLOT)
@@ -116,20 +140,19 @@ def logits(
     if whole.reason is not None or not plan.is_current(plan.dtype):
         return None
     base.origin.check(base)
-    return whole.run(input_ids, cache, past_length)
+    return whole.run(plan, input_ids, cache, past_length)
 
 
 def _is_step(input_ids: torch.Tensor) -> bool:
     """Whether it is one token of a few sequences, without gradients."""
-    if type(input_ids) is not torch.Tensor or input_ids.ndim != 2:
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or input_ids.ndim != 2:
         return False
     rows, tokens = input_ids.shape
-    return tokens == 1 and 0 < rows <= FEW_TOKENS and input_ids.is_cpu and input_ids.dtype == torch.long
+    return tokens == 1 and 0 < rows <= FEW_TOKENS and input_ids.dtype == torch.long
 
 
 def _wants_logits_alone(base: nn.Module, logits_to_keep: int | torch.Tensor, others: dict) -> bool:
+    """Whether neither an argument nor the config asks for something else, or for some of the logits."""
     if any(value is not None and value is not False for value in others.values()):
         return False
     if any(getattr(base.config, f"output_{name}", False) for name in base._can_record_outputs):
@@ -141,11 +164,14 @@ def _is_plain(base: nn.Module) -> bool:
     """Whether the decoder's own call does nothing but what is done here."""
     if every_module_is_hooked() or any_hooked((base.__dict__,)) or base.has_gaps:
         return False
+    if type(base).__call__ is not nn.Module.__call__ or base._compiled_call_impl is not None:
+        return False
     is_trained = base.training and base.training_state is not None
-    return not is_trained and base.config.__dict__.get("is_causal", True)
+    return not is_trained and getattr(base.config, "is_causal", True)
 
 
 def _whole(model: nn.Module, plan: Plan) -> NextToken:
+    """The plan's own, made again where the model's parts are others now."""
     found = plan.next_token
     if found is None or not found.is_of(model):
         found = plan.next_token = NextToken(model, plan)

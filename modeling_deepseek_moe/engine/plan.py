@@ -143,9 +143,15 @@ class Plan:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
     ) -> Run:
-        """For states of ``shape [B, q, D]``; the cache's layers get room for their rows, and count them in `advance`."""
-        batch, tokens, _ = shape
-        new = [torch.empty((batch, 1, tokens, size), dtype=self.dtype) for size in self._row]
+        """For states of ``shape [B, q, D]``; the cache's layers get room for their rows, and count them in `advance`.
+
+        Raises:
+            ValueError: the states, an embedding's that was replaced, are of another width than the layers.
+        """
+        batch, tokens, hidden = shape
+        if hidden != self._config.hidden_size:
+            raise ValueError(f"hidden states: found {hidden} features, wanted hidden_size={self._config.hidden_size}")
+        new = [torch.empty((batch, 1, tokens, size), dtype=self.dtype, device="cpu") for size in self._row]
         buffers = [layer and layer.reserve(*new) for layer in self._layers_of(cache)]
         tables = *position_embeddings, attention_mask, self._softmax_scale
         return Run(self._structs, self._norm, buffers, past_length, self._mla, shape, *tables)

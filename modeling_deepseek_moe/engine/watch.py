@@ -19,6 +19,7 @@ NUMBERS = {  # attributes whose values are in a table
         *("top_k", "n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor"),
     ),
     DeepseekRotaryEmbedding: ("rope_type", "attention_scaling"),
+    nn.Embedding: ("max_norm",),
 }
 
 
@@ -29,7 +30,9 @@ class Watch:
         self._unhooked: list[dict] = []  # attributes of modules that nothing is attached to
         self._hooked: list[nn.Module] = []
         self._slots: list[tuple[dict, list]] = []  # of children, parameters and buffers, and what was in them
-        self._pointers: list[tuple[torch.Tensor, int]] = []
+        self._modules: list[nn.Module] = []
+        self._kinds: list[type] = []
+        self._memory: list[tuple[torch.Tensor, int, torch.Size]] = []
         self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
@@ -45,9 +48,15 @@ class Watch:
                 if slots:
                     self._slots.append((slots, [*slots.values()]))
             tensors = (*module._parameters.values(), *module._buffers.values())
-            self._pointers += [(tensor, tensor.data_ptr()) for tensor in tensors if tensor is not None]
+            self._memory += [(one, one.data_ptr(), one.shape) for one in tensors if one is not None]
+            self._modules.append(module)
+            self._kinds.append(type(module))
             attributes = module.__dict__
             self._numbers += [(attributes, name, attributes[name]) for name in NUMBERS.get(type(module), ())]
+            owner, name = module._parameters.get("weight"), "quant_state"
+            while (state := getattr(owner, name, None)) is not None:  # bitsandbytes' scales, which may be nested
+                self._numbers += [(vars(owner), name, state), (vars(state), "absmax", state.absmax)]
+                owner, name = state, "state2"
             if isinstance(module, MappedExperts):
                 self._mapped.append((module, module.stream))
 
@@ -56,18 +65,20 @@ class Watch:
         self._adapted.append((experts, operands))
 
     def is_current(self) -> bool:
-        """Whether no module, hook, weight or number was changed since it was added.
+        """Whether no module, its class, hook, weight, scales or number was replaced since it was added.
 
         Raises:
             CheckpointError: a file that experts are mapped from was truncated or rewritten.
         """
         if any_hooked(self._unhooked) or not all(map(is_hooked, self._hooked)):
             return False
+        if not all(map(is_, map(type, self._modules), self._kinds)):
+            return False
         for slots, values in self._slots:
             if len(slots) != len(values) or not all(map(is_, slots.values(), values)):
                 return False
-        for tensor, pointer in self._pointers:
-            if tensor.data_ptr() != pointer:
+        for tensor, pointer, shape in self._memory:
+            if tensor.data_ptr() != pointer or tensor.shape != shape:
                 return False
         for attributes, name, value in self._numbers:
             if attributes.get(name) is not value:

@@ -32,7 +32,7 @@ def define(schema: str, implementation: Callable | None, fake: Callable, cuda: C
 
     @wraps(implementation or cuda)
     def call(*arguments, **named):
-        if implementation is None or named or _needs_dispatcher(arguments):
+        if implementation is None or named or needs_dispatcher(arguments):
             return operator(*arguments, **named)
         return implementation(*arguments)
 
@@ -41,7 +41,7 @@ def define(schema: str, implementation: Callable | None, fake: Callable, cuda: C
     return call
 
 
-def _needs_dispatcher(arguments: tuple) -> bool:
+def needs_dispatcher(arguments: tuple) -> bool:
     """Whether a call has to be an operator's: for a compiler, a tracer, a profiler, a mode, a subclass or another device."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
