@@ -288,14 +288,9 @@ class DeepseekMoeForCausalLM(
         labels of each row over the mean of the data set, `Trainer`'s mean over rows is the one over labels.
         """
         if type(self.model).forward is DECODER_FORWARD:
-            wishes = {
-                "inputs_embeds": inputs_embeds,
-                "labels": labels,
-                "mla_path": mla_path,
-                "row_weights": row_weights,
-            }
+            wishes = dict(kwargs, inputs_embeds=inputs_embeds, labels=labels, mla_path=mla_path)
             tokens = input_ids, attention_mask, position_ids, cache, logits_to_keep
-            logits = next_token.logits(self, *tokens, kwargs | wishes)
+            logits = next_token.logits(self, *tokens, wishes)
             if logits is not None:  # of a decoding step, for which the engine has done the same in one call
                 return MoeCausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
         objective = None
