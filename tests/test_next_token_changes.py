@@ -9,6 +9,7 @@ from engine_cases import by_layers_alone, needs_engine
 from next_token_cases import KINDS, decoding, ids, load, note_steps, steps
 from releases import COMMON, SHAPES, V3, write_release
 from torch import nn
+from transformers import DynamicCache
 
 from modeling_deepseek_moe import DeepseekV3Config
 from modeling_deepseek_moe.engine.next_token import ROWS
@@ -157,6 +158,30 @@ def test_a_change_counts_from_the_next_token(folder, name, by_layers):
     assert torch.equal(found[:4], unchanged[:4]) and not torch.equal(found[4:], unchanged[4:])
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_the_same_memory_turned(tmp_path, name, by_layers):
+    write_release(tmp_path, DeepseekV3Config(**(COMMON | V3 | {"vocab_size": 64})))
+
+    def turn(model):
+        weight = model.get_input_embeddings().weight if name == "embed_tokens" else model.lm_head.weight
+        weight.data = weight.data.t()
+
+    @torch.no_grad()
+    def walk(model) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        found = [model(ids(1, length) % 64, cache=cache).logits[:, -1] for length in (9, 1, 1)]
+        turn(model)
+        return torch.cat([*found, model(torch.tensor([[5]]), cache=cache).logits[:, -1]])
+
+    assert torch.equal(walk(load(tmp_path)), by_layers(walk, load(tmp_path)))
+
+
+def test_positions_of_no_token(model):
+    cache = decoding(model, rows=2)
+    with torch.no_grad(), pytest.raises(ValueError, match="position_ids: found 0 of each sequence, wanted 1"):
+        model(ids(2, 1), cache=cache, position_ids=torch.zeros((2, 0)).long())
+
+
 def test_fewer_rows_at_the_same_place(model):
     cache = decoding(model)
     with torch.no_grad():
@@ -188,21 +213,30 @@ def test_other_widths_are_an_error(model, name, width):
             model(ids(2, 1), cache=cache)
 
 
+CHANGES_OF_SCALES = {
+    "absmax": lambda state, inner: setattr(inner, "absmax", inner.absmax / 2),
+    "its data": lambda state, inner: setattr(inner.absmax, "data", inner.absmax.data / 2),
+    "offset": lambda state, inner: setattr(state, "offset", state.offset * 2 + 1),
+    "code": lambda state, inner: setattr(inner, "code", inner.code / 2),
+}
+NESTED = [("nf4-double", part) for part in CHANGES_OF_SCALES]
+
+
 @pytest.mark.tools
-@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
-def test_scales_of_a_head_in_four_bits_may_be_others(tmp_path, kind, by_layers):
+@pytest.mark.parametrize(("kind", "part"), [("nf4", "absmax"), ("nf4", "its data"), *NESTED])
+def test_scales_of_a_head_in_four_bits_may_be_others(tmp_path, kind, part, by_layers):
     bnb_models = pytest.importorskip("bnb_models")
     config = DeepseekV3Config(**(COMMON | V3 | bnb_models.SIZES | {"moe_intermediate_size": 192}))
     write_release(tmp_path, config)
 
-    def halve(model):
+    def change(model):
         state = model.lm_head.weight.quant_state
         inner = state.state2 if state.nested else state
-        inner.absmax = inner.absmax / 2
+        CHANGES_OF_SCALES[part](state, inner)
 
     def run() -> torch.Tensor:
         wish = bnb_models.wish(kind, torch.bfloat16, llm_int8_skip_modules=[])
-        return steps(bnb_models.load(tmp_path, wish, dtype=torch.bfloat16), rows=1, between=halve)
+        return steps(bnb_models.load(tmp_path, wish, dtype=torch.bfloat16), rows=1, between=change)
 
     assert torch.equal(run(), by_layers(run))
 

@@ -42,7 +42,7 @@ class Tables(NamedTuple):
 class NextToken:
     """What is before and after a plan's stages; ``reason`` is why the engine cannot run that, ``None`` where it can.
 
-    It belongs to a plan, and holds none: whoever drops the plan frees both.
+    A plan holds it, and it none: head and embedding live as long as the plan that they were found with, or until the next step.
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
@@ -188,4 +188,6 @@ def _sees_all(attention_mask: torch.Tensor | None, length: int) -> bool:
 
 def _are(position_ids: torch.Tensor | None, position: int) -> bool:
     """Whether every sequence's new token is at that position: none is packed or padded."""
-    return position_ids is None or (position_ids.ndim == 2 and bool((position_ids == position).all()))
+    if position_ids is None:
+        return True
+    return position_ids.ndim == 2 and position_ids.shape[1] == 1 and bool((position_ids == position).all())

@@ -87,7 +87,10 @@ def norm(module: nn.Module, dtype: torch.dtype) -> Reason:
 
 def embedding(module: nn.Module, dtype: torch.dtype) -> Reason:
     """A table of rows that are copied."""
-    reason = _is_own(module, nn.Embedding) or _tensor(module.weight, (dtype,))
+    reason = _is_own(module, nn.Embedding)
+    if reason is None and module._parameters.get("weight") is not module.weight:
+        return "needs an embedding whose weight is a parameter"
+    reason = reason or _tensor(module.weight, (dtype,))
     if reason is None and module.max_norm is not None:
         reason = "does not scale rows of an embedding (max_norm)"
     return reason

@@ -32,7 +32,7 @@ class Watch:
         self._slots: list[tuple[dict, list]] = []  # of children, parameters and buffers, and what was in them
         self._modules: list[nn.Module] = []
         self._kinds: list[type] = []
-        self._memory: list[tuple[torch.Tensor, int, torch.Size]] = []
+        self._memory: list[tuple[torch.Tensor, int, torch.Size, torch.dtype, bool]] = []
         self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
@@ -48,17 +48,25 @@ class Watch:
                 if slots:
                     self._slots.append((slots, [*slots.values()]))
             tensors = (*module._parameters.values(), *module._buffers.values())
-            self._memory += [(one, one.data_ptr(), one.shape) for one in tensors if one is not None]
+            self._add_memory(*tensors)
             self._modules.append(module)
             self._kinds.append(type(module))
             attributes = module.__dict__
             self._numbers += [(attributes, name, attributes[name]) for name in NUMBERS.get(type(module), ())]
             owner, name = module._parameters.get("weight"), "quant_state"
             while (state := getattr(owner, name, None)) is not None:  # bitsandbytes' scales, which may be nested
-                self._numbers += [(vars(owner), name, state), (vars(state), "absmax", state.absmax)]
+                self._numbers += [(vars(owner), name, state)]
+                self._numbers += [(vars(state), one, getattr(state, one)) for one in ("absmax", "code", "offset")]
+                self._add_memory(state.absmax, state.code)
                 owner, name = state, "state2"
             if isinstance(module, MappedExperts):
                 self._mapped.append((module, module.stream))
+
+    def _add_memory(self, *tensors: torch.Tensor | None) -> None:
+        """Where tensors lie and how; no rows that are not contiguous are read."""
+        self._memory += [
+            (one, one.data_ptr(), one.shape, one.dtype, one.is_contiguous()) for one in tensors if one is not None
+        ]
 
     def add_adapted(self, experts: nn.Module, operands: tuple) -> None:
         """What ``experts.for_engine()`` gave."""
@@ -77,8 +85,10 @@ class Watch:
         for slots, values in self._slots:
             if len(slots) != len(values) or not all(map(is_, slots.values(), values)):
                 return False
-        for tensor, pointer, shape in self._memory:
-            if tensor.data_ptr() != pointer or tensor.shape != shape:
+        for tensor, pointer, shape, dtype, is_contiguous in self._memory:
+            if tensor.data_ptr() != pointer or tensor.shape != shape or tensor.dtype != dtype:
+                return False
+            if tensor.is_contiguous() is not is_contiguous:
                 return False
         for attributes, name, value in self._numbers:
             if attributes.get(name) is not value:

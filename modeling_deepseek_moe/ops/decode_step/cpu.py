@@ -30,6 +30,9 @@ class Run:
         shape: of the states, ``[B, q, D]``; ``B·q`` is at most `FEW_TOKENS`.
         cos, sin: ``[B or 1, q, p/2]``.
         mask: ``[B or 1, 1, q, past + q]``; boolean (True attends) or added to the scores; ``None``: causal.
+
+    Raises:
+        ValueError: the tables are not of q positions.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Run:
     ):
         rows = [LatentCache() if cache is None else LatentCache.of(*cache) for cache in caches]
         batch, tokens, hidden = shape
+        if cos.shape[1] != tokens:
+            raise ValueError(f"position_ids: found {cos.shape[1]} of each sequence, wanted {tokens}")
         if len(cos) != batch:
             cos, sin = (table.expand(batch, -1, -1) for table in (cos, sin))
         cos, sin = _native.fp32(cos), _native.fp32(sin)
