@@ -20,6 +20,19 @@ def _quiet_and_seeded():
     torch.set_num_threads(1)  # whatever the test tried: fixtures of modules are made before this one
 
 
+@pytest.fixture
+def by_layers(monkeypatch):
+    """Calls a function while models decode by the calls of their layers: what the engine's runs of several are held against."""
+    from engine_cases import by_layers_alone
+
+    def compute(function, *arguments, **named):
+        with monkeypatch.context() as patch:
+            by_layers_alone(patch)
+            return function(*arguments, **named)
+
+    return compute
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Modules and tests live until the end: a full pass of the collector, half a second with them, leaves them out from here on."""

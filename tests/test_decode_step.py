@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from engine_cases import by_layers_alone, every_isa, needs_engine
+from engine_cases import every_isa, needs_engine
 from releases import SHAPES, write_release
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -67,16 +67,6 @@ def fused_steps(monkeypatch):
 
     monkeypatch.setattr(Plan, "step", noted)
     return taken
-
-
-@pytest.fixture
-def by_layers(monkeypatch):
-    def compute(function, *arguments):
-        with monkeypatch.context() as patch:
-            by_layers_alone(patch)
-            return function(*arguments)
-
-    return compute
 
 
 @needs_engine

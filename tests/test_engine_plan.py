@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from engine_cases import by_layers_alone, needs_engine
+from engine_cases import needs_engine
 from releases import SHAPES, write_release
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -45,16 +45,6 @@ def logits(model, rows=2, steps=4, between=None) -> torch.Tensor:
             between()
         found.append(model(torch.full((rows, 1), 5 + step), cache=cache).logits[:, -1])
     return torch.stack(found)
-
-
-@pytest.fixture
-def by_layers(monkeypatch):
-    def compute(function, *arguments, **named):
-        with monkeypatch.context() as patch:
-            by_layers_alone(patch)
-            return function(*arguments, **named)
-
-    return compute
 
 
 def native(model) -> int:

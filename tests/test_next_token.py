@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from engine_cases import by_layers_alone, needs_engine
+from engine_cases import needs_engine
 from next_token_cases import KINDS, decoding, ids, load, note_steps, steps
 from releases import SHAPES, write_release
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,16 +35,6 @@ def model(folder):
 @pytest.fixture
 def taken(monkeypatch):
     return note_steps(monkeypatch)
-
-
-@pytest.fixture
-def by_layers(monkeypatch):
-    def compute(function, *arguments, **named):
-        with monkeypatch.context() as patch:
-            by_layers_alone(patch)
-            return function(*arguments, **named)
-
-    return compute
 
 
 # ---- the same bits ----

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from engine_cases import by_layers_alone, needs_engine
+from engine_cases import needs_engine
 from next_token_cases import KINDS, decoding, ids, load, note_steps, steps
 from releases import COMMON, SHAPES, V3, write_release
 from torch import nn
@@ -34,16 +34,6 @@ def model(folder):
 @pytest.fixture
 def taken(monkeypatch):
     return note_steps(monkeypatch)
-
-
-@pytest.fixture
-def by_layers(monkeypatch):
-    def compute(function, *arguments, **named):
-        with monkeypatch.context() as patch:
-            by_layers_alone(patch)
-            return function(*arguments, **named)
-
-    return compute
 
 
 def with_router_logits_in_the_config(model):

@@ -107,10 +107,10 @@ class Plan:
         if cache is None or any(place is not None and place >= len(cache.layers) for place in self._places):
             return False
         own = LatentLayer, IndexedLatentLayer
-        return all(
-            layer is None or (type(layer) in own and layer.holds(batch, self._row, self.dtype))
-            for layer in self._layers_of(cache)
-        )
+        if not all(type(layer) in own for layer in cache.layers[: len(self.layers)]):
+            return False
+        used = filter(None, self._layers_of(cache))
+        return all(type(layer) in own and layer.holds(batch, self._row, self.dtype) for layer in used)
 
     @takes_cache
     def run(
