@@ -15,6 +15,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 
+try:
+    from transformers.utils.output_capturing import _active_collector as collector  # which has no public name
+except ImportError:  # by whatever name a newer version knows it: its hooks are looked at as any others
+    collector = None
+
 # What a mixin may call: to a type checker it is a model, and a plain class in truth.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as ModelMixin
@@ -45,6 +50,12 @@ def takes_cache(forward: Callable) -> Callable:
     parameters = [p.replace(name=OLD_NAME if p.name == "cache" else p.name) for p in signature.parameters.values()]
     setattr(renamed, "__signature__", signature.replace(parameters=parameters))  # noqa: B010 - a function's own attribute
     return renamed
+
+
+def is_idle(hook: Callable) -> bool:
+    """Whether a forward hook is one that transformers has left on a layer whose outputs were asked for once, and that collects nothing now."""
+    is_its = getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+    return is_its and collector is not None and not collector.get()  # empty where a call asks for nothing
 
 
 def warn_untested(version: str = transformers.__version__) -> None:

@@ -173,6 +173,7 @@ LAYERS = (
     "streaming.layer",
     "streaming.model",
     "streaming",
+    "engine.sizes",
     "engine.reasons",
     "engine.watch",
     "engine.plan",

@@ -156,14 +156,14 @@ def test_experts_layer_has_the_bits_of_its_parts(isa, dtype, fp8, shared):
 
 def test_experts_layer_is_fused_where_nothing_is_attached():
     layer = make_moe(True, 1)
-    assert reasons.moe(layer, torch.bfloat16) is None
+    assert reasons.moe(layer, torch.bfloat16, 160) is None
     for module in (layer, layer.gate, layer.experts, layer.shared_experts, layer.shared_experts.up_proj):
         hook = module.register_forward_hook(lambda *_: None)
-        assert "hook" in reasons.moe(layer, torch.bfloat16)
+        assert "hook" in reasons.moe(layer, torch.bfloat16, 160)
         hook.remove()
-    assert reasons.moe(layer, torch.bfloat16) is None
+    assert reasons.moe(layer, torch.bfloat16, 160) is None
     layer.gate.float()
-    assert "torch.float32" in reasons.moe(layer, torch.bfloat16)
+    assert "torch.float32" in reasons.moe(layer, torch.bfloat16, 160)
 
 
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])

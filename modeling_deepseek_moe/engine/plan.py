@@ -38,18 +38,19 @@ class Stages(NamedTuple):
     mlp: str | None
 
     @classmethod
-    def of(cls, layer: nn.Module, dtype: torch.dtype) -> "Stages":
+    def of(cls, layer: nn.Module, dtype: torch.dtype, hidden: int) -> "Stages":
+        """Of a decoder layer, of states in ``dtype`` with ``hidden`` features."""
         own = reasons.layer(layer, dtype)
         if own is not None:
             return cls(own, own, own, own, own)
-        norm = reasons.norm(layer.input_layernorm, dtype)
+        norm = reasons.norm(layer.input_layernorm, dtype, hidden)
         projections = norm or reasons.projections(layer.self_attn, dtype)
         attention = norm or reasons.attention(layer.self_attn, dtype)
-        output = attention or reasons.linear(layer.self_attn.o_proj, dtype)
+        output = attention or reasons.output(layer.self_attn, dtype)
         kind = reasons.moe if isinstance(layer.mlp, DeepseekMoE) else reasons.mlp
         return cls(
             *(None, projections, attention, output),
-            reasons.norm(layer.post_attention_layernorm, dtype) or kind(layer.mlp, dtype),
+            reasons.norm(layer.post_attention_layernorm, dtype, hidden) or kind(layer.mlp, dtype, hidden),
         )
 
     def native(self) -> tuple[bool, bool, bool]:
@@ -66,14 +67,14 @@ class Plan:
         self.dtype, self.layers, self.norm = dtype, layers, norm
         self._config, self._request = config, requested()
         is_there = may_use(CPU, _native.unavailable_reason())
-        self.stages = [Stages.of(layer, dtype) if is_there else NO_ENGINE for layer in self.layers]
+        self.stages = [Stages.of(layer, dtype, config.hidden_size) if is_there else NO_ENGINE for layer in self.layers]
         self._watch = Watch()
         self._kept: list[object] = []  # tables that the layers point to
         for module in (*self.layers, norm):
             self._watch.add(module)
         pairs = zip(self.layers, self.stages, strict=True)
         self._structs = (DecoderLayer * len(self.layers))(*(self._struct(*pair) for pair in pairs))
-        norms = is_there and reasons.norm(norm, dtype) is None
+        norms = is_there and reasons.norm(norm, dtype, config.hidden_size) is None
         self._norm = _norm(norm) if norms else Norm()
         flags = [flag for stages in self.stages for flag in stages.native()] + [norms]
         self._segments = list(segments(flags))

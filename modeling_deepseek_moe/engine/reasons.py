@@ -5,12 +5,14 @@ depends on a call alone (how many tokens, gradients, autocast) is asked in `runs
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
 
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
+from modeling_deepseek_moe.engine import sizes
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
@@ -48,7 +50,7 @@ def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
     reason = _of_parts(module, linears, linear, dtype) or _of_parts(module, norms, norm, dtype)
     if reason is None and len({_dtype_of(part) for part in linears}) > 1:
         reason = "needs projections of one dtype"
-    return reason
+    return reason or _misfit_of_attention(module, (*linears, *norms))
 
 
 def attention(module: nn.Module, dtype: torch.dtype) -> Reason:
@@ -56,7 +58,12 @@ def attention(module: nn.Module, dtype: torch.dtype) -> Reason:
     reason = projections(module, dtype) or _of_parts(module, (module.kv_b_proj,), linear, dtype)
     if reason is None and module.scaling != module.config.softmax_scale:
         reason = f"has one softmax scale for all layers, {module.config.softmax_scale}, found {module.scaling}"
-    return reason
+    return reason or _misfit_of_attention(module, (module.kv_b_proj,))
+
+
+def output(module: nn.Module, dtype: torch.dtype) -> Reason:
+    """Attention's output projection."""
+    return linear(module.o_proj, dtype) or _misfit_of_attention(module, (module.o_proj,))
 
 
 def parts(module: DeepseekAttention) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
@@ -80,9 +87,12 @@ def linear(module: nn.Module, dtype: torch.dtype) -> Reason:
     return _tensor(module.weight, WEIGHTS) or (None if scale is None else _tensor(scale, (torch.float32,)))
 
 
-def norm(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """RMSNorm."""
-    return _is_own(module, DeepseekRMSNorm) or _tensor(module.weight, (dtype,))
+def norm(module: nn.Module, dtype: torch.dtype, width: int | None = None) -> Reason:
+    """RMSNorm, of states with ``width`` features."""
+    reason = _is_own(module, DeepseekRMSNorm) or _tensor(module.weight, (dtype,))
+    if reason is None and width not in (None, module.weight.numel()):
+        reason = f"needs a weight of [{width}], found {list(module.weight.shape)}"
+    return reason
 
 
 def embedding(module: nn.Module, dtype: torch.dtype) -> Reason:
@@ -96,13 +106,15 @@ def embedding(module: nn.Module, dtype: torch.dtype) -> Reason:
     return reason
 
 
-def mlp(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """SwiGLU of a dense layer or of shared experts."""
+def mlp(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
+    """SwiGLU of a dense layer or of shared experts, of states with ``hidden`` features."""
     reason = _is_own(module, DeepseekMLP)
     if reason is not None:
         return reason
     layers = module.gate_proj, module.up_proj, module.down_proj
     reason = _of_parts(module, layers, linear, dtype)
+    if reason is None:
+        reason = sizes.misfit(module, sizes.of_mlp(module, hidden), "gate_proj", "up_proj", "down_proj")
     if reason is None and any(map(is_of_four_bits, layers)):
         if len({_dtype_of(part) for part in layers}) > 1 or len({operand_of(part).kind for part in layers}) > 1:
             return "needs weights of one dtype"
@@ -120,8 +132,8 @@ def router(module: nn.Module, dtype: torch.dtype) -> Reason:
     return reason
 
 
-def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """Routed experts, however their weights are stored, alone or with an adapter."""
+def routed_experts(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
+    """Routed experts on states with ``hidden`` features, however their weights are stored, alone or with an adapter."""
     if is_adapted(module):
         if dtype != torch.bfloat16:
             return f"runs adapters of experts for activations in bf16, found {dtype}"
@@ -142,7 +154,7 @@ def routed_experts(module: nn.Module, dtype: torch.dtype) -> Reason:
     if getattr(module, "stream", None) is not None:
         return "does not run experts that are streamed with the rest of their layer"
     weights = experts.operands(module)
-    probe = torch.empty((1, 1), dtype=dtype)
+    probe = torch.empty((1, hidden), dtype=dtype)
     reason = experts.unsupported_reason(module, weights, probe)
     scales = [scale for scale in weights.stacks[2:] if scale is not None and weights.kind is None]
     return reason or next(filter(None, (_tensor(scale, (torch.float32,)) for scale in scales)), None)
@@ -153,17 +165,28 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(type(module), "for_engine")
 
 
-def moe(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """A whole mixture-of-experts layer in one call."""
+def moe(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
+    """A whole mixture-of-experts layer in one call, of states with ``hidden`` features."""
     reason = _is_own(module, DeepseekMoE)
     if reason is not None:
         return reason
     shared = () if module.shared_experts is None else (module.shared_experts,)
     return (
         _of_parts(module, (module.gate,), router, dtype)
-        or _of_parts(module, (module.experts,), routed_experts, dtype)
-        or _of_parts(module, shared, mlp, dtype)
+        or _of_parts(module, (module.experts,), partial(routed_experts, hidden=hidden), dtype)
+        or sizes.misfit_of_router(module.gate, experts.operands(_adapted(module.experts)), hidden)
+        or _of_parts(module, shared, partial(mlp, hidden=hidden), dtype)
     )
+
+
+def _adapted(module: nn.Module) -> nn.Module:
+    """The experts themselves, of ones with an adapter that the engine runs."""
+    return module.for_engine()[0] if is_adapted(module) else module
+
+
+def _misfit_of_attention(module: DeepseekAttention, parts: Iterable[nn.Module]) -> Reason:
+    names = {child: name for name, child in module._modules.items()}
+    return sizes.misfit(module, sizes.of_attention(module.config), *(names[part] for part in parts))
 
 
 def _dtype_of(module: nn.Module) -> object:

@@ -68,12 +68,12 @@ class EngineReportMixin(ModelMixin):
         dtype = base.embed_tokens.weight.dtype
         rows, flags = [], []
         for index, layer in enumerate(list(base.layers)[: base.config.num_hidden_layers]):
-            stages = Stages.of(layer, dtype)
+            stages = Stages.of(layer, dtype, base.config.hidden_size)
             flags += stages.native()
             rows.append(EngineRow(f"{index}.self_attn", stages.attention))
             rows.append(EngineRow(f"{index}.self_attn.o_proj", stages.output))
             rows.append(EngineRow(f"{index}.mlp", stages.mlp))
-        norm = reasons.norm(base.norm, dtype)
+        norm = reasons.norm(base.norm, dtype, base.config.hidden_size)
         flags.append(norm is None)
         rows.append(EngineRow("norm", norm))
         head = getattr(self, "lm_head", None)

@@ -63,7 +63,8 @@ def _calls(
     if compiling:
         if not may_use(CPU, _native.unavailable_reason()):
             return layers
-        return [run_by_halves(layer, Stages.of(layer, hidden_states.dtype)) for layer in layers]
+        hidden = model.config.hidden_size
+        return [run_by_halves(layer, Stages.of(layer, hidden_states.dtype, hidden)) for layer in layers]
     plan = model.__dict__.get(SLOT)
     if plan is None or not plan.is_of(layers, model.norm) or not plan.is_current(hidden_states.dtype):
         plan = model.__dict__[SLOT] = Plan(layers, model.norm, model.config, hidden_states.dtype)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as every_module_is_hooked  # torch has no public name for it
 
 from modeling_deepseek_moe.bnb.packing import is_packed
+from modeling_deepseek_moe.compat import is_idle
 from modeling_deepseek_moe.ops._library import PLAIN, PLAIN_OR_FAKE
 from modeling_deepseek_moe.ops._structs import NESTED, Matrix
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
@@ -36,7 +37,9 @@ def any_hooked(attributes: Iterable[dict]) -> bool:
     """`is_hooked` of any of the modules whose ``__dict__`` are given."""
     # looked for where they are kept, in one loop: a call for each module and token would take as long again
     for own in attributes:
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own:
+        if own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own:
+            return True
+        if own["_forward_hooks"] and not all(map(is_idle, own["_forward_hooks"].values())):
             return True
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True

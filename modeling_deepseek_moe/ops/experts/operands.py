@@ -89,13 +89,22 @@ def unsupported_reason(module: nn.Module, weights: Operands, hidden_TD: torch.Te
     if "weight_format" in module.__dict__ and (reason := unsupported_format(module.weight_format)) is not None:
         return reason
     if weights.kind is None:
-        return cpu.unsupported_reason(hidden_TD, module.act_fn, *weights.stacks[:2])
+        reason = cpu.unsupported_reason(hidden_TD, module.act_fn, *weights.stacks[:2])
+        return reason or (_misfit(hidden_TD.shape[-1], *weights.stacks[:2]) if weights.stacks else None)
     if weights.addresses is None:
         return "computes four-bit experts from plain tensors on the CPU in the format's dtypes alone, in no graph"
     group = KINDS[weights.kind.removesuffix(NESTED)].group
     if weights.width % group:
         return f"takes {weights.kind} rows of whole groups of {group}, found experts of width {weights.width}"
     return cpu.unsupported_reason(hidden_TD, module.act_fn)
+
+
+def _misfit(hidden: int, gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
+    """Whether stacks are not those of as many experts, on activations of ``hidden`` features: some were pruned, others not."""
+    experts, width = down.shape[0], down.shape[-1]
+    if gate_up.shape == (experts, 2 * width, hidden) and down.shape == (experts, hidden, width):
+        return None
+    return f"takes stacks [E, 2I, {hidden}] and [E, {hidden}, I], found {list(gate_up.shape)} and {list(down.shape)}"
 
 
 def kind_of(module: nn.Module) -> str | None:
