@@ -173,6 +173,7 @@ LAYERS = (
     "streaming.layer",
     "streaming.model",
     "streaming",
+    "engine.adapted",
     "engine.sizes",
     "engine.reasons",
     "engine.watch",

@@ -12,6 +12,7 @@ from torch import nn
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.engine import reasons
+from modeling_deepseek_moe.engine.adapted import is_lora
 from modeling_deepseek_moe.engine.plan import Stages
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import experts, mla_project, moe
@@ -24,19 +25,19 @@ FusedProjections = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def run_by_halves(layer: nn.Module, stages: Stages) -> Callable:
     """The call for a layer: `run_layer` if the engine runs a part of it, else the layer itself."""
-    four_bit_moe = isinstance(layer.mlp, DeepseekMoE) and _has_four_bits(layer.mlp)
-    fuses_moe = stages.mlp is None and isinstance(layer.mlp, DeepseekMoE) and not four_bit_moe
-    fuses_moe = fuses_moe and not reasons.is_adapted(layer.mlp.experts)
-    fuses_projections = stages.projections is None and not _has_four_bits(layer.self_attn)
+    fuses_moe = stages.mlp is None and isinstance(layer.mlp, DeepseekMoE) and not _is_for_parts(layer.mlp)
+    fuses_projections = stages.projections is None and not _is_for_parts(layer.self_attn)
     if fuses_projections or fuses_moe:
         return partial(run_layer, layer, fuses_projections, fuses_moe)
     return layer
 
 
-def _has_four_bits(module: nn.Module) -> bool:
-    """Whether weights are codes of four bits, which the operators of halves do not take: their parts do."""
+def _is_for_parts(module: nn.Module) -> bool:
+    """Whether weights are codes of four bits, or have adapters, which the operators of halves do not take: their parts do."""
     return any(
-        is_of_four_bits(part) if isinstance(part, nn.Linear) else experts.kind_of(part) is not None
+        is_lora(part)
+        or reasons.is_adapted(part)
+        or (is_of_four_bits(part) if isinstance(part, nn.Linear) else experts.kind_of(part) is not None)
         for part in module.modules()
     )
 

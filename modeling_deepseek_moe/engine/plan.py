@@ -15,12 +15,12 @@ from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.cache import IndexedLatentLayer, LatentLayer
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
-from modeling_deepseek_moe.engine import reasons
+from modeling_deepseek_moe.engine import adapted, reasons
+from modeling_deepseek_moe.engine.adapted import base_of
 from modeling_deepseek_moe.engine.watch import Watch
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
-from modeling_deepseek_moe.ops._operands import operand_of
 from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, LowRank, Matrix, MlaShape, Norm, Routing
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
 
@@ -202,20 +202,20 @@ class Plan:
         if stages.mlp is None:
             struct.post_attention_norm = _norm(layer.post_attention_layernorm)
             if isinstance(layer.mlp, DeepseekMoE):
-                gate, weights = layer.mlp.gate, experts.operands(self._routed(layer.mlp.experts, struct))
-                self._kept.append(weights.addresses)
+                gate, weights = base_of(layer.mlp.gate), experts.operands(self._routed(layer.mlp.experts, struct))
                 struct.moe.gate = Matrix.of(gate.weight)
+                self._kept += [weights.addresses, adapted.add_to(struct.moe.gate, layer.mlp.gate)]
                 struct.moe.bias = _native.pointer(gate.e_score_correction_bias)
                 struct.moe.routing = Routing(*gate.routing)
                 struct.moe.routed = Experts.of(weights.addresses, weights.width, weights.dtype, weights.kind)
                 if layer.mlp.shared_experts is not None:
-                    struct.moe.shared = self._one_expert(layer.mlp.shared_experts)
+                    self._one_expert(layer.mlp.shared_experts, struct)
             else:
-                struct.moe.shared = self._one_expert(layer.mlp)
+                self._one_expert(layer.mlp, struct)
         return struct
 
     def _matrix(self, linear: nn.Module) -> Matrix:
-        matrix, kept = operand_of(linear).matrix()
+        matrix, kept = adapted.matrix(linear)
         self._kept.append(kept)
         return matrix
 
@@ -230,12 +230,14 @@ class Plan:
                 setattr(struct.moe, name, LowRank.of(*pair))
         return operands[0]
 
-    def _one_expert(self, mlp: nn.Module) -> Experts:
-        """A SwiGLU layer as the only expert."""
+    def _one_expert(self, mlp: nn.Module, struct: DecoderLayer) -> None:
+        """A SwiGLU layer as the only expert; layer by layer where one of them has an adapter."""
         gate, up, down = (self._matrix(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         entry = Expert(gate.data, gate.scale, up.data, up.scale, down.data, down.scale)
         self._kept.append(entry)
-        return Experts(ctypes.addressof(entry), 1, gate.rows, gate.dtype, gate.scale_kind)
+        struct.moe.shared = Experts(ctypes.addressof(entry), 1, gate.rows, gate.dtype, gate.scale_kind)
+        if any(part.adapter for part in (gate, up, down)):
+            struct.moe.parts = (Matrix * 3)(gate, up, down)
 
 
 def segments(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:

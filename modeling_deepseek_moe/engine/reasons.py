@@ -12,7 +12,8 @@ from torch import nn
 
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.engine import sizes
+from modeling_deepseek_moe.engine import adapted, sizes
+from modeling_deepseek_moe.engine.adapted import base_of
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
@@ -48,7 +49,7 @@ def projections(module: nn.Module, dtype: torch.dtype) -> Reason:
         return reason
     linears, norms = parts(module)
     reason = _of_parts(module, linears, linear, dtype) or _of_parts(module, norms, norm, dtype)
-    if reason is None and len({_dtype_of(part) for part in linears}) > 1:
+    if reason is None and len({_dtype_of(base_of(part)) for part in linears}) > 1:
         reason = "needs projections of one dtype"
     return reason or _misfit_of_attention(module, (*linears, *norms))
 
@@ -75,9 +76,12 @@ def parts(module: DeepseekAttention) -> tuple[tuple[nn.Module, ...], tuple[nn.Mo
 
 
 def linear(module: nn.Module, dtype: torch.dtype) -> Reason:
-    """A linear layer whose weight is read where it lies."""
-    reason = unsupported_linear(module)
+    """A linear layer whose weight is read where it lies, alone or with an adapter."""
+    reason = adapted.unsupported_reason(module) or unsupported_linear(base_of(module))
     if reason is not None:
+        return reason
+    low_rank, module = adapted.low_rank_of(module), base_of(module)
+    if low_rank is not None and (reason := sizes.misfit_of_adapter(low_rank, module)) is not None:
         return reason
     if is_of_four_bits(module):
         return four_bit.unsupported_operand(*operand_of(module))
@@ -115,6 +119,7 @@ def mlp(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
     reason = _of_parts(module, layers, linear, dtype)
     if reason is None:
         reason = sizes.misfit(module, sizes.of_mlp(module, hidden), "gate_proj", "up_proj", "down_proj")
+    layers = [base_of(part) for part in layers]
     if reason is None and any(map(is_of_four_bits, layers)):
         if len({_dtype_of(part) for part in layers}) > 1 or len({operand_of(part).kind for part in layers}) > 1:
             return "needs weights of one dtype"
@@ -124,7 +129,13 @@ def mlp(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
 
 def router(module: nn.Module, dtype: torch.dtype) -> Reason:
     """A router's matrix and its choice."""
+    reason = adapted.unsupported_reason(module)
+    if reason is not None:
+        return reason
+    low_rank, module = adapted.low_rank_of(module), base_of(module)
     reason = _is_own(module, DeepseekTopkRouter) or _tensor(module.weight, (torch.bfloat16,))
+    if reason is None and low_rank is not None:
+        reason = sizes.misfit_of_adapter(low_rank, module)
     if reason is None and module.e_score_correction_bias is not None:
         reason = _tensor(module.e_score_correction_bias, (torch.float32,))
     if reason is None and module.num_experts > MOST_EXPERTS:
@@ -174,7 +185,7 @@ def moe(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
     return (
         _of_parts(module, (module.gate,), router, dtype)
         or _of_parts(module, (module.experts,), partial(routed_experts, hidden=hidden), dtype)
-        or sizes.misfit_of_router(module.gate, experts.operands(_adapted(module.experts)), hidden)
+        or sizes.misfit_of_router(base_of(module.gate), experts.operands(_adapted(module.experts)), hidden)
         or _of_parts(module, shared, partial(mlp, hidden=hidden), dtype)
     )
 

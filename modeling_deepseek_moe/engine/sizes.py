@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from modeling_deepseek_moe.engine.adapted import LowRank, base_of
 from modeling_deepseek_moe.ops._operands import operand_of
 from modeling_deepseek_moe.ops.experts import Operands
 
@@ -55,8 +56,17 @@ def misfit_of_router(gate: nn.Module, weights: Operands, hidden: int) -> str | N
     return f"gate: has {count} experts, found top_k={gate.top_k}" if gate.top_k > count else None
 
 
+def misfit_of_adapter(low_rank: LowRank, base: nn.Module) -> str | None:
+    """The same of what an adapter adds to a linear layer or a router."""
+    (rows, columns), a, b = _size(base), low_rank.a, low_rank.b
+    if (a.shape[1], b.shape) == (columns, (rows, len(a))):
+        return None
+    return f"adapter: needs A [r, {columns}] and B [{rows}, r], found {list(a.shape)} and {list(b.shape)}"
+
+
 def _size(module: nn.Module) -> tuple[int, ...]:
     """Of a norm's weight, or of a linear layer's whatever its codes are."""
+    module = base_of(module)
     if module.weight.ndim == 1:
         return tuple(module.weight.shape)
     kind, codes, _ = operand_of(module)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.attention import DeepseekAttention
+from modeling_deepseek_moe.engine import adapted
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
 from modeling_deepseek_moe.ops._operands import any_hooked, is_hooked
@@ -36,6 +37,7 @@ class Watch:
         self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
+        self._lora: list[tuple[nn.Module, tuple]] = []  # linear layers and routers with one, and what peft changes of them
 
     def add(self, whole: nn.Module) -> None:
         """A module, and all in it."""
@@ -61,6 +63,8 @@ class Watch:
                 owner, name = state, "state2"
             if isinstance(module, MappedExperts):
                 self._mapped.append((module, module.stream))
+            if adapted.is_lora(module):
+                self._lora.append((module, adapted.state(module)))
 
     def _add_memory(self, *tensors: torch.Tensor | None) -> None:
         """Where tensors lie and how; no rows that are not contiguous are read."""
@@ -94,6 +98,8 @@ class Watch:
             if attributes.get(name) is not value:
                 return False
         if not all(_is_same(module.for_engine(), operands) for module, operands in self._adapted):
+            return False
+        if any(adapted.state(module) != state for module, state in self._lora):
             return False
         for module, stream in self._mapped:
             if not isinstance(module, MappedExperts) or module.stream is not stream:  # moved to a device, and back

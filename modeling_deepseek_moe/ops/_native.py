@@ -21,7 +21,7 @@ from modeling_deepseek_moe.ops import _structs
 from modeling_deepseek_moe.ops._dispatch import CPU, BackendError, logger, requested
 
 MODULE = "modeling_deepseek_moe.ops._engine"
-VERSION = 9  # DSM_VERSION
+VERSION = 10  # DSM_VERSION
 DTYPES = _structs.DTYPES
 ACTIVATIONS = (torch.bfloat16, torch.float32, torch.float16)
 _NO_MEMORY, _NOT_FINITE, _BAD_INDEX = -1, -3, -4

@@ -27,12 +27,29 @@ class Nested(Structure):
         return cls(*(part.data_ptr() for part in scales[:3]), scales.offset.item())
 
 
+class Adapter(Structure):
+    """What LoRA adds to a linear layer, ``scale · B A``: A ``[r, cols]`` and B ``[rows, r]``, each in fp32 or bf16."""
+
+    _fields_ = [
+        *(("a", c_void_p), ("b", c_void_p), ("rank", c_int64)),
+        *(("a_dtype", c_int), ("b_dtype", c_int), ("scale", c_float)),
+    ]
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor, scale: float) -> "Adapter":
+        """Of contiguous tensors."""
+        return cls(a.data_ptr(), b.data_ptr(), len(a), DTYPES[a.dtype], DTYPES[b.dtype], scale)
+
+
 class Matrix(Structure):
-    """A row-major weight ``[rows, cols]``; ``scale`` of FP8 in fp32, a block each; of four-bit codes a group each."""
+    """A row-major weight ``[rows, cols]``; ``scale`` of FP8 in fp32, a block each; of four-bit codes a group each.
+
+    ``adapter``: the address of an `Adapter` that adds to a linear layer, or none.
+    """
 
     _fields_ = [
         *(("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("cols", c_int64)),
-        *(("dtype", c_int), ("scale_kind", c_int)),
+        *(("dtype", c_int), ("scale_kind", c_int), ("adapter", c_void_p)),
     ]
 
     @classmethod
@@ -97,12 +114,15 @@ class Routing(Structure):
 
 
 class Moe(Structure):
-    """Router, routed and shared experts; without rows of ``gate`` a dense layer, which is ``shared`` alone."""
+    """Router, routed and shared experts; without rows of ``gate`` a dense layer, which is ``shared`` alone.
+
+    ``parts``: gate, up and down of ``shared`` by themselves, where an adapter adds to one of them.
+    """
 
     _fields_ = [
         *(("gate", Matrix), ("bias", c_void_p), ("routing", Routing)),
         *(("routed", Experts), ("shared", Experts)),
-        *(("gate_up", LowRank), ("down", LowRank)),
+        *(("gate_up", LowRank), ("down", LowRank), ("parts", Matrix * 3)),
     ]
 
 
@@ -205,7 +225,7 @@ class Ends(Structure):
 
 
 SHARED = (
-    *(Matrix, Nested, Norm, Expert, Experts, LowRank, Routing, Moe),
+    *(Adapter, Matrix, Nested, Norm, Expert, Experts, LowRank, Routing, Moe),
     *(MlaShape, MlaProjections, Queries, LatentCache, Mask, Indexer, Visible, DecoderLayer, Step, Ends),
 )
 

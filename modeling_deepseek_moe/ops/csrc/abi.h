@@ -15,13 +15,22 @@ enum { DSM_E8M0 = 8, DSM_NESTED = 9 };
 enum { DSM_BOOL = 10 }; /* of a mask */
 enum { DSM_OK = 0, DSM_NO_MEMORY = -1, DSM_BAD_ARGUMENT = -2, DSM_NOT_FINITE = -3, DSM_BAD_INDEX = -4 };
 
+/* What LoRA adds to a linear layer: scale * B A, A [rank, cols] and B [rows, rank], each in fp32 or bf16. */
+typedef struct {
+    const void *a, *b;
+    int64_t rank;
+    int a_dtype, b_dtype;
+    float scale;
+} Adapter;
+
 /* A row-major weight [rows, cols]. */
 typedef struct {
     const void *data;
     const void *scale; /* fp32 for FP8, NULL for bf16; see `scale_kind` for four-bit codes */
     int64_t rows, cols;
     int dtype; /* of codes, or DSM_BF16; for `gemm` and `accumulate_pv` also DSM_F32, where activations are that */
-    int scale_kind; /* of four-bit codes: DSM_BF16, DSM_E8M0, DSM_F32 or DSM_NESTED */
+    int scale_kind;         /* of four-bit codes: DSM_BF16, DSM_E8M0, DSM_F32 or DSM_NESTED */
+    const Adapter *adapter; /* of a linear layer, or NULL: kernels do not look at it */
 } Matrix;
 
 /* Where `scale` leads if it is DSM_NESTED: scale i of the matrix is table[codes[i]] * absmax[i / 256] + offset. */
@@ -71,6 +80,8 @@ typedef struct {
     Routing routing;
     Experts routed, shared; /* the shared experts are one wide expert; none where `shared.count` is 0 */
     LowRank gate_up, down;  /* of the routed experts */
+    Matrix
+        parts[3]; /* gate, up and down of `shared` by themselves, where an adapter adds to one of them; else no rows */
 } Moe;
 
 /* Sizes of latent attention. */

@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DSM_VERSION 9 /* of the functions' signatures; `_native.py` wants the same */
+#define DSM_VERSION 10 /* of the functions' signatures; `_native.py` wants the same */
 #define DSM_BLOCK 128
 #define DSM_PV_TOKENS 64
 #define DSM_GROUP_TOKENS 16 /* most tokens that are packed together */
@@ -260,6 +260,17 @@ DSM_INLINE void dsm_restore_mode(uint64_t mode) {
 DSM_INLINE uint64_t dsm_exact_mode(void) { return 0; }
 DSM_INLINE void dsm_restore_mode(uint64_t mode) { (void)mode; }
 #endif
+
+/* A linear layer's adapter, `inputs` columns wide. low [rank] = scale * A x; out[r] += B[first + r] . low, r < count; out [inputs] +=
+   scale * A^T (B[first ..]^T q) of `count` rows, `low` being workspace. */
+void dsm_adapter_low(const Adapter *a, const float *x, int64_t inputs, float *low);
+void dsm_adapter_add(const Adapter *a, int64_t first, int64_t count, const float *low, float *out);
+void dsm_adapter_add_transposed(const Adapter *a, const float *q, int64_t first, int64_t count, int64_t inputs,
+                                float *low, float *out);
+/* y [tokens, rows], rounded, += w's adapter of x [tokens, cols], both bf16 or fp32. In a team: called by all threads of a parallel
+   region, and done when it returns; low [tokens, rank] is workspace. */
+int dsm_adapt(int threads, const Matrix *w, int dtype, const void *x, int64_t tokens, void *y);
+void dsm_adapt_in_team(const Matrix *w, int dtype, const void *x, int64_t tokens, float *low, void *y);
 
 /* operations that others are made of */
 int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w, const float *bias,

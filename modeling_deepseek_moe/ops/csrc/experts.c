@@ -57,9 +57,9 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
             const Expert *at = given->table + e;
             const int64_t d = layer->hidden, i = given->width;
             layer->experts[active++] = (Share){
-                {at->gate, at->gate_scale, i, d, given->dtype, given->scale_kind},
-                {at->up, at->up_scale, i, d, given->dtype, given->scale_kind},
-                {at->down, at->down_scale, d, i, given->dtype, given->scale_kind},
+                {at->gate, at->gate_scale, i, d, given->dtype, given->scale_kind, NULL},
+                {at->up, at->up_scale, i, d, given->dtype, given->scale_kind, NULL},
+                {at->down, at->down_scale, d, i, given->dtype, given->scale_kind, NULL},
                 placed,
                 tokens,
                 packed,

@@ -20,7 +20,7 @@ typedef struct {
 } Token;
 
 static Matrix part(const Token *t, const void *codes, const void *scale, int64_t rows, int64_t cols) {
-    return (Matrix){codes, scale, rows, cols, t->given->dtype, t->given->scale_kind};
+    return (Matrix){codes, scale, rows, cols, t->given->dtype, t->given->scale_kind, NULL};
 }
 
 /* scale * B (A x) of expert `e`, for x packed; low: rank floats */

@@ -190,7 +190,7 @@ static void choose(const Job *job, int64_t task, Buffers *buffers) {
     const int64_t queries = dsm_min(job->queries, given->tokens - s0), last = end_of(job, s0 + queries - 1);
     const int64_t first = part * job->chunk, end = dsm_min(first + job->chunk, last);
     const char *data = (const char *)given->keys + b * given->key_batch * dsm_itemsize(job->dtype);
-    const Matrix keys = {data, NULL, given->length, given->width, job->dtype, 0};
+    const Matrix keys = {data, NULL, given->length, given->width, job->dtype, 0, NULL};
     for (int64_t q = 0; q < queries; q++) {
         int32_t *room = buffers->candidates + 2 * q * job->room;
         buffers->best[q] = (Best){room, room + job->room, 0, HIDDEN};

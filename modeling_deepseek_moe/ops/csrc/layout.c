@@ -11,6 +11,13 @@ typedef struct {
 } Place;
 
 static const Place PLACES[] = {
+    SIZE(Adapter),
+    FIELD(Adapter, a),
+    FIELD(Adapter, b),
+    FIELD(Adapter, rank),
+    FIELD(Adapter, a_dtype),
+    FIELD(Adapter, b_dtype),
+    FIELD(Adapter, scale),
     SIZE(Matrix),
     FIELD(Matrix, data),
     FIELD(Matrix, scale),
@@ -18,6 +25,7 @@ static const Place PLACES[] = {
     FIELD(Matrix, cols),
     FIELD(Matrix, dtype),
     FIELD(Matrix, scale_kind),
+    FIELD(Matrix, adapter),
     SIZE(Nested),
     FIELD(Nested, codes),
     FIELD(Nested, absmax),
@@ -60,6 +68,7 @@ static const Place PLACES[] = {
     FIELD(Moe, shared),
     FIELD(Moe, gate_up),
     FIELD(Moe, down),
+    FIELD(Moe, parts),
     SIZE(MlaShape),
     FIELD(MlaShape, num_heads),
     FIELD(MlaShape, qk_nope_head_dim),

@@ -50,10 +50,11 @@ static void many_tokens(const Job *job, int64_t task, float *out, void *scratch)
     write(job, out, dsm_panels(job->kernels, rows), t0, tokens, r0, rows);
 }
 
-/* y [tokens, rows] of `dtype` from x [tokens, cols] of the same; bias [rows] fp32 or NULL. */
+/* y [tokens, rows] of `dtype` from x [tokens, cols] of the same, with what w's adapter adds; bias [rows] fp32 or NULL. */
 DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t tokens, const Matrix *w,
                        const float *bias, void *y) {
     const int64_t rows = w->rows, cols = w->cols;
+    const int wanted = threads;
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const size_t stride = dsm_packed_stride(kernels, cols, w->dtype);
     const int few = !dsm_are_many(kernels, tokens, w->dtype);
@@ -102,7 +103,8 @@ DSM_API int dsm_linear(int isa, int threads, int dtype, const void *x, int64_t t
     dsm_restore_mode(caller);
     dsm_give_back(packed);
     free(queues);
-    return failed ? DSM_NO_MEMORY : DSM_OK;
+    if (failed) return DSM_NO_MEMORY;
+    return w->adapter ? dsm_adapt(wanted, w, dtype, x, tokens, y) : DSM_OK;
 }
 
 /* out [tokens, n] = RMSNorm(x), see `Kernels.norm`. */

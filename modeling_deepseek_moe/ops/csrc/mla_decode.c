@@ -1,9 +1,9 @@
 /* A few new tokens' latent attention (DeepSeek-V2 report, section 2.1), absorbed: for each of them and each head h,
        q~ = W_UK[h]^T q_nope,   s = (c_kv q~ + k_pe q_pe) * scaling + mask,   o = W_UV[h] (softmax(s) c_kv).
    The queries of all heads and tokens of a sequence meet the same cached latents, so the cache is read once, and scores are
-   a product with the cache for weights. W_UK and W_UV are rows of kv_b_proj [heads * (nope + value), rank] and are used as
-   they lie, FP8 or bf16. The cache is cut into chunks by its length alone, whose softmaxes are merged at the end: the bits
-   do not depend on the number of threads.
+   a product with the cache for weights. W_UK and W_UV are rows of kv_b_proj [heads * (nope + value), rank], used as they lie,
+   with what an adapter adds. The cache is cut into chunks by its length alone, whose softmaxes are merged at the end: the
+   bits do not depend on the number of threads.
 
    Sparse attention (DeepSeek-V3.2 report, section 2.1) is the same over the latents that each token's indices name: a step's
    are copied next to one another, once for all heads. Of many tokens some are taken at a time, so that a head's W_UK and
@@ -44,8 +44,8 @@ typedef struct {
 
 typedef struct {
     float *scores, *panels, *decay;
-    float *row, *query, *workspace;
-    char *packed, *c_kv, *k_pe; /* the latter two: a step's latents, gathered */
+    float *row, *query, *workspace, *low; /* low: of an adapter, for each of the queries that leave together */
+    char *packed, *c_kv, *k_pe;           /* the latter two: a step's latents, gathered */
     void *scratch;
 } Buffers;
 
@@ -69,12 +69,14 @@ static void absorb_query(const Attention *a, int64_t h, Buffers *buffers) {
     const size_t size = dsm_itemsize(a->dtype);
     const Queries *q = a->queries;
     float *query = buffers->query;
-    for (int64_t i = 0; i < a->batch * a->tokens; i++) {
+    for (int64_t i = 0, first = h * (a->nope + a->value); i < a->batch * a->tokens; i++) {
         const int64_t b = i / a->tokens, s = sequence_of(a, b), t = place_of(a, b) + i % a->tokens;
         const char *nope = (const char *)q->nope + (s * q->nope_batch + t * q->nope_token + h * q->nope_head) * size;
         for (int64_t k = 0; k < a->nope; k++) query[k] = dsm_load(nope, a->dtype, k);
-        a->kernels->gemv_transposed(query, a->kv_b, h * (a->nope + a->value), a->nope,
-                                    absorbed(a, b, i % a->tokens * a->heads + h), buffers->workspace);
+        float *out = absorbed(a, b, i % a->tokens * a->heads + h);
+        a->kernels->gemv_transposed(query, a->kv_b, first, a->nope, out, buffers->workspace);
+        if (a->kv_b->adapter)
+            dsm_adapter_add_transposed(a->kv_b->adapter, query, first, a->nope, a->rank, buffers->low, out);
     }
 }
 
@@ -104,12 +106,14 @@ static PrefetchStream after(const Attention *a, const Matrix *keys, int64_t key)
     return (PrefetchStream){data + dsm_min(key, a->length) * pitch, data + dsm_min(key + STEP, a->length) * pitch};
 }
 
+static Matrix rows_of(const Attention *a, const void *data, int64_t rows, int64_t columns) {
+    return (Matrix){data, NULL, rows, columns, a->dtype, 0, NULL};
+}
 static Keys cached(const Attention *a, int64_t run, int64_t key) {
     const size_t size = dsm_itemsize(a->dtype);
     const char *c_kv = (const char *)a->cache->c_kv + sequence_of(a, run) * a->cache->c_kv_batch * size;
     const char *k_pe = (const char *)a->cache->k_pe + sequence_of(a, run) * a->cache->k_pe_batch * size;
-    Keys keys = {
-        {c_kv, NULL, a->length, a->rank, a->dtype, 0}, {k_pe, NULL, a->length, a->rope, a->dtype, 0}, key, {{0}}};
+    Keys keys = {rows_of(a, c_kv, a->length, a->rank), rows_of(a, k_pe, a->length, a->rope), key, {{0}}};
     keys.ahead[0] = after(a, &keys.c_kv, key + STEP);
     keys.ahead[1] = after(a, &keys.k_pe, key + STEP);
     return keys;
@@ -129,10 +133,7 @@ static Keys gathered(const Attention *a, int64_t run, int64_t key, int64_t count
     const size_t size = dsm_itemsize(a->dtype);
     copy_rows(keys.c_kv.data, rows, count, a->rank * size, buffers->c_kv);
     copy_rows(keys.k_pe.data, rows, count, a->rope * size, buffers->k_pe);
-    return (Keys){{buffers->c_kv, NULL, count, a->rank, a->dtype, 0},
-                  {buffers->k_pe, NULL, count, a->rope, a->dtype, 0},
-                  0,
-                  {{0}}};
+    return (Keys){rows_of(a, buffers->c_kv, count, a->rank), rows_of(a, buffers->k_pe, count, a->rope), 0, {{0}}};
 }
 
 /* how many keys a run of tokens meets: indices end with those of none */
@@ -221,18 +222,23 @@ static void merge_chunks(const Attention *a, int64_t b, int64_t r, float *restri
 /* one head leaves the latent space */
 static void merge(const Attention *a, int64_t h, Buffers *buffers) {
     const size_t stride = dsm_packed_stride(a->kernels, a->rank, a->kv_b->dtype);
+    const int64_t first = h * (a->nope + a->value) + a->nope;
+    const Adapter *adapter = a->kv_b->adapter;
     float *row = buffers->row;
     for (int64_t q0 = 0; q0 < a->batch * a->tokens; q0 += QUERIES) {
         const int64_t queries = dsm_min(QUERIES, a->batch * a->tokens - q0);
-        for (int64_t q = 0; q < queries; q++)
+        for (int64_t q = 0; q < queries; q++) {
             merge_chunks(a, (q0 + q) / a->tokens, (q0 + q) % a->tokens * a->heads + h, row,
                          buffers->packed + q * stride);
-        a->kernels->gemv(buffers->packed, stride, queries, a->kv_b, h * (a->nope + a->value) + a->nope, a->value, row,
-                         a->value, NULL);
-        for (int64_t q = 0; q < queries; q++)
-            for (int64_t i = 0; i < a->value; i++)
-                dsm_store(a->out, a->dtype, ((a->first * a->tokens + q0 + q) * a->heads + h) * a->value + i,
-                          row[q * a->value + i]);
+            if (adapter) dsm_adapter_low(adapter, row, a->rank, buffers->low + q * adapter->rank);
+        }
+        a->kernels->gemv(buffers->packed, stride, queries, a->kv_b, first, a->value, row, a->value, NULL);
+        for (int64_t q = 0; q < queries; q++) {
+            const int64_t to = ((a->first * a->tokens + q0 + q) * a->heads + h) * a->value;
+            float *from = row + q * a->value;
+            if (adapter) dsm_adapter_add(adapter, first, a->value, buffers->low + q * adapter->rank, from);
+            for (int64_t i = 0; i < a->value; i++) dsm_store(a->out, a->dtype, to + i, from[i]);
+        }
     }
 }
 
@@ -246,12 +252,13 @@ static int make_buffers(const Attention *a, Buffers *buffers) {
     buffers->row = dsm_alloc(sizeof(float) * row);
     buffers->query = dsm_alloc(sizeof(float) * a->nope);
     buffers->workspace = dsm_alloc(sizeof(float) * dsm_blocks(a->rank) * DSM_BLOCK);
+    buffers->low = dsm_alloc(sizeof(float) * (a->kv_b->adapter ? queries * a->kv_b->adapter->rank : 0));
     buffers->packed = dsm_alloc(queries * dsm_packed_stride(k, a->rank, a->kv_b->dtype));
     buffers->c_kv = dsm_alloc(step * a->rank);
     buffers->k_pe = dsm_alloc(step * a->rope);
     buffers->scratch = dsm_alloc(k->scratch_bytes);
     return buffers->scores && buffers->panels && buffers->decay && buffers->row && buffers->query &&
-           buffers->workspace && buffers->packed && buffers->c_kv && buffers->k_pe && buffers->scratch;
+           buffers->workspace && buffers->low && buffers->packed && buffers->c_kv && buffers->k_pe && buffers->scratch;
 }
 static void free_buffers(Buffers *buffers) {
     free(buffers->scores);
@@ -260,6 +267,7 @@ static void free_buffers(Buffers *buffers) {
     free(buffers->row);
     free(buffers->query);
     free(buffers->workspace);
+    free(buffers->low);
     free(buffers->packed);
     free(buffers->c_kv);
     free(buffers->k_pe);

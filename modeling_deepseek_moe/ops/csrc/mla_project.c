@@ -13,9 +13,11 @@ typedef struct {
     int many; /* for one of the products */
     int64_t tokens, rope, rank;
     const float *cosine, *sine; /* [tokens, rope / 2] */
+    const void *given;          /* x as it came */
     char *q, *c_kv, *k_pe;
     char *x, *query;            /* packed */
     char *q_latent, *kv_latent; /* q_a's and kv_a's results */
+    float *low;                 /* of adapters */
     size_t x_stride, query_stride;
 } Projection;
 
@@ -91,6 +93,8 @@ static int run(const Projection *p) {
             else multiply(p, p->x, p->x_stride, kv_a, task - query_tasks, p->kv_latent, scratch);
         }
 #pragma omp barrier
+        if (query->adapter) dsm_adapt_in_team(query, p->dtype, p->given, p->tokens, p->low, first);
+        if (kv_a->adapter) dsm_adapt_in_team(kv_a, p->dtype, p->given, p->tokens, p->low, p->kv_latent);
         if (q_a->rows) {
 #pragma omp single
             for (int64_t t = 0; t < p->tokens; t++) {
@@ -101,6 +105,7 @@ static int run(const Projection *p) {
             for (int64_t task; (task = dsm_next_task(up_queues, threads, dsm_thread_id())) >= 0;)
                 if (!p->many || scratch) multiply(p, p->query, p->query_stride, q_b, task, p->q, scratch);
 #pragma omp barrier
+            if (q_b->adapter) dsm_adapt_in_team(q_b, p->dtype, p->q_latent, p->tokens, p->low, p->q);
         }
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < p->tokens * (heads + 1); i++) {
@@ -123,6 +128,11 @@ static int run(const Projection *p) {
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 
+static int64_t rank_of(const Matrix *w) { return w->adapter ? w->adapter->rank : 0; }
+static int64_t most_ranks(const MlaProjections *w) {
+    return dsm_max(dsm_max(rank_of(&w->q_a), rank_of(&w->q_b)), rank_of(&w->kv_a));
+}
+
 /* x [tokens, hidden] of `dtype`; cosine and sine [tokens, rope / 2]; q [tokens, heads * (nope + rope)], c_kv [tokens, rank]
    and k_pe [tokens, rope] are written. */
 DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, int64_t tokens, const MlaShape *shape,
@@ -139,6 +149,7 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, int6
         .rank = shape->kv_lora_rank,
         .cosine = cosine,
         .sine = sine,
+        .given = x,
         .q = q,
         .c_kv = c_kv,
         .k_pe = k_pe,
@@ -157,7 +168,8 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, int6
     p.query = dsm_alloc(dsm_packed_tokens(p.kernels, tokens) * p.query_stride);
     p.q_latent = dsm_alloc(tokens * w->q_a.rows * size);
     p.kv_latent = dsm_alloc(tokens * w->kv_a.rows * size);
-    if (p.x && p.query && p.q_latent && p.kv_latent) {
+    p.low = dsm_alloc(sizeof(float) * tokens * most_ranks(w));
+    if (p.x && p.query && p.q_latent && p.kv_latent && p.low) {
         const uint64_t caller = dsm_exact_mode();
         pack(&p, x, hidden, first, p.x, p.x_stride);
         p.threads = dsm_threads(threads, dsm_bytes(&w->q_a) + dsm_bytes(&w->q_b) + dsm_bytes(&w->kv_a));
@@ -168,5 +180,6 @@ DSM_API int dsm_mla_project(int isa, int threads, int dtype, const void *x, int6
     free(p.query);
     free(p.q_latent);
     free(p.kv_latent);
+    free(p.low);
     return result;
 }
