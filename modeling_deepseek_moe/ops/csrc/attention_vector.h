@@ -149,6 +149,19 @@ static void accumulate_pv(const float *p, int64_t ldp, int64_t tokens, const Mat
     }
 }
 
+void SHARED(add_rows)(const float *q, int64_t count, const void *rows, int64_t pitch, int64_t n, float *out) {
+    int64_t c = 0;
+    for (; c + 4 * WIDTH <= n; c += 4 * WIDTH) { /* four sums at a time: each waits for its last product */
+        F sums[4];
+        UNROLL for (int v = 0; v < 4; v++) sums[v] = load_any(out, DSM_F32, c + v * WIDTH);
+        for (int64_t i = 0; i < count; i++)
+            UNROLL for (int v = 0; v < 4; v++) sums[v] += q[i] * load_any(rows, DSM_BF16, i * pitch + c + v * WIDTH);
+        UNROLL for (int v = 0; v < 4; v++) store_any(out, DSM_F32, c + v * WIDTH, sums[v]);
+    }
+    for (; c < n; c++)
+        for (int64_t i = 0; i < count; i++) out[c] += q[i] * dsm_load(rows, DSM_BF16, i * pitch + c);
+}
+
 /* a panel's columns at a time; what is not a number stays that */
 void SHARED(weigh_heads)(const float *products, int64_t ldp, int64_t heads, const float *weights, int64_t n,
                          float *out) {

@@ -111,6 +111,8 @@ float dsm_kernels_avx512_online_softmax(float *scores, int64_t n, int64_t room, 
                                         float *peak, float *norm);
 void dsm_kernels_avx512_weigh_heads(const float *products, int64_t ldp, int64_t heads, const float *weights, int64_t n,
                                     float *out);
+void dsm_kernels_avx512_add_rows(const float *q, int64_t count, const void *rows, int64_t pitch, int64_t n,
+                                 float *out);
 void dsm_kernels_avx512_gemv_transposed(const float *q, const Matrix *w, int64_t first, int64_t count, float *out,
                                         float *sums);
 void dsm_bf16_pack(const void *x, int dtype, int64_t n, int weight_dtype, void *out);
@@ -129,6 +131,6 @@ void dsm_bf16_gemv_near(const void *x, size_t stride, int64_t tokens, const Matr
     .swiglu = dsm_kernels_avx512_swiglu, .norm = dsm_kernels_avx512_norm, .write = dsm_kernels_avx512_write,          \
     .decode = dsm_bf16_decode, .amax = dsm_bf16_amax, .encode = dsm_kernels_avx512_encode,                            \
     .gemv_transposed = dsm_bf16_gemv_transposed, .online_softmax = dsm_kernels_avx512_online_softmax,                 \
-    .weigh_heads = dsm_kernels_avx512_weigh_heads
+    .weigh_heads = dsm_kernels_avx512_weigh_heads, .add_rows = dsm_kernels_avx512_add_rows
 
 #endif

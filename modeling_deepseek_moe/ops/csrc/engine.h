@@ -80,6 +80,8 @@ typedef struct {
     /* out[c] = sum over i < count of q[i] * w[first + i][c]; workspace: w->cols floats in whole blocks */
     void (*gemv_transposed)(const float *q, const Matrix *w, int64_t first, int64_t count, float *out,
                             float *workspace);
+    /* out[c] += sum over i < count of q[i] * rows[i * pitch + c], c < n, of rows in bf16 */
+    void (*add_rows)(const float *q, int64_t count, const void *rows, int64_t pitch, int64_t n, float *out);
     /* one step of a running softmax: n scores become e^(scores * scaling + mask - peak), zeros up to `room` after them;
        returns by what the sums so far are to be multiplied, since the peak may have moved */
     float (*online_softmax)(float *scores, int64_t n, int64_t room, float scaling, const float *mask, float *peak,

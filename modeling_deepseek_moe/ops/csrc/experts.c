@@ -2,7 +2,10 @@
 
    Experts are given by address, so stacked, mapped and streamed ones are the same to it. One whose address is zero is
    left out: a caller that brings experts in bit by bit calls again with the next ones, in ascending order, and gets
-   the bits that one call with all of them gives, since each output is summed over ascending experts in fp32. */
+   the bits that one call with all of them gives, since each output is summed over ascending experts in fp32.
+
+   An adapter's matrices are met next to an expert's own (experts_low_rank.h). */
+#include "experts_low_rank.h"
 #include "work_queue.h"
 
 #define CHUNK 64 /* rows of gate and up of a task, or a multiple: whole groups of every packing */
@@ -14,6 +17,7 @@ typedef struct {
     Matrix gate, up, down;
     int64_t first, tokens; /* its slots in `order` */
     int64_t packed, input; /* where they begin among the packed rows of h, and of x */
+    int64_t index;         /* among all experts */
 } Share;
 
 typedef struct {
@@ -27,9 +31,10 @@ typedef struct {
     char *x, *h;
     size_t x_stride, h_stride;
     float *out;
-    void *y; /* [tokens, hidden] of `dtype`, NULL: out is what is wanted */
-    int64_t tokens;
+    void *y;                /* [tokens, hidden] of `dtype`, NULL: out is what is wanted */
+    int64_t tokens, placed; /* placed: slots in `order` */
     int dtype, weight_dtype;
+    const Adapted *adapted; /* or NULL */
 } Layer;
 
 static int is_many(const Layer *layer, const Share *e) {
@@ -64,6 +69,7 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
                 tokens,
                 packed,
                 packed,
+                e,
             };
             packed += dsm_packed_tokens(layer->kernels, tokens);
         }
@@ -76,6 +82,7 @@ static int64_t sort_slots(Layer *layer, const int64_t *indices, int64_t slots, c
     /* an only token that no expert has twice is packed once, with the first of them */
     for (int64_t i = 0; layer->tokens == 1 && placed == active && i < active; i++) layer->experts[i].input = 0;
     free(starts);
+    layer->placed = placed;
     return active;
 }
 
@@ -100,6 +107,44 @@ static int64_t multiply_chunk(const Kernels *k, int many, const char *x, size_t 
     return rows;
 }
 
+/* the expert of a place in `order` */
+static const Share *share_of(const Layer *layer, int64_t place) {
+    const Share *e = layer->experts;
+    while (place >= e->first + e->tokens) e++;
+    return e;
+}
+/* called by all threads: what A makes of each slot's x */
+static void make_low_of_x(const Layer *layer, const void *x) {
+    const Adapted *a = layer->adapted;
+    const size_t row = layer->hidden * dsm_itemsize(layer->dtype);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < layer->tokens; t++)
+        layer->kernels->pack((const char *)x + t * row, layer->dtype, layer->hidden, DSM_BF16, a->x + t * a->x_stride);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < layer->placed; i++)
+        low_of(layer->kernels, a->gate_up, a->experts, share_of(layer, i)->index,
+               a->x + layer->order[i] / layer->top_k * a->x_stride, a->x_stride, layer->hidden,
+               a->to_gate_up + i * a->gate_up->rank);
+}
+/* and of its h */
+static void make_low_of_h(const Layer *layer) {
+    const Adapted *a = layer->adapted;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < layer->placed; i++)
+        low_of(layer->kernels, a->down, a->experts, share_of(layer, i)->index, a->h + i * a->h_stride, a->h_stride,
+               layer->width, a->to_down + i * a->down->rank);
+}
+
+/* rows [r0, r0 + rows) of one h, packed: a group of 64 at a time, since whole blocks are packed and the next is another task's */
+static void pack_rows(const Kernels *k, const float *values, int64_t rows, int dtype, char *h, int64_t r0) {
+    const int bytes = dsm_packed_bytes(k, dtype);
+    for (int64_t r = 0; r < rows; r += CHUNK) {
+        char packed[DSM_BLOCK * 4] __attribute__((aligned(64)));
+        k->pack(values + r, DSM_F32, dsm_min(CHUNK, rows - r), dtype, packed);
+        memcpy(h + (r0 + r) * bytes, packed, CHUNK * bytes);
+    }
+}
+
 /* h rows [r0, r0 + chunk) of one expert's tokens [t0, t0 + tokens) */
 static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t t0, int64_t tokens, float *gate,
                         float *up, float *panel, void *scratch) {
@@ -112,6 +157,12 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
     const void *next = last ? end ? NULL : e[1].gate.data : dsm_row(&e->gate, r0 + rows);
     multiply_chunk(k, many, x, layer->x_stride, tokens, &e->gate, r0, rows, dsm_row(&e->up, r0), gate, panel, scratch);
     const int64_t ld = multiply_chunk(k, many, x, layer->x_stride, tokens, &e->up, r0, rows, next, up, panel, scratch);
+    const Adapted *a = layer->adapted;
+    for (int64_t t = 0; a && a->gate_up->rank && t < tokens; t++) {
+        const float *low = a->to_gate_up + (e->first + t0 + t) * a->gate_up->rank;
+        add_low(k, a->gate_up, e->index, 2 * layer->width, low, r0, rows, gate + t * ld);
+        add_low(k, a->gate_up, e->index, 2 * layer->width, low, layer->width + r0, rows, up + t * ld);
+    }
     for (int64_t t = 0; t < tokens; t += step) {
         const int64_t n = dsm_min(step, tokens - t);
         const void *values[DSM_GROUP_TOKENS];
@@ -119,23 +170,19 @@ static void gate_and_up(const Layer *layer, const Share *e, int64_t r0, int64_t 
             values[i] = gate + (t + i) * ld;
             k->swiglu(gate + (t + i) * ld, up + (t + i) * ld, gate + (t + i) * ld, rows);
         }
-        if (many && k->pack_interleaved) {
+        if (many && k->pack_interleaved)
             k->pack_interleaved(values, n, DSM_F32, rows, dtype, h + t * layer->h_stride, 0, r0);
-        } else { /* a group of 64 at a time: whole blocks are packed, and the next is another task's */
-            const int bytes = dsm_packed_bytes(k, dtype);
-            for (int64_t i = 0; i < n; i++)
-                for (int64_t r = 0; r < rows; r += CHUNK) {
-                    char packed[DSM_BLOCK * 4] __attribute__((aligned(64)));
-                    k->pack((const float *)values[i] + r, DSM_F32, dsm_min(CHUNK, rows - r), dtype, packed);
-                    memcpy(h + (t + i) * layer->h_stride + (r0 + r) * bytes, packed, CHUNK * bytes);
-                }
-        }
+        else
+            for (int64_t i = 0; i < n; i++) pack_rows(k, values[i], rows, dtype, h + (t + i) * layer->h_stride, r0);
+        for (int64_t i = 0; a && a->down->rank && i < n; i++)
+            pack_rows(k, values[i], rows, DSM_BF16, a->h + (e->first + t0 + t + i) * a->h_stride, r0);
     }
 }
 
 /* out columns [c0, c0 + columns) of every expert's tokens, and y's of all tokens */
 static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, void *scratch) {
     const Kernels *k = layer->kernels;
+    const Adapted *a = layer->adapted;
     PrefetchStream none = {0};
     for (int64_t i = 0; i < layer->active; i++) {
         const Share *e = layer->experts + i;
@@ -154,7 +201,11 @@ static void down(const Layer *layer, int64_t c0, int64_t columns, float *part, v
                 for (int64_t t = 0; t < tokens; t++) {
                     const int64_t slot = layer->order[e->first + t0 + t];
                     float *to = layer->out + slot / layer->top_k * layer->hidden + c;
-                    const float weight = layer->weights[slot], *from = part + t * ld;
+                    const float weight = layer->weights[slot];
+                    float *from = part + t * ld;
+                    if (a && a->down->rank)
+                        add_low(k, a->down, e->index, layer->hidden, a->to_down + (e->first + t0 + t) * a->down->rank,
+                                c, n, from);
                     for (int64_t r = 0; r < n; r++) to[r] += weight * from[r];
                 }
             }
@@ -246,9 +297,11 @@ static int run(Layer *layer, const void *x, int threads) {
             }
 #pragma omp barrier
         }
+        if (layer->adapted && layer->adapted->gate_up->rank) make_low_of_x(layer, x);
         for (int64_t task; (task = dsm_next_task(queues, threads, dsm_thread_id())) >= 0;)
             if (!failed) gate_and_up_task(layer, task, buffer, half, scratch);
 #pragma omp barrier
+        if (layer->adapted && layer->adapted->down->rank) make_low_of_h(layer);
         for (int64_t task; (task = dsm_next_task(down_queues, threads, dsm_thread_id())) >= 0;)
             if (!failed)
                 down(layer, task * columns, dsm_min(columns, layer->hidden - task * columns), buffer, scratch);
@@ -262,12 +315,9 @@ static int run(Layer *layer, const void *x, int threads) {
     return failed ? DSM_NO_MEMORY : DSM_OK;
 }
 
-/* out [tokens, hidden] fp32 += the experts' weighted outputs, or, where out is NULL, y [tokens, hidden] of `dtype` = them.
-
-   x [tokens, hidden] of `dtype`; indices and weights [tokens, top_k]. */
-DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden,
-                        const int64_t *indices, const float *weights, int64_t top_k, const Experts *given, float *out,
-                        void *y) {
+static int compute(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden,
+                   const int64_t *indices, const float *weights, int64_t top_k, const Experts *given, Adapted *adapted,
+                   float *out, void *y) {
     const Kernels *kernels = dsm_kernels(isa, dtype);
     const int64_t width = given->width;
     const int64_t slots = tokens * top_k;
@@ -287,6 +337,7 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
         .tokens = tokens,
         .dtype = dtype,
         .weight_dtype = given->dtype,
+        .adapted = adapted,
         .active = -1,
     };
     layer.order = dsm_alloc(sizeof *layer.order * slots);
@@ -301,7 +352,7 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
         layer.h = dsm_borrow(packed_rows(&layer) * layer.h_stride);
     }
     if (layer.active >= 0 && y) memset(layer.out, 0, sizeof(float) * tokens * hidden);
-    if (layer.x && layer.h) {
+    if (layer.x && layer.h && (!adapted || make_adapted(adapted, kernels, tokens, slots, hidden, width))) {
         /* a ragged width's last block has no values to pack after them */
         for (int64_t i = 0; i < layer.active && (width % CHUNK || width / CHUNK % 2); i++) {
             const Share *e = layer.experts + i;
@@ -315,5 +366,24 @@ DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t 
     free(layer.experts);
     dsm_give_back(layer.x);
     dsm_give_back(layer.h);
+    if (adapted) free_adapted(adapted);
     return result;
+}
+
+/* out [tokens, hidden] fp32 += the experts' weighted outputs, or, where out is NULL, y [tokens, hidden] of `dtype` = them.
+
+   x [tokens, hidden] of `dtype`; indices and weights [tokens, top_k]. */
+DSM_API int dsm_experts(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden,
+                        const int64_t *indices, const float *weights, int64_t top_k, const Experts *given, float *out,
+                        void *y) {
+    return compute(isa, threads, dtype, x, tokens, hidden, indices, weights, top_k, given, NULL, out, y);
+}
+
+/* y of the experts with an adapter's matrices next to their own */
+DSM_API int dsm_experts_low_rank(int isa, int threads, int dtype, const void *x, int64_t tokens, int64_t hidden,
+                                 const int64_t *indices, const float *weights, int64_t top_k, const Experts *given,
+                                 const LowRank *gate_up, const LowRank *down, void *y) {
+    Adapted adapted = {.gate_up = gate_up, .down = down, .experts = given->count};
+    if (gate_up->rank < 0 || down->rank < 0) return DSM_BAD_ARGUMENT;
+    return compute(isa, threads, dtype, x, tokens, hidden, indices, weights, top_k, given, &adapted, NULL, y);
 }

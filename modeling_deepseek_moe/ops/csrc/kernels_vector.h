@@ -315,7 +315,7 @@ void SHARED(norm)(const void *x, const void *w, int64_t n, float eps, void *out,
         .gemm = gemm, .swiglu = SHARED(swiglu), .norm = SHARED(norm), .write = SHARED(write),                         \
     .decode = SHARED(decode), .amax = SHARED(amax), .encode = SHARED(encode),                                         \
     .gemv_transposed = SHARED(gemv_transposed), .online_softmax = SHARED(online_softmax),                             \
-    .accumulate_pv = accumulate_pv, .weigh_heads = SHARED(weigh_heads)
+    .accumulate_pv = accumulate_pv, .weigh_heads = SHARED(weigh_heads), .add_rows = SHARED(add_rows)
 
 const Kernels KERNELS = {
     VECTOR_KERNELS,

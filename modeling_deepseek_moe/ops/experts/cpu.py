@@ -154,7 +154,7 @@ def run_low_rank(
     gate_up: tuple[torch.Tensor, torch.Tensor, float] | None,
     down: tuple[torch.Tensor, torch.Tensor, float] | None,
 ) -> torch.Tensor:
-    """As `routed`, a token at a time, with what an adapter adds to gate and up, and to down.
+    """As `routed`, with what an adapter adds to gate and up, and to down.
 
     Args:
         gate_up, down: bf16 A ``[E, r, inputs]``, B turned ``[E, r, outputs]``, and the scale.
@@ -173,16 +173,20 @@ def run_low_rank(
             ):
                 wanted = f"{[experts, rank, size]} in bf16"
                 raise ValueError(f"experts: found {_native.describe(matrix)} for {name}, wanted contiguous {wanted}")
-    out_TD = torch.empty_like(hidden_TD)
+    out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
     hidden_TD, topk_indices = hidden_TD.contiguous(), topk_indices.contiguous()
     topk_weights, addresses = _native.fp32(topk_weights), addresses.contiguous()
     structs = [LowRank() if pair is None else LowRank.of(*pair) for pair in (gate_up, down)]
-    _native.call(
-        "dsm_experts_low_rank",
-        *(_native.DTYPES[hidden_TD.dtype], hidden_TD.data_ptr(), tokens, hidden),
-        *(topk_indices.data_ptr(), topk_weights.data_ptr(), topk_indices.shape[1]),
-        *(byref(Experts.of(addresses, width, dtype, kind)), *map(byref, structs), out_TD.data_ptr()),
-    )
+    pointers = byref(Experts.of(addresses, width, dtype, kind)), *map(byref, structs)
+    top_k = topk_indices.shape[1]
+    step = max(1, WORKSPACE_BYTES // (8 * top_k * (hidden + width)))  # half of what `_run` takes: rows are packed twice
+    for start in range(0, tokens, step):
+        x, indices, weights, out = (t[start : start + step] for t in (hidden_TD, topk_indices, topk_weights, out_TD))
+        _native.call(
+            "dsm_experts_low_rank",
+            *(_native.DTYPES[x.dtype], x.data_ptr(), len(x), hidden, indices.data_ptr(), weights.data_ptr(), top_k),
+            *(*pointers, out.data_ptr()),
+        )
     return out_TD
 
 

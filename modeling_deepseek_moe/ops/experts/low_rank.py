@@ -162,10 +162,13 @@ def routed_low_rank(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden_TD.dtype
     if (gradients and base.is_trained()) or not cpu.is_silu(act_fn):
         return _defined(hidden_TD, topk_indices, topk_weights, act_fn, base, low_rank)
-    few = len(hidden_TD) <= FEW_TOKENS and device == "cpu" and not (autocast or gradients)
-    if few and not torch.compiler.is_compiling() and may_use(CPU, unavailable_reason()):
+    computes_alone = device == "cpu" and not (autocast or gradients or torch.compiler.is_compiling())
+    if computes_alone and may_use(CPU, unavailable_reason()):
         found = _native(hidden_TD, topk_indices, topk_weights, base, low_rank)
-        return _few(hidden_TD, topk_indices, topk_weights, base, low_rank) if found is None else found
+        if found is not None:
+            return found
+        if len(hidden_TD) <= FEW_TOKENS:
+            return _few(hidden_TD, topk_indices, topk_weights, base, low_rank)
     pairs = (*low_rank.gate_up, *low_rank.down)
     matrices = [matrix for pair in pairs for matrix in (pair.a, pair.b.contiguous())]
     if autocast:
@@ -264,7 +267,7 @@ class RoutedLowRank(torch.autograd.Function):
 
 
 def _native(hidden_TD, topk_indices, topk_weights, base: Base, low_rank: LowRank) -> torch.Tensor | None:
-    """A few tokens of bf16 in one call of the engine, with the pairs in bf16 too; ``None`` where it has none for them."""
+    """Tokens of bf16 in one call of the engine, with the pairs in bf16 too; ``None`` where it has none for them."""
     pairs = (low_rank.gate_up, low_rank.down)
     if hidden_TD.dtype != torch.bfloat16 or any(len(own) > 1 for own in pairs):
         return None
