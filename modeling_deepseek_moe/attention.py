@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.attention_chunks import attend, finish, merge
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
-from modeling_deepseek_moe.ops._operands import differs_by_row
+from modeling_deepseek_moe.ops._hooks import differs_by_row
 from modeling_deepseek_moe.ops.absorbed_attention import absorbed_attention, attend_pages, weight_for_pages
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.ops.prompt_attention import interface

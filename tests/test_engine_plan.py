@@ -242,7 +242,7 @@ def test_report_names_what_is_foreign_and_why(model):
     tuned = with_dora("o_proj")(model)
     lines = dict(tuned.engine_report().lines())
     assert lines["layers.0-2.self_attn"] is None
-    reason = "runs LoRA of one adapter at a time, in fp32 or bf16 on the CPU, without dropout, a bias or a variant"
+    reason = "runs LoRA of one adapter at a time, in fp32 or bf16, without dropout, a bias or a variant"
     assert lines["layers.0-2.self_attn.o_proj"] == reason
     assert lines["layers.1.mlp"] == "gate: cannot call the hooks of a DeepseekTopkRouter"
     assert lines["layers.0,2.mlp"] is None

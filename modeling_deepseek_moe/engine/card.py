@@ -21,7 +21,8 @@ from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _triton, absorbed_attention, block_fp8, experts, mla_project, moe, rms_norm
 from modeling_deepseek_moe.ops._dispatch import TRITON, may_use
-from modeling_deepseek_moe.ops._operands import is_hooked, kept_weight_of, scale_of, unsupported_linear
+from modeling_deepseek_moe.ops._hooks import is_hooked
+from modeling_deepseek_moe.ops._operands import kept_weight_of, scale_of, unsupported_linear
 from modeling_deepseek_moe.ops.linear import project
 from modeling_deepseek_moe.quantized.experts import StackedQuantizedExperts
 from modeling_deepseek_moe.sparse_attention import DeepseekSparseAttention

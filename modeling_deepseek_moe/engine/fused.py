@@ -12,10 +12,10 @@ from torch import nn
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
 from modeling_deepseek_moe.compat import takes_cache
 from modeling_deepseek_moe.engine import reasons
-from modeling_deepseek_moe.engine.adapted import is_lora
 from modeling_deepseek_moe.engine.plan import Stages
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import experts, mla_project, moe
+from modeling_deepseek_moe.ops._lora import is_lora
 from modeling_deepseek_moe.ops._operands import is_of_four_bits, scale_of
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 

@@ -13,11 +13,12 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from modeling_deepseek_moe.attention import ABSORBED, choose_mla_path
-from modeling_deepseek_moe.engine import adapted, reasons
+from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.engine.plan import SLOT, Plan
 from modeling_deepseek_moe.engine.watch import Watch
+from modeling_deepseek_moe.ops._hooks import any_hooked, every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._library import needs_dispatcher
-from modeling_deepseek_moe.ops._operands import any_hooked, every_module_is_hooked, is_hooked
+from modeling_deepseek_moe.ops._operands import matrix_of
 from modeling_deepseek_moe.ops._structs import Ends
 from modeling_deepseek_moe.ops.decode_step.cpu import FEW_TOKENS
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
@@ -54,7 +55,7 @@ class NextToken:
             self._watch.add(module)
         self.reason, self.ends = self._unsupported_reason(plan), Ends()
         if self.reason is None:
-            matrix, self._kept = adapted.matrix(head)
+            matrix, self._kept = matrix_of(head)
             self.ends = Ends(self.embedding.weight.data_ptr(), len(self.embedding.weight), matrix)
             self.reason = self._unfit(base.config.hidden_size)
 

@@ -15,12 +15,13 @@ from transformers.cache_utils import Cache
 
 from modeling_deepseek_moe.cache import IndexedLatentLayer, LatentLayer
 from modeling_deepseek_moe.compat import CACHE_NAME, takes_cache
-from modeling_deepseek_moe.engine import adapted, reasons
-from modeling_deepseek_moe.engine.adapted import base_of
+from modeling_deepseek_moe.engine import reasons
 from modeling_deepseek_moe.engine.watch import Watch
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.ops import _native, experts
 from modeling_deepseek_moe.ops._dispatch import CPU, may_use, requested
+from modeling_deepseek_moe.ops._lora import add_to, base_of
+from modeling_deepseek_moe.ops._operands import matrix_of
 from modeling_deepseek_moe.ops._structs import DecoderLayer, Expert, Experts, LowRank, Matrix, MlaShape, Norm, Routing
 from modeling_deepseek_moe.ops.decode_step.cpu import STAGES, Run
 
@@ -204,7 +205,7 @@ class Plan:
             if isinstance(layer.mlp, DeepseekMoE):
                 gate, weights = base_of(layer.mlp.gate), experts.operands(self._routed(layer.mlp.experts, struct))
                 struct.moe.gate = Matrix.of(gate.weight)
-                self._kept += [weights.addresses, adapted.add_to(struct.moe.gate, layer.mlp.gate)]
+                self._kept += [weights.addresses, add_to(struct.moe.gate, layer.mlp.gate)]
                 struct.moe.bias = _native.pointer(gate.e_score_correction_bias)
                 struct.moe.routing = Routing(*gate.routing)
                 struct.moe.routed = Experts.of(weights.addresses, weights.width, weights.dtype, weights.kind)
@@ -215,7 +216,7 @@ class Plan:
         return struct
 
     def _matrix(self, linear: nn.Module) -> Matrix:
-        matrix, kept = adapted.matrix(linear)
+        matrix, kept = matrix_of(linear)
         self._kept.append(kept)
         return matrix
 

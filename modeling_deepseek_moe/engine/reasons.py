@@ -12,15 +12,16 @@ from torch import nn
 
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.block import DeepseekDecoderLayer
-from modeling_deepseek_moe.engine import adapted, sizes
-from modeling_deepseek_moe.engine.adapted import base_of
+from modeling_deepseek_moe.engine import sizes
 from modeling_deepseek_moe.layers import DeepseekMLP, DeepseekRMSNorm
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.moe.layer import DeepseekMoE
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
-from modeling_deepseek_moe.ops import _native, experts
+from modeling_deepseek_moe.ops import _lora, _native, experts
+from modeling_deepseek_moe.ops._hooks import is_hooked
 from modeling_deepseek_moe.ops._library import PLAIN
-from modeling_deepseek_moe.ops._operands import is_hooked, is_of_four_bits, operand_of, scale_of, unsupported_linear
+from modeling_deepseek_moe.ops._lora import base_of
+from modeling_deepseek_moe.ops._operands import is_of_four_bits, operand_of, scale_of, unsupported_linear
 from modeling_deepseek_moe.ops._structs import NESTED
 from modeling_deepseek_moe.ops.decode_step.cpu import DTYPES, WEIGHTS
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
@@ -77,10 +78,10 @@ def parts(module: DeepseekAttention) -> tuple[tuple[nn.Module, ...], tuple[nn.Mo
 
 def linear(module: nn.Module, dtype: torch.dtype) -> Reason:
     """A linear layer whose weight is read where it lies, alone or with an adapter."""
-    reason = adapted.unsupported_reason(module) or unsupported_linear(base_of(module))
+    reason = _lora.unsupported_reason(module) or unsupported_linear(base_of(module))
     if reason is not None:
         return reason
-    low_rank, module = adapted.low_rank_of(module), base_of(module)
+    low_rank, module = _lora.low_rank_of(module), base_of(module)
     if low_rank is not None and (reason := sizes.misfit_of_adapter(low_rank, module)) is not None:
         return reason
     if is_of_four_bits(module):
@@ -129,10 +130,10 @@ def mlp(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
 
 def router(module: nn.Module, dtype: torch.dtype) -> Reason:
     """A router's matrix and its choice."""
-    reason = adapted.unsupported_reason(module)
+    reason = _lora.unsupported_reason(module)
     if reason is not None:
         return reason
-    low_rank, module = adapted.low_rank_of(module), base_of(module)
+    low_rank, module = _lora.low_rank_of(module), base_of(module)
     reason = _is_own(module, DeepseekTopkRouter) or _tensor(module.weight, (torch.bfloat16,))
     if reason is None and low_rank is not None:
         reason = sizes.misfit_of_adapter(low_rank, module)

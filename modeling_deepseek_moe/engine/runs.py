@@ -15,7 +15,7 @@ from modeling_deepseek_moe.engine.fused import run_by_halves
 from modeling_deepseek_moe.engine.plan import SLOT, Plan, Stages
 from modeling_deepseek_moe.ops import _native
 from modeling_deepseek_moe.ops._dispatch import CPU, REFERENCE, TRITON, may_use, use_backend
-from modeling_deepseek_moe.ops._operands import every_module_is_hooked
+from modeling_deepseek_moe.ops._hooks import every_module_is_hooked
 from modeling_deepseek_moe.ops.decode_step.cpu import FEW_TOKENS
 
 

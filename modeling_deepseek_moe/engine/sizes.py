@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from modeling_deepseek_moe.engine.adapted import LowRank, base_of
+from modeling_deepseek_moe.ops._lora import LowRank, base_of
 from modeling_deepseek_moe.ops._operands import operand_of
 from modeling_deepseek_moe.ops.experts import Operands
 
@@ -59,6 +59,8 @@ def misfit_of_router(gate: nn.Module, weights: Operands, hidden: int) -> str | N
 def misfit_of_adapter(low_rank: LowRank, base: nn.Module) -> str | None:
     """The same of what an adapter adds to a linear layer or a router."""
     (rows, columns), a, b = _size(base), low_rank.a, low_rank.b
+    if a.device.type != "cpu" or b.device.type != "cpu":
+        return f"adapter: needs CPU tensors, found {a.device} and {b.device}"
     if (a.shape[1], b.shape) == (columns, (rows, len(a))):
         return None
     return f"adapter: needs A [r, {columns}] and B [{rows}, r], found {list(a.shape)} and {list(b.shape)}"

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from modeling_deepseek_moe.attention import DeepseekAttention
-from modeling_deepseek_moe.engine import adapted
 from modeling_deepseek_moe.layers import DeepseekRMSNorm
 from modeling_deepseek_moe.moe.router import DeepseekTopkRouter
-from modeling_deepseek_moe.ops._operands import any_hooked, is_hooked
+from modeling_deepseek_moe.ops import _lora
+from modeling_deepseek_moe.ops._hooks import any_hooked, is_hooked
 from modeling_deepseek_moe.quantized.mapped import MappedExperts
 from modeling_deepseek_moe.rope import DeepseekRotaryEmbedding
 
@@ -37,7 +37,9 @@ class Watch:
         self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
-        self._lora: list[tuple[nn.Module, tuple]] = []  # linear layers and routers with one, and what peft changes of them
+        self._lora: list[
+            tuple[nn.Module, tuple]
+        ] = []  # linear layers and routers with one, and what peft changes of them
 
     def add(self, whole: nn.Module) -> None:
         """A module, and all in it."""
@@ -63,8 +65,8 @@ class Watch:
                 owner, name = state, "state2"
             if isinstance(module, MappedExperts):
                 self._mapped.append((module, module.stream))
-            if adapted.is_lora(module):
-                self._lora.append((module, adapted.state(module)))
+            if _lora.is_lora(module):
+                self._lora.append((module, _lora.state(module)))
 
     def _add_memory(self, *tensors: torch.Tensor | None) -> None:
         """Where tensors lie and how; no rows that are not contiguous are read."""
@@ -99,7 +101,7 @@ class Watch:
                 return False
         if not all(_is_same(module.for_engine(), operands) for module, operands in self._adapted):
             return False
-        if any(adapted.state(module) != state for module, state in self._lora):
+        if any(_lora.state(module) != state for module, state in self._lora):
             return False
         for module, stream in self._mapped:
             if not isinstance(module, MappedExperts) or module.stream is not stream:  # moved to a device, and back

@@ -4,16 +4,16 @@ An operation that multiplies with a layer's weight is handed the layer, since on
 an adapter, a quantiser, a hook. Where nothing is, its weight may be read in place of the call.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook as every_module_is_hooked  # torch has no public name for it
 
 from modeling_deepseek_moe.bnb.packing import is_packed
-from modeling_deepseek_moe.compat import is_idle
+from modeling_deepseek_moe.ops._hooks import differs_by_row, every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._library import PLAIN, PLAIN_OR_FAKE
+from modeling_deepseek_moe.ops._lora import add_to, base_of, is_lora, low_rank_of
+from modeling_deepseek_moe.ops._lora import unsupported_reason as unsupported_lora
 from modeling_deepseek_moe.ops._structs import NESTED, Matrix
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 from modeling_deepseek_moe.ops.four_bit.reference import KINDS, NESTED_GROUP, NestedScales
@@ -21,29 +21,6 @@ from modeling_deepseek_moe.ops.four_bit.reference import KINDS, NESTED_GROUP, Ne
 KERNEL = "block_fp8"  # a format's, see `formats.WeightFormat`
 BLOCK = (128, 128)  # of FP8 weights: the engine's, and the release's
 KEPT = "_kept_weight"  # where a layer carries what it was dequantised to
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something happens when the module is called besides the ``forward`` of its class."""
-    return any_hooked((module.__dict__,))
-
-
-def differs_by_row(layer: nn.Module) -> bool:
-    """Whether peft gives each sequence of a batch an adapter of its own as the layer is called, so that it has no one weight."""
-    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in layer._forward_pre_hooks.values())
-
-
-def any_hooked(attributes: Iterable[dict]) -> bool:
-    """`is_hooked` of any of the modules whose ``__dict__`` are given."""
-    # looked for where they are kept, in one loop: a call for each module and token would take as long again
-    for own in attributes:
-        if own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own:
-            return True
-        if own["_forward_hooks"] and not all(map(is_idle, own["_forward_hooks"].values())):
-            return True
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return True
-    return False
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -91,6 +68,12 @@ def operand_of(layer: nn.Module) -> Operand:
         kernel = layer.weight_format.kernel
         return Operand(kernel if kernel in KINDS else None, layer.weight, layer.scale)
     return Operand(None, layer.weight, None)
+
+
+def matrix_of(layer: nn.Module) -> tuple[Matrix, object]:
+    """A linear layer's weight for C, with what LoRA around it adds, and what has to live as long."""
+    found, kept = operand_of(base_of(layer)).matrix()
+    return found, (kept, add_to(found, layer))
 
 
 def is_of_four_bits(layer: nn.Module) -> bool:
@@ -212,7 +195,14 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
             "adapter_names: found several adapters in one batch on a layer whose weight is read, as sparse attention reads kv_b_proj's, "
             "wanted one: a batch for each, after model.set_adapter(name)"
         )
-    # an adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
+    if is_lora(layer) and unsupported_lora(layer) is None:
+        weight, low_rank = weight_of(base_of(layer), like), low_rank_of(layer)
+        if low_rank is None:
+            return weight
+        wide = torch.promote_types(low_rank.a.dtype, weight.dtype)
+        a, b = low_rank.a.to(wide), low_rank.b.to(wide)
+        return torch.addmm(weight.to(wide), b, a, alpha=low_rank.scale).to(like.dtype)
+    # another adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
 
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from modeling_deepseek_moe.attention import DeepseekAttention
 from modeling_deepseek_moe.layers import DeepseekMLP
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
-from modeling_deepseek_moe.ops._operands import is_hooked
+from modeling_deepseek_moe.ops._hooks import is_hooked
 from modeling_deepseek_moe.ops.experts import LowRank, Slots, runs_on_card, triton_fp8
 from modeling_deepseek_moe.training.attach import find_model
 from modeling_deepseek_moe.training.fp8_functions import Fp8LinearFunction, Fp8SwiGluFunction, Fp8Weight

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from modeling_deepseek_moe.ops import _native
+from modeling_deepseek_moe.ops._hooks import every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._library import PLAIN, define
-from modeling_deepseek_moe.ops._operands import every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._structs import FOUR_BIT, NESTED, Experts, LowRank
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
 from modeling_deepseek_moe.ops.four_bit.reference import KINDS
@@ -179,7 +179,9 @@ def run_low_rank(
     structs = [LowRank() if pair is None else LowRank.of(*pair) for pair in (gate_up, down)]
     pointers = byref(Experts.of(addresses, width, dtype, kind)), *map(byref, structs)
     top_k = topk_indices.shape[1]
-    step = max(1, WORKSPACE_BYTES // (8 * top_k * (hidden + width)))  # half of what `_run` takes: rows are packed twice
+    step = max(
+        1, WORKSPACE_BYTES // (8 * top_k * (hidden + width))
+    )  # half of what `_run` takes: rows are packed twice
     for start in range(0, tokens, step):
         x, indices, weights, out = (t[start : start + step] for t in (hidden_TD, topk_indices, topk_weights, out_TD))
         _native.call(

@@ -1,4 +1,4 @@
-"""What peft's LoRA adds to a linear layer or a router, as the engine reads it: from outside, and without importing peft.
+"""What peft's LoRA adds to a linear layer or a router, read from outside, and without importing peft.
 
 The matrices are read where they lie, so that what is written to them counts at once. Whatever an adapter is besides (several at once,
 DoRA and its kin, a bias, dropout while it is trained, a batch with one for each sequence) is left to the modules' own calls.
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from modeling_deepseek_moe.ops._hooks import is_hooked
 from modeling_deepseek_moe.ops._library import PLAIN
-from modeling_deepseek_moe.ops._operands import is_hooked, operand_of
 from modeling_deepseek_moe.ops._structs import Adapter, Matrix
 
 # Classes of peft's, by name, and this package's own for its codes: around a linear layer, and around a router's weight.
@@ -19,7 +19,7 @@ LINEAR = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear
 LINEAR |= {("modeling_deepseek_moe.adapters.layers", "LoraLinear")}
 ROUTER = ("peft.tuners.lora.layer", "ParamWrapper")
 DTYPES = (torch.float32, torch.bfloat16)
-REASON = "runs LoRA of one adapter at a time, in fp32 or bf16 on the CPU, without dropout, a bias or a variant"
+REASON = "runs LoRA of one adapter at a time, in fp32 or bf16, without dropout, a bias or a variant"
 
 
 class LowRank(NamedTuple):
@@ -42,7 +42,7 @@ def base_of(layer: nn.Module) -> nn.Module:
 
 
 def unsupported_reason(layer: nn.Module) -> str | None:
-    """Why the engine cannot add what a layer's adapter does; ``None`` if it can, or has none to add."""
+    """Why two matrices are not all that a layer's adapter is; ``None`` if they are, or it has none to add."""
     if not is_lora(layer):
         return None
     if is_hooked(layer):
@@ -59,12 +59,6 @@ def low_rank_of(layer: nn.Module) -> LowRank | None:
     if not names:
         return None
     return LowRank(layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]]))
-
-
-def matrix(layer: nn.Module) -> tuple[Matrix, object]:
-    """A linear layer's weight for C, with what its adapter adds, and what has to live as long."""
-    found, kept = operand_of(base_of(layer)).matrix()
-    return found, (kept, add_to(found, layer))
 
 
 def add_to(weight: Matrix, layer: nn.Module) -> Adapter | None:
@@ -100,6 +94,5 @@ def _is_plain(layer: nn.Module, name: str) -> bool:
         return False
     weights = [part.weight for part in parts]
     return all(part.bias is None for part in parts) and all(
-        type(weight) in PLAIN and weight.dtype in DTYPES and weight.device.type == "cpu" and weight.is_contiguous()
-        for weight in weights
+        type(weight) in PLAIN and weight.dtype in DTYPES and weight.is_contiguous() for weight in weights
     )
