@@ -9,6 +9,8 @@ cached ones on):
     experts  FP8 and bf16, plain and with LoRA (rank 16) on all routed experts; and plain transformers with peft on the same; of
              a dense layer and one of experts in V2-Lite's dims with a small vocabulary, which takes 5 GB of memory: what a token
              takes, the largest tensor that an operation makes for it, and how much more memory the process holds meanwhile
+    layers   FP8, plain and with LoRA (rank 16) on the layers of attention, and on all linear layers and routed experts: one token, one of
+             each of 16 sequences, a prompt of 512
     bnb      NF4 linear layers, here and in plain transformers; experts are bf16 in both
     compile  a compiled step on a static cache, FP8, compared with the eager one on a growing cache
 """
@@ -27,12 +29,14 @@ import transformers
 from cpu_e2e import CONFIG, build_plain, write_model
 from decode import filled_caches
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, StaticCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, FineGrainedFP8Config, StaticCache
 
 from modeling_deepseek_moe.compat import CACHE_NAME
 
 CONTEXT, TOKENS = 128, 6
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 # a layer of experts, and little in the denominator besides
@@ -156,6 +160,47 @@ def lora_on_experts(folder: Path, options: argparse.Namespace) -> list[dict]:
     return found
 
 
+def with_layers(model: torch.nn.Module, experts: bool) -> torch.nn.Module:
+    import peft
+
+    targets = [*ATTENTION, *(f"{mlp}.{name}" for mlp in ("shared_experts", "layers.0.mlp") for name in MLP if experts)]
+    config = peft.LoraConfig(
+        r=16, target_modules=targets, target_parameters=EXPERTS if experts else None, init_lora_weights=False
+    )
+    return peft.get_peft_model(model, config).eval()
+
+
+def lora_on_layers(folder: Path, options: argparse.Namespace) -> list[dict]:
+    models = {"FP8": load(folder)}
+    models |= {f"FP8, LoRA on {what}": with_layers(load(folder), what == "all") for what in ("attention", "all")}
+    found = []
+    for case, (sequences, tokens) in {"a token": (1, 1), "16 sequences": (16, 1), "a prompt": (1, 512)}.items():
+        contestants = {name: call_of(model, sequences, tokens) for name, model in models.items()}
+        times = common.interleave(contestants, options.rounds, warm_up=2)
+        for row in rows(times, dict.fromkeys(list(models)[1:], "FP8")):
+            row["tokens_s"] *= sequences * (tokens if tokens > 1 else TOKENS) / TOKENS
+            found.append(row | {"contestant": f"{case}: {row['contestant']}"})
+    return found
+
+
+def call_of(model: torch.nn.Module, sequences: int, tokens: int):
+    """A prompt of so many tokens, or as many tokens as `tokens_of`, one after the other, of each sequence."""
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.randint(0, model.config.vocab_size, (sequences, length))
+
+    cache = DynamicCache(config=model.config)
+    if tokens == 1:
+        model(ids(CONTEXT), **{CACHE_NAME: cache}, logits_to_keep=1)
+
+    def call() -> None:
+        for _ in range(TOKENS if tokens == 1 else 1):
+            own = cache if tokens == 1 else DynamicCache(config=model.config)
+            model(ids(tokens), **{CACHE_NAME: own}, logits_to_keep=1)
+
+    return call
+
+
 def bnb(folder: Path, options: argparse.Namespace) -> list[dict]:
     source = folder.parent / "bf16"
     if not source.exists():
@@ -192,7 +237,7 @@ def compiled_step(folder: Path, options: argparse.Namespace) -> list[dict]:
     return rows(times, {"compiled, static cache": "eager, growing cache"})
 
 
-PARTS = {"lora": lora, "experts": lora_on_experts, "bnb": bnb, "compile": compiled_step}
+PARTS = {"lora": lora, "experts": lora_on_experts, "layers": lora_on_layers, "bnb": bnb, "compile": compiled_step}
 
 
 def main() -> None:
@@ -222,7 +267,7 @@ def main() -> None:
                     parts = ("largest_tensor_bytes", "peak_bytes_above", "expert_bytes")
                     ratio += "".join(f"  {field} {row[field]:,}" for field in parts)
                 extra = f"  {row['four_bit_layers']} layers, {row['bytes']:,} bytes" if "bytes" in row else ""
-                print(f"{part:8} {row['contestant']:26} {row['tokens_s']:7.2f} tokens/s{ratio}{extra}", flush=True)
+                print(f"{part:8} {row['contestant']:30} {row['tokens_s']:7.2f} tokens/s{ratio}{extra}", flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=2) + "\n")
     print("written to", options.out)

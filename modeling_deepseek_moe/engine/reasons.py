@@ -120,7 +120,7 @@ def mlp(module: nn.Module, dtype: torch.dtype, hidden: int) -> Reason:
     reason = _of_parts(module, layers, linear, dtype)
     if reason is None:
         reason = sizes.misfit(module, sizes.of_mlp(module, hidden), "gate_proj", "up_proj", "down_proj")
-    layers = [base_of(part) for part in layers]
+    layers = base_of(module.gate_proj), base_of(module.up_proj), base_of(module.down_proj)
     if reason is None and any(map(is_of_four_bits, layers)):
         if len({_dtype_of(part) for part in layers}) > 1 or len({operand_of(part).kind for part in layers}) > 1:
             return "needs weights of one dtype"
