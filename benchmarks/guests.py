@@ -184,7 +184,7 @@ def lora_on_layers(folder: Path, options: argparse.Namespace) -> list[dict]:
 
 
 def call_of(model: torch.nn.Module, sequences: int, tokens: int):
-    """A prompt of so many tokens, or as many tokens as `tokens_of`, one after the other, of each sequence."""
+    """A prompt of ``tokens``; where that is one, as many as `tokens_of` takes, one after the other, of each sequence."""
 
     def ids(length: int) -> torch.Tensor:
         return torch.randint(0, model.config.vocab_size, (sequences, length))

@@ -209,7 +209,9 @@ def test_falls_back_to_layers(tmp_path_factory, fused_steps):
     logits(model, steps=2)
     assert len(fused_steps) == 4
     peft = pytest.importorskip("peft")
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["o_proj"], use_dora=True, init_lora_weights=False)
+    )
     logits(tuned, steps=2)
     assert len(fused_steps) == 4
 

@@ -64,12 +64,30 @@ static void rotate(const Projection *p, int64_t t, const char *from, char *to) {
     }
 }
 
+/* called by all threads: queries' rotations, and the rows that the cache keeps */
+static void finish(const Projection *p) {
+    const size_t size = dsm_itemsize(p->dtype);
+    const int64_t heads = p->shape->num_heads, nope = p->shape->qk_nope_head_dim, head = nope + p->rope;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < p->tokens * (heads + 1); i++) {
+        const int64_t t = i / (heads + 1), h = i % (heads + 1);
+        if (h < heads) {
+            char *at = p->q + ((t * heads + h) * head + nope) * size;
+            rotate(p, t, at, at);
+        } else {
+            const char *row = p->kv_latent + t * (p->rank + p->rope) * size;
+            p->norms->norm(row, p->w->kv_a_norm.weight, p->rank, p->w->kv_a_norm.eps, p->c_kv + t * p->rank * size,
+                           p->dtype);
+            rotate(p, t, row + p->rank * size, p->k_pe + t * p->rope * size);
+        }
+    }
+}
+
 static int run(const Projection *p) {
     const int threads = p->threads;
     const size_t size = dsm_itemsize(p->dtype);
     const Matrix *q_a = &p->w->q_a, *q_b = &p->w->q_b, *kv_a = &p->w->kv_a, *query = q_a->rows ? q_a : q_b;
     const int64_t query_tasks = tasks_of(p, query), up_tasks = tasks_of(p, q_b), latent_tasks = tasks_of(p, kv_a);
-    const int64_t heads = p->shape->num_heads, nope = p->shape->qk_nope_head_dim, head = nope + p->rope;
     int failed = 0;
     char *first = q_a->rows ? p->q_latent : p->q;
     WorkQueue *queues = dsm_work_queues(threads, query_tasks + latent_tasks),
@@ -107,19 +125,7 @@ static int run(const Projection *p) {
 #pragma omp barrier
             if (q_b->adapter) dsm_adapt_in_team(q_b, p->dtype, p->q_latent, p->tokens, p->low, p->q);
         }
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < p->tokens * (heads + 1); i++) {
-            const int64_t t = i / (heads + 1), h = i % (heads + 1);
-            if (h < heads) {
-                char *at = p->q + ((t * heads + h) * head + nope) * size;
-                rotate(p, t, at, at);
-            } else {
-                const char *row = p->kv_latent + t * (p->rank + p->rope) * size;
-                p->norms->norm(row, p->w->kv_a_norm.weight, p->rank, p->w->kv_a_norm.eps, p->c_kv + t * p->rank * size,
-                               p->dtype);
-                rotate(p, t, row + p->rank * size, p->k_pe + t * p->rope * size);
-            }
-        }
+        finish(p);
         free(scratch);
         dsm_restore_mode(mode);
     }
