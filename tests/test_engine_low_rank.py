@@ -5,7 +5,7 @@ import torch
 from engine_cases import every_isa, needs_engine
 
 from modeling_deepseek_moe import DeepseekV3Config
-from modeling_deepseek_moe.formats import FP8
+from modeling_deepseek_moe.formats import by_name
 from modeling_deepseek_moe.moe.experts import DeepseekExperts
 from modeling_deepseek_moe.ops._dispatch import use_backend
 from modeling_deepseek_moe.ops.experts import Copies, LowRank, Pair, cpu, operands
@@ -23,10 +23,12 @@ def layer(kind, hidden, width):
         for stack in module.parameters():
             stack.normal_(std=0.1)
         return module
-    module = StackedQuantizedExperts(config, FP8)
+    weight_format = by_name(kind)
+    module = StackedQuantizedExperts(config, weight_format)
     for index in range(EXPERTS):
         for matrix in module.matrices(index).values():
-            for own, value in zip(matrix, FP8.quantize(torch.randn(matrix.codes.shape) * 0.1), strict=True):
+            values = torch.randn(weight_format.value_shape(matrix.codes.shape)) * 0.1
+            for own, value in zip(matrix, weight_format.quantize(values), strict=True):
                 own.copy_(value)
     return module
 
@@ -45,9 +47,8 @@ def defined(module, hidden, indices, weights, low_rank, width):
             if isinstance(module, DeepseekExperts):
                 gate_up, down = module.gate_up_proj[expert].double(), module.down_proj[expert].double()
             else:
-                matrices = [
-                    FP8.dequantize(*matrix, torch.float32).double() for matrix in module.matrices(expert).values()
-                ]
+                decode = module.weight_format.dequantize
+                matrices = [decode(*matrix, torch.float32).double() for matrix in module.matrices(expert).values()]
                 gate_up, down = torch.cat(matrices[:2]), matrices[2]
             for own in low_rank.gate_up:
                 gate_up = gate_up + own.scale * own.b[expert].double() @ own.a[expert].double()
@@ -59,9 +60,13 @@ def defined(module, hidden, indices, weights, low_rank, width):
     return out
 
 
+SIZES = [((4, 2), 128, 64), ((16, 0), 200, 130), ((0, 33), 136, 256)]
+CASES = [(kind, *sizes) for kind in ("fp8", "bf16") for sizes in SIZES]
+CASES += [(kind, (4, 2), 128, 64) for kind in ("int4", "mxfp4")]
+
+
 @every_isa
-@pytest.mark.parametrize("kind", ["fp8", "bf16"])
-@pytest.mark.parametrize(("ranks", "hidden", "width"), [((4, 2), 128, 64), ((16, 0), 200, 130), ((0, 33), 136, 256)])
+@pytest.mark.parametrize(("kind", "ranks", "hidden", "width"), CASES)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @torch.no_grad()
 def test_low_rank_products_in_every_way(tokens, ranks, hidden, width, kind, isa):
@@ -82,6 +87,24 @@ def test_low_rank_products_in_every_way(tokens, ranks, hidden, width, kind, isa)
         with use_backend("reference"):
             exact = module(x.float(), indices, weights, low_rank=low_rank)
         assert (exact.double() - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("matrix", ["a", "b"])
+def test_a_prompt_sees_whatever_was_written(matrix, made_in):
+    """Also what has no version: by way of ``.data``, to tensors of inference mode, next to what few tokens look at."""
+    with made_in():
+        torch.manual_seed(0)
+        module, x = layer("fp8", 128, 64), torch.randn(40, 128).bfloat16()
+        low_rank = LowRank(pair(128, 128, 4), pair(128, 64, 4))
+        given = torch.rand(40, EXPERTS).topk(3).indices, torch.rand(40, 3)
+        before = module(x, *given, low_rank=low_rank)
+        written = getattr(low_rank.gate_up[0], matrix).data
+        (written[:, 0] if matrix == "a" else written[..., 0]).mul_(-20)
+        found = module(x, *given, low_rank=low_rank)
+        wanted = defined(module, x, *given, low_rank, 64)
+    assert (found.double() - wanted).norm() < 0.012 * wanted.norm()
+    assert (before.double() - wanted).norm() > 0.3 * wanted.norm()
 
 
 def test_matrices_of_other_experts_are_refused():

@@ -36,18 +36,31 @@ class Copies:
     def __reduce__(self):
         return type(self), ()
 
-    def get(self, name: str, make: Callable[[], T], *matrices: torch.Tensor) -> T:
-        """What ``make`` makes of ``matrices``, which are ``[E, ·, ·]``."""
+    def get(self, name: str, make: Callable[[], T], *matrices: torch.Tensor, all_values: bool = False) -> T:
+        """What ``make`` makes of ``matrices``, which are ``[E, ·, ·]``.
+
+        What is written by way of ``.data``, or to tensors made in inference mode, has no version: some values of each expert are
+        looked at, and with ``all_values`` sums of all, which take a token's time and a hundredth of a prompt's.
+        """
         key, seen = [], []
         for matrix in matrices:
             key.append((matrix.data_ptr(), None if matrix.is_inference() else matrix._version, matrix.shape))
-            # what is written by way of `.data` has no version of its own: some values of each expert are looked at
             step = max(1, matrix.shape[2] // SAMPLES)
             seen.append(matrix.detach()[:, matrix.shape[1] // 2, ::step])
         kept = self._of.get(name)
-        if kept is None or kept[0] != key or not all(map(torch.equal, kept[1], seen)):
-            kept = self._of[name] = (key, [values.clone() for values in seen], make())
-        return kept[2]
+        is_same = kept is not None and kept[0] == key and all(map(torch.equal, kept[1], seen))
+        if is_same and all_values:
+            is_same = all(map(torch.equal, kept[2], map(_sums, matrices)))
+        if not is_same:
+            sums = list(map(_sums, matrices))
+            kept = self._of[name] = (key, [values.clone() for values in seen], sums, make())
+        return kept[3]
+
+
+def _sums(matrix: torch.Tensor) -> torch.Tensor:
+    """Of all values, weighted by their place along the dimension that is contiguous in memory."""
+    rows = matrix.detach().movedim(matrix.stride().index(min(matrix.stride())), -1).float()
+    return rows @ torch.linspace(1, 2, rows.shape[-1], device=rows.device)
 
 
 class Pair(NamedTuple):
@@ -65,14 +78,14 @@ class Pair(NamedTuple):
         """The same with a B that lies expert by expert."""
         return self._replace(b=self.copies.get("b", lambda: self.b.detach().contiguous(), self.b))
 
-    def packed(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def packed(self, all_values: bool = False) -> tuple[torch.Tensor, torch.Tensor, float]:
         """As `cpu.run_low_rank` takes it."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
             bf16 = self.a.detach().to(torch.bfloat16), self.b.detach().transpose(1, 2).to(torch.bfloat16)
             return bf16[0].contiguous(), bf16[1].contiguous()
 
-        return *self.copies.get("bf16", make, self.a, self.b), float(self.scale)
+        return *self.copies.get("bf16", make, self.a, self.b, all_values=all_values), float(self.scale)
 
 
 class LowRank(NamedTuple):
@@ -276,7 +289,7 @@ def _native(hidden_TD, topk_indices, topk_weights, base: Base, low_rank: LowRank
     weights = operands(base.module)
     if weights.addresses is None or unsupported_reason(base.module, weights, hidden_TD) is not None:
         return None
-    packed = [own[0].packed() if own else None for own in pairs]
+    packed = [own[0].packed(all_values=len(hidden_TD) > FEW_TOKENS) if own else None for own in pairs]
     return cpu.run_low_rank(
         *(hidden_TD, topk_indices, topk_weights, weights.addresses, weights.width, weights.dtype, weights.kind),
         *packed,
