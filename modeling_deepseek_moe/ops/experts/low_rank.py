@@ -23,6 +23,7 @@ from modeling_deepseek_moe.ops.experts.reference import Slots
 from modeling_deepseek_moe.ops.linear import linear
 
 FEW_TOKENS = 8
+MANY_TOKENS = 32  # of a prompt, next to which it is little to look at all values of the kept copies' matrices
 SAMPLES = 4  # of the rows that are looked at
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Copies:
         """What ``make`` makes of ``matrices``, which are ``[E, ·, ·]``.
 
         What is written by way of ``.data``, or to tensors made in inference mode, has no version: some values of each expert are
-        looked at, and with ``all_values`` sums of all, which take a token's time and a hundredth of a prompt's.
+        looked at, and with ``all_values`` sums of all.
         """
         key, seen = [], []
         for matrix in matrices:
@@ -289,7 +290,7 @@ def _native(hidden_TD, topk_indices, topk_weights, base: Base, low_rank: LowRank
     weights = operands(base.module)
     if weights.addresses is None or unsupported_reason(base.module, weights, hidden_TD) is not None:
         return None
-    packed = [own[0].packed(all_values=len(hidden_TD) > FEW_TOKENS) if own else None for own in pairs]
+    packed = [own[0].packed(all_values=len(hidden_TD) > MANY_TOKENS) if own else None for own in pairs]
     return cpu.run_low_rank(
         *(hidden_TD, topk_indices, topk_weights, weights.addresses, weights.width, weights.dtype, weights.kind),
         *packed,
