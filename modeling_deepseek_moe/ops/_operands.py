@@ -12,7 +12,7 @@ from torch import nn
 from modeling_deepseek_moe.bnb.packing import is_packed
 from modeling_deepseek_moe.ops._hooks import differs_by_row, every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._library import PLAIN, PLAIN_OR_FAKE
-from modeling_deepseek_moe.ops._lora import add_to, base_of, is_lora, low_rank_of
+from modeling_deepseek_moe.ops._lora import add_to, base_of, low_rank_of
 from modeling_deepseek_moe.ops._lora import unsupported_reason as unsupported_lora
 from modeling_deepseek_moe.ops._structs import NESTED, Matrix
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
@@ -195,8 +195,9 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
             "adapter_names: found several adapters in one batch on a layer whose weight is read, as sparse attention reads kv_b_proj's, "
             "wanted one: a batch for each, after model.set_adapter(name)"
         )
-    if is_lora(layer) and unsupported_lora(layer) is None:
-        weight, low_rank = weight_of(base_of(layer), like), low_rank_of(layer)
+    base = base_of(layer)
+    if base is not layer and unsupported_lora(layer) is None and (is_linear(base) or is_four_bit(base)):
+        weight, low_rank = weight_of(base, like), low_rank_of(layer)
         if low_rank is None:
             return weight
         wide = torch.promote_types(low_rank.a.dtype, weight.dtype)
