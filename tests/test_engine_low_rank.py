@@ -89,6 +89,17 @@ def test_low_rank_products_in_every_way(tokens, ranks, hidden, width, kind, isa)
         assert (exact.double() - want).norm() < 1e-5 * want.norm()
 
 
+@torch.no_grad()
+def test_a_long_prompt_is_computed_a_part_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    module, x = layer("bf16", 128, 64), torch.randn(40, 128).bfloat16()
+    low_rank = LowRank(pair(128, 128, 4), pair(128, 64, 4))
+    given = torch.rand(40, EXPERTS).topk(3).indices, torch.rand(40, 3)
+    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 60_000)  # of 16 tokens
+    wanted = defined(module, x, *given, low_rank, 64)
+    assert (module(x, *given, low_rank=low_rank).double() - wanted).norm() < 0.012 * wanted.norm()
+
+
 @pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("matrix", ["a", "b"])
 def test_a_prompt_sees_whatever_was_written(matrix, made_in):

@@ -179,9 +179,8 @@ def run_low_rank(
     structs = [LowRank() if pair is None else LowRank.of(*pair) for pair in (gate_up, down)]
     pointers = byref(Experts.of(addresses, width, dtype, kind)), *map(byref, structs)
     top_k = topk_indices.shape[1]
-    step = max(
-        1, WORKSPACE_BYTES // (8 * top_k * (hidden + width))
-    )  # half of what `_run` takes: rows are packed twice
+    # as in `_run`, and for A a token's x and its SwiGLU outputs once more
+    step = max(1, WORKSPACE_BYTES // (4 * (top_k * (hidden + 2 * width) + hidden)))
     for start in range(0, tokens, step):
         x, indices, weights, out = (t[start : start + step] for t in (hidden_TD, topk_indices, topk_weights, out_TD))
         _native.call(
