@@ -85,3 +85,19 @@ def test_mlps_that_were_pruned_throughout_run_in_the_engine(model, by_layers):
     found = step(model, cache)
     assert model.model.__dict__[SLOT].runs_all
     assert torch.equal(found, by_layers(step, model, before))
+
+
+def test_codes_without_the_scales_of_their_blocks_are_an_error(tmp_path):
+    config = SHAPES["v3"]()
+    config.intermediate_size = 256
+    write_release(tmp_path, config, fp8=True)
+    model = load(tmp_path)
+    cache = decoding(model)
+    mlp = model.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj"):
+        layer = getattr(mlp, name)
+        layer.weight = nn.Parameter(layer.weight.data[:128].contiguous(), requires_grad=False)
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.data[:, :128].contiguous(), requires_grad=False)
+    with pytest.raises(ValueError, match="found scales"):
+        step(model, cache)
+    assert "gate_proj: needs scales [1, 1], found [2, 1]" in str(model.engine_report())

@@ -81,15 +81,19 @@ def linear(module: nn.Module, dtype: torch.dtype) -> Reason:
     reason = _lora.unsupported_reason(module) or unsupported_linear(base_of(module))
     if reason is not None:
         return reason
-    low_rank, module = _lora.low_rank_of(module), base_of(module)
-    if low_rank is not None and (reason := sizes.misfit_of_adapter(low_rank, module)) is not None:
+    pair, module = _lora.pair_of(module), base_of(module)
+    reason = None if pair is None else sizes.misfit_of_adapter(pair, module)
+    if reason is not None:
         return reason
     if is_of_four_bits(module):
         return four_bit.unsupported_operand(*operand_of(module))
     scale = scale_of(module)
     if (scale is None) != (module.weight.dtype == torch.bfloat16):
         return f"takes weights in {', '.join(map(str, WEIGHTS))}, found {module.weight.dtype}"
-    return _tensor(module.weight, WEIGHTS) or (None if scale is None else _tensor(scale, (torch.float32,)))
+    reason = _tensor(module.weight, WEIGHTS)
+    if reason is not None or scale is None:
+        return reason
+    return _tensor(scale, (torch.float32,)) or sizes.misfit_of_scale(module.weight, scale)
 
 
 def norm(module: nn.Module, dtype: torch.dtype, width: int | None = None) -> Reason:
@@ -133,10 +137,10 @@ def router(module: nn.Module, dtype: torch.dtype) -> Reason:
     reason = _lora.unsupported_reason(module)
     if reason is not None:
         return reason
-    low_rank, module = _lora.low_rank_of(module), base_of(module)
+    pair, module = _lora.pair_of(module), base_of(module)
     reason = _is_own(module, DeepseekTopkRouter) or _tensor(module.weight, (torch.bfloat16,))
-    if reason is None and low_rank is not None:
-        reason = sizes.misfit_of_adapter(low_rank, module)
+    if reason is None and pair is not None:
+        reason = sizes.misfit_of_adapter(pair, module)
     if reason is None and module.e_score_correction_bias is not None:
         reason = _tensor(module.e_score_correction_bias, (torch.float32,))
     if reason is None and module.num_experts > MOST_EXPERTS:

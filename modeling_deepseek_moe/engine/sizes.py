@@ -5,9 +5,11 @@ What was pruned or replaced in some other shape is called as the module that it 
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
-from modeling_deepseek_moe.ops._lora import LowRank, base_of
+from modeling_deepseek_moe.ops import block_fp8
+from modeling_deepseek_moe.ops._lora import LoraPair, base_of
 from modeling_deepseek_moe.ops._operands import operand_of
 from modeling_deepseek_moe.ops.experts import Operands
 
@@ -56,9 +58,15 @@ def misfit_of_router(gate: nn.Module, weights: Operands, hidden: int) -> str | N
     return f"gate: has {count} experts, found top_k={gate.top_k}" if gate.top_k > count else None
 
 
-def misfit_of_adapter(low_rank: LowRank, base: nn.Module) -> str | None:
+def misfit_of_scale(codes: torch.Tensor, scale: torch.Tensor) -> str | None:
+    """The same of FP8 codes and the scales of their blocks."""
+    wanted = block_fp8.scale_shape(codes.shape)
+    return None if tuple(scale.shape) == wanted else f"needs scales {list(wanted)}, found {list(scale.shape)}"
+
+
+def misfit_of_adapter(pair: LoraPair, base: nn.Module) -> str | None:
     """The same of what an adapter adds to a linear layer or a router."""
-    (rows, columns), a, b = _size(base), low_rank.a, low_rank.b
+    (rows, columns), a, b = _size(base), pair.a, pair.b
     if a.device.type != "cpu" or b.device.type != "cpu":
         return f"adapter: needs CPU tensors, found {a.device} and {b.device}"
     if (a.shape[1], b.shape) == (columns, (rows, len(a))):

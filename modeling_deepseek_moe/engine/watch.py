@@ -37,9 +37,8 @@ class Watch:
         self._numbers: list[tuple[dict, str, object]] = []
         self._mapped: list[tuple[MappedExperts, object]] = []
         self._adapted: list[tuple[nn.Module, tuple]] = []  # experts, and what their adapters were
-        self._lora: list[
-            tuple[nn.Module, tuple]
-        ] = []  # linear layers and routers with one, and what peft changes of them
+        # linear layers and routers with an adapter, and what peft changes of them
+        self._lora: list[tuple[nn.Module, tuple]] = []
 
     def add(self, whole: nn.Module) -> None:
         """A module, and all in it."""

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 REASON = "runs LoRA of one adapter at a time, in fp32 or bf16, without dropout, a bias or a variant"
 
 
-class LowRank(NamedTuple):
+class LoraPair(NamedTuple):
     """``scale · B A``: A ``[r, in]`` and B ``[out, r]``."""
 
     a: torch.Tensor
@@ -53,20 +53,20 @@ def unsupported_reason(layer: nn.Module) -> str | None:
     return None if not names or _is_plain(layer, names[0]) else REASON
 
 
-def low_rank_of(layer: nn.Module) -> LowRank | None:
+def pair_of(layer: nn.Module) -> LoraPair | None:
     """What is added to a layer that `unsupported_reason` has nothing against; ``None``: nothing."""
     names = _names(layer) if is_lora(layer) else []
     if not names:
         return None
-    return LowRank(layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]]))
+    return LoraPair(layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]]))
 
 
 def add_to(weight: Matrix, layer: nn.Module) -> Adapter | None:
     """Have a layer's weight lead to what its adapter adds. Returns what has to live as long."""
-    low_rank = low_rank_of(layer)
-    if low_rank is None:
+    pair = pair_of(layer)
+    if pair is None:
         return None
-    adapter = Adapter.of(*low_rank)
+    adapter = Adapter.of(*pair)
     weight.adapter = ctypes.addressof(adapter)
     return adapter
 

@@ -12,7 +12,7 @@ from torch import nn
 from modeling_deepseek_moe.bnb.packing import is_packed
 from modeling_deepseek_moe.ops._hooks import differs_by_row, every_module_is_hooked, is_hooked
 from modeling_deepseek_moe.ops._library import PLAIN, PLAIN_OR_FAKE
-from modeling_deepseek_moe.ops._lora import add_to, base_of, low_rank_of
+from modeling_deepseek_moe.ops._lora import add_to, base_of, pair_of
 from modeling_deepseek_moe.ops._lora import unsupported_reason as unsupported_lora
 from modeling_deepseek_moe.ops._structs import NESTED, Matrix
 from modeling_deepseek_moe.ops.four_bit import cpu as four_bit
@@ -197,12 +197,12 @@ def weight_of(layer: nn.Module, like: torch.Tensor) -> torch.Tensor:
         )
     base = base_of(layer)
     if base is not layer and unsupported_lora(layer) is None and (is_linear(base) or is_four_bit(base)):
-        weight, low_rank = weight_of(base, like), low_rank_of(layer)
-        if low_rank is None:
+        weight, pair = weight_of(base, like), pair_of(layer)
+        if pair is None:
             return weight
-        wide = torch.promote_types(low_rank.a.dtype, weight.dtype)
-        a, b = low_rank.a.to(wide), low_rank.b.to(wide)
-        return torch.addmm(weight.to(wide), b, a, alpha=low_rank.scale).to(like.dtype)
+        wide = torch.promote_types(pair.a.dtype, weight.dtype)
+        a, b = pair.a.to(wide), pair.b.to(wide)
+        return torch.addmm(weight.to(wide), b, a, alpha=pair.scale).to(like.dtype)
     # another adapter, another quantiser or an offloading hook wraps the weight: it is read through the call
     return layer(torch.eye(layer.in_features, dtype=like.dtype, device=like.device)).T
 

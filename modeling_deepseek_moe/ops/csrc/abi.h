@@ -80,8 +80,8 @@ typedef struct {
     Routing routing;
     Experts routed, shared; /* the shared experts are one wide expert; none where `shared.count` is 0 */
     LowRank gate_up, down;  /* of the routed experts */
-    Matrix
-        parts[3]; /* gate, up and down of `shared` by themselves, where an adapter adds to one of them; else no rows */
+    /* gate, up and down of `shared` by themselves, where an adapter adds to one of them; else no rows */
+    Matrix parts[3];
 } Moe;
 
 /* Sizes of latent attention. */

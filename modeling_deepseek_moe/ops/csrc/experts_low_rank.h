@@ -46,7 +46,8 @@ DSM_INLINE int make_adapted(Adapted *a, const Kernels *k, int64_t tokens, int64_
     a->to_gate_up = dsm_borrow(sizeof(float) * slots * ranks);
     if (!a->x || !a->h || !a->to_gate_up) return 0;
     a->to_down = a->to_gate_up + slots * a->gate_up->rank;
-    if (a->down->rank) memset(a->h, 0, slots * a->h_stride); /* a ragged width has nothing to pack after it */
+    /* a ragged width's last block has no values to pack after them */
+    if (a->down->rank && width % DSM_BLOCK) memset(a->h, 0, slots * a->h_stride);
     return 1;
 }
 
