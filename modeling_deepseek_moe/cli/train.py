@@ -48,6 +48,7 @@ def train(
     # Trainer's module imports every optional library that is installed: only this command pays for that.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from modeling_deepseek_moe.cli import _train_memory, _train_run
+    from modeling_deepseek_moe.distributed import ranks
 
     _train_memory.spare_memory()
     os.environ.update(_slurm.ranks(os.environ))
@@ -56,3 +57,4 @@ def train(
     if recipe is not None and str(recipe).startswith("--"):
         arguments, recipe = [str(recipe), *arguments], None
     _train_run.run(recipe, arguments)
+    ranks.leave()

@@ -36,6 +36,17 @@ def join() -> None:
         distributed.init_process_group(backend, timeout=LOADING, device_id=device if backend == "nccl" else None)
 
 
+def leave() -> None:
+    """Give up the default process group, if there is one, once all ranks have come here: the end of a program that went well.
+
+    Threads of gloo that still hold a tensor while the interpreter ends abort the process ("terminate called without an
+    active exception"), and torchrun then reports a failure after all work is done.
+    """
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 class RankError(RuntimeError):
     """Another rank failed, or differs from this one."""
 

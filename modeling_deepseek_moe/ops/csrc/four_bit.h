@@ -42,10 +42,14 @@ DSM_INLINE float dsm_group_scale(const void *scale, int64_t i, const int kind) {
     return nested->table[nested->codes[i]] * nested->absmax[i >> 8] + nested->offset;
 }
 
+/* of a scale; of a nested one its code's */
+DSM_INLINE int64_t dsm_scale_bytes(const int kind) {
+    return kind == DSM_F32 ? 4 : kind == DSM_BF16 ? 2 : 1;
+}
 /* where scale i lies */
 DSM_INLINE const char *dsm_scale_place(const void *scale, int64_t i, const int kind) {
     if (kind == DSM_NESTED) return (const char *)((const Nested *)scale)->codes + i;
-    return (const char *)scale + i * (kind == DSM_F32 ? 4 : kind == DSM_BF16 ? 2 : 1);
+    return (const char *)scale + i * dsm_scale_bytes(kind);
 }
 
 /* calls one of a function's four versions by the kind of a matrix's scales */

@@ -17,15 +17,22 @@
 
    of which block b of 64 columns finds its own by spreading lane b.
 
-   Four pipes could take INT4's 15.75 instructions of 64 columns in 3.9 cycles; a Zen 4 takes 4.8 in a loop of nothing else,
-   5.2 here. From memory one row at a time came at half to two thirds of what a core reads without decoding, without scales
-   and in pages of 2 MB too; READERS rows for one token at 80 to 95 % (a Xeon). Fetched 512 bytes ahead instead of 2,048, NF4
-   models were slower. For several tokens the sums of several rows leave the registers, which costs more than it brings. */
+   Four pipes could take INT4's 15.75 instructions of 64 columns in 3.9 cycles, NF4's 23 in 5.8; a Zen 3 takes 5.5 and 7.0
+   from its first cache, where a load counts as a third of an instruction, and from memory half as long again: what a core
+   decodes and what it reads overlap in part. Two rows at once, far apart, are the fastest there, for NF4 a sixth faster than
+   four: their copies of x left the registers. One row at a time is a tenth slower in pages of 4 kB, and on a Xeon came at
+   half to two thirds of what a core reads without decoding, four at 80 to 95 % (two were not tried there). Rows in turns of
+   1,024 columns or whole rows, which take fewer instructions, were a tenth slower from memory; fetched 512 or 4,096 bytes ahead
+   instead of 2,048 none was faster; nested scales decoded before a row instead of within took a seventh longer. For several
+   tokens the sums of several rows leave the registers, which costs more than it brings. */
 
 #define BEYOND 128     /* bytes before what is not an activation */
 #define STRIDE_256 256 /* columns whose scales are one vector */
 #define STRIDES 64     /* of them are prepared at a time */
 #define SUMS 256       /* of rows that share what is prepared, and of their tokens */
+#define INTEGER_READERS 2 /* rows of one token read at once, far apart */
+/* x is loaded where it is used: NF4's integers leave no registers for it, and compilers would keep copies on the stack. */
+#define FROM_MEMORY __asm__ volatile("" ::: "memory")
 
 /* after 64 activations */
 typedef struct {
@@ -158,9 +165,13 @@ DSM_INLINE __m256 integer_scales(const void *scale, int64_t at, int64_t rest, co
     if (kind == DSM_BF16) { /* they move to the upper half of their lanes */
         const __m256i place = _mm256_setr_epi32(0x01008080, 0x05048080, 0x09088080, 0x0d0c8080, 0x03028080, 0x07068080,
                                                 0x0b0a8080, 0x0f0e8080);
+        const uint16_t *from = (const uint16_t *)scale + at;
         uint16_t padded[8] = {0};
-        const void *from = memcpy(padded, (const uint16_t *)scale + at, (size_t)have * sizeof *padded);
-        return (__m256)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(from)), place);
+        __m128i all;
+        if (have == 8) all = _mm_loadu_si128((const __m128i *)from);
+        else if (have == 4) all = _mm_loadl_epi64((const __m128i *)from);
+        else all = _mm_loadu_si128(memcpy(padded, from, (size_t)have * sizeof *padded));
+        return (__m256)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(all), place);
     }
     if (kind == DSM_E8M0) {
         const __m256i place =
@@ -174,9 +185,18 @@ DSM_INLINE __m256 integer_scales(const void *scale, int64_t at, int64_t rest, co
                                              _mm256_cmpeq_epi32(e, _mm256_set1_epi32(255)));
         return (__m256)_mm256_or_si256(_mm256_slli_epi32(e, 23), _mm256_and_si256(ends, _mm256_set1_epi32(0x400000)));
     }
-    __m128 four = _mm_setzero_ps();
+    const Nested *nested = scale;
+    __m128 four;
     if (kind == DSM_F32 && have == 4) four = _mm_loadu_ps((const float *)scale + at);
-    else
+    else if (kind == DSM_NESTED && have == 4 && at % 256 <= 252) { /* of one absmax */
+        const uint8_t *code = nested->codes + at;
+        const float *table = nested->table;
+        four = _mm_load_ss(table + code[0]);
+        four = _mm_insert_ps(four, _mm_load_ss(table + code[1]), 0x10);
+        four = _mm_insert_ps(four, _mm_load_ss(table + code[2]), 0x20);
+        four = _mm_insert_ps(four, _mm_load_ss(table + code[3]), 0x30);
+        four = _mm_fmadd_ps(four, _mm_set1_ps(nested->absmax[at >> 8]), _mm_set1_ps(nested->offset));
+    } else
         four = _mm_setr_ps(dsm_group_scale(scale, at, kind), have > 1 ? dsm_group_scale(scale, at + 1, kind) : 0.0f,
                            have > 2 ? dsm_group_scale(scale, at + 2, kind) : 0.0f,
                            have > 3 ? dsm_group_scale(scale, at + 3, kind) : 0.0f);
@@ -241,26 +261,41 @@ DSM_INLINE void add_256(IntegerTable table, const char *x, size_t stride, const 
     }
 }
 
-/* Columns k0 to `end` of weight rows row, row + apart .., `readers` of them; token t's sum of the q-th is added to
-   sums[q * apart * tokens + t]. */
+/* 256 columns from k on, of which `rest` exist, of each of several rows in turn, whose codes and first scales lie at `codes` and
+   `scale` + `at`. */
+DSM_INLINE void add_in_turn(IntegerTable table, const char *x, size_t stride, const Side *side,
+                            const uint8_t *const *codes, const void *scale, const int64_t *at, int64_t k, int64_t rest,
+                            __m256 *total, const int readers, const int tokens, const int dtype, const int kind) {
+    UNROLL for (int q = 0; q < readers; q++) {
+        if (!byte_offset(dtype)) FROM_MEMORY;
+        add_256(table, x + k * sizeof(float), stride, side + k / STRIDE_256, codes[q] + k / 2,
+                integer_scales(scale, at[q] + k / dsm_group_of(kind), rest, kind), rest, total + q * 2 * tokens, dtype,
+                tokens);
+    }
+}
+
+/* `length` columns from k0 on of weight rows row, row + apart .., `readers` of them; token t's sum of the q-th is added to
+   sums[q * apart * tokens + t]. x and `side` begin at k0. */
 DSM_INLINE void integer_turn(IntegerTable table, const char *x, size_t stride, const Side *side, const Matrix *w,
-                             int64_t row, int64_t apart, int64_t k0, int64_t end, F *sums, const int readers,
+                             int64_t row, int64_t apart, int64_t k0, int64_t length, F *sums, const int readers,
                              const int tokens, const int dtype, const int kind) {
-    const int64_t groups = w->cols / dsm_group_of(kind);
-    __m256 total[READERS * 2 * TOKENS_AT_ONCE];
-    int64_t k = k0;
+    const int64_t group = dsm_group_of(kind), groups = w->cols / group, count = length / group;
+    const uint8_t *codes[INTEGER_READERS];
+    int64_t at[INTEGER_READERS], k = 0;
+    __m256 total[INTEGER_READERS * 2 * TOKENS_AT_ONCE];
+    for (int q = 0; q < readers; q++) {
+        codes[q] = (const uint8_t *)dsm_row(w, row + q * apart) + k0 / 2;
+        at[q] = (row + q * apart) * groups + k0 / group;
+        for (int64_t i = 0; i < count; i += 64 / dsm_scale_bytes(kind)) /* four rows ahead */
+            _mm_prefetch(dsm_scale_place(w->scale, at[q] + i + 4 * groups, kind), _MM_HINT_T0);
+    }
     UNROLL for (int i = 0; i < readers * 2 * tokens; i++) total[i] = _mm256_setzero_ps();
-    for (; k + STRIDE_256 <= end; k += STRIDE_256, side++) UNROLL for (int q = 0; q < readers; q++) {
-            const int64_t at = (row + q * apart) * groups + k / dsm_group_of(kind);
-            if (k % 512 == 0) _mm_prefetch(dsm_scale_place(w->scale, at + 4 * groups, kind), _MM_HINT_T0);
-            add_256(table, x + k * sizeof(float), stride, side, (const uint8_t *)dsm_row(w, row + q * apart) + k / 2,
-                    integer_scales(w->scale, at, STRIDE_256, kind), STRIDE_256, total + q * 2 * tokens, dtype, tokens);
-        }
-    if (k < end) UNROLL for (int q = 0; q < readers; q++) {
-            const int64_t at = (row + q * apart) * groups + k / dsm_group_of(kind);
-            add_256(table, x + k * sizeof(float), stride, side, (const uint8_t *)dsm_row(w, row + q * apart) + k / 2,
-                    integer_scales(w->scale, at, end - k, kind), end - k, total + q * 2 * tokens, dtype, tokens);
-        }
+    for (; k + STRIDE_256 <= length; k += STRIDE_256)
+        add_in_turn(table, x, stride, side, codes, w->scale, at, k, STRIDE_256, total, readers, tokens, dtype, kind);
+    if (length - k == STRIDE_256 / 2) /* often all that is left, and faster as a constant */
+        add_in_turn(table, x, stride, side, codes, w->scale, at, k, STRIDE_256 / 2, total, readers, tokens, dtype, kind);
+    else if (k < length)
+        add_in_turn(table, x, stride, side, codes, w->scale, at, k, length - k, total, readers, tokens, dtype, kind);
     UNROLL for (int q = 0; q < readers; q++) UNROLL for (int t = 0; t < tokens; t++) {
         const F sum = (F)_mm256_add_ps(total[(q * tokens + t) * 2], total[(q * tokens + t) * 2 + 1]);
         F *to = sums + q * apart * tokens + t;
@@ -272,18 +307,19 @@ DSM_INLINE void integer_turn(IntegerTable table, const char *x, size_t stride, c
 DSM_INLINE void integer_rows(const char *x, size_t stride, const Matrix *w, int64_t first, int64_t count, float *out,
                              int64_t ldo, const int tokens, const int dtype, const int kind) {
     const IntegerTable table = integer_table(dtype);
-    const int64_t cols = w->cols, turns = tokens == 1 ? count / READERS : 0;
+    const int64_t cols = w->cols, turns = tokens == 1 ? count / INTEGER_READERS : 0;
     F sums[SUMS];
     for (int64_t k0 = 0; k0 < cols; k0 += STRIDES * STRIDE_256) {
-        const int64_t end = dsm_min(cols, k0 + STRIDES * STRIDE_256);
+        const int64_t length = dsm_min(cols - k0, STRIDES * STRIDE_256);
         Side sides[TOKENS_AT_ONCE * STRIDES];
         for (int t = 0; t < tokens; t++)
-            gather_sides(x + t * stride + k0 * sizeof(float), end - k0, sides + t * STRIDES);
+            gather_sides(x + t * stride + k0 * sizeof(float), length, sides + t * STRIDES);
         for (int64_t r = 0; r < turns; r++)
-            integer_turn(table, x, stride, sides, w, first + r, turns, k0, end, sums + r * tokens, READERS, 1, dtype,
-                         kind);
-        for (int64_t r = turns * READERS; r < count; r++)
-            integer_turn(table, x, stride, sides, w, first + r, 1, k0, end, sums + r * tokens, 1, tokens, dtype, kind);
+            integer_turn(table, x + k0 * sizeof(float), stride, sides, w, first + r, turns, k0, length,
+                          sums + r * tokens, INTEGER_READERS, 1, dtype, kind);
+        for (int64_t r = turns * INTEGER_READERS; r < count; r++)
+            integer_turn(table, x + k0 * sizeof(float), stride, sides, w, first + r, 1, k0, length, sums + r * tokens,
+                          1, tokens, dtype, kind);
     }
     add_lanes(sums, count, 1.0f, out, ldo, tokens);
 }
