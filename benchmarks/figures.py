@@ -43,6 +43,7 @@ FOUR_BIT = {
     "Xeon, AMX": "cpu-xeon",
     "Xeon, AVX-512 without bf16": "cpu-avx512",
     "Xeon, AVX2": "cpu-avx2",
+    "Zen 3, AVX2": "cpu-zen3",
 }
 FOUR_BIT_COLUMNS = (
     *("FP8, head bf16", "FP8, head FP8", "INT4, head INT4", "NF4, head NF4"),

@@ -191,4 +191,6 @@ def test_the_tiny_checkpoint_says_what_it_says_in_bf16():
     assert len(asked) == 12 and torch.equal(found.sequences, wanted.sequences)
     pairs = [torch.stack(out.logits).float().log_softmax(-1) for out in (found, wanted)]
     divergence = torch.nn.functional.kl_div(*pairs, log_target=True, reduction="none").sum(-1)
-    assert 0 < divergence.mean() < 0.01
+    # nothing was taught about what follows a text's end
+    is_said = wanted.sequences[:, -len(wanted.logits) :].T.ne(tokenizer.pad_token_id)
+    assert 0 < divergence[is_said].mean() < 0.01

@@ -43,9 +43,7 @@ DSM_INLINE float dsm_group_scale(const void *scale, int64_t i, const int kind) {
 }
 
 /* of a scale; of a nested one its code's */
-DSM_INLINE int64_t dsm_scale_bytes(const int kind) {
-    return kind == DSM_F32 ? 4 : kind == DSM_BF16 ? 2 : 1;
-}
+DSM_INLINE int64_t dsm_scale_bytes(const int kind) { return kind == DSM_F32 ? 4 : kind == DSM_BF16 ? 2 : 1; }
 /* where scale i lies */
 DSM_INLINE const char *dsm_scale_place(const void *scale, int64_t i, const int kind) {
     if (kind == DSM_NESTED) return (const char *)((const Nested *)scale)->codes + i;

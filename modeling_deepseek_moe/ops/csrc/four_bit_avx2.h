@@ -26,10 +26,10 @@
    instead of 2,048 none was faster; nested scales decoded before a row instead of within took a seventh longer. For several
    tokens the sums of several rows leave the registers, which costs more than it brings. */
 
-#define BEYOND 128     /* bytes before what is not an activation */
-#define STRIDE_256 256 /* columns whose scales are one vector */
-#define STRIDES 64     /* of them are prepared at a time */
-#define SUMS 256       /* of rows that share what is prepared, and of their tokens */
+#define BEYOND 128        /* bytes before what is not an activation */
+#define STRIDE_256 256    /* columns whose scales are one vector */
+#define STRIDES 64        /* of them are prepared at a time */
+#define SUMS 256          /* of rows that share what is prepared, and of their tokens */
 #define INTEGER_READERS 2 /* rows of one token read at once, far apart */
 /* x is loaded where it is used: NF4's integers leave no registers for it, and compilers would keep copies on the stack. */
 #define FROM_MEMORY __asm__ volatile("" ::: "memory")
@@ -293,7 +293,8 @@ DSM_INLINE void integer_turn(IntegerTable table, const char *x, size_t stride, c
     for (; k + STRIDE_256 <= length; k += STRIDE_256)
         add_in_turn(table, x, stride, side, codes, w->scale, at, k, STRIDE_256, total, readers, tokens, dtype, kind);
     if (length - k == STRIDE_256 / 2) /* often all that is left, and faster as a constant */
-        add_in_turn(table, x, stride, side, codes, w->scale, at, k, STRIDE_256 / 2, total, readers, tokens, dtype, kind);
+        add_in_turn(table, x, stride, side, codes, w->scale, at, k, STRIDE_256 / 2, total, readers, tokens, dtype,
+                    kind);
     else if (k < length)
         add_in_turn(table, x, stride, side, codes, w->scale, at, k, length - k, total, readers, tokens, dtype, kind);
     UNROLL for (int q = 0; q < readers; q++) UNROLL for (int t = 0; t < tokens; t++) {
@@ -316,10 +317,10 @@ DSM_INLINE void integer_rows(const char *x, size_t stride, const Matrix *w, int6
             gather_sides(x + t * stride + k0 * sizeof(float), length, sides + t * STRIDES);
         for (int64_t r = 0; r < turns; r++)
             integer_turn(table, x + k0 * sizeof(float), stride, sides, w, first + r, turns, k0, length,
-                          sums + r * tokens, INTEGER_READERS, 1, dtype, kind);
+                         sums + r * tokens, INTEGER_READERS, 1, dtype, kind);
         for (int64_t r = turns * INTEGER_READERS; r < count; r++)
             integer_turn(table, x + k0 * sizeof(float), stride, sides, w, first + r, 1, k0, length, sums + r * tokens,
-                          1, tokens, dtype, kind);
+                         1, tokens, dtype, kind);
     }
     add_lanes(sums, count, 1.0f, out, ldo, tokens);
 }
