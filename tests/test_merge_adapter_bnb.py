@@ -67,7 +67,8 @@ def test_in_the_format_that_it_had(base, tmp_path):
     before, found, sums = read(folder / "bnb"), read(tmp_path / "out"), read(folder / "sums")
     wide = read(folder / "wide")
     assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in found.items()}
-    touched = {name for name in sums if not same_bits(sums[name], wide[name])}
+    # by value: FP4 has a negative zero, and what is added to it for an expert that has B = 0 is a zero of either sign
+    touched = {name for name in sums if not torch.equal(sums[name], wide[name])}
     assert O_PROJ in touched and len(touched) == 2 + 3 * 4
     stems = tuple(name.removesuffix(".weight") + "." for name in touched)
     assert all(same_bits(found[name], before[name]) for name in before if not name.startswith(stems))
