@@ -22,7 +22,7 @@
    decodes and what it reads overlap in part. Two rows at once, far apart, are the fastest there, for NF4 a sixth faster than
    four: their copies of x left the registers. One row at a time is a tenth slower in pages of 4 kB, and on a Xeon came at
    half to two thirds of what a core reads without decoding, four at 80 to 95 % (two were not tried there). Rows in turns of
-   1,024 columns or whole rows, which take fewer instructions, were a tenth slower from memory; fetched 512 or 4,096 bytes ahead
+   1,024 columns or whole rows, which take fewer instructions, were a tenth slower from memory; fetched 1,024 or 4,096 bytes ahead
    instead of 2,048 none was faster; nested scales decoded before a row instead of within took a seventh longer. For several
    tokens the sums of several rows leave the registers, which costs more than it brings. */
 
