@@ -225,7 +225,9 @@ def check_same(found: list[dict], wanted: dict) -> None:
     for rank, one in enumerate(found):
         assert "error" not in one, one["error"]
         for name in wanted.keys() & {"logits", "mtp"}:
-            torch.testing.assert_close(one[name], wanted[name], atol=1e-5, rtol=1e-5, msg=f"{name}, rank {rank}")
+            near = 1e-5 * max(1.0, float(wanted[name].abs().max()))  # sums over ranks are rounded in another order
+            apart = float((one[name] - wanted[name]).abs().max())
+            assert apart < near, f"{name}, rank {rank}: {apart} apart, {near} allowed"
         for name in wanted.keys() & {"greedy", "static", "drafted"}:
             assert torch.equal(one[name], wanted[name]), (name, rank)
         assert one.get("biases") == wanted.get("biases")
