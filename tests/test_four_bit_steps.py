@@ -74,9 +74,12 @@ def steps(model, count=8) -> torch.Tensor:
 
 
 def typical(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The median step's distance: where two experts are as good as equal, rounding chooses, by the machine. None is far off."""
+    """The median step's distance: where two experts are as good as equal, rounding chooses, by the machine.
+
+    Another expert took a step 0.3 away, in bf16 by the reference too; logits of something else are 1 and more away.
+    """
     steps_apart = [distance(one, other) for one, other in zip(found, wanted, strict=True)]
-    assert max(steps_apart) < 0.1
+    assert max(steps_apart) < 0.5
     return statistics.median(steps_apart)
 
 
